@@ -1,0 +1,97 @@
+"""From the updates on the workers to one pseudo-gradient on the server.
+
+Rules that are linear in the updates ride one exact integer sum (fedhpc.payload): what a rank sends does not depend on
+the number of clients. The others get a sharded exchange: a chunk of the coordinates at a time, every rank receives the
+values of all clients for its shard, computes there and sends its shard of the result, so no rank ever holds
+cohort * P numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedhpc.lazy import lazy
+from fedhpc.payload import Layout, exponents, from_grid, grid, to_grid
+from fedhpc.transport.base import Transport
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+_CHUNK = 2**20  # coordinates per collective: bounds the 8-byte buffers whatever P is
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """The accepted updates of one rank's clients."""
+
+    slots: np.ndarray  # int64 (c,): place of each client in the cohort
+    weights: np.ndarray  # float64 (c,): share of the planned cohort's weight
+    updates: Tensor  # (c, P) on the CPU
+
+
+def weighted_sum(transport: Transport, uploads: Uploads, layout: Layout, num_clients: int) -> Tensor | None:
+    """Sum over all ranks of w_i g_i: float64 (P,) on rank 0, None elsewhere. The same bits on any number of ranks.
+
+    num_clients: of the planned cohort, the same on every rank.
+    """
+    highest = exponents(uploads.updates, torch.from_numpy(uploads.weights), layout)
+    transport.all_reduce_max(highest)
+    steps = grid(highest, num_clients, layout)
+    total = torch.empty(layout.size, dtype=torch.float64) if transport.rank == 0 else None
+    for begin in range(0, layout.size, _CHUNK):
+        part = slice(begin, min(begin + _CHUNK, layout.size))
+        acc = torch.zeros(part.stop - part.start, dtype=torch.int64)
+        for update, weight in zip(uploads.updates, uploads.weights, strict=True):
+            acc += to_grid(update[part], float(weight), steps[part])
+        transport.reduce_sum(acc)
+        if total is not None:
+            total[part] = from_grid(acc, steps[part])
+    return total
+
+
+def sharded(
+    transport: Transport,
+    uploads: Uploads,
+    owners: Sequence[int],
+    weights: np.ndarray,
+    layout: Layout,
+    combine: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor | None:
+    """`combine((C, chunk), (C,)) -> (chunk,)` of all accepted clients: float64 (P,) on rank 0, None elsewhere.
+
+    owners: rank of each accepted client in cohort order, weights (C,) float64 likewise; the same on every rank.
+    The rows that `combine` sees are in cohort order, so the result does not depend on who trained whom.
+    """
+    world, rank = transport.world_size, transport.rank
+    owned = [np.flatnonzero(np.asarray(owners) == r) for r in range(world)]
+    mine = uploads.updates[torch.from_numpy(np.argsort(uploads.slots, kind="stable"))].double()
+    all_weights = torch.from_numpy(weights)
+    total = torch.empty(layout.size, dtype=torch.float64) if rank == 0 else None
+    for begin in range(0, layout.size, _CHUNK):
+        end = min(begin + _CHUNK, layout.size)
+        bounds = np.linspace(begin, end, world + 1).astype(np.int64)
+        width = int(bounds[rank + 1] - bounds[rank])
+        send = [mine[:, bounds[r] : bounds[r + 1]].contiguous() for r in range(world)]
+        receive = [torch.empty(len(owned[r]), width, dtype=torch.float64) for r in range(world)]
+        transport.all_to_all(send, receive)
+        values = torch.empty(len(owners), width, dtype=torch.float64)
+        for r in range(world):
+            values[torch.from_numpy(owned[r])] = receive[r]
+        shard = combine(values, all_weights) if width else torch.empty(0, dtype=torch.float64)
+        empty = torch.empty(0, dtype=torch.float64)
+        back = [shard if r == 0 else empty for r in range(world)]
+        sizes = bounds[1:] - bounds[:-1] if rank == 0 else np.zeros(world, dtype=np.int64)
+        gathered = [torch.empty(int(n), dtype=torch.float64) for n in sizes]
+        if rank != 0:
+            gathered[rank] = torch.empty_like(back[rank])
+        transport.all_to_all(back, gathered)
+        if total is not None:
+            total[begin:end] = torch.cat(gathered)
+    return total

@@ -1,0 +1,245 @@
+"""Speed, as ratios measured in one run on one machine.
+
+    python -m fedhpc.bench [--repeats 5] [--quick] [--json]
+
+The workload is a small Llama with random weights and random tokens (16 clients a round, 32 sequences of 48 tokens
+each, batch 4, prefix of 16 virtual tokens, SGD): the arithmetic of a federated round without anything to learn.
+Everything that is compared runs interleaved in the same process, on one thread; figures are medians over the
+repeats. On a CPU they are of CPU seconds, which a busy machine disturbs least; on a GPU of wall seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CLIENTS, SEQUENCES, LENGTH, BATCH, VIRTUAL = 16, 32, 48, 4, 16
+BLOCKS = (1, 2, 4, 8, 16)
+BARE_BATCHES = (4, 16, 64)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fedhpc.bench", description="speed ratios of fedhpc")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats; medians are shown (5)")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the clients and 3 repeats")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    clients, repeats = (CLIENTS // 4, 3) if options.quick else (CLIENTS, options.repeats)
+    figures = {**machine(), **compute(clients, repeats), **padding(), **whole_program(3 if options.quick else 6)}
+    if options.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        _print(figures)
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import platform
+
+    import torch
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def compute(clients: int, repeats: int) -> dict[str, float]:
+    """Federated training in blocks of K against PEFT's loop: tokens per second, and memory per client."""
+    import torch
+
+    torch.set_num_threads(1)
+    base, method, examples, config, start = _workload(clients)
+    works = _works(clients)
+
+    def federated(k: int) -> None:
+        from fedhpc.training.block import train_block
+
+        for begin in range(0, clients, k):
+            train_block(base, method, start, works[begin : begin + k], examples, config, 1, 1)
+
+    peft_loop = _peft_loop(base, method, examples, start)
+    blocks = [k for k in BLOCKS if k <= clients]
+    runs: dict[str, Callable[[], None]] = {f"block_{k}": (lambda k=k: federated(k)) for k in blocks}  # type: ignore[misc]
+    runs["peft_sequential"] = lambda: peft_loop(clients, BATCH, True)
+    runs |= {f"bare_batch_{b}": (lambda b=b: peft_loop(clients, b, False)) for b in BARE_BATCHES}  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, call in runs.items():
+            spent = _timed(call)
+            if repeat:  # the first is the warm-up
+                seconds[name].append(spent)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = clients * SEQUENCES * (LENGTH - 1)
+    best_block = min(blocks, key=lambda k: median[f"block_{k}"])
+    best_bare = min(median[f"bare_batch_{b}"] for b in BARE_BATCHES)
+    figures = {f"tokens_per_s_{name}": tokens / value for name, value in median.items()}
+    figures |= {f"block_gain_{k}": median["block_1"] / median[f"block_{k}"] for k in blocks}
+    figures["best_block"] = best_block
+    figures["federated_over_peft_sequential"] = median["peft_sequential"] / median[f"block_{best_block}"]
+    figures["federated_over_bare_best_batch"] = best_bare / median[f"block_{best_block}"]
+    # Parameters, gradient and update of one more client; SGD has no buffers.
+    figures["bytes_per_extra_client"] = _bytes_per_client(federated_state=method.state.size, buffers=0)
+    return figures
+
+
+def padding() -> dict[str, float]:
+    """Share of padding among the input tokens of the built-in task: rows as they come, and as fedhpc cuts them."""
+    import numpy as np
+
+    from fedhpc import config as configuration
+    from fedhpc import data
+    from fedhpc.models import load_tokenizer
+    from fedhpc.training.block import _FORWARD_COST_TOKENS, cut_by_length
+
+    config = configuration.load(None, [])
+    train = data.load_data(config, load_tokenizer(config.model), write_cache=False).train
+    lengths = train.lengths - 1
+    rng, plain, cut, real = np.random.default_rng(0), 0, 0, 0
+    for _ in range(200):
+        rows = rng.choice(len(lengths), 64, replace=False)
+        real += int(lengths[rows].sum())
+        plain += sum(int(part.max()) * len(part) for part in np.split(lengths[rows], 8))
+        ordered = np.sort(lengths[rows])
+        bounds = cut_by_length(ordered, _FORWARD_COST_TOKENS["cpu"])
+        cut += sum(int(ordered[b - 1]) * (b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return {"padding_8_rows_as_they_come": 1 - real / plain, "padding_block_of_64_rows": 1 - real / cut}
+
+
+def whole_program(rounds: int) -> dict[str, float]:
+    """The embedded default in one process: seconds to the first round, and the share of rounds outside training."""
+    import h5py
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fedhpc.main", f"run.dir={folder}/run", f"federation.rounds={rounds}"]
+        began = time.time()
+        subprocess.run([*command, "evaluation.metrics=[loss]"], check=True, stdout=subprocess.DEVNULL)
+        total = time.time() - began
+        with h5py.File(Path(folder) / "run" / "results.h5") as file:
+            columns = {name: column[1:] for name, column in file["rounds"].items()}
+    training, evaluating = columns["seconds_local"].sum(), columns["seconds_eval"].sum()
+    return {
+        "share_outside_training": float(1 - training / (columns["seconds"].sum() - evaluating)),
+        "share_evaluation": float(evaluating / columns["seconds"].sum()),
+        "seconds_start_and_end": float(total - columns["seconds"].sum()),
+    }
+
+
+def _workload(clients: int) -> tuple[Any, Any, Any, Any, Any]:
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fedhpc import config as configuration
+    from fedhpc.data.tokens import Tokens, examples_from
+    from fedhpc.methods import prefix
+    from fedhpc.models import Base
+
+    torch.manual_seed(1234)
+    shape = LlamaConfig(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=344,
+        vocab_size=2048,
+        max_position_embeddings=256,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = LlamaForCausalLM(shape).eval().requires_grad_(False).to(device)
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
+    base = Base(model, tokenizer, device, "random", "random", 4, 4, 32, 128)
+    ids = np.random.default_rng(0).integers(3, 2048, clients * SEQUENCES * LENGTH).astype(np.int32)
+    count = clients * SEQUENCES
+    examples = examples_from(Tokens(ids, np.arange(count + 1) * LENGTH, np.ones(count, dtype=np.int32)))
+    config = configuration.resolve(
+        {"partition": {"name": "iid"}, "client": {"optimizer": "sgd", "lr": 0.5, "batch_size": BATCH}}
+    )
+    method = prefix.METHOD(prefix.Options(num_virtual_tokens=VIRTUAL, init="random"), base, 0)
+    return base, method, examples, config, method.payload.flatten(method.initial()).unsqueeze(0)
+
+
+def _works(clients: int) -> list[Any]:
+    import numpy as np
+
+    from fedhpc.training.block import Work
+
+    return [Work(c, np.arange(c * SEQUENCES, (c + 1) * SEQUENCES)) for c in range(clients)]
+
+
+def _peft_loop(base: Any, method: Any, examples: Any, start: Any) -> Callable[[int, int, bool], None]:
+    """What a user would write with PEFT: one model; every client in turn, or all the data as one."""
+    import copy
+
+    import torch
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = get_peft_model(
+        copy.deepcopy(base.model), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+    )
+    prefix = model.prompt_encoder["default"].embedding.weight
+    ids = torch.from_numpy(examples.ids.reshape(-1, LENGTH)).long().to(base.device)
+
+    def loop(clients: int, batch: int, in_turn: bool) -> None:
+        parts = ids[: clients * SEQUENCES].split(SEQUENCES if in_turn else clients * SEQUENCES)
+        for part in parts:
+            with torch.no_grad():
+                prefix.copy_(start[0].view_as(prefix))
+            optimizer = torch.optim.SGD([prefix], lr=0.5)
+            for rows in part.split(batch):
+                loss = model(input_ids=rows, labels=rows).loss
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+    return loop
+
+
+def _timed(call: Callable[[], None]) -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def _bytes_per_client(federated_state: int, buffers: int) -> int:
+    return federated_state * 4 * (3 + buffers)
+
+
+def _print(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="fedhpc bench", show_header=False)
+    for name, value in figures.items():
+        shown = f"{value:,.3f}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"
+        table.add_row(name, value if isinstance(value, str) else shown)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

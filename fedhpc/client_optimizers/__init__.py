@@ -1,0 +1,1 @@
+"""Rules of the local steps, along the client axis: one file per rule."""

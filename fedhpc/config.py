@@ -1,0 +1,389 @@
+"""The configuration: one YAML file, typed, strict, resolved once and never edited.
+
+Every key has a default and a one-line description here or in the `Options` class of the chosen file
+(`method: {name: prefix}` -> methods/prefix.py). Unknown keys and values are errors that name the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import Field, ValidationError, create_model, model_validator
+
+from fedhpc import registry
+from fedhpc.errors import UserError, nearest
+from fedhpc.registry import Section
+
+EMBEDDED = Path(__file__).parent / "default.yaml"
+
+# Section -> the keys whose value is the name of a file, with the folder it is in.
+CHOICES: dict[str, dict[str, str]] = {
+    "partition": {"name": "data/partitioners"},
+    "method": {"name": "methods"},
+    "client": {"optimizer": "client_optimizers"},
+    "server": {"aggregator": "aggregators", "optimizer": "server_optimizers"},
+    "transforms": {"name": "transforms"},
+}
+# Keys of which at most one can be given: one replaces the other.
+ALTERNATIVES = {"client": ("epochs", "steps"), "federation": ("cohort_size", "cohort_fraction")}
+
+
+class Run(Section):
+    name: str = Field("demo", min_length=1, description="name of the run, used for its directory")
+    dir: str | None = Field(None, description="run directory; default runs/<name>")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
+
+
+class Model(Section):
+    name: str = Field("builtin", min_length=1, description="builtin, a hub id or a local folder")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="dtype of the frozen base"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with a hub model; off unless asked for")
+
+
+class Data(Section):
+    source: str = Field("builtin:dining", min_length=1, description="builtin:<task>, hub id, folder or file")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    train: str = Field("train", min_length=1, description="split or file of the clients' data")
+    validation: str = Field("validation", min_length=1, description="split evaluated during the run")
+    test: str = Field("test", min_length=1, description="split evaluated once, at the end")
+    where: dict[str, list[str | int | float | bool]] = Field({}, description="keep rows with one of these values")
+    where_not: dict[str, list[str | int | float | bool]] = Field({}, description="drop rows with one of these")
+    prompt: str = Field("{mr} :", description="template over columns; no loss on it")
+    target: str = Field(" {ref}", min_length=1, description="template over columns; the loss is on it")
+    label: str | None = Field(None, description="column with the class of an example")
+    client: str | None = Field(None, description="column with the owner of an example, for natural partitions")
+    max_length: int = Field(256, ge=4, description="tokens; longer examples lose the front of the prompt")
+
+
+class Federation(Section):
+    rounds: int = Field(20, ge=1, description="number of rounds")
+    cohort_size: int | None = Field(None, ge=1, description="clients sampled per round; default 10")
+    cohort_fraction: float | None = Field(None, gt=0, le=1, description="the same as a share of the population")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a sampled client does not report back")
+    min_cohort: int = Field(1, ge=1, description="with fewer completed clients the round changes nothing")
+
+
+class Client(Section):
+    optimizer: str = Field("adamw", description="rule of the local steps (client_optimizers/)")
+    lr: float = Field(0.01, ge=0, description="learning rate of the clients")
+    batch_size: int = Field(8, ge=1, description="examples per local step")
+    epochs: int | None = Field(None, ge=1, description="passes over the client's data per round; default 1")
+    steps: int | None = Field(None, ge=1, description="local steps per round, instead of epochs")
+    weight_decay: float = Field(0.0, ge=0, description="L2 (sgd) or decoupled (adamw) weight decay")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's gradient in a step")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="course of the learning rate over the whole run, down to 0"
+    )
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run in which the learning rate rises from 0")
+
+
+class Server(Section):
+    aggregator: str = Field("mean", description="how updates combine (aggregators/)")
+    optimizer: str = Field("sgd", description="how the server steps (server_optimizers/); sgd, lr 1.0: FedAvg")
+    lr: float = Field(1.0, ge=0, description="learning rate of the server")
+    weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in the mean")
+
+
+class Evaluation(Section):
+    every: int = Field(5, ge=1, description="rounds between evaluations; first and last are always evaluated")
+    metrics: list[str] = Field(["loss"], description="loss perplexity accuracy macro_f1 bleu chrf rouge_l")
+    max_examples: int = Field(256, ge=1, description="size of the fixed validation subset")
+    test_max_examples: int | None = Field(None, ge=1, description="size of the test subset; default max_examples")
+    batch_size: int = Field(32, ge=1, description="examples per evaluation batch")
+    max_new_tokens: int = Field(64, ge=1, description="length limit of generated text")
+    samples: int = Field(8, ge=0, description="generated texts kept in /samples")
+    max_clients: int = Field(100, ge=1, description="clients of the per-client evaluation, a seeded sample")
+    client_fraction: float = Field(0.0, ge=0, lt=1, description="share of each client's data held out of training")
+
+
+class Runtime(Section):
+    transport: Literal["auto", "torch", "mpi"] = Field("auto", description="how ranks talk")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where clients train")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast of the forward")
+    block_size: int | Literal["auto"] = Field("auto", description="clients that train in one forward (K)")
+    threads: int | Literal["auto"] = Field("auto", description="CPU threads per rank; auto is 1")
+    timeout_s: float = Field(60.0, ge=1, description="silence after which a rank counts as lost")
+    deterministic: bool = Field(False, description="bit-identical results on CUDA, at a cost")
+
+    @model_validator(mode="after")
+    def _positive(self) -> Runtime:
+        for key in ("block_size", "threads"):
+            value = getattr(self, key)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{key}: must be auto or at least 1, got {value}")
+        return self
+
+
+class Checkpoint(Section):
+    every: int = Field(1, ge=1, description="rounds between checkpoints")
+
+
+class Local(Section):
+    max_clients: int = Field(100, ge=1, description="with mode local: at most so many clients, a seeded sample")
+
+
+class Config(Section):
+    """The resolved configuration. `partition`, `method`, `client`, `server` and each transform carry the
+    options of the file they name."""
+
+    mode: Literal["federated", "centralized", "local"] = "federated"
+    run: Run
+    model: Model
+    data: Data
+    partition: Any
+    method: Any
+    federation: Federation
+    client: Any
+    server: Any
+    transforms: tuple[Any, ...]
+    evaluation: Evaluation
+    runtime: Runtime
+    checkpoint: Checkpoint
+    local: Local
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(str(self.run.dir))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML; loading it gives an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+_PLAIN: dict[str, type[Section]] = {
+    "run": Run,
+    "model": Model,
+    "data": Data,
+    "federation": Federation,
+    "evaluation": Evaluation,
+    "runtime": Runtime,
+    "checkpoint": Checkpoint,
+    "local": Local,
+}
+
+
+class _Named(Section):
+    name: str
+
+
+_BASES: dict[str, type[Section]] = {
+    "partition": _Named,
+    "method": _Named,
+    "client": Client,
+    "server": Server,
+    "transforms": _Named,
+}
+_DEFAULT_NAMES = {"partition": "dirichlet", "method": "prefix"}
+SECTIONS = ["mode", *_PLAIN, *_BASES]
+
+
+def load(path: str | None, overrides: list[str]) -> Config:
+    """The configuration in the file `path` (None: the embedded default) with `section.key=value` overrides."""
+    source = Path(path) if path is not None else EMBEDDED
+    return resolve(_override(read_yaml(source), overrides), where=str(path) if path else "embedded default")
+
+
+def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
+    """Validate a raw tree. UserError with one line that names the key."""
+    for key in raw:
+        if key not in SECTIONS:
+            raise UserError(f"{where}: unknown key '{key}'; {nearest(str(key), SECTIONS)}")
+    values: dict[str, Any] = {}
+    for name, model in _PLAIN.items():
+        values[name] = _build(model, _mapping(raw, name, where), name, where)
+    for name in ("partition", "method", "client", "server"):
+        values[name] = _chosen(name, _mapping(raw, name, where), name, where)
+    transforms = raw.get("transforms") or []
+    if not isinstance(transforms, list):
+        raise UserError(f"{where}: transforms must be a list of {{name: ...}}, got {transforms!r}")
+    values["transforms"] = tuple(
+        _chosen("transforms", item, f"transforms[{i}]", where) for i, item in enumerate(transforms)
+    )
+    values["mode"] = raw.get("mode", "federated")
+    modes = list(get_args(Config.model_fields["mode"].annotation))
+    if values["mode"] not in modes:
+        raise UserError(f"{where}: mode: unknown value '{values['mode']}'; {nearest(str(values['mode']), modes)}")
+    values["run"] = values["run"].model_copy(
+        update={"dir": values["run"].dir or f"runs/{values['run'].name}"},
+    )
+    if values["federation"].cohort_size is None and values["federation"].cohort_fraction is None:
+        values["federation"] = values["federation"].model_copy(update={"cohort_size": 10})
+    if values["client"].epochs is None and values["client"].steps is None:
+        values["client"] = values["client"].model_copy(update={"epochs": 1})
+    for name in values["evaluation"].metrics:
+        registry.load("evaluation/metrics", name, f"{where}: evaluation.metrics")
+    config = Config.model_construct(**values)
+    _cross_check(config, where)
+    return config
+
+
+def _cross_check(config: Config, where: str) -> None:
+    """What no single key can tell."""
+    metrics = config.evaluation.metrics
+    if len(set(metrics)) < len(metrics):
+        raise UserError(f"{where}: evaluation.metrics names a metric twice")
+    if {"accuracy", "macro_f1"} & set(metrics) and config.data.label is None:
+        raise UserError(f"{where}: evaluation.metrics has accuracy or macro_f1, which need data.label (a column)")
+    if config.partition.name == "natural" and config.data.client is None:
+        raise UserError(f"{where}: partition.name natural needs data.client (the column that names the owner)")
+    if config.partition.name in ("dirichlet", "shard") and config.data.label is None:
+        raise UserError(
+            f"{where}: partition.name {config.partition.name} skews labels and needs data.label (a column); "
+            "without labels use iid or quantity_skew"
+        )
+    if config.runtime.precision != "float32" and config.model.dtype == "float64":
+        raise UserError(f"{where}: runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
+
+
+def _chosen(section: str, raw: Any, label: str, where: str) -> Any:
+    """A section whose options depend on the file it names: its own keys and those of the choice, flat."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: {label} must be a mapping, got {raw!r}")
+    base = _BASES[section]
+    parts = []
+    for key, family in CHOICES[section].items():
+        field = base.model_fields[key]
+        name = raw.get(key, _DEFAULT_NAMES.get(section) if field.is_required() else field.default)
+        if name is None:
+            raise UserError(f"{where}: {label}.{key} is missing; valid: {', '.join(registry.names(family))}")
+        parts.append((key, name, registry.options(family, name, f"{where}: {label}.{key}")))
+    model = create_model(
+        f"{section}:{'+'.join(str(name) for _, name, _ in parts)}",
+        __base__=(base, *(options for _, _, options in parts)),
+    )
+    return _build(model, {**raw, **{key: name for key, name, _ in parts}}, label, where)
+
+
+def _mapping(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = raw.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {name} must be a mapping of keys to values, got {value!r}")
+    for one, other in [ALTERNATIVES[name]] if name in ALTERNATIVES else []:
+        if value.get(one) is not None and value.get(other) is not None:
+            raise UserError(f"{where}: {name}.{one} and {name}.{other} exclude each other: give one")
+    return value
+
+
+def _build(model: type[Section], raw: Mapping[str, Any], label: str, where: str) -> Any:
+    try:
+        return model(**{str(key): value for key, value in raw.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [label, *(str(p) for p in first["loc"] if not str(p).startswith(("list[", "literal[", "constrained")))]
+        if first["type"] == "extra_forbidden":
+            hint = nearest(str(first["loc"][0]), list(model.model_fields))
+            raise UserError(f"{where}: unknown key '{label}.{first['loc'][0]}'; {hint}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        raise UserError(f"{where}: {'.'.join(path)}: {message[0].lower()}{message[1:]}{got}") from None
+
+
+def _override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`raw` with the overrides applied.
+
+    A new choice drops the options of the old one; of two alternatives the overriding one stays.
+    """
+    parsed: list[tuple[list[str], Any]] = []
+    for text in overrides:
+        key, sep, value = text.partition("=")
+        if not sep or not key or "" in key.split("."):
+            raise UserError(f"command line: '{text}' is not of the form section.key=value")
+        parsed.append((key.split("."), _parse(value, f"command line: {key}")))
+    raw = dict(raw)
+    for path, value in parsed:
+        if path[0] not in SECTIONS:
+            raise UserError(f"command line: unknown key '{'.'.join(path)}'; {nearest(path[0], SECTIONS)}")
+        if len(path) == 2 and path[0] in CHOICES and path[1] in CHOICES[path[0]]:
+            raw[path[0]] = _without_old_options(dict(raw.get(path[0]) or {}), path[0], path[1], value)
+        if len(path) == 2 and path[1] in ALTERNATIVES.get(path[0], ()):
+            section = dict(raw.get(path[0]) or {})
+            for key in ALTERNATIVES[path[0]]:
+                section.pop(key, None)
+            raw[path[0]] = section
+    for path, value in parsed:
+        node = raw
+        for step, key in enumerate(path[:-1]):
+            child = node.get(key)
+            if child is not None and not isinstance(child, Mapping):
+                raise UserError(f"command line: {'.'.join(path[: step + 1])} has no keys, so not {'.'.join(path)}")
+            node[key] = dict(child or {})
+            node = node[key]
+        node[path[-1]] = value
+    return raw
+
+
+def _without_old_options(section: dict[str, Any], name: str, key: str, new: Any) -> dict[str, Any]:
+    base = _BASES[name].model_fields[key]
+    old = section.get(key, _DEFAULT_NAMES.get(name) if base.is_required() else base.default)
+    if old == new or old not in registry.names(CHOICES[name][key]):
+        return section
+    dropped = set(registry.options(CHOICES[name][key], old).model_fields)
+    return {k: v for k, v in section.items() if k not in dropped}
+
+
+class _Loader(yaml.SafeLoader):
+    """Strict YAML: no duplicate keys; only true and false are booleans; 1e-3 is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  as PyYAML declares it
+        first: [(tag, regex) for tag, regex in resolvers if tag not in ("tag:yaml.org,2002:bool",
+                                                                        "tag:yaml.org,2002:float",
+                                                                        "tag:yaml.org,2002:int",
+                                                                        "tag:yaml.org,2002:timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }  # fmt: skip
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                problem = f"the key '{key}' stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBER = "-+0123456789."
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list(_NUMBER))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?([0-9][0-9_]*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
+    list(_NUMBER),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. UserError with file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
+    tree = _parse(text, str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter rules
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f":{mark.line + 1}" if mark and "\n" in text else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None

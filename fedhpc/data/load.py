@@ -1,0 +1,171 @@
+"""From the configuration to tokenised splits and the population."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedhpc import config
+from fedhpc.data import sources
+from fedhpc.data.partitioners.base import Int32
+from fedhpc.data.population import Population
+from fedhpc.data.sources import Table
+from fedhpc.data.templates import Template, parse
+from fedhpc.data.tokens import Examples, cached_tokens, examples_from
+from fedhpc.errors import UserError
+from fedhpc.rng import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_SHARE = 0.05
+HELD_OUT_MAX = 1000
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that a run needs of its data."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    population: Population
+    messages: list[str]  # for the log: what was decided while loading
+    fingerprint: str  # of the content of the three splits: a resumed run must find the same
+
+
+def load_data(settings: config.Config, tokenizer: PreTrainedTokenizerBase, write_cache: bool = True) -> Data:
+    """Read, tokenise and divide the data of a run.
+
+    write_cache: whether tokens are kept for the next time (`--check` writes nothing). UserError for all that
+    is wrong with the data, with its place.
+    """
+    data = settings.data
+    prompt, target = parse(data.prompt, "data.prompt"), parse(data.target, "data.target")
+    messages: list[str] = []
+    tables, owner_names = _read_splits(settings, prompt, target, messages)
+    label_names: list[str] = []
+    if data.label is not None:
+        label_names = sorted({row[data.label] for table in tables.values() for row in table.rows})
+
+    examples: dict[str, Examples] = {}
+    for split, table in tables.items():
+        prompts = [prompt.render(row) for row in table.rows]
+        targets = [target.render(row) for row in table.rows]
+        tokens, message = cached_tokens(prompts, targets, table.places, tokenizer, data.max_length, write_cache)
+        if message is not None and message not in messages:
+            messages.append(message)
+        train = split == "train"
+        examples[split] = examples_from(
+            tokens,
+            labels=_ids(table, data.label, label_names),
+            label_names=label_names,
+            owners=_ids(table, data.client, owner_names) if train else None,
+            owner_names=owner_names if train else [],
+            prompts=None if train else prompts,
+            targets=None if train else targets,
+        )
+    make = Population.single if settings.mode == "centralized" else Population.divided
+    return Data(
+        examples["train"],
+        examples["validation"],
+        examples["test"],
+        make(settings, examples["train"]),
+        messages,
+        hashlib.sha256("".join(e.fingerprint for e in examples.values()).encode()).hexdigest(),
+    )
+
+
+def _read_splits(
+    settings: config.Config, prompt: Template, target: Template, messages: list[str]
+) -> tuple[dict[str, Table], list[str]]:
+    """The rows of train, validation and test, and the owners of the training rows by name."""
+    data = settings.data
+    source = sources.open_source(data)
+    columns = {
+        **dict.fromkeys(target.columns, "data.target"),
+        **dict.fromkeys(prompt.columns, "data.prompt"),
+        **dict.fromkeys(data.where_not, "data.where_not"),
+        **dict.fromkeys(data.where, "data.where"),
+    }
+    if data.label is not None:
+        columns[data.label] = "data.label"
+    owner = {} if data.client is None else {data.client: "data.client"}
+    tables: dict[str, Table] = {}
+    absent = []
+    owner_names: list[str] = []
+    for split in ("train", "validation", "test"):
+        name = getattr(data, split)
+        found = sources.find_split(source, name)
+        if found is None and (name != split or split == "train"):
+            raise UserError(
+                f"data.{split}: '{data.source}' has no split or file '{name}'; it has: "
+                f"{', '.join(source.splits()) or 'nothing'}"
+            )
+        # `train: dev` must not make dev the default validation split too.
+        if found is None or (split != "train" and name == split and found == tables["train"].name):
+            absent.append(split)
+            continue
+        table = sources.read_table(source, found, {**columns, **(owner if split == "train" else {})})
+        if split == "train" and data.client is not None:
+            # Owners whose rows are all filtered out stay clients, without data.
+            owner_names = sorted({row[data.client] for row in table.rows})
+        tables[split] = sources.filtered(table, data)
+    for split in absent:
+        tables["train"], tables[split] = _hold_out(tables["train"], split, settings.run.seed)
+        messages.append(
+            f"data: '{data.source}' has no {split} split of its own; {len(tables[split].rows)} rows are held out of "
+            f"the training data for it, {len(tables['train'].rows)} are left"
+        )
+    if settings.partition.name == "natural":
+        tables["train"], owner_names = _owners_kept(settings, tables["train"], owner_names, messages)
+    return {split: tables[split] for split in ("train", "validation", "test")}, owner_names
+
+
+def _hold_out(table: Table, split: str, seed: int) -> tuple[Table, Table]:
+    """A seeded sample of rows taken out of the training data: what is left, and what was taken."""
+    count = min(max(int(len(table.rows) * HELD_OUT_SHARE), 1), HELD_OUT_MAX)
+    if count >= len(table.rows):
+        raise UserError(f"{table.name}: too few rows to hold some out for the missing {split} split; add one")
+    order = generator(seed, f"hold_out:{split}").permutation(len(table.rows))
+    return table.select(sorted(order[count:].tolist())), table.select(sorted(order[:count].tolist()))
+
+
+def _owners_kept(
+    settings: config.Config, table: Table, owner_names: list[str], messages: list[str]
+) -> tuple[Table, list[str]]:
+    """The training rows and names of the owners with at least `partition.min_examples` rows."""
+    column, minimum = str(settings.data.client), settings.partition.min_examples
+    counts = dict.fromkeys(owner_names, 0)
+    for row in table.rows:
+        counts[row[column]] += 1
+    kept = [name for name in owner_names if counts[name] >= minimum]
+    if not kept:
+        raise UserError(
+            f"partition.min_examples: no owner has {minimum} examples; the largest has {max(counts.values())}"
+        )
+    if len(kept) < len(owner_names):
+        rows = [number for number, row in enumerate(table.rows) if counts[row[column]] >= minimum]
+        messages.append(
+            f"data: {len(owner_names) - len(kept)} of {len(owner_names)} owners have fewer than {minimum} "
+            f"examples and are left out, with {len(table.rows) - len(rows)} rows"
+        )
+        table = table.select(rows)
+    empty = sum(counts[name] == 0 for name in kept)
+    if empty:
+        messages.append(
+            f"data: {empty} of {len(kept)} owners have no examples left and will be rejected when sampled; "
+            "partition.min_examples=1 leaves them out"
+        )
+    return table, kept
+
+
+def _ids(table: Table, column: str | None, names: list[str]) -> Int32 | None:
+    """int32[n]: the position in `names` of every row's value."""
+    if column is None:
+        return None
+    position = {name: number for number, name in enumerate(names)}
+    return np.array([position[row[column]] for row in table.rows], np.int32)

@@ -1,0 +1,1 @@
+"""Who holds which training example: one file per rule."""

@@ -1,0 +1,94 @@
+"""What the partitioners share.
+
+A file of this folder has a class `Options(Section)` and one of two functions:
+- `partition(num_examples, labels, owners, options, seed) -> Assignment`: every example to exactly one client;
+- `draw(num_examples, options, seed, client) -> int64[k]`: the examples of one client, made when asked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from fedhpc.errors import UserError
+from fedhpc.registry import Section
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+class Assignment(NamedTuple):
+    """Client i holds the examples indices[offsets[i]:offsets[i + 1]], in ascending order."""
+
+    indices: Int64  # [num_examples]
+    offsets: Int64  # [N + 1]
+
+
+class Clients(Section):
+    """Options of every partitioner that divides the examples among a given number of clients."""
+
+    num_clients: int = Field(20, ge=1, description="number of clients (N)")
+    min_examples: int = Field(1, ge=1, description="training examples that every client has at least")
+
+
+def grouped(client_of: npt.NDArray[np.signedinteger], num_clients: int) -> Assignment:
+    """The assignment in which example e belongs to client_of[e]."""
+    indices = np.argsort(client_of, kind="stable").astype(np.int64)
+    offsets = np.zeros(num_clients + 1, np.int64)
+    np.cumsum(np.bincount(client_of, minlength=num_clients), out=offsets[1:])
+    return Assignment(indices, offsets)
+
+
+def check_size(num_examples: int, options: Clients) -> None:
+    """UserError where the examples cannot give every client its minimum."""
+    if num_examples < options.num_clients:
+        raise UserError(
+            f"partition.num_clients: {options.num_clients} clients, but only {num_examples} training "
+            f"examples; use at most {num_examples} clients, or partition.name virtual"
+        )
+    if num_examples < options.num_clients * options.min_examples:
+        raise UserError(
+            f"partition.min_examples: {options.min_examples} for each of {options.num_clients} clients needs "
+            f"{options.num_clients * options.min_examples} training examples, there are {num_examples}; "
+            f"use at most {num_examples // options.num_clients}, or fewer clients"
+        )
+
+
+def with_minimum(client_of: Int64, order: Int64, options: Clients) -> Assignment:
+    """`client_of` changed in as few examples as give every client `min_examples` (check_size has passed).
+
+    The largest clients give, each the examples of its own that come last in `order`, a permutation of all.
+    """
+    sizes = np.bincount(client_of, minlength=options.num_clients)
+    wanted = raised(sizes, options.min_examples)
+    if (wanted != sizes).any():
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order))
+        by_client = np.lexsort((position, client_of))
+        starts = np.cumsum(sizes) - sizes
+        place = np.arange(len(order)) - np.repeat(starts, sizes)
+        given = by_client[place >= np.repeat(wanted, sizes)]
+        client_of = client_of.copy()
+        client_of[given] = np.repeat(np.arange(options.num_clients), np.maximum(wanted - sizes, 0))
+    return grouped(client_of, options.num_clients)
+
+
+def raised(sizes: Int64, minimum: int) -> Int64:
+    """Sizes with the same sum, none below `minimum`; the rest is cut from the largest, to one level."""
+    missing = int(np.maximum(minimum - sizes, 0).sum())
+    if missing == 0:
+        return sizes
+    low, high = minimum, int(sizes.max())
+    while low < high:  # the highest level above which enough lies
+        level = (low + high + 1) // 2
+        if int(np.maximum(sizes - level, 0).sum()) >= missing:
+            low = level
+        else:
+            high = level - 1
+    result = np.clip(sizes, minimum, low)
+    spare = int(np.maximum(sizes - low, 0).sum()) - missing
+    result[np.flatnonzero(sizes > low)[:spare]] += 1
+    return result

@@ -1,0 +1,145 @@
+"""The population: which training examples each client holds, and which of them it keeps for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from fedhpc import config, registry
+from fedhpc.data.partitioners.base import Assignment, Int64
+from fedhpc.data.tokens import Examples
+from fedhpc.rng import generator
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Population:
+    """N clients and their examples.
+
+    A virtual population has no assignment: its clients draw their examples when asked. names are the owners
+    of a natural partition.
+    """
+
+    num_clients: int
+    seed: int
+    held_out_fraction: float  # of each client's examples
+    assignment: Assignment | None = None
+    draw: Callable[[int], Int64] | None = None
+    names: list[str] | None = None
+
+    @classmethod
+    def divided(cls, settings: config.Config, train: Examples) -> Population:
+        """The population that `partition` makes of the training data; UserError where it cannot."""
+        options, seed = settings.partition, settings.run.seed
+        fraction = settings.evaluation.client_fraction
+        module = registry.load("data/partitioners", options.name, "partition.name")
+        if hasattr(module, "draw"):
+            draw: Callable[[int], Int64] = partial(module.draw, len(train), options, seed)
+            draw(0)  # raises what would be wrong with every client
+            return cls(options.num_clients, seed, fraction, draw=draw)
+        indices, offsets = module.partition(len(train), train.labels, train.owners, options, seed)
+        names = None
+        if options.name == "natural":
+            names = train.owner_names
+            # Owners after the last one with an example have none.
+            offsets = np.append(offsets, np.full(len(names) + 1 - len(offsets), offsets[-1]))
+        return cls(len(offsets) - 1, seed, fraction, Assignment(indices, offsets), names=names)
+
+    @classmethod
+    def single(cls, settings: config.Config, train: Examples) -> Population:
+        """One client with all training data, for mode centralized."""
+        everything = Assignment(np.arange(len(train)), np.array([0, len(train)]))
+        return cls(1, settings.run.seed, settings.evaluation.client_fraction, everything)
+
+    def indices(self, client: int) -> Int64:
+        """Training examples of a client, ascending, without those held out."""
+        return self._split(client)[0]
+
+    def held_out(self, client: int) -> Int64:
+        """The client's examples that only evaluate it (`evaluation.client_fraction`), ascending."""
+        return self._split(client)[1]
+
+    def num_examples(self, client: int) -> int:
+        """How many examples the client trains on, held-out ones apart."""
+        size = len(self._all(client))
+        return size - int(self._num_held_out(np.array(size)))
+
+    def sizes(self) -> Int64:
+        """int64[N]: num_examples of every client; not for a virtual population."""
+        sizes = np.diff(self._materialised().offsets)
+        return sizes - self._num_held_out(sizes)
+
+    def label_counts(self, examples: Examples) -> Int64:
+        """int64[N, C]: examples of each label per client, held-out ones too; not for a virtual population."""
+        if examples.labels is None:
+            raise ValueError("these examples have no labels")
+        indices, offsets = self._materialised()
+        classes = len(examples.label_names)
+        clients = np.repeat(np.arange(self.num_clients), np.diff(offsets))
+        cells = np.bincount(clients * classes + examples.labels[indices], minlength=self.num_clients * classes)
+        return cells.reshape(self.num_clients, classes)
+
+    def _materialised(self) -> Assignment:
+        if self.assignment is None:
+            raise ValueError("a virtual population has no per-client arrays")
+        return self.assignment
+
+    def _all(self, client: int) -> Int64:
+        if not 0 <= client < self.num_clients:
+            raise IndexError(f"client {client} of {self.num_clients}")
+        if self.draw is not None:
+            return self.draw(client)
+        indices, offsets = self._materialised()
+        return indices[offsets[client] : offsets[client + 1]]
+
+    def _num_held_out(self, sizes: Int64) -> Int64:
+        """At least one of every client that has two, and never all."""
+        if self.held_out_fraction == 0:
+            return np.zeros_like(sizes)
+        wanted = np.rint(sizes * self.held_out_fraction).astype(np.int64)
+        count: Int64 = np.minimum(np.maximum(wanted, 1), np.maximum(sizes - 1, 0))
+        return count
+
+    def _split(self, client: int) -> tuple[Int64, Int64]:
+        mine = self._all(client)
+        count = int(self._num_held_out(np.array(len(mine))))
+        chosen = np.zeros(len(mine), bool)
+        if count:
+            order = generator(self.seed, "held_out", client).permutation(len(mine))
+            chosen[order[:count]] = True
+        return mine[~chosen], mine[chosen]
+
+
+def describe(population: Population, train: Examples) -> list[str]:
+    """Lines for `--check`: how many clients, how large, and how labels spread over the largest ones."""
+    if population.assignment is None:
+        return [
+            f"clients: {population.num_clients} (virtual), {population.num_examples(0)} examples each, "
+            f"drawn from {len(train)}"
+        ]
+    sizes = population.sizes()
+    lines = [
+        f"clients: {population.num_clients}",
+        f"training examples per client: min {sizes.min()}, median {np.median(sizes):g}, max {sizes.max()}",
+    ]
+    empty = int((sizes == 0).sum())
+    if empty:
+        lines.append(f"clients without data: {empty}, rejected when sampled")
+    if train.labels is None or len(train.label_names) > _SHOWN:
+        return lines
+    counts = population.label_counts(train)
+    shown = list(range(min(population.num_clients, _SHOWN)))
+    heading = ["client", *(name or "(empty)" for name in train.label_names)]
+    rows = [
+        [population.names[client] if population.names else str(client), *map(str, counts[client])] for client in shown
+    ]
+    widths = [max(len(row[column]) for row in [heading, *rows]) for column in range(len(heading))]
+    for row in [heading, *rows]:
+        lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    if population.num_clients > _SHOWN:
+        lines.append(f"and {population.num_clients - _SHOWN} more clients")
+    return lines

@@ -1,0 +1,295 @@
+"""The evaluation of one payload, or of one per client, on a fixed list of items, spread over the ranks.
+
+The batches follow from the items alone: sorted by length, cut into pieces of `evaluation.batch_size`, batch j done by
+rank j mod world size. Every item has a slot of its own in a vector of zeros; each rank fills the slots of its
+batches and one sum-reduce brings them to rank 0. A slot is only ever added to zeros, so the result has the same bits
+on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc import registry
+from fedhpc.config import Evaluation
+from fedhpc.data.tokens import Examples, Tokens, examples_from, group_references
+from fedhpc.evaluation.generation import greedy
+from fedhpc.evaluation.metrics.base import Outputs
+from fedhpc.lazy import lazy
+from fedhpc.methods.base import Attached, Method
+from fedhpc.models import Base, max_positions
+from fedhpc.rng import generator
+from fedhpc.training.forward import autocast, hidden_states, make_batch, pad_id, token_losses
+from fedhpc.transport.base import Transport
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+Int64 = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 knows after an evaluation."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]  # prompt, references, text
+    payload_losses: Float64 | None  # (M,): mean loss per supervised token of each of M > 1 payloads
+    seconds: float
+
+
+def subset(n: int, limit: int, seed: int) -> Int64:
+    """At most `limit` of the items 0 to n - 1, drawn by `seed`, in ascending order."""
+    if n <= limit:
+        return np.arange(n)
+    return np.sort(generator(seed, "evaluation subset").choice(n, limit, replace=False))
+
+
+def evaluate(
+    base: Base,
+    method: Method | None,
+    payloads: Tensor,
+    examples: Examples,
+    indices: Int64,
+    metrics: Sequence[str],
+    options: Evaluation,
+    precision: str,
+    transport: Transport,
+    *,
+    samples: int = 0,
+    label_targets: Sequence[str] | None = None,
+    seed: int = 0,
+    ranks: Sequence[int] | None = None,
+) -> Outcome | None:
+    """Metrics of `payloads` (M, P) on the examples `indices`; the outcome on rank 0, None elsewhere. Collective.
+
+    With M > 1 the loss is over all pairs of payload and example; for labels and texts item i of the evaluated ones
+    is answered by payload i mod M, so that this costs what one model costs. method None: the base as it is.
+
+    For texts an item is a distinct prompt with all its references; as many as there are `indices` are drawn by
+    `seed`, and `samples` of them, evenly spaced, are kept. label_targets: the rendered target of every label, for
+    metrics on labels. ranks: those that share the work, all by default.
+    """
+    started = time.perf_counter()
+    modules = {name: registry.load("evaluation/metrics", name, "evaluation.metrics") for name in metrics}
+    needs = {module.NEEDS for module in modules.values()}
+    count = 1 if method is None else len(payloads)
+    work = _Work(base, method, payloads, options.batch_size, precision, transport, ranks)
+    outputs: dict[str, Any] = {}
+    kept, per_payload = [], None
+
+    if "losses" in needs:
+        pairs = np.tile(indices, count)
+        nll = work.losses(examples, pairs, np.repeat(np.arange(count), len(indices)))
+        sums, tokens = nll.reshape(count, -1).sum(axis=1), int(_supervised(examples, indices).sum())
+        outputs |= {"nll_sum": float(sums.sum()), "tokens": count * tokens}
+        per_payload = sums / tokens if count > 1 else None
+    if "labels" in needs:
+        if label_targets is None or examples.labels is None:
+            raise ValueError("metrics on labels need the examples' labels and a target for each of them")
+        scores = work.label_scores(examples, indices, label_targets, np.arange(len(indices)) % count)
+        outputs |= {"labels": examples.labels[indices].astype(np.int64), "predictions": scores.argmax(axis=1)}
+    if "texts" in needs or samples:
+        groups = group_references(examples)
+        items = subset(len(groups), len(indices), seed)
+        shown = min(samples, len(items))
+        places = np.arange(shown) * len(items) // max(shown, 1)
+        if "texts" not in needs:
+            items, places = items[places], np.arange(shown)
+        firsts = np.array([groups[i][0] for i in items], np.int64)
+        generated = work.texts(examples, firsts, np.arange(len(items)) % count, options.max_new_tokens)
+        if transport.rank == 0:
+            texts = [_decode(base, row) for row in generated]
+            references = [[target.strip() for target in groups[i][1]] for i in items]
+            outputs |= {"texts": texts, "references": references}
+            prompts = examples.prompts or []
+            kept = [{"prompt": prompts[firsts[i]], "references": references[i], "text": texts[i]} for i in places]
+    if transport.rank != 0:
+        return None
+    all_outputs = Outputs(**outputs)
+    values = {name: float(module.compute(all_outputs)) for name, module in modules.items()}
+    return Outcome(values, kept, per_payload, time.perf_counter() - started)
+
+
+def client_evaluation(
+    base: Base,
+    method: Method,
+    payloads: Tensor,
+    examples: Examples,
+    clients: Sequence[int],
+    held_out: Sequence[Int64],
+    options: Evaluation,
+    precision: str,
+    transport: Transport,
+    *,
+    ranks: Sequence[int] | None = None,
+) -> dict[str, NDArray[Any]] | None:
+    """The loss of every client on examples held out of its own training; on rank 0, None elsewhere. Collective.
+
+    payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i]. Columns,
+    one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without any).
+    """
+    if len(payloads) not in (1, len(clients)):
+        raise ValueError(f"{len(payloads)} payloads for {len(clients)} clients")
+    sizes = np.array([len(part) for part in held_out], np.int64)
+    indices = np.concatenate([np.empty(0, np.int64), *held_out])
+    owner = np.repeat(np.arange(len(clients)), sizes)
+    work = _Work(base, method, payloads, options.batch_size, precision, transport, ranks)
+    nll = work.losses(examples, indices, owner % len(payloads))
+    if transport.rank != 0:
+        return None
+    tokens = np.bincount(owner, weights=_supervised(examples, indices), minlength=len(clients)).astype(np.int64)
+    sums = np.bincount(owner, weights=nll, minlength=len(clients))
+    loss = np.divide(sums, tokens, out=np.full(len(clients), np.nan), where=tokens > 0)
+    return {"client_id": np.array(clients, np.int64), "num_examples": sizes, "tokens": tokens, "loss": loss}
+
+
+class _Work:
+    """This rank's share of the batches, with the payload of each row attached, and the sum over ranks.
+
+    The methods take one example and one payload per row and return one slot per row, complete on rank 0 only.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        method: Method | None,
+        payloads: Tensor,
+        batch_size: int,
+        precision: str,
+        transport: Transport,
+        ranks: Sequence[int] | None,
+    ) -> None:
+        self.base, self.method, self.payloads = base, method, payloads
+        self.batch_size, self.precision, self.transport = batch_size, precision, transport
+        self.ranks = range(transport.world_size) if ranks is None else ranks
+        self._attached = np.empty(0, np.int64)  # the payloads of _lead and _state
+        self._lead: Mapping[str, Tensor] = {}
+        self._state: Mapping[str, Tensor] = {}
+
+    def losses(self, examples: Examples, indices: Int64, payload: Int64) -> Float64:
+        """Negative log-likelihood of every example, summed over its supervised tokens: (n,)."""
+        slots = torch.zeros(len(indices), dtype=torch.float64)
+        for rows in self._batches(payload, examples.lengths[indices]):
+            with self._attach(payload[rows]) as attached:
+                slots[rows] = self._nll(attached, examples, indices[rows])
+        return self._sum(slots)
+
+    def label_scores(self, examples: Examples, indices: Int64, targets: Sequence[str], payload: Int64) -> Float64:
+        """Log-likelihood of every target (and eos) after the prompt of every example: (n, labels)."""
+        tokenizer = self.base.tokenizer
+        candidates = [
+            np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], np.int32)
+            for text in targets
+        ]
+        limit = max_positions(self.base)
+        # One row per example and label.
+        example, label = np.repeat(indices, len(targets)), np.tile(np.arange(len(targets)), len(indices))
+        payload = np.repeat(payload, len(targets))
+        slots = torch.zeros(len(example), dtype=torch.float64)
+        lengths = examples.prompt_lengths[example] + np.array([len(c) for c in candidates])[label]
+        for rows in self._batches(payload, lengths):
+            with self._attach(payload[rows]) as attached:
+                room = None if limit is None else limit - attached.past_length
+                prompts = [_prompt(examples, int(e)) for e in example[rows]]
+                answers = [candidates[c] for c in label[rows]]
+                slots[rows] = -self._nll(
+                    attached, _joined(prompts, answers, room, tokenizer.bos_token_id), np.arange(len(rows))
+                )
+        return self._sum(slots).reshape(len(indices), len(targets))
+
+    def texts(self, examples: Examples, indices: Int64, payload: Int64, max_new_tokens: int) -> Int64:
+        """Greedy continuations of the prompts of the examples: (n, max_new_tokens), -1 after the end."""
+        slots = torch.zeros(len(indices), max_new_tokens, dtype=torch.int32)
+        for rows in self._batches(payload, examples.prompt_lengths[indices]):
+            prompts = [_prompt(examples, int(i)) for i in indices[rows]]
+            with self._attach(payload[rows]) as attached, torch.no_grad(), autocast(self.base, self.precision):
+                # Plus one: an empty slot is 0.
+                slots[rows] = greedy(self.base, attached, prompts, max_new_tokens).to("cpu", torch.int32) + 1
+        return self._sum(slots).astype(np.int64) - 1
+
+    def _nll(self, attached: Attached, examples: Examples, indices: Int64) -> Tensor:
+        batch = make_batch(examples, indices, pad_id(self.base), self.base.device)
+        with torch.no_grad(), autocast(self.base, self.precision):
+            losses = token_losses(self.base, hidden_states(self.base, attached, batch.ids), batch)
+        row = np.repeat(np.arange(len(indices)), batch.supervised)
+        sums = np.bincount(row, weights=losses.to("cpu", torch.float64).numpy(), minlength=len(indices))
+        return torch.from_numpy(sums)
+
+    def _batches(self, payload: Int64, lengths: NDArray[Any]) -> Iterator[Int64]:
+        """The rows of this rank's batches, longest first.
+
+        Batches hold one payload where the method cannot share the base, or where each payload has rows enough to fill
+        one; else rows of several are mixed.
+        """
+        used = np.unique(payload)
+        shared = self.method is None or self.method.shares_base
+        apart = not shared or len(payload) >= len(used) * self.batch_size
+        parts = [np.flatnonzero(payload == m) for m in used] if apart else [np.arange(len(payload))]
+        number = 0
+        for part in parts:
+            order = part[np.argsort(-lengths[part], kind="stable")]
+            for start in range(0, len(order), self.batch_size):
+                if self.ranks[number % len(self.ranks)] == self.transport.rank:
+                    yield order[start : start + self.batch_size]
+                number += 1
+
+    def _attach(self, payload: Int64) -> AbstractContextManager[Attached]:
+        """The base with row b of a batch behind payload[b]."""
+        if self.method is None:
+            return nullcontext(Attached())
+        used, rows = np.unique(payload, return_inverse=True)
+        if not np.array_equal(used, self._attached):
+            index = torch.from_numpy(used).to(self.payloads.device)
+            one = slice(int(used[0]), int(used[0]) + 1)  # a view: with full fine-tuning a payload is a whole model
+            self._lead = self.method.payload.views(self.payloads[one if len(used) == 1 else index])
+            self._state = self.method.start(self._lead)
+            self._attached = used
+        return self.method.attach(self._state, self._lead, torch.from_numpy(rows).to(self.base.device))
+
+    def _sum(self, slots: Tensor) -> NDArray[Any]:
+        self.transport.reduce_sum(slots)
+        summed: NDArray[Any] = slots.numpy()
+        return summed
+
+
+def _prompt(examples: Examples, example: int) -> Int32:
+    start = examples.offsets[example]
+    return examples.ids[start : start + examples.prompt_lengths[example]]
+
+
+def _supervised(examples: Examples, indices: Int64) -> Int64:
+    """Supervised tokens of each example (n,); the first token of a text cannot be predicted."""
+    return examples.lengths[indices] - np.maximum(examples.prompt_lengths[indices], 1)
+
+
+def _joined(prompts: Sequence[Int32], answers: Sequence[Int32], room: int | None, bos: int | None) -> Examples:
+    """Each prompt with its answer; one longer than `room` tokens loses the front of its prompt, but for the bos."""
+    cut = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        excess = 0 if room is None else max(len(prompt) + len(answer) - room, 0)
+        first = 1 if excess and prompt[0] == bos else 0
+        cut.append(np.concatenate([prompt[:first], prompt[first + excess :]]))
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(cut, answers, strict=True)]
+    ids = np.concatenate([part for pair in zip(cut, answers, strict=True) for part in pair])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return examples_from(Tokens(ids, offsets, np.array([len(prompt) for prompt in cut], np.int32)))
+
+
+def _decode(base: Base, ids: Int64) -> str:
+    text: str = base.tokenizer.decode(
+        ids[ids >= 0].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text.strip()

@@ -1,0 +1,22 @@
+"""Accuracy: the share of examples, 0 to 1, whose most likely label is the right one.
+
+The prediction is the label whose rendered target has the highest log-likelihood after the prompt
+(Brown et al. 2020, arXiv 2005.14165, section 2.4, without normalisation by length).
+"""
+
+from __future__ import annotations
+
+from fedhpc.evaluation.metrics.base import Outputs
+from fedhpc.registry import Section
+
+NEEDS = "labels"
+HIGHER_IS_BETTER = True
+
+
+class Options(Section):
+    pass
+
+
+def compute(outputs: Outputs) -> float:
+    """The mean of prediction == label."""
+    return float((outputs.predictions == outputs.labels).mean())

@@ -1,0 +1,40 @@
+"""What a metric file has to say.
+
+- `Options`: its keys in the configuration (none so far).
+- `NEEDS`: the part of `Outputs` it is computed from: "losses", "labels" or "texts".
+- `HIGHER_IS_BETTER`.
+- `compute(outputs) -> float`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _none() -> NDArray[np.int64]:
+    return np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model did with the evaluated items; the parts no metric needs are left empty."""
+
+    # losses: over all supervised tokens (target and eos)
+    nll_sum: float = 0.0  # negative log-likelihood, nats
+    tokens: int = 0
+    # labels: one per example
+    labels: NDArray[np.int64] = field(default_factory=_none)
+    predictions: NDArray[np.int64] = field(default_factory=_none)
+    # texts: one per item; references[i] are those of texts[i], at least one
+    texts: Sequence[str] = ()
+    references: Sequence[Sequence[str]] = ()
+
+
+def columns(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """References as sacrebleu wants them: the j-th of every item, None where an item has fewer."""
+    most = max(map(len, references))
+    return [[refs[j] if j < len(refs) else None for refs in references] for j in range(most)]

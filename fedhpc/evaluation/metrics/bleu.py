@@ -1,0 +1,22 @@
+"""BLEU, 0 to 100, of the corpus (Papineni et al. 2002), as sacrebleu computes it by default (Post 2018,
+arXiv 1804.08771): 4-grams, 13a tokenisation, case kept, exponential smoothing. Items may differ in the number of
+their references."""
+
+from __future__ import annotations
+
+from fedhpc.evaluation.metrics.base import Outputs, columns
+from fedhpc.registry import Section
+
+NEEDS = "texts"
+HIGHER_IS_BETTER = True
+
+
+class Options(Section):
+    pass
+
+
+def compute(outputs: Outputs) -> float:
+    """Corpus BLEU of the texts against all references of each."""
+    from sacrebleu.metrics import BLEU
+
+    return float(BLEU().corpus_score(list(outputs.texts), columns(outputs.references)).score)

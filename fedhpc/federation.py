@@ -1,0 +1,707 @@
+"""The round loop: the one file that knows rank 0 from the rest.
+
+A round: rank 0 broadcasts theta_t, every rank computes the same plan, the workers train their blocks, the updates meet
+in one exact sum, the server steps. Modes centralized and local are the same loop: there the clients keep their
+optimizer state, and in local mode their own parameters, from round to round.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhpc import clientstate, data, registry, rundir
+from fedhpc.aggregation import Uploads, sharded, weighted_sum
+from fedhpc.config import Config
+from fedhpc.data import Data
+from fedhpc.data.templates import parse
+from fedhpc.errors import UserError
+from fedhpc.evaluation.evaluate import Outcome, client_evaluation, evaluate, subset
+from fedhpc.methods.base import Method
+from fedhpc.models import Base, load_base, load_tokenizer, max_positions
+from fedhpc.participation import Plan, cohort_size, num_rounds, plan_round, resolve_block_size
+from fedhpc.progress import Progress
+from fedhpc.rng import generator
+from fedhpc.runtime import Launch
+from fedhpc.server import Server
+from fedhpc.store import Results
+from fedhpc.training.block import Trained, Work, train_block
+from fedhpc.transport.base import Transport
+
+OK, DROPPED, REJECTED = 0, 1, 2
+# What a client reports beside its update: one row of float64 per place in the cohort (72 bytes).
+_REPORT = ("reported", "status", "tokens", "steps", "loss_sum", "loss_first", "loss_last", "update_norm", "examples")
+# And what a rank reports.
+_RANK_REPORT = ("input_tokens", "padded_tokens", "seconds_local", "peak_memory_bytes", "wire_bytes")
+T = TypeVar("T")
+
+
+class RefusedError(Exception):
+    """Rank 0 found a mistake that a person can mend; it says so, and every rank leaves with 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every rank knows before the first round."""
+
+    config: Config
+    base: Base
+    method: Method
+    data: Data
+    block_size: int
+    rounds: int
+    workers: tuple[int, ...]
+    label_targets: list[str] | None  # the target of each label, where a metric needs them
+
+    def plan(self, round_: int) -> Plan:
+        return plan_round(
+            self.config,
+            self.data.population,
+            self.data.train,
+            round_,
+            self.workers,
+            self.block_size,
+            self.method.shares_base,
+        )
+
+    @property
+    def payload_dtype(self) -> torch.dtype:
+        return torch.float64 if self.base.dtype == torch.float64 else torch.float32
+
+
+def on_server(transport: Transport, step: Callable[[], T]) -> T:
+    """The JSON-able result of `step` on rank 0, on every rank; its UserError ends all of them with RefusedError."""
+    verdict: dict[str, Any] = {}
+    if transport.rank == 0:
+        try:
+            verdict = {"value": step()}
+        except UserError as error:
+            verdict = {"error": str(error)}
+    verdict = transport.broadcast_json(verdict)
+    if "error" in verdict:
+        raise RefusedError(verdict["error"])
+    value: T = verdict["value"]
+    return value
+
+
+def prepare(config: Config, transport: Transport, launch: Launch, write_cache: bool) -> Task:
+    """Load and check everything that needs no run directory; rank 0 first, so that mistakes are said once."""
+    task: Task | None = None
+
+    def first() -> None:
+        nonlocal task
+        task = _prepare(config, launch, transport.world_size, write_cache)
+
+    on_server(transport, first)
+    return task or _prepare(config, launch, transport.world_size, write_cache)
+
+
+def _prepare(config: Config, launch: Launch, world_size: int, write_cache: bool) -> Task:
+    from fedhpc.training.local import num_steps
+
+    device = resolve_device(config, launch)
+    tokenizer = load_tokenizer(config.model)
+    loaded = data.load_data(config, tokenizer, write_cache)
+    base = load_base(config.model, device)
+    method: Method = registry.load("methods", config.method.name).METHOD(config.method, base, config.run.seed)
+    _check_length(config, base)
+    size = cohort_size(config, loaded.population)
+    if config.federation.min_cohort > size:
+        raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")
+    if config.mode == "centralized" and num_steps(loaded.population.num_examples(0), config.client) == 0:
+        raise UserError("data.train: there is no training example left")
+    block = resolve_block_size(config, size, device.type) if method.shares_base else 1
+    ranks = range(world_size)
+    return Task(
+        config=config,
+        base=base,
+        method=method,
+        data=loaded,
+        block_size=block,
+        rounds=num_rounds(config, loaded.population),
+        workers=tuple(ranks[1:]) or (0,),
+        label_targets=_label_targets(config, loaded),
+    )
+
+
+def _label_targets(config: Config, loaded: Data) -> list[str] | None:
+    """The rendered target of every label, between which a classification decides by likelihood."""
+    if not {"accuracy", "macro_f1"} & set(config.evaluation.metrics):
+        return None
+    target = parse(config.data.target, "data.target")
+    if list(target.columns) != [config.data.label]:
+        raise UserError(
+            "evaluation.metrics: accuracy and macro_f1 choose between labels, so data.target must be made of the label "
+            f"alone, like ' {{{config.data.label}}}'"
+        )
+    return [target.render({str(config.data.label): name}) for name in loaded.train.label_names]
+
+
+def _check_length(config: Config, base: Base) -> None:
+    limit = max_positions(base)
+    virtual = int(getattr(config.method, "num_virtual_tokens", 0))
+    if limit is not None and config.data.max_length + virtual > limit:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} tokens and {virtual} virtual ones exceed the {limit} positions "
+            f"of '{base.name}': lower data.max_length to {limit - virtual}"
+        )
+
+
+def resolve_device(config: Config, launch: Launch) -> torch.device:
+    """The device of this rank. UserError where cuda is asked for and missing."""
+    available = torch.cuda.is_available()
+    if config.runtime.device == "cuda" and not available:
+        raise UserError("runtime.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
+    if config.runtime.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+
+
+def run(task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None]) -> None:
+    """Run or resume to the end. `on_round` is told on rank 0 which round is safely on disk."""
+    config, directory = task.config, task.config.run_dir
+    is_server = transport.rank == 0
+
+    def claim() -> str:
+        found = rundir.decide(config, directory, fresh, task.data.fingerprint, task.base.fingerprint)
+        if found != "finished":
+            directory.mkdir(parents=True, exist_ok=True)
+            rundir.lock(directory)
+            rundir.begin(directory) if found == "fresh" else rundir.sweep(directory)
+            rundir.write_config(directory, config)
+        return found
+
+    decision = on_server(transport, claim)
+    if decision == "finished":
+        if is_server:
+            print(f"{directory}: this run is finished; --fresh starts it over, federation.rounds extends it")
+        return
+    round_, server, book = _begin(task, transport, decision == "resume")
+    if is_server:
+        on_round(round_)
+    progress = Progress(task.rounds, round_) if is_server else None
+    if progress:
+        for message in [*_headline(task, transport), *task.data.messages]:
+            progress.message(message)
+    if decision == "fresh":
+        outcome = _evaluate(task, transport, server, 0)
+        if book and server:
+            book.initial(outcome)
+            book.save(server, 0)
+    while round_ < task.rounds:
+        round_ += 1
+        row, clients, events = _round(task, transport, server, round_)
+        if round_ % config.evaluation.every == 0 or round_ == task.rounds:
+            began = time.perf_counter()
+            outcome = _evaluate(task, transport, server, round_)
+            if outcome:
+                spent = time.perf_counter() - began
+                row |= {f"eval_{name}": value for name, value in outcome.metrics.items()}
+                row |= {"seconds_eval": spent, "seconds": row["seconds"] + spent}
+        if book and server and progress:
+            book.results.add_round(row)
+            book.results.add_clients(clients)
+            for kind, message in events:
+                book.results.add_event(round_, kind, message)
+            # What is on the screen is on the disk: checkpoint first, then results.h5, then a line to read.
+            if round_ % config.checkpoint.every == 0 or round_ == task.rounds:
+                book.save(server, round_)
+                on_round(round_)
+            progress.round(row)
+    _finish(task, transport, server, book, progress)
+
+
+def _begin(task: Task, transport: Transport, resume: bool) -> tuple[int, Server | None, Book | None]:
+    """The round to go on from, and rank 0's server and book (None elsewhere)."""
+    state: dict[str, Any] = {}
+
+    def restore() -> int:
+        layout = task.method.payload
+        theta = layout.flatten({n: t.to(task.payload_dtype) for n, t in task.method.initial().items()})
+        server, results, round_ = Server(task.config, theta), _new_results(task, transport), 0
+        if resume:
+            loaded = rundir.load_checkpoint(task.config.run_dir)
+            if loaded is not None:
+                tensors, meta = loaded
+                path = task.config.run_dir / "results.h5"
+                # A run killed before its first results.h5 has every row in the checkpoint.
+                results = Results.read(path) if path.exists() else results
+                rows = {n.removeprefix("rows/"): t for n, t in tensors.items() if n.startswith("rows/")}
+                round_ = int(meta["round"])
+                results.restore((meta["rows"], rows), round_)
+                results.attributes |= _attributes(task, transport)
+                results.add_event(round_, "resumed", f"on {transport.world_size} ranks over {transport.name}")
+                server.load(tensors)
+        state.update(server=server, book=Book(task, results))
+        return round_
+
+    round_ = on_server(transport, restore)
+    return round_, state.get("server"), state.get("book")
+
+
+def _round(
+    task: Task, transport: Transport, server: Server | None, round_: int
+) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]:
+    """One round. On rank 0: the rows for /rounds and /clients, and events; empty elsewhere."""
+    config, layout = task.config, task.method.payload
+    wire_before = transport.wire_bytes
+    began = time.perf_counter()
+    plan = task.plan(round_)
+    theta = _broadcast_theta(task, transport, server) if config.mode != "local" else None
+    sent = time.perf_counter()
+
+    place = {client: i for i, client in enumerate(plan.cohort)}
+    report = np.zeros((len(plan.cohort), len(_REPORT)))
+    rank_report = np.zeros((transport.world_size, len(_RANK_REPORT)))
+    uploads, tokens = _train(task, transport.rank, plan, theta, report, place)
+    trained = time.perf_counter()
+
+    total, accepted = (None, None)
+    if config.mode != "local":
+        total, accepted = _combine(task, transport, plan, place, uploads)
+    size = report.nbytes + rank_report.nbytes
+    wire = transport.wire_bytes - wire_before + size if transport.world_size > 1 else 0
+    rank_report[transport.rank] = (*tokens, trained - sent, _peak_memory(task.base.device), wire)
+    both = torch.from_numpy(np.concatenate([report.ravel(), rank_report.ravel()]))
+    transport.reduce_sum(both)  # every rank fills its own places, so the sum is exact in any order
+    reduced = time.perf_counter()
+    if server is None:
+        return {}, {}, []
+
+    report = both[: report.size].reshape(report.shape).numpy()
+    rank_report = both[report.size :].reshape(rank_report.shape).numpy()
+    column = {name: report[:, i] for i, name in enumerate(_REPORT)}
+    status = np.where(column["reported"] > 0, column["status"], REJECTED).astype(np.int8)
+    status[[place[c] for c in plan.dropped]] = DROPPED
+    completed = int((status == OK).sum())
+    events = [("rejected", f"client {c}: {_why(plan, c)}") for c, i in place.items() if status[i] == REJECTED]
+    norm = 0.0
+    if total is not None and accepted is not None:
+        if completed >= config.federation.min_cohort:
+            norm = server.step(total)
+        else:
+            events.append(("void", f"{completed} of {config.federation.min_cohort} needed clients completed"))
+    stepped = time.perf_counter()
+
+    bytes_each = layout.size * task.payload_dtype.itemsize if config.mode == "federated" else 0
+    supervised = column["tokens"].sum()
+    ranks = {name: rank_report[:, i] for i, name in enumerate(_RANK_REPORT)}
+    row = {
+        "round": round_,
+        "train_loss": column["loss_sum"].sum() / supervised if supervised else float("nan"),
+        "cohort_size": len(plan.cohort),
+        "completed": completed,
+        "dropped": len(plan.dropped),
+        "rejected": int((status == REJECTED).sum()),
+        "tokens": int(supervised),
+        "padded_tokens": int(ranks["padded_tokens"].sum()),
+        "bytes_down": bytes_each * len(plan.cohort),
+        "bytes_up": bytes_each * len(plan.training),
+        "wire_bytes": int(ranks["wire_bytes"].max()),
+        "update_norm": norm,
+        "seconds": stepped - began,
+        "seconds_broadcast": sent - began,
+        "seconds_local": float(ranks["seconds_local"].max()),
+        "seconds_reduce": max(0.0, reduced - sent - float(ranks["seconds_local"].max())),
+        "seconds_server": stepped - reduced,
+        "seconds_eval": 0.0,
+        "peak_memory_bytes": int(ranks["peak_memory_bytes"].max()),
+    }
+    where = {c: (b.worker, i) for i, b in enumerate(plan.blocks) for c in b.clients}
+    clients = {
+        "round": np.full(len(plan.cohort), round_),
+        "client_id": np.array(plan.cohort),
+        "num_examples": np.array([task.data.population.num_examples(c) for c in plan.cohort]),
+        "tokens": column["tokens"],
+        "steps": column["steps"],
+        "loss_first": np.where(column["reported"] > 0, column["loss_first"], np.nan),
+        "loss_last": np.where(column["reported"] > 0, column["loss_last"], np.nan),
+        "update_norm": np.where(column["reported"] > 0, column["update_norm"], np.nan),
+        "status": status,
+        "worker": np.array([where.get(c, (-1, -1))[0] for c in plan.cohort]),
+        "block": np.array([where.get(c, (-1, -1))[1] for c in plan.cohort]),
+    }
+    return row, clients, events
+
+
+def _broadcast_theta(task: Task, transport: Transport, server: Server | None) -> Tensor:
+    """theta_t (P,) on the CPU of every rank."""
+    theta = server.theta if server else torch.empty(task.method.payload.size, dtype=task.payload_dtype)
+    transport.broadcast(theta)
+    return theta
+
+
+def _train(
+    task: Task, rank: int, plan: Plan, theta: Tensor | None, report: np.ndarray, place: Mapping[int, int]
+) -> tuple[Uploads, tuple[int, int]]:
+    """Train this rank's blocks; fills its clients' rows of `report`. Also the input and padded tokens."""
+    config = task.config
+    mine = [block for block in plan.blocks if block.worker == rank]
+    weights = _weights(task, plan)
+    slots, shares, updates, tokens, padded = [], [], [], 0, 0
+    for block in mine:
+        works = [Work(c, task.data.population.indices(c)) for c in block.clients]
+        trained, payloads = _train_block(task, plan.round, works, theta)
+        uploaded = trained.updates
+        for transform in config.transforms:
+            uploaded = registry.load("transforms", transform.name).on_client(uploaded, transform)
+        finite = torch.isfinite(uploaded).all(dim=1).numpy()
+        if config.mode != "federated":
+            _remember(task, plan.round, works, trained, payloads - trained.updates, finite)
+        norms = torch.linalg.vector_norm(uploaded.double(), dim=1).numpy()
+        for k, client in enumerate(block.clients):
+            # Non-finite numbers would poison the sum that carries the reports of all.
+            numbers = np.nan_to_num(
+                [trained.loss_sum[k], trained.loss_first[k], trained.loss_last[k], norms[k]], nan=0.0, posinf=0.0
+            )
+            report[place[client]] = (
+                1,
+                OK if finite[k] else REJECTED,
+                trained.tokens[k],
+                trained.steps[k],
+                *numbers,
+                trained.num_examples[k],
+            )
+            if finite[k] and config.mode != "local":
+                slots.append(place[client])
+                shares.append(weights[client])
+                updates.append(uploaded[k])
+        tokens += trained.input_tokens
+        padded += trained.padded_tokens
+    none = torch.empty(0, task.method.payload.size, dtype=task.payload_dtype)
+    stacked = torch.stack(updates) if updates else none
+    return Uploads(np.array(slots, np.int64), np.array(shares, np.float64), stacked), (tokens, padded)
+
+
+def _train_block(task: Task, round_: int, works: Sequence[Work], theta: Tensor | None) -> tuple[Trained, Tensor]:
+    """Train a block; also the payloads (1 or K, P) that it started from."""
+    config = task.config
+    if config.mode == "federated":
+        assert theta is not None
+        payloads = theta.unsqueeze(0)
+        return (
+            train_block(task.base, task.method, payloads, works, task.data.train, config, round_, task.rounds),
+            payloads,
+        )
+    memories, own = [], []
+    for work in works:
+        if round_ == 1:
+            rule: Any = importlib.import_module(f"fedhpc.client_optimizers.{config.client.optimizer}")
+            names = rule.state_names(config.client)
+            memories.append(clientstate.fresh(names, task.method.state.size, task.payload_dtype))
+            own.append(_initial(task))
+        else:
+            memory, kept = clientstate.load(config.run_dir, work.client_id, round_ - 1)
+            memories.append(memory)
+            own.append(kept)
+    payloads = theta.unsqueeze(0) if theta is not None else torch.stack(own)
+    trained = train_block(
+        task.base, task.method, payloads, works, task.data.train, config, round_, task.rounds, memories
+    )
+    return trained, payloads
+
+
+def _initial(task: Task) -> Tensor:
+    return task.method.payload.flatten({n: t.to(task.payload_dtype) for n, t in task.method.initial().items()})
+
+
+def _remember(
+    task: Task, round_: int, works: Sequence[Work], trained: Trained, reached: Tensor, finite: np.ndarray
+) -> None:
+    every = task.config.checkpoint.every
+    for k, work in enumerate(works):
+        if not finite[k]:
+            raise UserError(
+                f"client {work.client_id}: training diverged in round {round_} (its parameters are not finite): "
+                "lower client.lr"
+            )
+        clientstate.save(
+            task.config.run_dir,
+            work.client_id,
+            round_,
+            trained.memories[k],
+            reached[k],
+            keep_from=(round_ - 1) // every * every,
+        )
+
+
+def _weights(task: Task, plan: Plan) -> dict[int, float]:
+    """Share of each training client in the planned cohort; they add up to 1."""
+    examples = {c: task.data.population.num_examples(c) for c in plan.training}
+    if task.config.server.weighting == "uniform":
+        return {c: 1.0 / len(examples) for c in examples}
+    total = sum(examples.values())
+    return {c: n / total for c, n in examples.items()}
+
+
+def _combine(
+    task: Task, transport: Transport, plan: Plan, place: Mapping[int, int], uploads: Uploads
+) -> tuple[Tensor | None, np.ndarray]:
+    """The aggregated pseudo-gradient (P,) on rank 0, and which places of the cohort it is made of."""
+    config, layout = task.config, task.method.payload
+    accepted = torch.zeros(len(plan.cohort), dtype=torch.int64)
+    accepted[torch.from_numpy(uploads.slots)] = 1
+    transport.all_reduce_max(accepted)
+    mask = accepted.numpy().astype(bool)
+    weights = _weights(task, plan)
+    share = np.array([weights.get(c, 0.0) for c in plan.cohort])
+    rule = registry.load("aggregators", config.server.aggregator)
+    if rule.LINEAR:
+        total = weighted_sum(transport, uploads, layout, len(plan.cohort))
+        if total is not None and mask.any():
+            total /= share[mask].sum()
+        return total, mask
+    owner = {c: b.worker for b in plan.blocks for c in b.clients}
+    owners = [owner[c] for c in plan.cohort if mask[place[c]]]
+    if not owners:
+        return torch.zeros(layout.size, dtype=torch.float64) if transport.rank == 0 else None, mask
+    total = sharded(
+        transport,
+        uploads,
+        owners,
+        share[mask],
+        layout,
+        lambda values, shares: rule.combine(values, shares, config.server),
+    )
+    return total, mask
+
+
+def _evaluated_clients(task: Task) -> list[int]:
+    """Clients of the per-client evaluation: all, or a seeded sample of a large population."""
+    n, limit = task.data.population.num_clients, task.config.evaluation.max_clients
+    if n <= limit:
+        return list(range(n))
+    chosen = generator(task.config.run.seed, "evaluated clients").choice(n, limit, replace=False)
+    return sorted(int(c) for c in chosen)
+
+
+def _why(plan: Plan, client: int) -> str:
+    return "it has no training examples" if client in plan.empty else "its update is not finite"
+
+
+def _evaluated_payloads(task: Task, transport: Transport, server: Server | None, round_: int) -> Tensor:
+    """What an evaluation after `round_` is of: (1, P), or in local mode (M, P), one row per client."""
+    if task.config.mode != "local" or round_ == 0:
+        return _broadcast_theta(task, transport, server).unsqueeze(0).to(task.base.device)
+    transport.barrier()  # another rank may have written the client's file
+    clients = task.plan(round_).training
+    rows = [clientstate.load(task.config.run_dir, c, round_)[1] for c in clients]
+    return torch.stack(rows).to(task.base.device)
+
+
+def _evaluate(task: Task, transport: Transport, server: Server | None, round_: int) -> Outcome | None:
+    """Validation after `round_`; the outcome on rank 0."""
+    config, examples = task.config, task.data.validation
+    return evaluate(
+        task.base,
+        task.method,
+        _evaluated_payloads(task, transport, server, round_),
+        examples,
+        subset(len(examples), config.evaluation.max_examples, config.run.seed),
+        config.evaluation.metrics,
+        config.evaluation,
+        config.runtime.precision,
+        transport,
+        label_targets=task.label_targets,
+    )
+
+
+def _finish(
+    task: Task, transport: Transport, server: Server | None, book: Book | None, progress: Progress | None
+) -> None:
+    """Test, per-client evaluation, final payload, export; then the run is complete."""
+    config, test = task.config, task.data.test
+    limit = config.evaluation.test_max_examples or config.evaluation.max_examples
+    indices = subset(len(test), limit, config.run.seed)
+    payloads = _evaluated_payloads(task, transport, server, task.rounds)
+
+    def on_test(method: Method | None, samples: int) -> Outcome | None:
+        return evaluate(
+            task.base,
+            method,
+            payloads,
+            test,
+            indices,
+            config.evaluation.metrics,
+            config.evaluation,
+            config.runtime.precision,
+            transport,
+            samples=samples,
+            label_targets=task.label_targets,
+        )
+
+    untouched = on_test(None, 0)
+    final = on_test(task.method, config.evaluation.samples)
+    per_client = None
+    if config.evaluation.client_fraction > 0:
+        plan = task.plan(task.rounds)
+        clients = plan.training if config.mode == "local" else _evaluated_clients(task)
+        held_out = [task.data.population.held_out(c) for c in clients]
+        per_client = client_evaluation(
+            task.base,
+            task.method,
+            payloads,
+            task.data.train,
+            clients,
+            held_out,
+            config.evaluation,
+            config.runtime.precision,
+            transport,
+        )
+    if book is None or server is None or final is None or untouched is None or progress is None:
+        return
+    results = book.results
+    results.set_test(final.metrics)
+    results.set_base(untouched.metrics)
+    results.set_samples(final.samples)
+    if per_client is not None:
+        results.set_client_eval(per_client)
+    layout = task.method.payload
+    if config.mode == "local":
+        clients = task.plan(task.rounds).training
+        views = layout.views(payloads.cpu())
+        for i, client in enumerate(clients):
+            single = {name: view[i] for name, view in views.items()}
+            task.method.export(single, config.run_dir / "adapter" / str(client))
+    else:
+        views = layout.views(server.theta)
+        task.method.export(views, config.run_dir / "adapter")
+    results.set_final({name: view.numpy() for name, view in views.items()})
+    book.save(server, task.rounds, complete=True)
+    rundir.write_status(config.run_dir, "complete", task.rounds)
+    progress.close()
+    for name, value in final.metrics.items():
+        print(f"test {name} {value:.4f} (untouched base {untouched.metrics[name]:.4f})")
+    print(f"complete: {config.run_dir}/results.h5 and {config.run_dir}/adapter")
+
+
+class Book:
+    """Rank 0's record of the run: results.h5 and the checkpoint, written in the order that loses nothing."""
+
+    def __init__(self, task: Task, results: Results) -> None:
+        self.task, self.results = task, results
+        self._started = time.perf_counter()
+        self._before = float(results.attributes.get("wall_seconds", 0.0))
+        self._written_at, self._write_s = -float("inf"), 0.0
+
+    def initial(self, outcome: Outcome | None) -> None:
+        """Row 0: the evaluated initial state."""
+        metrics = outcome.metrics if outcome else {}
+        self.results.add_round({"round": 0, **{f"eval_{name}": value for name, value in metrics.items()}})
+
+    def save(self, server: Server, round_: int, complete: bool = False) -> None:
+        """Checkpoint, then results.h5. The rows that the file lacks are in the checkpoint."""
+        directory = self.task.config.run_dir
+        meta_rows, arrays = self.results.pending()
+        meta = {
+            "round": round_,
+            "block_size": self.task.block_size,
+            "fingerprint_data": self.task.data.fingerprint,
+            "fingerprint_model": self.task.base.fingerprint,
+            "rows": meta_rows,
+        }
+        rows = {f"rows/{name}": array for name, array in arrays.items()}
+        rundir.save_checkpoint(directory, {**server.tensors(), **rows}, meta)
+        now = time.perf_counter()
+        # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
+        if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:
+            self.results.attributes["wall_seconds"] = self._before + now - self._started
+            self.results.write(directory / "results.h5", complete)
+            self._written_at = time.perf_counter()
+            self._write_s = self._written_at - now
+        rundir.write_status(directory, "running", round_)
+
+
+def _attributes(task: Task, transport: Transport) -> dict[str, Any]:
+    config, device = task.config, task.base.device
+    return {
+        "config": config.to_yaml(),
+        "method": config.method.name,
+        "mode": config.mode,
+        "model": config.model.name,
+        "seed": config.run.seed,
+        "world_size": transport.world_size,
+        "transport": transport.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "block_size": task.block_size,
+        "payload_parameters": task.method.payload.size,
+        "payload_dtype": str(task.payload_dtype).removeprefix("torch."),
+        "fingerprint_data": task.data.fingerprint,
+        "fingerprint_model": task.base.fingerprint,
+    }
+
+
+def _new_results(task: Task, transport: Transport) -> Results:
+    results = Results(_attributes(task, transport), task.config.evaluation.metrics)
+    population, train = task.data.population, task.data.train
+    if population.assignment is not None:
+        indices, offsets = population.assignment
+        counts = population.label_counts(train) if train.labels is not None else None
+        names = train.label_names if counts is not None else None
+        results.set_partition(np.diff(offsets), counts, names, indices, offsets)
+    return results
+
+
+def _headline(task: Task, transport: Transport) -> list[str]:
+    config = task.config
+    size = cohort_size(config, task.data.population)
+    return [
+        f"{config.run.name}: {config.mode} {config.method.name} of {task.base.name} "
+        f"({task.method.payload.size:,} parameters), {task.data.population.num_clients:,} clients, "
+        f"{size} a round in blocks of {task.block_size}, {transport.world_size} ranks over {transport.name} "
+        f"on {task.base.device.type}",
+    ]
+
+
+def describe(task: Task, transport: Transport) -> list[str]:
+    """The plan that --check prints: clients, blocks, steps, payload, bytes per round, memory."""
+    config, population = task.config, task.data.population
+    plan = task.plan(1)
+    payload, state = task.method.payload.size, task.method.state.size
+    item = task.payload_dtype.itemsize
+    steps = [_steps(task, c) for c in plan.training]
+    per_worker = {w: sum(b.cost for b in plan.blocks if b.worker == w) for w in task.workers}
+    base_bytes = sum(p.numel() * p.element_size() for p in task.base.model.parameters())
+    rule: Any = importlib.import_module(f"fedhpc.client_optimizers.{config.client.optimizer}")
+    copies = 2 + len(rule.state_names(config.client))
+    largest = max((len(b.clients) for b in plan.blocks), default=0)
+    held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in task.workers), default=0)
+    sent = config.mode == "federated"
+    return [
+        *_headline(task, transport),
+        *task.data.messages,
+        *data.describe(population, task.data.train),
+        f"examples: {len(task.data.train):,} training, {len(task.data.validation):,} validation, "
+        f"{len(task.data.test):,} test",
+        f"rounds: {task.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most {largest}, "
+        f"{min(steps, default=0)} to {max(steps, default=0)} local steps each",
+        "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
+        f"payload: {payload:,} parameters in {len(task.method.payload.shapes)} tensors, "
+        f"{payload * item / 2**20:.2f} MiB per client each way",
+        f"bytes per round: {sent * payload * item * len(plan.cohort):,} down, "
+        f"{sent * payload * item * len(plan.training):,} up (protocol)",
+        f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
+        f"{copies * state * item * largest / 2**20:.1f} MiB block, {payload * item * held / 2**20:.1f} MiB updates",
+    ]
+
+
+def _steps(task: Task, client: int) -> int:
+    from fedhpc.training.local import num_steps
+
+    return num_steps(task.data.population.num_examples(client), task.config.client)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,137 @@
+"""Run a federation.
+
+    torchrun --nproc_per_node=8 -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--check] [--fresh]
+    python -m fedhpc.main ...                  one process
+    mpiexec -n 4 python -m fedhpc.main ...     MPI
+    srun python -m fedhpc.main ...             Slurm
+
+Exit codes: 0 done; 1 failed while running; 2 bad command, configuration or data (nothing was written); 75 preempted,
+checkpointed, run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fedhpc import config as configuration
+from fedhpc import runtime
+from fedhpc.config import Config
+from fedhpc.errors import UserError
+
+DONE, FAILED, REFUSED = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; see python -m fedhpc.main --help")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """CONFIG and overrides come in any order: what has an '=' is an override."""
+    parser = _Parser(
+        prog="python -m fedhpc.main",
+        description="Federated customization of large models. Without CONFIG: the embedded demo.",
+        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--check] [--fresh]",
+    )
+    parser.add_argument("words", nargs="*", metavar="CONFIG | section.key=value", help="configuration and overrides")
+    parser.add_argument("--check", action="store_true", help="validate everything, print the plan, write nothing")
+    parser.add_argument("--fresh", action="store_true", help="start over in a directory that holds a run")
+    options = parser.parse_intermixed_args(list(arguments))
+    files = [word for word in options.words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"command line: more than one configuration file: {', '.join(files)}")
+    options.config = files[0] if files else None
+    options.overrides = [word for word in options.words if "=" in word]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One rank, from the command line to its exit code."""
+    rank, speaks = 0, True
+    try:
+        launch = runtime.detect(os.environ)
+        rank = launch.rank
+        # All ranks read the same files and find the same mistake; one of each host says it.
+        speaks = launch.local_rank == 0
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        config = configuration.load(options.config, options.overrides)
+    except UserError as error:
+        if speaks:
+            print(f"fedhpc: error: {error}" if rank == 0 else f"fedhpc: rank {rank}: {error}", file=sys.stderr)
+        return REFUSED
+    return _run(config, launch, options)
+
+
+def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:
+    _environment(config)
+    import torch
+
+    from fedhpc import federation, rundir
+    from fedhpc.liveness import Liveness
+    from fedhpc.transport import TransportError, open_transport
+
+    torch.set_num_threads(1 if config.runtime.threads == "auto" else config.runtime.threads)
+    if config.runtime.deterministic:
+        torch.use_deterministic_algorithms(True)
+    reached: list[int] = []  # the last round on disk; empty while nothing was written
+
+    def on_exit(code: int, reason: str) -> None:
+        print(f"fedhpc: {'preempted' if code == 75 else 'error'}: {reason}", file=sys.stderr, flush=True)
+        if reached:
+            rundir.write_status(config.run_dir, "preempted" if code == 75 else "failed", reached[-1], reason)
+
+    try:
+        device = federation.resolve_device(config, launch)
+        transport = open_transport(
+            launch, config.runtime.transport, "cuda" if device.type == "cuda" else "cpu", config.runtime.timeout_s
+        )
+    except UserError as error:
+        if launch.local_rank == 0:
+            print(f"fedhpc: error: {error}", file=sys.stderr)
+        return REFUSED
+    liveness = Liveness(transport, launch, config.runtime.timeout_s, on_exit)
+    liveness.start()
+    try:
+        # Rank 0's file counts, should another host see another one.
+        config = configuration.resolve(transport.broadcast_json(config.model_dump(mode="json")))
+        task = federation.prepare(config, transport, launch, write_cache=not options.check)
+        if options.check:
+            if transport.rank == 0:
+                print("\n".join(federation.describe(task, transport)))
+        else:
+            federation.run(task, transport, options.fresh, reached.append)
+    except federation.RefusedError as error:
+        if transport.rank == 0:
+            print(f"fedhpc: error: {error}", file=sys.stderr)
+        liveness.stop()
+        transport.close()
+        return REFUSED
+    except TransportError as error:
+        liveness.fail(FAILED, str(error), symptom=True)
+    except UserError as error:
+        liveness.fail(FAILED if reached else REFUSED, str(error))
+    except Exception as error:  # told to every rank, with its cause; none may wait for this one
+        import traceback
+
+        traceback.print_exc()
+        liveness.fail(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    liveness.stop()
+    transport.close()
+    return DONE
+
+
+def _environment(config: Config) -> None:
+    """Settings that libraries read when they are imported."""
+    if config.runtime.threads == "auto":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Ways to customize: one file per method, named as in the configuration."""

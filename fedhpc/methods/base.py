@@ -1,0 +1,84 @@
+"""What a method has to say: its payload, how the payload enters the frozen base, and what it exports to.
+
+A method never sees a rank, a round, an optimizer or a file other than its export. All tensors of a block carry
+the client axis K in front; `rows` maps each row of a batch (B) to its client, so one forward serves K clients.
+
+Two layouts: the *payload* is what is exchanged; the *state* is what a client's optimizer trains. They are the same
+unless a method reparametrises (prefix with `exchange: materialised`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedhpc.payload import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedhpc.models import Base
+
+    Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What an attached method adds to the inputs of the base.
+
+    past: per layer (key, value), each (B, kv_heads, n, head_dim), or empty.
+    """
+
+    past: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def past_length(self) -> int:
+        """n, the number of virtual positions in front of the text."""
+        return int(self.past[0][0].shape[2]) if self.past else 0
+
+
+class Method(ABC):
+    """One way to customize a base model."""
+
+    #: Clients of a block can share one forward; False: clients train in turn.
+    shares_base = True
+
+    def __init__(self, options: Any, base: Base, seed: int) -> None:
+        self.options, self.base, self.seed = options, base, seed
+
+    @property
+    @abstractmethod
+    def payload(self) -> Layout:
+        """What is exchanged."""
+
+    @property
+    def state(self) -> Layout:
+        """What a client trains."""
+        return self.payload
+
+    @abstractmethod
+    def initial(self) -> dict[str, Tensor]:
+        """The payload before the first round, on the CPU."""
+
+    def start(self, payload: Tensors) -> Tensors:
+        """The state in which local training starts, from a payload (K, ...)."""
+        return payload
+
+    def finish(self, state: Tensors, payload: Tensors) -> Tensors:
+        """The payload (K, ...) after local training; `payload` is the one it started from."""
+        return state
+
+    @abstractmethod
+    def attach(self, state: Tensors, payload: Tensors, rows: Tensor) -> AbstractContextManager[Attached]:
+        """Make the base compute row b of a batch with the state of client rows[b].
+
+        state and payload: name -> (K, ...); rows: int64 (B,).
+        """
+
+    @abstractmethod
+    def export(self, payload: Tensors, path: Path) -> None:
+        """Write the payload to the folder `path` in the format of its own library (PEFT, transformers)."""

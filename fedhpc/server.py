@@ -1,0 +1,47 @@
+"""The server's state: the global payload theta_t, the server optimizer, and what a checkpoint holds of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhpc.config import Config
+
+
+class Server:
+    """theta_t and the step that turns an aggregated pseudo-gradient into theta_{t+1}."""
+
+    def __init__(self, config: Config, theta: Tensor) -> None:
+        """theta: (P,) float32 or float64, on the CPU."""
+        self.theta = theta
+        # A single client's training (centralized) is taken over as it is: server sgd with lr 1.
+        federated = config.mode == "federated"
+        self._options: Any = config.server
+        self._rule: Any = importlib.import_module(
+            f"fedhpc.server_optimizers.{config.server.optimizer if federated else 'sgd'}"
+        )
+        if not federated:
+            self._options = type("Plain", (), {"lr": 1.0, "momentum": 0.0})
+        self._state: dict[str, Tensor] = self._rule.initial_state(theta.numel(), self._options)
+
+    def step(self, gradient: Tensor) -> float:
+        """Move by the aggregated pseudo-gradient (P,) float64; returns the L2 norm of the move."""
+        before = self.theta.double()
+        after = self._rule.step(before, gradient, self._state, self._options)
+        self.theta = after.to(self.theta.dtype)
+        return float(torch.linalg.vector_norm(self.theta.double() - before))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps."""
+        state = {f"server.{name}": tensor.numpy() for name, tensor in self._state.items()}
+        return {"theta": self.theta.numpy(), **state}
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """The inverse of `tensors`."""
+        self.theta = torch.from_numpy(tensors["theta"].copy())
+        self._state = {name: torch.from_numpy(tensors[f"server.{name}"].copy()) for name in self._state}

@@ -1,0 +1,1 @@
+"""Rules of the server step: one file per rule."""

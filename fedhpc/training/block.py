@@ -1,0 +1,221 @@
+"""Block training: the local training of K clients in one forward and backward over the shared frozen base.
+
+The clients of a block lie along the first axis of every tensor: parameters, gradients and optimizer buffers are
+(K, T), and each row of a batch goes through the base with its own client's parameters. The loss of a step is the sum
+over clients of the mean over that client's supervised tokens, so each client gets exactly the gradient that it would
+get alone. Clients are ordered by their number of steps, so those still training are always the leading ones and those
+that are done are not touched (a zero gradient is not a no-op under Adam).
+
+T is the size of the method's state, P that of its payload; they differ where a method reparametrises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedhpc.config import Config
+from fedhpc.data.tokens import Examples
+from fedhpc.lazy import lazy
+from fedhpc.methods.base import Method
+from fedhpc.models import Base
+from fedhpc.training.forward import Batch, autocast, backward, hidden_states, make_batch, pad_id
+from fedhpc.training.local import batches, learning_rate
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+# What one more forward costs, in padded tokens: where the rows of a step are cut into micro-forwards.
+_FORWARD_COST_TOKENS = {"cpu": 192, "cuda": 4096}
+_FP16_SCALE = 1024.0  # keeps small gradients of an fp16 forward above its smallest number
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's part in a round."""
+
+    client_id: int
+    indices: np.ndarray  # its training examples
+
+
+@dataclass
+class Memory:
+    """What a client keeps between rounds (modes centralized and local): buffers (T,) and the steps it has taken."""
+
+    buffers: dict[str, Tensor]
+    count: int
+
+
+@dataclass
+class Trained:
+    """The outcome of a block; row i belongs to works[i] as given."""
+
+    updates: Tensor  # (K, P) on the CPU: pseudo-gradients theta_t - theta_i
+    num_examples: np.ndarray  # int64 (K,)
+    steps: np.ndarray  # int64 (K,)
+    tokens: np.ndarray  # int64 (K,): supervised tokens seen
+    loss_sum: np.ndarray  # float64 (K,): summed over those tokens
+    loss_first: np.ndarray  # float64 (K,): mean over the tokens of the first step
+    loss_last: np.ndarray  # float64 (K,): and of the last
+    input_tokens: int
+    padded_tokens: int
+    memories: list[Memory]
+    seconds: float
+
+
+def train_block(
+    base: Base,
+    method: Method,
+    payloads: Tensor,
+    works: Sequence[Work],
+    examples: Examples,
+    config: Config,
+    round_: int,
+    rounds: int,
+    memories: Sequence[Memory] | None = None,
+) -> Trained:
+    """Train the clients `works`, each from its row of `payloads`.
+
+    payloads (1, P) for one start that all share, or (K, P). rounds: of the whole
+    run, for the schedule. memories: optimizer buffers to go on with; fresh ones where None, as FedAvg has it.
+    """
+    started = time.perf_counter()
+    options, device = config.client, base.device
+    plans = [batches(len(w.indices), options, config.run.seed, round_, w.client_id) for w in works]
+    steps = np.array([len(plan) for plan in plans], dtype=np.int64)
+    order = np.argsort(-steps, kind="stable")
+    clients = len(works)
+
+    payloads = payloads.to(device)
+    start = payloads if len(payloads) == 1 else payloads[torch.from_numpy(order).to(device)]
+    lead = method.payload.views(start)
+    theta = method.state.flatten(method.start(lead)).expand(clients, -1).clone()
+    gradient = torch.zeros_like(theta)
+    theta.requires_grad_()
+    theta.grad = gradient  # backward adds to it in place
+    rule = importlib.import_module(f"fedhpc.client_optimizers.{options.optimizer}")
+    buffers = {name: torch.zeros_like(gradient) for name in rule.state_names(options)}
+    count = np.zeros(clients, dtype=np.int64)
+    if memories is not None:
+        for i, which in enumerate(order):
+            count[i] = memories[which].count
+            for name, buffer in memories[which].buffers.items():
+                buffers[name][i].copy_(buffer)
+
+    loss_sum = torch.zeros(clients, dtype=torch.float64, device=device)
+    first, last = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
+    tokens = np.zeros(clients, dtype=np.int64)
+    input_tokens = padded_tokens = 0
+    scale = _FP16_SCALE if config.runtime.precision == "float16" else 1.0
+    for s in range(int(steps.max(initial=0))):
+        active = int((steps > s).sum())
+        picked = [works[order[i]].indices[plans[order[i]][s]] for i in range(active)]
+        step_tokens = _supervised(examples, picked)
+        step_loss = torch.zeros(active, dtype=torch.float64, device=device)
+        gradient[:active].zero_()
+        for batch, owner in _micro_batches(base, examples, picked):
+            rows = torch.from_numpy(owner).to(device)
+            weights = 1.0 / np.maximum(step_tokens, 1)[owner]
+            with (
+                autocast(base, config.runtime.precision),
+                method.attach(method.state.views(theta), lead, rows) as attached,
+            ):
+                hidden = hidden_states(base, attached, batch.ids)
+                losses = backward(base, hidden, batch, torch.from_numpy(weights).to(device, theta.dtype), scale)
+            step_loss.index_add_(0, rows.index_select(0, batch.row), losses.double())
+            padded_tokens += batch.tokens - batch.real_tokens
+            input_tokens += batch.tokens
+        live = gradient[:active]
+        if scale != 1.0:
+            live.div_(scale)
+        if options.clip_norm is not None:
+            norm = torch.linalg.vector_norm(live, dim=1, keepdim=True)
+            # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
+            live.mul_((options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        count[:active] += 1
+        rates = [learning_rate(options, (round_ - 1 + s / steps[order[i]]) / rounds) for i in range(active)]
+        with torch.no_grad():
+            rule.step(
+                theta[:active],
+                live,
+                {name: buffer[:active] for name, buffer in buffers.items()},
+                torch.from_numpy(count[:active, None]).to(device, theta.dtype),
+                torch.tensor(rates, device=device, dtype=theta.dtype).unsqueeze(1),
+                options,
+            )
+        mean = step_loss / torch.from_numpy(np.maximum(step_tokens, 1)).to(device)
+        if s == 0:
+            first[:active] = mean
+        last[:active] = mean
+        loss_sum[:active] += step_loss
+        tokens[:active] += step_tokens
+
+    with torch.no_grad():
+        reached = method.payload.flatten(method.finish(method.state.views(theta), lead))
+        updates = (start - reached).to("cpu")
+    back = np.argsort(order)
+    ordered = torch.from_numpy(back)
+    return Trained(
+        updates=updates[ordered] if clients > 1 else updates,
+        num_examples=np.array([len(w.indices) for w in works], dtype=np.int64),
+        steps=steps,
+        tokens=tokens[back],
+        loss_sum=loss_sum.cpu().numpy()[back],
+        loss_first=first.cpu().numpy()[back],
+        loss_last=last.cpu().numpy()[back],
+        input_tokens=input_tokens,
+        padded_tokens=padded_tokens,
+        memories=[
+            Memory({name: buffer[i].cpu().clone() for name, buffer in buffers.items()}, int(count[i])) for i in back
+        ]
+        if memories is not None
+        else [],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _supervised(examples: Examples, picked: Sequence[np.ndarray]) -> np.ndarray:
+    """Supervised tokens of each client's step: int64 (K,)."""
+    # The first token of a row has nothing in front of it and cannot be predicted (see make_batch).
+    tokens = examples.offsets[1:] - examples.offsets[:-1] - np.maximum(examples.prompt_lengths, 1)
+    return np.array([tokens[rows].sum() for rows in picked], dtype=np.int64)
+
+
+def _micro_batches(base: Base, examples: Examples, picked: Sequence[np.ndarray]) -> list[tuple[Batch, np.ndarray]]:
+    """The rows of a step, sorted by length and cut where that saves padding, with the client of each row."""
+    rows = np.concatenate(picked)
+    owner = np.repeat(np.arange(len(picked)), [len(p) for p in picked])
+    lengths = examples.offsets[rows + 1] - examples.offsets[rows]
+    order = np.argsort(lengths, kind="stable")
+    rows, owner = rows[order], owner[order]
+    cuts = cut_by_length(lengths[order], _FORWARD_COST_TOKENS[base.device.type])
+    fill = pad_id(base)
+    return [(make_batch(examples, rows[a:b], fill, base.device), owner[a:b]) for a, b in pairwise(cuts)]
+
+
+def cut_by_length(lengths: np.ndarray, forward_cost: int) -> list[int]:
+    """Where to cut ascending `lengths` (B,) into forwards so that padded tokens plus forward_cost each are fewest.
+
+    Returns the bounds, 0 and B included. Dynamic programming over the last cut.
+    """
+    total = len(lengths)
+    best = np.zeros(total + 1)
+    came_from = np.zeros(total + 1, dtype=np.int64)
+    starts = np.arange(total)
+    for end in range(1, total + 1):
+        costs = best[:end] + (end - starts[:end]) * lengths[end - 1] + forward_cost
+        came_from[end] = int(np.argmin(costs))
+        best[end] = costs[came_from[end]]
+    cuts = [total]
+    while cuts[-1] > 0:
+        cuts.append(int(came_from[cuts[-1]]))
+    return cuts[::-1]

@@ -1,0 +1,161 @@
+"""torch.distributed: gloo on CPUs, NCCL where every rank has a GPU of its own.
+
+The only importer of torch.distributed. Ranks find each other through a store of rank 0's own, opened anew in
+every process: with `torchrun --max-restarts` the agent's store still holds the addresses of the dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from fedhpc.errors import UserError
+from fedhpc.runtime import Launch
+from fedhpc.transport.base import Transport, arrival_limit_s, connect_deadline
+from fedhpc.transport.network import interface_of, own_address
+
+# Collectives wait for local training, however long; liveness bounds silence instead.
+_NO_TIMEOUT = datetime.timedelta(days=365)
+
+
+class TorchTransport(Transport):
+    """gloo, or NCCL for CUDA tensors with gloo beside it for those on the CPU."""
+
+    def __init__(self, launch: Launch, device: Literal["cpu", "cuda"], timeout_s: float) -> None:
+        super().__init__(launch.rank, launch.world_size)
+        limit_s = arrival_limit_s(timeout_s)
+        with connect_deadline(launch, limit_s + 30):
+            store = _open_store(launch, limit_s)
+            gpus = _arrive(store, launch, _gpu(launch) if device == "cuda" else "", limit_s)
+            self.name = backend_for(device, gpus)
+            if "GLOO_SOCKET_IFNAME" not in os.environ:
+                # Gloo would listen on what the host name resolves to, often an address no other host reaches.
+                os.environ["GLOO_SOCKET_IFNAME"] = interface_of(_address(launch))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self.name == "nccl" else "gloo",
+                store=PrefixStore("group", store),
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=_NO_TIMEOUT,
+            )
+            self._store = store  # rank 0 serves it: it lives as long as the group
+            self.barrier()
+
+    def close(self) -> None:
+        self.barrier()
+        dist.destroy_process_group()
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
+
+    def _reduce_sum(self, tensor: Tensor) -> None:
+        dist.reduce(tensor, dst=0, op=dist.ReduceOp.SUM)
+
+    def _all_reduce_max(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+    def _exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> None:
+        operations = [dist.P2POp(dist.irecv, buffer, peer) for peer, buffer in receive.items()]
+        operations += [dist.P2POp(dist.isend, buffer, peer) for peer, buffer in send.items()]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+    def _takes(self, tensor: Tensor) -> bool:
+        return self.name == "nccl" or not tensor.is_cuda
+
+
+def backend_for(device: str, gpus: Sequence[str]) -> Literal["gloo", "nccl"]:
+    """NCCL if the run is on CUDA and every rank has a GPU of its own, else gloo through host memory.
+
+    `gpus` holds each rank's GPU by its unique id, "" for a rank without one. NCCL refuses two ranks on one
+    GPU, and a server without a GPU cannot take part in it.
+    """
+    own = all(gpus) and len(set(gpus)) == len(gpus)
+    return "nccl" if device == "cuda" and own else "gloo"
+
+
+def _gpu(launch: Launch) -> str:
+    """The unique id of this rank's GPU, made its current device; "" where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    # Under Slurm a task may see only its own GPU, whatever its local rank.
+    index = launch.local_rank % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def _address(launch: Launch) -> str:
+    """The address under which the others reach this process."""
+    if launch.single_node:
+        return "127.0.0.1"
+    return own_address(str(launch.master_addr))
+
+
+def _open_store(launch: Launch, limit_s: float) -> Store:
+    """A store that belongs to the processes of this start alone."""
+    wait = datetime.timedelta(seconds=limit_s)
+    address, port = str(launch.master_addr), int(launch.master_port or 0)
+    if not launch.agent_store:
+        try:
+            return TCPStore(address, port, None, launch.rank == 0, wait, wait_for_workers=False)
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise UserError(
+                f"rank {launch.rank} cannot {'listen' if launch.rank == 0 else 'reach rank 0'} at "
+                f"{address}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
+            ) from error
+    agent = TCPStore(address, port, None, False, wait)
+    if launch.rank == 0:
+        store = TCPStore(_address(launch), 0, None, True, wait, wait_for_workers=False)
+        nonce = secrets.token_hex(16)
+        store.set("nonce", nonce)
+        agent.set("fedhpc", f"{_address(launch)} {store.port} {nonce}")
+        return store
+    return _follow(lambda: agent.get("fedhpc").decode(), limit_s)
+
+
+def _follow(published: Callable[[], str], limit_s: float) -> Store:
+    """Connect to the store that rank 0 published, re-reading its address until it answers.
+
+    A restarted rank may read the entry of its dead predecessor first: that refuses, for its owner is gone, or
+    another program listens there now, which does not know the nonce.
+    """
+    deadline = time.monotonic() + limit_s
+    second = datetime.timedelta(seconds=1)
+    while time.monotonic() < deadline:
+        address, port, nonce = published().split()
+        with contextlib.suppress(OSError, dist.DistStoreError, dist.DistNetworkError):
+            # A refused TCPStore writes a page of C++ frames to stderr, a refused socket does not.
+            socket.create_connection((address, int(port)), timeout=1).close()
+            store = TCPStore(address, int(port), None, False, second)
+            if store.get("nonce").decode() == nonce:
+                store.set_timeout(datetime.timedelta(seconds=limit_s))
+                return store
+        time.sleep(0.1)
+    raise UserError(f"rank 0's store did not answer within {limit_s:.0f} s: did rank 0 start?")
+
+
+def _arrive(store: Store, launch: Launch, gpu: str, limit_s: float) -> list[str]:
+    """Wait for every rank, and learn its GPU."""
+    keys = [f"gpu/{rank}" for rank in range(launch.world_size)]
+    store.set(keys[launch.rank], f"id={gpu}")  # a store takes no empty value on every version
+    try:
+        store.wait(keys, datetime.timedelta(seconds=limit_s))
+    except dist.DistStoreError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise UserError(
+            f"ranks {missing} of {launch.world_size} did not arrive within {limit_s:.0f} s: "
+            "check that all of them were started"
+        ) from error
+    return [store.get(key).decode().removeprefix("id=") for key in keys]

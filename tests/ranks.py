@@ -1,0 +1,213 @@
+"""Start ranks for tests: plain processes with torchrun's variables, torchrun, or mpiexec. All are ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+Launcher = Literal["env", "torchrun", "mpiexec"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one process ended: a rank under "env", the launcher itself under torchrun and mpiexec."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Ranks:
+    """`n` running ranks of one program; a context manager that leaves nothing behind.
+
+    program: Python source, or the arguments after `python` (["-m", "fedhpc.main", ...], [script, ...]).
+    launcher "env" starts plain processes (quick: no torchrun, 3 s); torchrun and mpiexec are the real ones.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        program: str | Sequence[str],
+        launcher: Launcher = "env",
+        env: Mapping[str, str] | None = None,
+        launcher_args: Sequence[str] = (),
+        cwd: Path | str | None = None,
+    ) -> None:
+        self.n = n
+        self.launcher = launcher
+        self._files = tempfile.TemporaryDirectory(prefix="ranks-")
+        folder = Path(self._files.name)
+        if isinstance(program, str):
+            script = folder / "program.py"
+            script.write_text(program)
+            program = [str(script)]
+        common = {
+            **_clean_environ(),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]),
+            **(env or {}),
+        }
+        if launcher == "env":
+            port = str(free_port())
+            places = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "GROUP_RANK": "0"}
+            master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            commands = [
+                (
+                    [sys.executable, *program],
+                    {**common, **places, **master, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+                for rank in range(n)
+            ]
+        elif launcher == "torchrun":
+            torchrun = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={n}"]
+            commands = [([*torchrun, *launcher_args, *program], common)]
+        else:
+            mpiexec = [str(BIN / "mpiexec"), "-n", str(n), *launcher_args]
+            commands = [([*mpiexec, sys.executable, *program], common)]
+        self.processes = []
+        self._outputs = []
+        for index, (command, environ) in enumerate(commands):
+            out, err = folder / f"{index}.out", folder / f"{index}.err"
+            self._outputs.append((out, err))
+            with out.open("wb") as out_file, err.open("wb") as err_file:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out_file,
+                        stderr=err_file,
+                        env=environ,
+                        cwd=cwd or REPOSITORY,
+                        start_new_session=True,
+                    )
+                )
+        self._seen: dict[int, psutil.Process] = {}
+
+    def rank_processes(self) -> dict[int, psutil.Process]:
+        """The ranks' own processes that live now, by rank."""
+        variable = "PMI_RANK" if self.launcher == "mpiexec" else "RANK"
+        found = {}
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                environ = process.environ()
+                if variable in environ and process.status() != psutil.STATUS_ZOMBIE:
+                    found[int(environ[variable])] = process
+        return found
+
+    def output(self) -> str:
+        """What all processes have written so far, stdout and stderr."""
+        return "".join(path.read_text() for pair in self._outputs for path in pair)
+
+    def wait_for(self, text: str, count: int = 1, timeout: float = 90) -> None:
+        """Wait until `text` was written `count` times."""
+        deadline = time.monotonic() + timeout
+        while self.output().count(text) < count:
+            ended = all(process.poll() is not None for process in self.processes)
+            if ended or time.monotonic() > deadline:
+                raise AssertionError(f"{text!r} not seen {count} times in:\n{self.output()}")
+            time.sleep(0.02)
+        self._family()
+
+    def wait(self, timeout: float = 120) -> list[Result]:
+        """Wait for the end of all processes, ranks included, and return how they ended."""
+        deadline = time.monotonic() + timeout
+        self._family()
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
+        left = self.survivors(max(0.0, deadline - time.monotonic()))
+        if left:
+            raise AssertionError(f"ranks {left} outlived their launcher by {timeout} s:\n{self.output()}")
+        return [
+            Result(process.returncode, out.read_text(), err.read_text())
+            for process, (out, err) in zip(self.processes, self._outputs, strict=True)
+        ]
+
+    def survivors(self, timeout: float) -> list[psutil.Process]:
+        """The processes ever seen of this launch that still live after `timeout` seconds."""
+        self._family()
+        gone_or_not = psutil.wait_procs(list(self._seen.values()), timeout=timeout)[1]
+        return [p for p in gone_or_not if p.is_running() and _status(p) != psutil.STATUS_ZOMBIE]
+
+    def close(self) -> None:
+        """End whatever still runs, stopped processes included."""
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self._files.cleanup()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _family(self) -> list[psutil.Process]:
+        """All processes of this launch seen so far, launchers included; orphans stay in the list."""
+        for process in self.processes:
+            with contextlib.suppress(psutil.Error):
+                top = psutil.Process(process.pid)
+                for member in (top, *top.children(recursive=True)):
+                    self._seen[member.pid] = member
+        return [process for process in self._seen.values() if process.is_running()]
+
+
+def run_ranks(
+    n: int,
+    program: str | Sequence[str],
+    launcher: Launcher = "env",
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    launcher_args: Sequence[str] = (),
+    cwd: Path | str | None = None,
+) -> list[Result]:
+    """Run `program` on `n` ranks to its end (see Ranks)."""
+    with Ranks(n, program, launcher, env, launcher_args, cwd) as ranks:
+        return ranks.wait(timeout)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _clean_environ() -> dict[str, str]:
+    """This environment without what a launcher around pytest may have left in it."""
+    prefixes = ("SLURM_", "OMPI_", "PMI", "MPI_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(prefixes) and name not in ("RANK", "WORLD_SIZE")
+    }
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_ZOMBIE

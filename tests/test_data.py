@@ -1,0 +1,546 @@
+"""Data: sources, templates, tokens and their cache, the population."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fedhpc import config
+from fedhpc.data import describe, group_references, load_data
+from fedhpc.data.templates import parse
+from fedhpc.data.tokens import _save, cache_dir, cached_tokens, tokenize
+from fedhpc.errors import UserError
+
+COLUMNS = {"prompt": "{q} :", "target": " {a}"}
+
+
+def words(bos="<s>", eos="</s>"):
+    """A tokenizer with one token per lower-case letter, digit or colon; ids 1 and 2 start and end a text."""
+    characters = ["<pad>", "<s>", "</s>", "[UNK]", *"abcdefghijklmnopqrstuvwxyz0123456789:"]
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="[UNK]", pad_token="<pad>"
+    )
+
+
+def settings(source, seed=0, mode="federated", partition=None, evaluation=None, **data):
+    return config.resolve(
+        {
+            "mode": mode,
+            "run": {"seed": seed},
+            "data": {"source": str(source), **COLUMNS, **data},
+            "partition": partition or {"name": "iid", "num_clients": 2},
+            "evaluation": {"metrics": [], **(evaluation or {})},
+        }
+    )
+
+
+def load(source, tokenizer=None, **options):
+    return load_data(settings(source, **options), tokenizer or words())
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def rows(count, offset=0):
+    return [{"q": f"q{i}", "a": f"a{i}", "k": "xyz"[i % 3]} for i in range(offset, offset + count)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train, validation (called dev) and test, in three formats."""
+    write_jsonl(tmp_path / "train.jsonl.gz", rows(30))
+    (tmp_path / "dev.csv").write_text("q,a,k\n" + "".join(f"q{i},a{i},x\n" for i in range(100, 106)))
+    write_jsonl(tmp_path / "test.jsonl", rows(7, 200))
+    (tmp_path / "README.md").write_text("no data")
+    return tmp_path
+
+
+# Sources
+
+
+def test_a_folder_gives_its_splits_in_any_format(folder):
+    data = load(folder)
+    assert (len(data.train), len(data.validation), len(data.test)) == (30, 6, 7)
+    assert data.validation.prompts[0] == "q100 :"
+    assert data.validation.targets[0] == " a100"
+    assert data.train.prompts is None
+    assert data.messages == []
+
+
+def test_formats_agree(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = rows(9)
+    write_jsonl(tmp_path / "a.jsonl", table)
+    write_jsonl(tmp_path / "b.jsonl.gz", table)
+    text = "q,a,k\r\n" + "".join('"{q}",{a},{k}\r\n'.format(**row) for row in table)
+    (tmp_path / "c.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "d.csv.gz").write_bytes(gzip.compress(text.encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "e.parquet")
+    (tmp_path / "f.parquet.gz").write_bytes(gzip.compress((tmp_path / "e.parquet").read_bytes()))
+    prints = {load(tmp_path / name).fingerprint for name in os.listdir(tmp_path)}
+    assert len(prints) == 1
+
+
+def test_splits_can_be_files(folder, tmp_path):
+    write_jsonl(tmp_path / "more.jsonl", rows(4, 300))
+    assert len(load(folder, validation="more.jsonl").validation) == 4
+    assert len(load(folder, validation=str(tmp_path / "more.jsonl")).validation) == 4
+    assert len(load(folder, validation="more").validation) == 4
+    assert len(load(folder / "train.jsonl.gz", test="test.jsonl").test) == 7
+    assert len(load("builtin:dining", tokenizer=words(), prompt="{mr}", target="{ref}", max_length=512).train) > 100
+
+
+def test_a_lone_file_is_never_both_training_and_evaluation_data(folder):
+    data = load(folder / "test.jsonl")
+    assert (len(data.train), len(data.validation), len(data.test)) == (5, 1, 1)
+
+
+def test_the_training_split_is_not_its_own_default_validation_split(folder):
+    data = load(folder, train="dev")
+    assert (len(data.train), len(data.validation), len(data.test)) == (5, 1, 7)
+    assert len(load(folder, train="dev", validation="dev").validation) == 6
+
+
+def test_missing_default_splits_are_held_out_of_the_training_data(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", rows(100))
+    data = load(tmp_path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (91, 5, 4)
+    assert len(data.messages) == 2
+    held_out = set(data.validation.prompts) | set(data.test.prompts)
+    assert len(held_out) == 9
+    assert load(tmp_path).validation.prompts == data.validation.prompts
+    assert load(tmp_path, seed=1).validation.prompts != data.validation.prompts
+    write_jsonl(tmp_path / "train.jsonl", rows(21_000))
+    assert len(load(tmp_path).validation) == 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"validation": "valdation"},
+            r"data\.validation: .* no split or file 'valdation'; it has: dev, test, train",
+        ),
+        ({"train": "training"}, r"data\.train: .* no split or file 'training'"),
+        ({"test": "other.jsonl"}, r"data\.test: .* no split or file 'other\.jsonl'"),
+        ({"prompt": "{question}"}, r"train\.jsonl\.gz:1: data\.prompt names the column 'question'.* q, a, k"),
+        ({"label": "kind"}, r"train\.jsonl\.gz:1: data\.label names the column 'kind'"),
+        ({"where": {"l": ["x"]}}, r"data\.where names the column 'l'"),
+        ({"where": {"k": ["w"]}}, r"none of 30 rows passes data\.where"),
+        ({"subset": "en"}, r"data\.subset"),
+        ({"prompt": "{q"}, r"data\.prompt: lone '\{' at position 0"),
+    ],
+)
+def test_what_is_wrong_with_the_data_section_is_named(folder, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(folder, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", b'{"q": "x", "a": "y"}\n{"q": "x",\n', r"train\.jsonl:2: not valid JSON"),
+        ("train.jsonl", b'{"q": "x", "a": "y"}\n\n[1]\n', r"train\.jsonl:3: must be a JSON object .* list"),
+        (
+            "train.jsonl",
+            b'{"q": "x", "a": "y"}\n{"q": "x"}\n',
+            r"train\.jsonl:2: data\.target names the column 'a'",
+        ),
+        ("train.jsonl", b'{"q": "\xff", "a": "y"}\n', r"train\.jsonl:1: not valid JSON"),
+        ("train.jsonl", b'{"q": "\\ud800", "a": "y"}\n', r"train\.jsonl:1: data\.prompt: .* surrogate"),
+        ("train.jsonl", b'{"q": ["x", "z"], "a": "y"}\n', r"train\.jsonl:1: data\.prompt: .* a list of 2"),
+        ("train.jsonl", b"\n", r"train\.jsonl: the split has no rows"),
+        ("train.jsonl", b'{"q": "x", "a": null}\n' * 3, r"train\.jsonl:\d: data\.target is empty"),
+        ("train.jsonl", b'{"q": "x", "a": "y"}\n', r"train\.jsonl: too few rows"),
+        ("train.jsonl.gz", b"plain text", r"train\.jsonl\.gz: cannot be read"),
+        ("train.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], r"train\.jsonl\.gz: cannot be read"),
+        ("train.csv", b'q,a\n"x\ny",b\nx\n', r"train\.csv:4: 1 cells, but 2 columns"),
+        ("train.csv", b'q,a\nx,"b\n', r"train\.csv:2: not valid CSV"),
+        ("train.csv", b"q,a\nx,b\n\xe9,b\n", r"train\.csv:3: not UTF-8"),
+        ("train.csv", b"q,q\nx,b\n", r"train\.csv:1: a column name stands twice"),
+        ("train.csv", b"", r"train\.csv: the split has no rows"),
+        ("train.parquet", b"PAR1 or not", r"train\.parquet: not a valid parquet file"),
+    ],
+)
+def test_malformed_files_are_named_with_their_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, target="{a}")
+    assert "\n" not in str(error.value)
+
+
+def test_sources_that_do_not_exist(tmp_path):
+    with pytest.raises(UserError, match="no file or folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no file or folder"):
+        load("rows.csv")
+    with pytest.raises(UserError, match="it has: nothing"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="no built-in task 'dinning'; did you mean 'dining'"):
+        load("builtin:dinning")
+    (tmp_path / "train.csv").write_text("q,a\n")
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"several files for the split 'train': train\.csv, train\.jsonl"):
+        load(tmp_path)
+
+
+def test_a_hub_id_offline_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'nobody/nothing' is neither a file or folder here nor a data set") as error:
+        load("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_data_set_gives_rows_and_class_names(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"q": datasets.Value("string"), "a": datasets.Value("string"), "k": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    split = datasets.Dataset.from_dict({"q": ["x"] * 3, "a": ["y"] * 3, "k": [1, 0, -1]}, features)
+    asked = []
+
+    def given(*names):
+        asked.append(names)
+        return datasets.DatasetDict({"train": split, "validation": split, "test": split})
+
+    monkeypatch.setattr(datasets, "load_dataset", given)
+    data = load("someone/something", label="k", subset="en")
+    assert asked == [("someone/something", "en")]
+    assert data.train.label_names == ["-1", "no", "yes"]
+    assert list(data.train.labels) == [2, 1, 0]
+    with pytest.raises(UserError, match=r"data\.test: .* no split or file 'tests'; it has: train, validation, test"):
+        load("someone/something", test="tests")
+
+
+def test_where_compares_values_as_texts(tmp_path):
+    table = [{"q": f"q{i}", "a": "b", "n": i % 3, "flag": i % 2 == 0, "x": None} for i in range(60)]
+    write_jsonl(tmp_path / "train.jsonl", table)
+    for split in ("validation", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", table)
+    assert len(load(tmp_path, where={"n": [1]}).train) == 20
+    assert len(load(tmp_path, where={"n": ["1", 2]}).train) == 40
+    assert len(load(tmp_path, where={"n": [1], "flag": [True]}).train) == 10
+    assert len(load(tmp_path, where_not={"n": [1], "flag": ["false"]}).train) == 20
+    assert len(load(tmp_path, where={"x": [""]}).validation) == 60
+
+
+# Templates
+
+
+def test_templates_take_columns_and_nothing_else():
+    row = {"mr": "x[{y}]", "a b": "B", "c.d": "C", "e!r": "E"}
+    assert parse("{mr} :", "k").render(row) == "x[{y}] :"
+    assert parse("{{{mr}}} {a b}{c.d}{e!r}", "k").render(row) == "{x[{y}]} BCE"
+    assert parse("", "k").render(row) == ""
+    assert parse("{mr}{mr}", "k").columns == ("mr", "mr")
+    for wrong in ("{", "}", "{}", "{mr", "mr}", "{mr}}", "{{mr}"):
+        with pytest.raises(UserError, match=r"data\.prompt: lone"):
+            parse(wrong, "data.prompt")
+
+
+# Tokens
+
+
+def test_layout_of_an_example(folder):
+    tokenizer = words()
+    train = load(folder).train
+    assert tokenizer.decode(train.tokens(3)).split() == ["<s>", "q", "3", ":", "a", "3", "</s>"]
+    assert train.prompt_lengths[3] == 4
+    assert (train.ids.dtype, train.offsets.dtype, train.prompt_lengths.dtype) == (
+        np.int32,
+        np.int64,
+        np.int32,
+    )
+    assert train.offsets[-1] == len(train.ids)
+    assert train.lengths[3] == 7
+
+
+def one(prompt, target, max_length, tokenizer=None):
+    tokens = tokenize([prompt], [target], ["file:1"], tokenizer or words(), max_length)
+    return (tokenizer or words()).decode(tokens.ids).replace(" ", ""), int(tokens.prompt_lengths[0])
+
+
+def test_long_examples_lose_the_front_of_the_prompt():
+    assert one("abcdef", "xyz", 11) == ("<s>abcdefxyz</s>", 7)
+    assert one("abcdef", "xyz", 8) == ("<s>defxyz</s>", 4)
+    assert one("abcdef", "xyz", 5) == ("<s>xyz</s>", 1)
+    assert one("", "xyz", 5) == ("<s>xyz</s>", 1)
+    with pytest.raises(UserError, match=r"file:1: the target has 3 tokens .* data\.max_length 4; use at least 5"):
+        one("abcdef", "xyz", 4)
+    with pytest.raises(UserError, match=r"file:1: data\.target is empty"):
+        one("abcdef", " ", 8)
+
+
+def test_tokenizers_without_a_start_or_end():
+    no_bos = words(bos=None)
+    assert one("abcdef", "xyz", 6, no_bos) == ("efxyz</s>", 2)
+    with pytest.raises(UserError, match="use at least 5"):
+        one("abcdef", "xyz", 4, no_bos)
+    with pytest.raises(UserError, match=r"file:1: the prompt is empty .* no start token"):
+        one("", "xyz", 9, no_bos)
+    with pytest.raises(UserError, match=r"model\.name: .* no end-of-text token"):
+        one("abc", "xyz", 9, words(eos=None))
+
+
+def test_labels_are_numbered_over_all_splits(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"q": "a", "a": "b", "k": k} for k in ("z", "", "m", 5)])
+    write_jsonl(tmp_path / "dev.jsonl", [{"q": "a", "a": "b", "k": k} for k in ("m", "c")])
+    write_jsonl(tmp_path / "test.jsonl", [{"q": "a", "a": "b", "k": None}])
+    data = load(tmp_path, label="k")
+    assert data.train.label_names == data.test.label_names == ["", "5", "c", "m", "z"]
+    assert list(data.train.labels) == [4, 0, 3, 1]
+    assert list(data.validation.labels) == [3, 2]
+    assert list(data.test.labels) == [0]
+
+
+def test_references_of_one_prompt_are_one_item(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", rows(5))
+    write_jsonl(tmp_path / "test.jsonl", [{"q": q, "a": a} for q, a in ("ax", "by", "az", "cw", "bv")])
+    write_jsonl(tmp_path / "val.jsonl", rows(3))
+    data = load(tmp_path)
+    assert group_references(data.test) == [(0, [" x", " z"]), (1, [" y", " v"]), (3, [" w"])]
+    with pytest.raises(ValueError, match="no texts"):
+        group_references(data.train)
+
+
+def test_the_cache_gives_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path / "cache"))
+    texts = [["abc :", "d :"], [" x", " yz"], ["f:1", "f:2"]]
+    plain = tokenize(*texts, words(), 16)
+    unwritten, message = cached_tokens(*texts, words(), 16, write=False)
+    assert not cache_dir().exists()
+    made, message = cached_tokens(*texts, words(), 16)
+    found, _ = cached_tokens(*texts, words(), 16)
+    assert message is None
+    for tokens in (unwritten, made, found):
+        assert all(np.array_equal(a, b) for a, b in zip(plain, tokens, strict=True))
+    assert isinstance(found.ids, np.memmap)
+    (entry,) = cache_dir().iterdir()
+    (entry / "ids.npy").write_bytes(b"\x93NUMPY damaged")
+    mended, _ = cached_tokens(*texts, words(), 16)
+    assert np.array_equal(mended.ids, plain.ids)
+    assert [path.name for path in cache_dir().iterdir()] == [entry.name]
+
+
+def test_the_cache_tells_contents_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path / "cache"))
+    tokenizer = words()
+    variants = [
+        (["ab"], ["c"], words(), 16),
+        (["a"], ["bc"], words(), 16),
+        (["ab"], ["c"], words(), 15),
+        (["ab"], ["c"], words(bos=None), 16),
+    ]
+    for number, (prompts, targets, made_of, length) in enumerate(variants, 1):
+        cached_tokens(prompts, targets, ["f:1"], made_of, length)
+        assert len(list(cache_dir().iterdir())) == number
+    tokenizer(["ab", "abc"], padding=True, truncation=True, max_length=2)
+    cached_tokens(["ab"], ["c"], ["f:1"], tokenizer, 16)
+    assert len(list(cache_dir().iterdir())) == len(variants)
+
+
+def test_without_a_place_to_write_there_is_no_cache(folder, tmp_path, monkeypatch):
+    expected = load(folder).fingerprint
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path / "file"))
+    data = load(folder)
+    assert data.fingerprint == expected
+    assert len(data.messages) == 1 and "not cached" in data.messages[0]
+
+
+def test_a_user_without_a_home_is_no_error(folder, monkeypatch):
+    def homeless(_path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FEDHPC_CACHE")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert cached_tokens(["a"], ["b"], ["f:1"], words(), 8)[1] == (
+        "tokens are not cached: Could not determine home directory."
+    )
+
+
+def test_a_sound_cache_entry_is_never_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path))
+    texts = (["ab"], ["c"], ["f:1"])
+    tokens, _ = cached_tokens(*texts, words(), 16)
+    (entry,) = cache_dir().iterdir()
+    inode = (entry / "ids.npy").stat().st_ino
+    _save(entry, tokens)  # what a slower process does
+    assert (entry / "ids.npy").stat().st_ino == inode
+    assert list(cache_dir().iterdir()) == [entry]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_cache_is_no_error(folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    monkeypatch.setenv("FEDHPC_CACHE", str(cache))
+    assert "not cached" in load(folder).messages[0]
+
+
+def test_a_full_disk_is_no_error(folder, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("FEDHPC_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(np, "save", full)
+    assert "No space left on device" in load(folder).messages[0]
+    assert list(cache_dir().iterdir()) == []
+
+
+def test_the_fingerprint_follows_the_content(folder):
+    first = load(folder, label="k").fingerprint
+    assert load(folder, label="k", partition={"name": "iid", "num_clients": 5}).fingerprint == first
+    assert load(folder, label=None).fingerprint != first
+    assert load(folder, label="k", max_length=6).fingerprint != first
+    assert load(folder, label="k", prompt="{q}").fingerprint != first
+    changed = rows(30)
+    changed[7]["k"] = "y" if changed[7]["k"] == "x" else "x"
+    write_jsonl(folder / "train.jsonl.gz", changed)
+    assert load(folder, label="k").fingerprint != first
+
+
+# Population
+
+
+def test_held_out_examples_are_never_trained_on(folder):
+    train_on = load(folder, partition={"name": "iid", "num_clients": 4}).population
+    held = load(folder, partition={"name": "iid", "num_clients": 4}, evaluation={"client_fraction": 0.25}).population
+    for client in range(4):
+        parts = held.indices(client), held.held_out(client)
+        assert np.array_equal(np.sort(np.concatenate(parts)), train_on.indices(client))
+        assert len(parts[1]) == 2
+        assert held.num_examples(client) == len(parts[0]) == held.sizes()[client]
+        assert len(train_on.held_out(client)) == 0
+    other = load(
+        folder, seed=5, partition={"name": "natural"}, client="k", evaluation={"client_fraction": 0.25}
+    ).population
+    assert not np.array_equal(other.held_out(0), held.held_out(0))
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.01, 1), (0.5, 2), (0.99, 3)])
+def test_every_client_keeps_an_example_for_training(tmp_path, fraction, expected):
+    owners = ["a"] * 4 + ["b"]
+    for split in ("train", "validation", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"q": "x", "a": "y", "k": k} for k in owners])
+    population = load(
+        tmp_path, client="k", partition={"name": "natural"}, evaluation={"client_fraction": fraction}
+    ).population
+    assert len(population.held_out(0)) == expected
+    assert (population.num_examples(1), len(population.held_out(1))) == (1, 0)
+
+
+def test_natural_clients_keep_their_names_and_filtered_ones_stay_empty(folder):
+    data = load(folder, client="k", partition={"name": "natural"})
+    assert data.population.names == ["x", "y", "z"]
+    assert list(data.population.sizes()) == [10, 10, 10]
+    filtered = load(folder, client="k", partition={"name": "natural"}, where_not={"k": ["z"]})
+    assert list(filtered.population.sizes()) == [10, 10, 0]
+    assert len(filtered.population.indices(2)) == 0
+    assert "1 of 3 owners have no examples" in filtered.messages[0]
+    assert any("clients without data: 1" in line for line in describe(filtered.population, filtered.train))
+    kept = load(folder, client="k", partition={"name": "natural", "min_examples": 1}, where_not={"k": ["z"]})
+    assert kept.population.names == ["x", "y"]
+    with pytest.raises(UserError, match=r"no owner has 11 examples; the largest has 10"):
+        load(folder, client="k", partition={"name": "natural", "min_examples": 11})
+
+
+def test_centralized_is_one_client_with_everything(folder):
+    population = load(folder, mode="centralized", partition={"name": "iid", "num_clients": 1000}).population
+    assert population.num_clients == 1
+    assert np.array_equal(population.indices(0), np.arange(30))
+
+
+def test_a_virtual_population_has_no_arrays(folder):
+    options = {"name": "virtual", "num_clients": 10**9, "examples_per_client": 8}
+    data = load(folder, partition=options, evaluation={"client_fraction": 0.25})
+    population = data.population
+    assert population.num_clients == 10**9
+    assert len(population.indices(999_999_999)) == population.num_examples(999_999_999) == 6
+    assert not set(population.indices(5)) & set(population.held_out(5))
+    assert "1000000000 (virtual), 6 examples each, drawn from 30" in describe(population, data.train)[0]
+    with pytest.raises(ValueError, match="virtual"):
+        population.sizes()
+    with pytest.raises(IndexError):
+        population.indices(10**9)
+    with pytest.raises(UserError, match="examples_per_client: 31"):
+        load(folder, partition={**options, "examples_per_client": 31})
+
+
+def test_label_counts_and_their_table(folder):
+    data = load(folder, label="k", partition={"name": "dirichlet", "num_clients": 12, "alpha": 0.1})
+    counts = data.population.label_counts(data.train)
+    assert counts.shape == (12, 3)
+    assert list(counts.sum(0)) == [10, 10, 10]
+    for client in range(12):
+        mine = np.bincount(data.train.labels[data.population.indices(client)], minlength=3)
+        assert np.array_equal(counts[client], mine)
+    lines = describe(data.population, data.train)
+    assert lines[0] == "clients: 12"
+    assert lines[2].split() == ["client", "x", "y", "z"]
+    assert len(lines) == 2 + 1 + 10 + 1
+
+
+# Real data
+
+
+@pytest.fixture
+def tinystories(shared):
+    return AutoTokenizer.from_pretrained(shared / "models" / "tinystories-260k")
+
+
+E2E = {"prompt": "{mr} :", "target": " {ref}", "label": "eatType", "client": "name"}
+
+
+def test_e2e_references(shared, tinystories):
+    data = load(shared / "data" / "e2e", tinystories, **E2E, train="dev", validation="dev")
+    references = group_references(data.test)
+    assert len(references) == 630
+    assert sum(len(targets) for _, targets in references) == len(data.test) == 4693
+    mr, ref = tinystories.decode(data.test.tokens(0), skip_special_tokens=True).split(" : ", 1)
+    assert mr == "name[Blue Spice], eatType[coffee shop], area[city centre]"
+    assert ref == "A coffee shop in the city centre area called Blue Spice."
+
+
+@pytest.mark.slow
+def test_e2e_in_full(shared, tinystories):
+    data = load(shared / "data" / "e2e", tinystories, **E2E, partition={"name": "natural"})
+    assert (len(data.train), len(data.validation), len(data.test)) == (42061, 4672, 4693)
+    assert data.train.label_names == ["", "coffee shop", "pub", "restaurant"]
+    assert data.population.num_clients == 34
+    assert (data.population.sizes().min(), data.population.sizes().max()) == (348, 2826)
+    assert data.train.lengths.max() == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sizes"),
+    [
+        ("trec", {"prompt": "{text} :", "target": " {label}", "label": "label"}, (5180, 272, 500)),
+        ("xquad-en", {"train": "questions", "prompt": "{question}", "target": " {answers}"}, (1075, 59, 56)),
+        ("instructions", {"train": "instructions", "prompt": "{instruction}", "target": " {output}",
+                          "where": {"source": ["seed"]}, "client": "group", "max_length": 4096}, (159, 8, 8)),
+    ],
+)  # fmt: skip
+def test_other_real_data(shared, tinystories, name, options, sizes):
+    data = load(shared / "data" / name, tinystories, **options)
+    assert (len(data.train), len(data.validation), len(data.test)) == sizes

@@ -1,0 +1,124 @@
+"""The plan of a round: pure, covering, balanced, independent of the number of workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedhpc import config as configuration
+from fedhpc.data.partitioners.base import Assignment
+from fedhpc.data.population import Population
+from fedhpc.errors import UserError
+from fedhpc.participation import cohort_size, form_blocks, num_rounds, place, plan_round, resolve_block_size
+from tests import tiny
+
+
+def settings(**sections: Any) -> configuration.Config:
+    return configuration.resolve({"partition": {"name": "iid"}, **sections})
+
+
+def population(sizes: list[int]) -> Population:
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return Population(len(sizes), 0, 0.0, Assignment(np.arange(offsets[-1]), offsets))
+
+
+SIZES = [1, 9, 4, 0, 7, 2, 12, 5, 3, 6, 8, 3]
+DATA = tiny.examples(sum(SIZES))
+
+
+def test_every_client_of_the_cohort_is_somewhere_once() -> None:
+    config = settings(federation={"rounds": 5, "cohort_size": 10, "dropout": 0.3})
+    seen: set[int] = set()
+    for t in range(1, 30):
+        plan = plan_round(config, population(SIZES), DATA, t, [1, 2, 3], 3)
+        assert len(set(plan.cohort)) == 10
+        in_blocks = [c for b in plan.blocks for c in b.clients]
+        assert sorted(in_blocks) == sorted(plan.training)
+        assert set(plan.cohort) == set(in_blocks) | plan.dropped | plan.empty
+        assert plan.empty <= {3}
+        assert all(b.worker in (1, 2, 3) and 1 <= len(b.clients) <= 3 for b in plan.blocks)
+        sizes = [len(b.clients) for b in plan.blocks]
+        assert max(sizes) - min(sizes) <= 1
+        seen |= set(plan.cohort)
+        assert plan == plan_round(config, population(SIZES), DATA, t, [1, 2, 3], 3)
+    assert seen == set(range(12))
+
+
+def test_blocks_do_not_depend_on_the_workers() -> None:
+    config = settings(federation={"rounds": 5, "cohort_size": 10})
+    for t in range(1, 6):
+        blocks = [
+            {b.clients for b in plan_round(config, population(SIZES), DATA, t, w, 2).blocks}
+            for w in ([0], [1], [1, 2], list(range(1, 8)))
+        ]
+        assert all(b == blocks[0] for b in blocks)
+
+
+def test_rounds_differ_and_seeds_differ() -> None:
+    one = settings(federation={"cohort_size": 6})
+    two = settings(federation={"cohort_size": 6}, run={"seed": 1})
+    cohorts = {plan_round(c, population(SIZES), DATA, t, [0], 2).cohort for c in (one, two) for t in (1, 2, 3)}
+    assert len(cohorts) == 6
+
+
+def test_dropout_has_its_rate() -> None:
+    config = settings(federation={"cohort_size": 10, "dropout": 0.3})
+    dropped = sum(len(plan_round(config, population(SIZES), DATA, t, [0], 2).dropped) for t in range(1, 301))
+    assert 0.26 < dropped / 3000 < 0.34
+
+
+def test_placement_is_longest_first() -> None:
+    blocks = place([(0,), (1,), (2,), (3,), (4,)], [5, 4, 3, 3, 3], [1, 2])
+    load = {w: sum(b.cost for b in blocks if b.worker == w) for w in (1, 2)}
+    assert sorted(load.values()) == [8, 10]  # 5+3 and 4+3+3
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "block"),
+    [(1, "cpu", 1), (2, "cpu", 2), (10, "cpu", 2), (64, "cpu", 8), (1000, "cpu", 8), (1000, "cuda", 32)],
+)
+def test_automatic_block_size(size: int, device: str, block: int) -> None:
+    assert resolve_block_size(settings(), size, device) == block
+    assert resolve_block_size(settings(runtime={"block_size": 5}), size, device) == 5
+
+
+def test_blocks_are_even_and_of_like_cost() -> None:
+    costs = {c: float(c % 7) for c in range(11)}
+    blocks = form_blocks(costs, 4)
+    assert [len(b) for b in blocks] == [4, 4, 3]
+    means = [np.mean([costs[c] for c in b]) for b in blocks]
+    assert means == sorted(means, reverse=True)
+    assert form_blocks({}, 4) == []
+
+
+def test_a_cohort_larger_than_the_population_is_refused() -> None:
+    with pytest.raises(UserError, match="population has 12"):
+        cohort_size(settings(federation={"cohort_size": 13}), population(SIZES))
+    assert cohort_size(settings(federation={"cohort_fraction": 0.5}), population(SIZES)) == 6
+
+
+def test_local_clients_train_as_often_as_they_would_be_sampled() -> None:
+    config = settings(mode="local", federation={"rounds": 20, "cohort_size": 3})
+    assert num_rounds(config, population(SIZES)) == 5
+    plan = plan_round(config, population(SIZES), DATA, 1, [0], 4)
+    assert plan.cohort == tuple(range(12))
+    few = settings(mode="local", local={"max_clients": 4})
+    assert len(plan_round(few, population(SIZES), DATA, 1, [0], 4).cohort) == 4
+    assert (
+        plan_round(few, population(SIZES), DATA, 1, [0], 4).cohort
+        == plan_round(few, population(SIZES), DATA, 2, [0], 4).cohort
+    )
+
+
+def test_a_round_of_a_million_virtual_clients_touches_only_its_cohort() -> None:
+    config = settings(partition={"name": "virtual", "num_clients": 1_000_000, "examples_per_client": 5})
+    drawn: list[int] = []
+
+    def draw(client: int) -> np.ndarray:
+        drawn.append(client)
+        return np.arange(5)
+
+    plan = plan_round(config, Population(1_000_000, 0, 0.0, draw=draw), DATA, 1, [0], 2)
+    assert set(drawn) == set(plan.cohort)

@@ -1,0 +1,200 @@
+"""Partitioners: what every file of data/partitioners promises, and what each one is for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fedhpc import registry
+from fedhpc.data.partitioners.base import raised
+from fedhpc.errors import UserError
+
+FAMILY = "data/partitioners"
+NAMES = registry.names(FAMILY)
+DIVIDING = [n for n in NAMES if hasattr(registry.load(FAMILY, n), "partition")]
+DRAWING = [n for n in NAMES if hasattr(registry.load(FAMILY, n), "draw")]
+WITH_CLIENTS = [n for n in DIVIDING if "num_clients" in registry.options(FAMILY, n).model_fields]
+
+
+def sample(num_examples, classes=6):
+    """Uneven labels and owners; the class 1 has no example."""
+    rng = np.random.default_rng(num_examples)
+    labels = (rng.random(num_examples) ** 2 * classes).astype(np.int32)
+    labels[labels == 1] = 2
+    return labels, rng.integers(0, 7, num_examples).astype(np.int32)
+
+
+def divide(name, num_examples, seed=0, **options):
+    labels, owners = sample(num_examples)
+    module = registry.load(FAMILY, name)
+    return module.partition(num_examples, labels, owners, module.Options(**options), seed), labels
+
+
+def client_sets(assignment):
+    return np.split(assignment.indices, assignment.offsets[1:-1])
+
+
+def test_every_file_has_options_and_one_function():
+    assert {"iid", "dirichlet", "quantity_skew", "shard", "natural", "virtual"} <= set(NAMES)
+    for name in NAMES:
+        module = registry.load(FAMILY, name)
+        assert issubclass(module.Options, registry.Section)
+        assert module.__doc__
+        assert hasattr(module, "partition") != hasattr(module, "draw")
+
+
+@pytest.mark.parametrize("name", DIVIDING)
+def test_every_example_has_exactly_one_client(name):
+    for num_examples, seed in product((40, 501, 2000), (0, 7)):
+        assignment, _ = divide(name, num_examples, seed)
+        indices, offsets = assignment
+        assert indices.dtype == offsets.dtype == np.int64
+        assert np.array_equal(np.sort(indices), np.arange(num_examples))
+        assert offsets[0] == 0
+        assert offsets[-1] == num_examples
+        assert all((np.diff(mine) > 0).all() for mine in client_sets(assignment))
+
+
+@pytest.mark.parametrize("name", DIVIDING)
+def test_a_partition_follows_from_its_seed(name):
+    first, again, other = (divide(name, 700, seed)[0] for seed in (3, 3, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    if name != "natural":
+        assert not np.array_equal(first.indices, other.indices)
+
+
+@pytest.mark.parametrize("name", WITH_CLIENTS)
+def test_minimum_is_attained_wherever_it_can_be(name):
+    cases = [(20, 20, 1), (100, 10, 10), (103, 10, 10), (1000, 150, 5), (1000, 3, 300), (50, 1, 50)]
+    for num_examples, num_clients, minimum in cases:
+        options = {"num_clients": num_clients, "min_examples": minimum}
+        if name == "shard":
+            options["shards_per_client"] = 1
+        (_, offsets), _ = divide(name, num_examples, **options)
+        assert len(offsets) == num_clients + 1
+        assert np.diff(offsets).min() >= minimum
+
+
+@pytest.mark.parametrize("name", WITH_CLIENTS)
+def test_impossible_partitions_are_user_errors(name):
+    with pytest.raises(UserError, match=r"num_clients: 21 clients, but only 20"):
+        divide(name, 20, num_clients=21)
+    with pytest.raises(UserError, match=r"min_examples: 3 for each of 10 clients needs 30 .* use at most 2"):
+        divide(name, 29, num_clients=10, min_examples=3)
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "quantity_skew"])
+@pytest.mark.parametrize("alpha", [1e-9, 1e-3, 0.1, 1, 1e6])
+def test_any_alpha_divides(name, alpha):
+    (indices, offsets), _ = divide(name, 400, num_clients=50, alpha=alpha)
+    assert np.array_equal(np.sort(indices), np.arange(400))
+    assert np.diff(offsets).min() >= 1
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "shard"])
+def test_label_skew_needs_labels(name):
+    module = registry.load(FAMILY, name)
+    with pytest.raises(UserError, match=r"data\.label"):
+        module.partition(100, None, None, module.Options(), 0)
+
+
+def test_iid_sizes_differ_by_at_most_one():
+    (_, offsets), _ = divide("iid", 1003, num_clients=20)
+    assert set(np.diff(offsets)) == {50, 51}
+
+
+def test_dirichlet_skew_grows_as_alpha_falls():
+    def purity(alpha):
+        assignment, labels = divide("dirichlet", 5000, num_clients=10, alpha=alpha)
+        mine = client_sets(assignment)
+        return np.mean([np.bincount(labels[e]).max() / len(e) for e in mine])
+
+    even, skewed, pure = purity(1e4), purity(0.5), purity(0.01)
+    assert even < skewed < pure
+    assert pure > 0.9
+    labels, _ = sample(5000)
+    assert even == pytest.approx(np.bincount(labels).max() / 5000, abs=0.01)
+
+
+def test_dirichlet_shares_have_the_variance_of_the_distribution():
+    # A class of m examples over N clients: E[share] = 1/N, Var[share] = (1/N)(1 - 1/N) / (N alpha + 1).
+    module = registry.load(FAMILY, "dirichlet")
+    clients, alpha, count = 10, 0.5, 2000
+    options, labels = module.Options(num_clients=clients, alpha=alpha), np.zeros(count, np.int32)
+    shares = [np.diff(module.partition(count, labels, None, options, s).offsets) / count for s in range(200)]
+    expected = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
+    assert np.var(shares) == pytest.approx(expected, rel=0.15)
+
+
+def test_quantity_skew_leaves_labels_alone():
+    assignment, labels = divide("quantity_skew", 20000, num_clients=5, alpha=1.0)
+    sizes = np.diff(assignment.offsets)
+    assert sizes.max() > 2 * sizes.min()
+    overall = np.bincount(labels, minlength=6) / len(labels)
+    for mine in client_sets(assignment):
+        if len(mine) > 1000:
+            assert np.abs(np.bincount(labels[mine], minlength=6) / len(mine) - overall).max() < 0.05
+
+
+def test_shards_hold_few_labels():
+    module = registry.load(FAMILY, "shard")
+    labels = np.repeat(np.arange(10, dtype=np.int32), 100)
+    assignment = module.partition(1000, labels, None, module.Options(num_clients=50), 0)
+    assert set(np.diff(assignment.offsets)) == {20}
+    assert max(len(set(labels[mine])) for mine in client_sets(assignment)) <= 2
+    with pytest.raises(UserError, match="shards_per_client"):
+        module.partition(1000, labels, None, module.Options(num_clients=50, shards_per_client=21), 0)
+
+
+def test_natural_clients_are_the_owners():
+    module = registry.load(FAMILY, "natural")
+    owners = np.array([2, 0, 2, 3, 0, 2], np.int32)
+    assignment = module.partition(6, None, owners, module.Options(), 0)
+    assert [list(mine) for mine in client_sets(assignment)] == [[1, 4], [], [0, 2, 5], [3]]
+    with pytest.raises(UserError, match=r"data\.client"):
+        module.partition(6, None, None, module.Options(), 0)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_drawn_clients_cost_nothing_until_asked_for(name):
+    module = registry.load(FAMILY, name)
+    options = module.Options(num_clients=2_000_000_000, examples_per_client=10)
+    far = module.draw(100, options, 0, 1_999_999_999)
+    assert np.array_equal(far, module.draw(100, options, 0, 1_999_999_999))
+    assert (np.diff(far) > 0).all()
+    assert far[0] >= 0 and far[-1] < 100
+    assert not np.array_equal(far, module.draw(100, options, 1, 1_999_999_999))
+    assert not np.array_equal(far, module.draw(100, options, 0, 1_999_999_998))
+    used = np.bincount(np.concatenate([module.draw(100, options, 0, c) for c in range(2000)]), minlength=100)
+    assert used.min() > 140 and used.max() < 260  # 200 expected, standard deviation 13
+    with pytest.raises(UserError, match="examples_per_client: 10, but there are only 9"):
+        module.draw(9, options, 0, 0)
+
+
+def test_raised_moves_no_more_than_is_missing():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = (rng.random(rng.integers(1, 12)) ** 4 * 50).astype(np.int64)
+        minimum = int(rng.integers(0, sizes.sum() // len(sizes) + 1))
+        result = raised(sizes, minimum)
+        assert result.sum() == sizes.sum()
+        assert result.min() >= minimum
+        assert np.abs(result - sizes).sum() == 2 * np.maximum(minimum - sizes, 0).sum()
+        cut = result < sizes
+        if cut.any():  # only the largest give, down to one level
+            assert result[cut].max() - result[cut].min() <= 1
+            assert result[~cut].max(initial=0) <= result[cut].min() + 1
+
+
+def test_partitioners_are_light():
+    code = (
+        "import sys; from fedhpc import registry; import fedhpc.data; "
+        f"[registry.load('{FAMILY}', n) for n in registry.names('{FAMILY}')]; "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'h5py') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,222 @@
+"""Reports and progress from made-up results: numbers in the tables, files written, one line for bad input."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedhpc import report
+from fedhpc.config import load as load_config
+from fedhpc.errors import UserError
+from fedhpc.progress import Progress, duration, line
+from fedhpc.rundir import write_status
+from fedhpc.store import CLIENTS, ROUNDS, Results
+
+
+def make_run(
+    directory: Path,
+    name: str,
+    seed: int = 0,
+    rounds: int = 20,
+    done: int | None = None,
+    mode: str = "federated",
+    lr: float = 0.05,
+    base: bool = True,
+    level: float = 1.0,
+) -> Path:
+    """A run directory with made-up but plausible results."""
+    done = rounds if done is None else done
+    overrides = [
+        f"run.name={name}",
+        f"run.seed={seed}",
+        f"mode={mode}",
+        f"client.lr={lr}",
+        "evaluation.metrics=[]",
+    ]
+    config = load_config(None, [*overrides, f"federation.rounds={rounds}"])
+    rng = np.random.default_rng(seed)
+    attributes = {
+        "config": config.to_yaml(),
+        "mode": mode,
+        "method": "prefix",
+        "model": "builtin",
+        "seed": seed,
+    }
+    run = Results({**attributes, "payload_parameters": 24_576, "world_size": 4}, ["loss", "bleu", "rouge_l"])
+    run.add_round({"round": 0, "eval_loss": 4.1, "eval_bleu": 2.0, "eval_rouge_l": 0.11, "seconds": 1.2})
+    for t in range(1, done + 1):
+        loss = level * (1.2 + 2.9 * math.exp(-t / 5)) + rng.normal(0, 0.05)
+        row = {**dict.fromkeys(ROUNDS, 0), "round": t, "train_loss": loss, "cohort_size": 10, "completed": 9}
+        row |= {"dropped": 1, "tokens": 5000, "padded_tokens": 400, "wire_bytes": 700_000, "seconds": 1.5}
+        row |= {
+            "bytes_down": 983_040,
+            "bytes_up": 884_736,
+            "seconds_local": 1.1,
+            "seconds_eval": 0.3 * (t % 5 == 0),
+        }
+        row |= {"seconds_broadcast": 0.05, "seconds_reduce": 0.08, "seconds_server": 0.01, "update_norm": 1.0}
+        row |= {"eval_loss": math.nan, "peak_memory_bytes": 600 << 20}
+        if t % 5 == 0:
+            row |= {
+                "eval_loss": loss + 0.1,
+                "eval_bleu": 30 - 20 * math.exp(-t / 8),
+                "eval_rouge_l": 0.5 - 0.4 / t,
+            }
+        run.add_round(row)
+        last = loss + rng.gamma(2, 0.1, 10) - 0.2
+        clients = {**{k: np.zeros(10) for k in CLIENTS}, "round": np.full(10, t), "client_id": np.arange(10)}
+        run.add_clients({**clients, "loss_last": last, "loss_first": last + 0.2, "status": np.arange(10) == 3})
+        run.add_event(t, "dropped", "client 3 did not | report\nback")
+    if base:
+        run.set_base({"loss": 4.2, "bleu": 1.5, "rouge_l": 0.1})
+    if done == rounds:
+        run.set_test({"loss": level * 1.3 + 0.01 * seed, "bleu": 28.0 + seed, "rouge_l": 0.48})
+        run.set_samples([{"prompt": "name[Aromi] :", "references": ["Aromi is a pub."], "text": "Aromi is a bar."}])
+        run.attributes["wall_seconds"] = 31.5
+    directory = directory / name
+    directory.mkdir(parents=True)
+    run.write(directory / "results.h5", complete=done == rounds)
+    write_status(directory, "complete" if done == rounds else "preempted", done)
+    return directory
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def cells(text: str, label: str) -> list[str]:
+    (row,) = [text_line for text_line in text.splitlines() if text_line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_report_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "demo")
+    assert report.main([str(run)]) == 0
+    out = run / "report"
+    plots = {"learning_curve.png", "metrics.png", "client_loss.png", "traffic.png", "time.png"}
+    assert {p.name for p in out.iterdir()} == plots | {"report.md", "rounds.csv", "clients.csv"}
+    assert all(is_png(out / name) for name in plots)
+    text = (out / "report.md").read_text()
+    assert cells(text, "this run")[1:] == ["1.300", "28.00", "0.480"]
+    assert cells(text, "untouched base")[1:] == ["4.200", "1.500", "0.100"]
+    assert cells(text, "bytes per client, both ways")[1:] == ["", "182.4 KiB"]
+    assert r"client 3 did not \| report back" in text and "Aromi is a bar." in text
+    with open(out / "rounds.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 21 and rows[5]["round"] == "5" and rows[1]["eval_bleu"] == "nan"
+    printed = capsys.readouterr().out
+    assert "complete" in printed and str(out / "report.md") in printed
+
+
+def test_unfinished_run_and_run_without_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path, "cut", done=7)
+    assert report.main([str(run / "results.h5"), "--out", str(tmp_path / "x" / "y")]) == 0
+    assert "unfinished: preempted, round 7 of 20" in capsys.readouterr().out
+    assert (tmp_path / "x" / "y" / "report.md").exists()
+    assert report.main([str(make_run(tmp_path, "none", done=0))]) == 0
+    assert report.main([str(run), str(tmp_path / "none")]) == 0
+    assert "| cut (unfinished, 7/20) |" in (tmp_path / "comparison" / "comparison.md").read_text()
+
+
+def test_comparison_groups_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path, f"fed-s{seed}", seed) for seed in range(3)]
+    runs.append(make_run(tmp_path, "fed-fast", lr=0.5, level=0.8))
+    runs.append(make_run(tmp_path, "central", mode="centralized"))
+    out = tmp_path / "comparison"
+    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} == {"comparison.md", "comparison.csv", "eval_loss.png", "test.png"}
+    assert is_png(out / "eval_loss.png") and is_png(out / "test.png")
+    text = (out / "comparison.md").read_text()
+    # Seeds 0, 1, 2: mean 29, standard deviation 1, t(2) = 4.303: 4.303 / sqrt(3) = 2.484.
+    assert cells(text, "fed")[1:] == [
+        *("federated", "prefix", "3", "1.310 ± 0.025", "29.00 ± 2.48", "0.480 ± 0.000"),
+        *("24,576", "182.4 KiB", "31.5 ± 0.0"),
+    ]
+    assert cells(text, "fed-fast")[3] == "1"
+    assert cells(text, "central")[-2] == "–"
+    assert cells(text, "untouched base")[4:7] == ["4.200", "1.500", "0.100"]
+    with open(out / "comparison.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["group"] for row in rows] == ["fed", "fed", "fed", "fed-fast", "central"]
+    assert float(rows[2]["test_bleu"]) == 30 and rows[0]["base_loss"] == "4.2"
+    assert "29.00 ± 2.48 " in capsys.readouterr().out
+
+
+def test_same_names_and_same_seeds_stay_apart(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "a", "demo")
+    two = make_run(tmp_path / "b", "demo")
+    groups = report.grouped([report.load(one), report.load(two)])
+    assert [g.label for g in groups] == [f"demo [{one}]", f"demo [{two}]"]
+
+
+def test_closing_table(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "demo"), make_run(tmp_path, "central", mode="centralized", level=0.9)]
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.closing_table(runs))
+    text = console.export_text()
+    for word in (
+        "federated",
+        "centralised",
+        "untouched base",
+        "BLEU",
+        "ROUGE-L",
+        "24,576",
+        "182.4 KiB",
+        "31.5",
+    ):
+        assert word in text
+
+
+def test_mean_and_half_width() -> None:
+    assert report.mean_and_half_width(np.array([2.0]))[0] == 2.0
+    assert math.isnan(report.mean_and_half_width(np.array([2.0]))[1])
+    # Two values: half width is t(1) * |a - b| / 2.
+    assert report.mean_and_half_width(np.array([1.0, 3.0])) == pytest.approx((2.0, 12.706))
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "damaged"])
+def test_bad_input_is_one_line_and_exit_2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    if kind != "missing":
+        path.mkdir()
+    if kind == "damaged":
+        (path / "results.h5").write_bytes(b"x")
+    assert report.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error
+    with pytest.raises(UserError):
+        report.closing_table([path])
+
+
+def test_progress_in_a_log_is_one_line_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "round": 3,
+        "train_loss": 2.3141,
+        "eval_loss": 2.551,
+        "cohort_size": 10,
+        "dropped": 1,
+        "seconds": 1.84,
+    }
+    display = Progress(20, start_round=2)
+    display.message("resumed [after] round 2")
+    display.round(row)
+    display.round({**row, "round": 4, "eval_loss": math.nan, "dropped": 0, "rejected": 2})
+    display.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "resumed [after] round 2",
+        "round 3/20  train_loss 2.314  eval_loss 2.551  cohort 10 (1 dropped)  1.8 s",
+        "round 4/20  train_loss 2.314  cohort 10 (2 rejected)  1.8 s",
+    ]
+    assert (
+        line({"round": 0, "train_loss": math.nan, "eval_loss": 4.0, "cohort_size": 0}, 5)
+        == "round 0/5  eval_loss 4.000"
+    )
+    assert [duration(s) for s in (1.84, 125.0, 12_000.0)] == ["1.8 s", "2 min 05 s", "3 h 20 min"]

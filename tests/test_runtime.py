@@ -1,0 +1,174 @@
+"""Launcher detection, from environments recorded on a real torchrun, mpiexec (MPICH, Open MPI) and Slurm."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fedhpc.errors import UserError
+from fedhpc.runtime import Launch, detect, first_host
+
+TORCHRUN = {
+    "GROUP_RANK": "0",
+    "GROUP_WORLD_SIZE": "1",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "43921",
+    "RANK": "1",
+    "ROLE_RANK": "1",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "WORLD_SIZE": "2",
+}
+MPICH = {
+    "HYDI_CONTROL_FD": "7",
+    "MPI_LOCALNRANKS": "2",
+    "MPI_LOCALRANKID": "1",
+    "PMI_FD": "11",
+    "PMI_HOSTNAME": "vm",
+    "PMI_RANK": "3",
+    "PMI_SIZE": "4",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_NODE_RANK": "0",
+    "PMIX_RANK": "2",
+    "PMIX_NAMESPACE": "prterun-n1-1234@1",
+}
+SLURM_BATCH = {
+    "SLURM_JOB_ID": "100001",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_LOCALID": "0",
+    "SLURM_NNODES": "2",
+    "SLURM_NODEID": "0",
+    "SLURM_NPROCS": "3",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "0",
+    "SLURM_TASKS_PER_NODE": "2,1",
+}
+SLURM_STEP = {
+    **SLURM_BATCH,
+    "SLURM_LAUNCH_NODE_IPADDR": "10.77.0.11",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "2",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_RESTART_COUNT": "1",
+}
+SLURM_PMI2_STEP = {**SLURM_STEP, "PMI_FD": "11", "PMI_JOBID": "1.1", "PMI_RANK": "2", "PMI_SIZE": "3"}
+# mpiexec inside sbatch starts one proxy per node with srun; the ranks inherit the proxies' step.
+MPIEXEC_IN_SLURM = {
+    **SLURM_BATCH,
+    "MPI_LOCALNRANKS": "1",
+    "MPI_LOCALRANKID": "0",
+    "PMI_FD": "5",
+    "PMI_RANK": "2",
+    "PMI_SIZE": "3",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, 1, "n1", 20000 + 100001 % 20000, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Launch()),
+        ({"MASTER_ADDR": "x", "HOME": "/root"}, Launch()),
+        (TORCHRUN, Launch("torchrun", 1, 2, 1, 2, 0, "localhost", 43921, 2, True)),
+        (MPICH, Launch("mpi", 3, 4, 1, 2, 1)),
+        (OPEN_MPI, Launch("mpi", 2, 4, 0, 2, 1)),
+        (SLURM_BATCH, Launch()),
+        (SLURM_STEP, SLURM_LAUNCH),
+        (SLURM_PMI2_STEP, SLURM_LAUNCH),
+        (MPIEXEC_IN_SLURM, Launch("mpi", 2, 3, 0, 1, 2)),
+        ({**SLURM_STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Launch()),
+        ({**SLURM_STEP, **TORCHRUN}, detect(TORCHRUN)),
+        ({**MPICH, **TORCHRUN}, detect(TORCHRUN)),
+    ],
+    ids=[
+        "nothing",
+        "irrelevant",
+        "torchrun",
+        "mpich",
+        "open_mpi",
+        "sbatch_without_srun",
+        "srun",
+        "srun_pmi2",
+        "mpiexec_in_slurm",
+        "srun_one_task",
+        "torchrun_in_slurm",
+        "torchrun_in_mpiexec",
+    ],
+)
+def test_detect(environ: dict[str, str], expected: Launch) -> None:
+    assert detect(environ) == expected
+
+
+def test_variables_set_by_hand_on_one_machine() -> None:
+    by_hand = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    launch = detect(by_hand)
+    assert (launch.local_rank, launch.local_world_size, launch.single_node) == (1, 3, True)
+    assert not launch.agent_store
+
+
+def test_slurm_master_from_the_environment_goes_first() -> None:
+    launch = detect({**SLURM_STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    assert (launch.master_addr, launch.master_port) == ("10.0.0.1", 1234)
+
+
+@pytest.mark.parametrize(
+    ("environ", "culprit"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "4"}, "RANK"),
+        ({**TORCHRUN, "RANK": "2"}, "RANK=2"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK='-1'"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE"),
+        ({**TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}, "LOCAL_WORLD_SIZE"),
+        ({k: v for k, v in MPICH.items() if k != "PMI_SIZE"}, "PMI_SIZE"),
+        ({k: v for k, v in MPICH.items() if k != "MPI_LOCALNRANKS"}, "MPI_LOCALNRANKS"),
+        ({k: v for k, v in OPEN_MPI.items() if k != "OMPI_COMM_WORLD_RANK"}, "OMPI_COMM_WORLD_RANK"),
+        ({k: v for k, v in SLURM_STEP.items() if k != "SLURM_NTASKS"}, "SLURM_NTASKS"),
+        ({k: v for k, v in SLURM_STEP.items() if k != "SLURM_JOB_ID"}, "SLURM_JOB_ID"),
+        ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "2(3)"}, "SLURM_STEP_TASKS_PER_NODE"),
+        ({**SLURM_STEP, "SLURM_NODEID": "2"}, "SLURM_NODEID"),
+    ],
+)
+def test_half_set_or_contradictory_names_the_variable(environ: dict[str, str], culprit: str) -> None:
+    with pytest.raises(UserError, match=culprit):
+        detect(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu[03-05,9],cpu1", "gpu03"),
+        ("rack[2,4]n[07-09]-ib", "rack2n07-ib"),
+    ],
+)
+def test_first_host(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_light() -> None:
+    code = "import sys, fedhpc.runtime; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

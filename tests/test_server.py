@@ -1,0 +1,67 @@
+"""Server optimizers against Reddi et al. 2021, algorithm 2, written in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedhpc import config as configuration
+from fedhpc.server import Server
+
+
+def paper(name: str, options: dict[str, float], theta: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:
+    """x_{t+1} = x_t + eta m_t / (sqrt(v_t) + tau) with Delta_t = -g_t."""
+    eta, m, v = options["lr"], np.zeros_like(theta), np.full_like(theta, options.get("tau", 0.0) ** 2)
+    momentum = np.zeros_like(theta)
+    for g in gradients:
+        delta = -g
+        if name == "sgd":
+            momentum = options.get("momentum", 0.0) * momentum + delta
+            theta = theta + eta * momentum
+            continue
+        m = options["beta1"] * m + (1 - options["beta1"]) * delta
+        if name == "adagrad":
+            v = v + delta**2
+        elif name == "yogi":
+            v = v - (1 - options["beta2"]) * delta**2 * np.sign(v - delta**2)
+        else:
+            v = options["beta2"] * v + (1 - options["beta2"]) * delta**2
+        theta = theta + eta * m / (np.sqrt(v) + options["tau"])
+    return theta
+
+
+CASES: list[tuple[str, dict[str, float]]] = [
+    ("sgd", {"lr": 1.0}),
+    ("sgd", {"lr": 0.5, "momentum": 0.9}),
+    ("adam", {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}),
+    ("yogi", {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}),
+    ("adagrad", {"lr": 0.1, "beta1": 0.0, "tau": 1e-2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: str(x))
+def test_steps_as_in_the_paper_and_resumes_from_its_tensors(name: str, options: dict[str, Any]) -> None:
+    config = configuration.resolve({"partition": {"name": "iid"}, "server": {"optimizer": name, **options}})
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=50), [rng.normal(size=50) for _ in range(6)]
+    server = Server(config, torch.from_numpy(start.copy()))
+    for i, g in enumerate(gradients):
+        if i == 3:
+            saved = {n: a.copy() for n, a in server.tensors().items()}
+            server = Server(config, torch.zeros(50, dtype=torch.float64))
+            server.load(saved)
+        before = server.theta.clone()
+        norm = server.step(torch.from_numpy(g.copy()))
+        assert norm == pytest.approx(float((server.theta - before).norm()))
+    np.testing.assert_allclose(server.theta.numpy(), paper(name, options, start, gradients), rtol=1e-12)
+
+
+def test_fedavg_of_one_client_takes_its_parameters_over() -> None:
+    config = configuration.resolve({"partition": {"name": "iid"}})
+    theta, client = torch.randn(1000), torch.randn(1000)
+    server = Server(config, theta)
+    server.step(theta.double() - client.double())
+    assert torch.equal(server.theta, client)

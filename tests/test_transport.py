@@ -1,0 +1,152 @@
+"""One contract over all transports; each (transport, world size) is one launch, since imports cost seconds."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fedhpc.errors import UserError
+from fedhpc.runtime import Launch
+from fedhpc.transport import open_transport, torch_dist
+from fedhpc.transport.network import interface_of, own_address
+from tests.contract_transport import run_all
+from tests.ranks import Launcher, Ranks, free_port, run_ranks
+
+CONTRACT = str(Path(__file__).with_name("contract_transport.py"))
+SECOND = datetime.timedelta(seconds=1)
+
+
+def test_loopback_keeps_the_contract() -> None:
+    with open_transport(Launch(), "auto", "cpu", 60) as transport:
+        assert transport.name == "loopback"
+        run_all(transport)
+        assert transport.wire_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("launcher", "n", "name"),
+    [
+        ("env", 3, "gloo"),
+        ("mpiexec", 3, "mpi"),
+        pytest.param("env", 2, "gloo", marks=pytest.mark.slow),
+        pytest.param("mpiexec", 2, "mpi", marks=pytest.mark.slow),
+        pytest.param("torchrun", 3, "gloo", marks=pytest.mark.slow),
+    ],
+)
+def test_contract(launcher: Launcher, n: int, name: str) -> None:
+    results = run_ranks(n, [CONTRACT, "auto", name], launcher)
+    assert [result.code for result in results] == [0] * len(results), results
+    assert "".join(result.out for result in results).count("contract kept") == n
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "name"), [(1, "loopback"), (2, "gloo")])
+def test_contract_on_one_gpu(n: int, name: str) -> None:
+    results = run_ranks(n, [CONTRACT, "auto", name, "cuda"], "env")
+    assert [result.code for result in results] == [0] * n, results
+
+
+@pytest.mark.slow
+def test_restarted_ranks_find_each_other() -> None:
+    """torchrun --max-restarts: the second try must not follow the first one's addresses."""
+    program = """
+import os, torch
+from fedhpc.runtime import detect
+from fedhpc.transport import open_transport
+launch = detect(os.environ)
+with open_transport(launch, "auto", "cpu", 60) as transport:
+    transport.reduce_sum(torch.ones(3))
+    if launch.restart_count == 0 and launch.rank == 0:
+        os.kill(os.getpid(), 9)
+    transport.barrier()
+    os.write(1, f"done {launch.restart_count}\\n".encode())
+"""
+    (result,) = run_ranks(2, program, "torchrun", launcher_args=["--max-restarts=1"])
+    assert result.code == 0, result
+    assert result.out.count("done 1") == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "backend"),
+    [
+        ("cpu", ["", ""], "gloo"),
+        ("cpu", ["a", "b"], "gloo"),
+        ("cuda", ["a", "b"], "nccl"),
+        ("cuda", ["a", "a"], "gloo"),  # two ranks on one GPU
+        ("cuda", ["", "a"], "gloo"),  # a server without one
+        ("cuda", ["", ""], "gloo"),
+    ],
+)
+def test_backend_for(device: str, gpus: list[str], backend: str) -> None:
+    assert torch_dist.backend_for(device, gpus) == backend
+
+
+def test_torch_under_mpiexec_needs_an_address() -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        open_transport(Launch("mpi", 0, 2, 0, 2), "torch", "cpu", 60)
+
+
+def test_mpi_without_mpi4py_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"fedhpc\[mpi\]"):
+        open_transport(Launch(), "mpi", "cpu", 60)
+
+
+@pytest.mark.slow
+def test_mpi_that_disagrees_with_the_launcher() -> None:
+    for result in run_ranks(2, [CONTRACT, "mpi", "mpi"], "env"):  # two MPI worlds of one rank each
+        assert result.code != 0
+        assert "the launcher says rank" in result.err
+
+
+def test_missing_ranks_are_named() -> None:
+    launch = Launch("torchrun", 0, 3, 0, 3, 0, "127.0.0.1", free_port())
+    store = torch_dist._open_store(launch, 5)
+    store.set("gpu/2", "id=")
+    with pytest.raises(UserError, match=r"ranks \[1\] of 3"):
+        torch_dist._arrive(store, launch, "", 0.2)
+
+
+def test_a_stale_store_is_not_followed() -> None:
+    """Neither a dead owner's address nor a stranger's store on it: the published one is read again."""
+    stranger = dist.TCPStore("127.0.0.1", 0, None, True, SECOND, wait_for_workers=False)
+    stranger.set("nonce", "another")
+    real = dist.TCPStore("127.0.0.1", 0, None, True, SECOND, wait_for_workers=False)
+    real.set("nonce", "mine")
+    real.set("hello", "world")
+    published = iter([free_port(), stranger.port, real.port])
+    found = torch_dist._follow(lambda: f"127.0.0.1 {next(published)} mine", 20)
+    assert found.get("hello") == b"world"
+    with pytest.raises(UserError, match="did not answer"):
+        torch_dist._follow(lambda: f"127.0.0.1 {free_port()} mine", 0.2)
+
+
+def test_a_rank_that_never_comes_ends_the_others() -> None:
+    """The watchdog of the connect phase, where no liveness is there yet."""
+    program = """
+import time
+from fedhpc.runtime import Launch
+from fedhpc.transport.base import connect_deadline
+with connect_deadline(Launch("torchrun", 1, 2), 0.2):
+    time.sleep(60)
+"""
+    with Ranks(1, program) as ranks:
+        began = time.monotonic()
+        (result,) = ranks.wait(30)
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "rank 1 of 2 could not connect" in result.err
+    assert time.monotonic() - began < 30
+
+
+def test_addresses() -> None:
+    assert own_address("127.0.0.1") == own_address("localhost") == "127.0.0.1"
+    assert interface_of("127.0.0.1") in ("lo", "lo0")
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        own_address("no-such-host.invalid")
+    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME"):
+        interface_of("192.0.2.1")
