@@ -172,7 +172,8 @@ def _workload(clients: int) -> tuple[Any, Any, Any, Any, Any]:
     config = configuration.resolve(
         {"partition": {"name": "iid"}, "client": {"optimizer": "sgd", "lr": 0.5, "batch_size": BATCH}}
     )
-    method = prefix.METHOD(prefix.Options(num_virtual_tokens=VIRTUAL, init="random"), base, 0)
+    options = prefix.Options.model_validate({"num_virtual_tokens": VIRTUAL, "init": "random"})
+    method = prefix.METHOD(options, base, 0)
     return base, method, examples, config, method.payload.flatten(method.initial()).unsqueeze(0)
 
 

@@ -297,7 +297,7 @@ def _override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         key, sep, value = text.partition("=")
         if not sep or not key or "" in key.split("."):
             raise UserError(f"command line: '{text}' is not of the form section.key=value")
-        parsed.append((key.split("."), _parse(value, f"command line: {key}")))
+        parsed.append((key.split("."), parse_yaml(value, f"command line: {key}")))
     raw = dict(raw)
     for path, value in parsed:
         if path[0] not in SECTIONS:
@@ -345,7 +345,10 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                problem = "a mapping cannot be a key; quote a text that has braces"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key in seen:
                 problem = f"the key '{key}' stands twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
@@ -370,7 +373,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
-    tree = _parse(text, str(path))
+    tree = parse_yaml(text, str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -378,7 +381,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The tree of a YAML text under the strict rules. UserError with `where` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter rules
     except yaml.MarkedYAMLError as error:

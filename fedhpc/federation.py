@@ -166,25 +166,29 @@ def resolve_device(config: Config, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
+def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
+    """Whether the run directory holds this very run, complete; says so. RefusedError where it holds another one."""
+    finished = on_server(transport, lambda: rundir.decide(config, config.run_dir, fresh) == "finished")
+    if finished and transport.rank == 0:
+        print(f"{config.run_dir}: this run is finished; --fresh starts it over, a larger federation.rounds extends it")
+    return finished
+
+
 def run(task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None]) -> None:
     """Run or resume to the end. `on_round` is told on rank 0 which round is safely on disk."""
     config, directory = task.config, task.config.run_dir
     is_server = transport.rank == 0
+    held: list[rundir.Lock] = []
 
     def claim() -> str:
         found = rundir.decide(config, directory, fresh, task.data.fingerprint, task.base.fingerprint)
-        if found != "finished":
-            directory.mkdir(parents=True, exist_ok=True)
-            rundir.lock(directory)
-            rundir.begin(directory) if found == "fresh" else rundir.sweep(directory)
-            rundir.write_config(directory, config)
+        directory.mkdir(parents=True, exist_ok=True)
+        held.append(rundir.lock(directory))
+        rundir.begin(directory) if found == "fresh" else rundir.sweep(directory)
+        rundir.write_config(directory, config)
         return found
 
     decision = on_server(transport, claim)
-    if decision == "finished":
-        if is_server:
-            print(f"{directory}: this run is finished; --fresh starts it over, federation.rounds extends it")
-        return
     round_, server, book = _begin(task, transport, decision == "resume")
     if is_server:
         on_round(round_)
@@ -192,6 +196,10 @@ def run(task: Task, transport: Transport, fresh: bool, on_round: Callable[[int],
     if progress:
         for message in [*_headline(task, transport), *task.data.messages]:
             progress.message(message)
+        if not held[0].held:
+            progress.message(f"{directory}: this file system has no locks; do not start a second run in it")
+        if decision == "resume":
+            progress.message(f"resuming after round {round_}")
     if decision == "fresh":
         outcome = _evaluate(task, transport, server, 0)
         if book and server:

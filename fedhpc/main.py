@@ -98,6 +98,10 @@ def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) ->
     try:
         # Rank 0's file counts, should another host see another one.
         config = configuration.resolve(transport.broadcast_json(config.model_dump(mode="json")))
+        if not options.check and federation.is_finished(config, transport, options.fresh):
+            liveness.stop()
+            transport.close()
+            return DONE
         task = federation.prepare(config, transport, launch, write_cache=not options.check)
         if options.check:
             if transport.rank == 0:

@@ -83,6 +83,9 @@ def load_base(model: Model, device: torch.device) -> Base:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one per rank would tear the run's own display
 
     source = source_of(model)
     tokenizer = load_tokenizer(model)

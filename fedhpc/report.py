@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedhpc.config import _parse as parse_yaml
+from fedhpc.config import parse_yaml
 from fedhpc.errors import UserError
 from fedhpc.progress import duration
 from fedhpc.rundir import read_status

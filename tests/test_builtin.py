@@ -23,9 +23,7 @@ COLUMNS = {
     "questions": {"question", "answer", "passage_id", "client"},
     "general": {"text", "genre"},
 }
-SMALL_SPLITS = [
-    (task, split) for task in TASKS for split in SPLITS[task] if (task, split) != ("general", "train")
-]
+SMALL_SPLITS = [(task, split) for task in TASKS for split in SPLITS[task] if (task, split) != ("general", "train")]
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +154,7 @@ def test_base_is_small_and_declares_distinct_special_tokens(model, tokenizer):
 
 
 def test_tokenizer_gives_back_what_it_was_given(tokenizer):
-    texts = [
-        value for task, split in SMALL_SPLITS for row in rows(task, split)[::10] for value in row.values()
-    ]
+    texts = [value for task, split in SMALL_SPLITS for row in rows(task, split)[::10] for value in row.values()]
     texts += ["Ünheard-of näme 12.50 €", "[ x ] [[y] two  spaces\nnew line \u4f60\u597d"]
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -171,9 +167,7 @@ def test_words_of_the_tasks_are_single_tokens_and_examples_are_short(tokenizer):
         for row in rows(task, SPLITS[task][0])[::7]:
             for column in set(row) - {"client", "id", "passage_id"}:
                 assert not any(token.startswith("<0x") for token in tokenizer.tokenize(row[column]))
-    lengths = [
-        len(tokenizer(f"{row['mr']} : {row['ref']}")["input_ids"]) for row in rows("dining", "train")[::10]
-    ]
+    lengths = [len(tokenizer(f"{row['mr']} : {row['ref']}")["input_ids"]) for row in rows("dining", "train")[::10]]
     assert 50 < np.mean(lengths) < 90 and max(lengths) <= 110
 
 

@@ -95,9 +95,10 @@ def test_ragged_references_equal_sacrebleu_and_sentence_statistics(name: str) ->
     assert 0 < got < 100
     # A corpus without ragged references is sacrebleu's plain call.
     plain = [references[0] for references in REFERENCES]
-    assert compute(name, Outputs(texts=TEXTS, references=[[r] for r in plain])) == metric.corpus_score(
-        TEXTS, [plain]
-    ).score
+    assert (
+        compute(name, Outputs(texts=TEXTS, references=[[r] for r in plain]))
+        == metric.corpus_score(TEXTS, [plain]).score
+    )
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf", "rouge_l"])

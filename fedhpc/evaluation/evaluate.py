@@ -106,10 +106,11 @@ def evaluate(
         items = subset(len(groups), len(indices), seed)
         shown = min(samples, len(items))
         places = np.arange(shown) * len(items) // max(shown, 1)
+        payload = np.arange(len(items)) % count
         if "texts" not in needs:
-            items, places = items[places], np.arange(shown)
+            items, payload, places = items[places], payload[places], np.arange(shown)
         firsts = np.array([groups[i][0] for i in items], np.int64)
-        generated = work.texts(examples, firsts, np.arange(len(items)) % count, options.max_new_tokens)
+        generated = work.texts(examples, firsts, payload, options.max_new_tokens)
         if transport.rank == 0:
             texts = [_decode(base, row) for row in generated]
             references = [[target.strip() for target in groups[i][1]] for i in items]
