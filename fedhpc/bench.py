@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def padding() -> dict[str, float]:
         plain += sum(int(part.max()) * len(part) for part in np.split(lengths[rows], 8))
         ordered = np.sort(lengths[rows])
         bounds = cut_by_length(ordered, _FORWARD_COST_TOKENS["cpu"])
-        cut += sum(int(ordered[b - 1]) * (b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        cut += sum(int(ordered[b - 1]) * (b - a) for a, b in pairwise(bounds))
     return {"padding_8_rows_as_they_come": 1 - real / plain, "padding_block_of_64_rows": 1 - real / cut}
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import Field, ValidationError, create_model
 
 from fedhpc import registry
 from fedhpc.errors import UserError, nearest
@@ -103,22 +103,17 @@ class Evaluation(Section):
     client_fraction: float = Field(0.0, ge=0, lt=1, description="share of each client's data held out of training")
 
 
+_Positive = Annotated[int, Field(ge=1)]
+
+
 class Runtime(Section):
     transport: Literal["auto", "torch", "mpi"] = Field("auto", description="how ranks talk")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where clients train")
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast of the forward")
-    block_size: int | Literal["auto"] = Field("auto", description="clients that train in one forward (K)")
-    threads: int | Literal["auto"] = Field("auto", description="CPU threads per rank; auto is 1")
+    block_size: _Positive | Literal["auto"] = Field("auto", description="clients that train in one forward (K)")
+    threads: _Positive | Literal["auto"] = Field("auto", description="CPU threads per rank; auto is 1")
     timeout_s: float = Field(60.0, ge=1, description="silence after which a rank counts as lost")
     deterministic: bool = Field(False, description="bit-identical results on CUDA, at a cost")
-
-    @model_validator(mode="after")
-    def _positive(self) -> Runtime:
-        for key in ("block_size", "threads"):
-            value = getattr(self, key)
-            if value != "auto" and value < 1:
-                raise ValueError(f"{key}: must be auto or at least 1, got {value}")
-        return self
 
 
 class Checkpoint(Section):
@@ -187,7 +182,8 @@ SECTIONS = ["mode", *_PLAIN, *_BASES]
 def load(path: str | None, overrides: list[str]) -> Config:
     """The configuration in the file `path` (None: the embedded default) with `section.key=value` overrides."""
     source = Path(path) if path is not None else EMBEDDED
-    return resolve(_override(read_yaml(source), overrides), where=str(path) if path else "embedded default")
+    where = (str(path) if path else "embedded default") + (" and command line" if overrides else "")
+    return resolve(_override(read_yaml(source), overrides), where)
 
 
 def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
@@ -200,7 +196,7 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
         values[name] = _build(model, _mapping(raw, name, where), name, where)
     for name in ("partition", "method", "client", "server"):
         values[name] = _chosen(name, _mapping(raw, name, where), name, where)
-    transforms = raw.get("transforms") or []
+    transforms = [] if raw.get("transforms") is None else raw["transforms"]
     if not isinstance(transforms, list):
         raise UserError(f"{where}: transforms must be a list of {{name: ...}}, got {transforms!r}")
     values["transforms"] = tuple(
@@ -273,18 +269,26 @@ def _mapping(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]
     return value
 
 
+_UNION_MEMBER = re.compile(r"int|str|float|bool|list\[.*|literal\[.*|constrained-.*")  # as pydantic calls them
+
+
 def _build(model: type[Section], raw: Mapping[str, Any], label: str, where: str) -> Any:
     try:
         return model(**{str(key): value for key, value in raw.items()})
     except ValidationError as error:
-        first = error.errors()[0]
-        path = [label, *(str(p) for p in first["loc"] if not str(p).startswith(("list[", "literal[", "constrained")))]
+        first, *others = error.errors()
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][0]), list(model.model_fields))
             raise UserError(f"{where}: unknown key '{label}.{first['loc'][0]}'; {hint}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-        raise UserError(f"{where}: {'.'.join(path)}: {message[0].lower()}{message[1:]}{got}") from None
+        path, messages = list(first["loc"]), [first["msg"]]
+        if _UNION_MEMBER.fullmatch(str(path[-1])):  # none of several types fits: say all of them
+            messages += [other["msg"] for other in others if list(other["loc"][:-1]) == path[:-1]]
+            path.pop()
+        problem = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in messages))
+        if first["msg"].startswith("Input should be "):
+            problem = f"must be {problem}"
+        key = ".".join([label, *(str(part) for part in path if part != "[key]")])
+        raise UserError(f"{where}: {key}: {problem[0].lower()}{problem[1:]}, got {first['input']!r}") from None
 
 
 def _override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -176,15 +176,32 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
 
 def run(task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None]) -> None:
     """Run or resume to the end. `on_round` is told on rank 0 which round is safely on disk."""
+    held: list[rundir.Lock] = []
+    try:
+        _run(task, transport, fresh, on_round, held)
+    finally:
+        for lock in held:
+            lock.close()
+
+
+def _run(
+    task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None], held: list[rundir.Lock]
+) -> None:
+    """`run` without its clean-up; rank 0 puts the lock of the run directory into `held`."""
     config, directory = task.config, task.config.run_dir
     is_server = transport.rank == 0
-    held: list[rundir.Lock] = []
 
     def claim() -> str:
         found = rundir.decide(config, directory, fresh, task.data.fingerprint, task.base.fingerprint)
         directory.mkdir(parents=True, exist_ok=True)
         held.append(rundir.lock(directory))
-        rundir.begin(directory) if found == "fresh" else rundir.sweep(directory)
+        if found == "fresh":
+            rundir.begin(directory)
+        else:
+            rundir.sweep(directory)
+            # Before the new configuration: a finished run that is being extended must not look finished any more.
+            status = rundir.read_status(directory)
+            rundir.write_status(directory, "running", status.round if status else 0)
         rundir.write_config(directory, config)
         return found
 
@@ -301,16 +318,17 @@ def _round(
     stepped = time.perf_counter()
 
     bytes_each = layout.size * task.payload_dtype.itemsize if config.mode == "federated" else 0
-    supervised = column["tokens"].sum()
+    ok = status == OK
+    seen = column["tokens"][ok].sum()
     ranks = {name: rank_report[:, i] for i, name in enumerate(_RANK_REPORT)}
     row = {
         "round": round_,
-        "train_loss": column["loss_sum"].sum() / supervised if supervised else float("nan"),
+        "train_loss": column["loss_sum"][ok].sum() / seen if seen else float("nan"),
         "cohort_size": len(plan.cohort),
         "completed": completed,
         "dropped": len(plan.dropped),
         "rejected": int((status == REJECTED).sum()),
-        "tokens": int(supervised),
+        "tokens": int(column["tokens"].sum()),
         "padded_tokens": int(ranks["padded_tokens"].sum()),
         "bytes_down": bytes_each * len(plan.cohort),
         "bytes_up": bytes_each * len(plan.training),
@@ -367,16 +385,16 @@ def _train(
             _remember(task, plan.round, works, trained, payloads - trained.updates, finite)
         norms = torch.linalg.vector_norm(uploaded.double(), dim=1).numpy()
         for k, client in enumerate(block.clients):
-            # Non-finite numbers would poison the sum that carries the reports of all.
-            numbers = np.nan_to_num(
-                [trained.loss_sum[k], trained.loss_first[k], trained.loss_last[k], norms[k]], nan=0.0, posinf=0.0
-            )
+            # Each place of the report is filled by one rank, so what is not finite here stays in its place.
             report[place[client]] = (
                 1,
                 OK if finite[k] else REJECTED,
                 trained.tokens[k],
                 trained.steps[k],
-                *numbers,
+                trained.loss_sum[k],
+                trained.loss_first[k],
+                trained.loss_last[k],
+                norms[k],
                 trained.num_examples[k],
             )
             if finite[k] and config.mode != "local":
@@ -520,6 +538,7 @@ def _evaluate(task: Task, transport: Transport, server: Server | None, round_: i
         config.runtime.precision,
         transport,
         label_targets=task.label_targets,
+        seed=config.run.seed,
     )
 
 
@@ -545,6 +564,7 @@ def _finish(
             transport,
             samples=samples,
             label_targets=task.label_targets,
+            seed=config.run.seed,
         )
 
     untouched = on_test(None, 0)

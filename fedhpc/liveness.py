@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from fedhpc.errors import UserError
 from fedhpc.runtime import Launch
 from fedhpc.transport.base import Transport, arrival_limit_s, connect_deadline
 from fedhpc.transport.network import own_address
@@ -112,9 +113,9 @@ class Liveness:
             with connect_deadline(self._launch, arrival_limit_s(self._timeout_s)):
                 self._connect()
         self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._wakeup = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         # Without a Python handler the default action would end the process before the thread sees the signal.
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-        self._wakeup = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         self._thread.start()
 
@@ -124,9 +125,10 @@ class Liveness:
         `symptom` marks a failed collective (TransportError): the death of the peer that caused it, or that
         peer's own explanation, is reported in its place if it shows within half a second.
         """
+        reason = " ".join(reason.split())[:_REASON_LIMIT]
         if self._rank > 0:
             reason = f"rank {self._rank}: {reason}"
-        evidence = _Evidence(code, reason[:_REASON_LIMIT], symptom)
+        evidence = _Evidence(code, reason, symptom)
         if self._thread is None or not self._thread.is_alive():
             self._leave(evidence)
         self._failures.put(evidence)
@@ -150,10 +152,11 @@ class Liveness:
     # ---- connecting
 
     def _connect(self) -> None:
-        hosts = None if self._launch.single_node else self._transport.gather_json(socket.gethostname())
+        hosts = self._transport.gather_json(socket.gethostname())
         now = time.monotonic()
         if self._rank == 0:
-            listener = socket.create_server((self._own_address(hosts), 0), backlog=self._transport.world_size + 16)
+            assert hosts is not None
+            listener = socket.create_server((self._own_address(hosts), 0), backlog=len(hosts) + 16)
             listener.setblocking(False)
             self._listener = listener
             self._token = secrets.token_hex(16)
@@ -163,16 +166,24 @@ class Liveness:
             self._selector.register(listener, selectors.EVENT_READ)
             return
         found = self._transport.broadcast_json(None)
-        connection = socket.create_connection((found["address"], found["port"]), timeout=self._timeout_s)
+        try:
+            connection = socket.create_connection((found["address"], found["port"]), timeout=max(10.0, self._timeout_s))
+        except OSError as error:
+            raise UserError(
+                f"rank {self._rank} on {socket.gethostname()} cannot reach rank 0 at "
+                f"{found['address']}:{found['port']} ({error}): set MASTER_ADDR to an address of rank 0's host "
+                "that all hosts reach"
+            ) from error
         connection.sendall(_line({"token": found["token"], "rank": self._rank}))
         connection.setblocking(False)
         self._peers = {0: _Peer(time.monotonic(), connection)}
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _own_address(self, hosts: list[str] | None) -> str:
-        if hosts is None:
+    def _own_address(self, hosts: list[str]) -> str:
+        # Under an unknown launcher the launch is a single process, whatever MPI says.
+        if self._launch.single_node and self._launch.world_size == self._transport.world_size:
             return "127.0.0.1"
-        other = next((host for host in hosts if host != hosts[0]), hosts[0])
+        other = next((host for host in hosts if host != hosts[0]), "localhost")
         return own_address(self._launch.master_addr or other)
 
     def _accept(self) -> None:
@@ -209,12 +220,11 @@ class Liveness:
 
     def _rank_of(self, hello: bytes) -> int | None:
         try:
-            said = json.loads(hello)
-        except (ValueError, RecursionError):
+            said = json.loads(hello[:512])
+            token = str(said["token"]).encode()
+        except (ValueError, RecursionError, KeyError, TypeError, IndexError):  # whatever a stranger may say
             return None
-        if not isinstance(said, dict) or not isinstance(said.get("token"), str):
-            return None
-        if not hmac.compare_digest(said["token"].encode(), self._token.encode()):
+        if not hmac.compare_digest(token, self._token.encode()):
             return None
         rank = said.get("rank")
         return rank if type(rank) is int and rank in self._peers else None

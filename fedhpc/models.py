@@ -139,8 +139,8 @@ class _loading:  # noqa: N801  a context manager used like a function
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # OSError: no such folder, hub id or file; ValueError and the rest: files that do not fit together.
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError)):
+        # The libraries raise anything, from OSError (no such file or hub id) to classes of their own (half a file).
+        if isinstance(error, Exception) and not isinstance(error, UserError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"model.name: the {self.what} of '{self.model.name}' cannot be loaded: {first[:300]}"

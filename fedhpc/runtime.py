@@ -7,7 +7,7 @@ mpiexec inside a Slurm step is torchrun. Light: no torch, so that the configurat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedhpc.errors import UserError
@@ -52,7 +52,10 @@ class _Variables:
 _TORCHRUN = _Variables(
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"
 )
-_SLURM = _Variables("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None, "SLURM_NODEID", "SLURM_RESTART_COUNT")
+# SLURM_NTASKS is the job's in the shell of an interactive step, so the step's own count goes first.
+_SLURM = _Variables(
+    "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None, "SLURM_NODEID", "SLURM_RESTART_COUNT"
+)
 # OMPI_COMM_WORLD_NODE_RANK is a rank within the node, not the node's number.
 _OPEN_MPI = _Variables(
     "OMPI_COMM_WORLD_RANK",
@@ -98,8 +101,8 @@ def _torchrun(environ: Mapping[str, str]) -> Launch:
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch:
-    world_size = _int(environ, "SLURM_NTASKS", "SLURM_PROCID")
-    if world_size == 1:
+    names = _SLURM if _SLURM.world_size in environ else replace(_SLURM, world_size="SLURM_NTASKS")
+    if _int(environ, names.world_size, "SLURM_PROCID") == 1:
         return Launch()
     per_node = _tasks_per_node(environ)
     node = _int(environ, "SLURM_NODEID", "SLURM_PROCID")
@@ -109,7 +112,7 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
     return _launch(
         environ,
         "slurm",
-        _SLURM,
+        names,
         per_node[node],
         master_addr=environ.get("MASTER_ADDR") or first_host(hosts),
         master_port=_optional_int(environ, "MASTER_PORT")
@@ -120,6 +123,8 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
 def _tasks_per_node(environ: Mapping[str, str]) -> list[int]:
     """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
     name = "SLURM_STEP_TASKS_PER_NODE"
+    if name not in environ:
+        name = "SLURM_TASKS_PER_NODE"
     counts: list[int] = []
     for part in _text(environ, name, "SLURM_PROCID").split(","):
         tasks, _, times = part.partition("(x")

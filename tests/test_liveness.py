@@ -86,10 +86,15 @@ def test_sigterm_to_one_rank_preempts_all_while_they_are_blocked(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scenario", "timeout_s"),
-    [("clean", 60), ("long_work", 1), ("uneven_end", 1), ("hold_lock", 5)],
+    ("launcher", "scenario", "timeout_s"),
+    [
+        ("env", "clean", 60),
+        ("env", "long_work", 1),
+        ("mpiexec", "long_work", 1),
+        ("env", "uneven_end", 1),
+        ("env", "hold_lock", 5),
+    ],
 )
-@pytest.mark.parametrize("launcher", ["env", "mpiexec"])
 def test_what_must_not_end_a_run(tmp_path: Path, launcher: Launcher, scenario: str, timeout_s: float) -> None:
     codes, status = run(tmp_path, launcher, scenario, timeout_s=timeout_s, within_s=30)
     assert set(codes) == {0}
@@ -186,6 +191,9 @@ class Recorder(LoopbackTransport):
         self.said = value
         return value
 
+    def gather_json(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
+
     def abort(self, code: int) -> NoReturn:
         self.code = code
         self.aborted.set()
@@ -195,7 +203,7 @@ class Recorder(LoopbackTransport):
 class Watched:
     """Rank 0 under liveness in this process."""
 
-    def __init__(self, world_size: int, timeout_s: float = 30) -> None:
+    def __init__(self, world_size: int, timeout_s: float = 5) -> None:
         self.transport = Recorder(world_size)
         self.exits: list[tuple[int, str]] = []
         launch = Launch(world_size=world_size, local_world_size=world_size)
@@ -222,7 +230,7 @@ class Watched:
 
 
 @contextlib.contextmanager
-def watched(world_size: int, timeout_s: float = 30) -> Iterator[Watched]:
+def watched(world_size: int, timeout_s: float = 5) -> Iterator[Watched]:
     watch = Watched(world_size, timeout_s)
     watch.liveness.start()
     try:
@@ -285,6 +293,10 @@ def test_fail_reports_and_ends() -> None:
         b"[" * 400 + b"\n",
         b"x" * 4000,
         b"\xff\xfe\n",
+        b'{"token": "\\ud800", "rank": 1}\n',
+        b'{"token": ["a"], "rank": 1}\n',
+        b'["token"]\n',
+        b"1\n",
     ],
 )
 def test_strangers_are_dropped(line: bytes) -> None:

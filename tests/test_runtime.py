@@ -1,4 +1,7 @@
-"""Launcher detection, from environments recorded on a real torchrun, mpiexec (MPICH, Open MPI) and Slurm."""
+"""Launcher detection, from environments recorded under torchrun 2.13, MPICH 5.0, Open MPI 5.0 and Slurm 22.05.
+
+Rank numbers and counts are edited where two nodes or a restart are meant.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_COMM_WORLD_NODE_RANK": "0",
     "PMIX_RANK": "2",
-    "PMIX_NAMESPACE": "prterun-n1-1234@1",
+    "PMIX_NAMESPACE": "prterun-vm-14619@1",
 }
 SLURM_BATCH = {
     "SLURM_JOB_ID": "100001",
@@ -94,7 +97,8 @@ SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, 1, "n1", 20000 + 100001 % 20000, 1)
         (SLURM_STEP, SLURM_LAUNCH),
         (SLURM_PMI2_STEP, SLURM_LAUNCH),
         (MPIEXEC_IN_SLURM, Launch("mpi", 2, 3, 0, 1, 2)),
-        ({**SLURM_STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Launch()),
+        ({**SLURM_STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launch()),
+        ({k: v for k, v in SLURM_STEP.items() if "_STEP_N" not in k and "_STEP_T" not in k}, SLURM_LAUNCH),
         ({**SLURM_STEP, **TORCHRUN}, detect(TORCHRUN)),
         ({**MPICH, **TORCHRUN}, detect(TORCHRUN)),
     ],
@@ -109,6 +113,7 @@ SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, 1, "n1", 20000 + 100001 % 20000, 1)
         "srun_pmi2",
         "mpiexec_in_slurm",
         "srun_one_task",
+        "srun_of_an_older_slurm",
         "torchrun_in_slurm",
         "torchrun_in_mpiexec",
     ],
@@ -144,7 +149,8 @@ def test_slurm_master_from_the_environment_goes_first() -> None:
         ({k: v for k, v in MPICH.items() if k != "PMI_SIZE"}, "PMI_SIZE"),
         ({k: v for k, v in MPICH.items() if k != "MPI_LOCALNRANKS"}, "MPI_LOCALNRANKS"),
         ({k: v for k, v in OPEN_MPI.items() if k != "OMPI_COMM_WORLD_RANK"}, "OMPI_COMM_WORLD_RANK"),
-        ({k: v for k, v in SLURM_STEP.items() if k != "SLURM_NTASKS"}, "SLURM_NTASKS"),
+        ({k: v for k, v in SLURM_STEP.items() if "TASKS" not in k}, "SLURM_NTASKS"),
+        ({k: v for k, v in SLURM_STEP.items() if "PER_NODE" not in k}, "SLURM_TASKS_PER_NODE"),
         ({k: v for k, v in SLURM_STEP.items() if k != "SLURM_JOB_ID"}, "SLURM_JOB_ID"),
         ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "2(3)"}, "SLURM_STEP_TASKS_PER_NODE"),
         ({**SLURM_STEP, "SLURM_NODEID": "2"}, "SLURM_NODEID"),

@@ -14,7 +14,7 @@ from fedhpc.models import Base
 VOCABULARY = 61
 FAMILIES: dict[str, Any] = {
     "gpt2": lambda: tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=VOCABULARY, n_positions=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+        tf.GPT2Config(vocab_size=VOCABULARY, n_positions=96, n_embd=32, n_layer=2, n_head=4)
     ),
     "llama": lambda: tf.LlamaForCausalLM(
         tf.LlamaConfig(
@@ -58,7 +58,9 @@ class TinyTokenizer:
         return {"input_ids": [3 + ord(c) % (VOCABULARY - 3) for c in text]}
 
 
-def base(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 3.0) -> Base:
+def base(
+    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 3.0, device: str = "cpu"
+) -> Base:
     """A random model; weights larger than usual, so that what a payload does shows."""
     torch.manual_seed(seed)
     model = FAMILIES[family]().to(dtype).eval().requires_grad_(False)
@@ -66,12 +68,13 @@ def base(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, scale: 
         for name, p in model.named_parameters():
             if p.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
                 p.mul_(scale)
+    model.to(device)
     config = model.config
     heads = config.num_attention_heads
     return Base(
         model=model,
         tokenizer=TinyTokenizer(),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         name=family,
         fingerprint=family,
         num_layers=config.num_hidden_layers,

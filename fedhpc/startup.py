@@ -1,0 +1,68 @@
+"""Until liveness watches over a rank: signals, and the death of its launcher, while it imports and connects.
+
+Light, for it is there before torch. The signal is read by a thread (signal.set_wakeup_fd), since the main thread may
+be inside a library for long; nothing is on the disk yet, so the process just ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+from fedhpc.runtime import Launch
+
+FAILED, PREEMPTED = 1, 75
+SIGNALS = {
+    signal.SIGTERM: "preempted by SIGTERM",
+    signal.SIGUSR2: "preempted by SIGUSR2",
+    signal.SIGINT: "interrupted",
+}
+_TICK_S = 0.5
+
+
+@contextlib.contextmanager
+def guarded(launch: Launch) -> Iterator[None]:
+    """In the block a signal ends this process with 75, and the death of its launcher with 1."""
+    parent, over = os.getppid(), threading.Event()
+    read, write = socket.socketpair()
+    read.settimeout(_TICK_S)
+    write.setblocking(False)
+
+    def leave(code: int, reason: str) -> None:
+        if launch.rank == 0:
+            sys.stderr.write(f"fedhpc: {reason} while starting; nothing was changed\n")
+            sys.stderr.flush()
+        os._exit(code)
+
+    def watch() -> None:
+        while not over.is_set():
+            numbers = b""
+            with contextlib.suppress(TimeoutError):
+                numbers = read.recv(64)
+            for number in numbers:
+                if number in SIGNALS:
+                    leave(PREEMPTED, SIGNALS[signal.Signals(number)])
+            if launch.launcher != "single" and os.getppid() != parent:
+                leave(FAILED, "the launcher died")
+
+    wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    # Without a Python handler the default action would end the process before the thread sees the signal.
+    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    thread = threading.Thread(target=watch, name="startup", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        write.send(b"\0")
+        thread.join()
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        read.close()
+        write.close()

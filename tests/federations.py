@@ -1,0 +1,211 @@
+"""Small federations for tests: several ranks as threads of one process, and what a run left behind.
+
+The transport of threads stands in for nothing: gloo and MPI have tests of their own and spawned representatives. It
+makes matrices of many ranks cheap, since torch and transformers are imported once.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhpc import config as configuration
+from fedhpc import federation
+from fedhpc.builtin.world import rows
+from fedhpc.config import Config
+from fedhpc.models import BUILTIN
+from fedhpc.runtime import Launch
+from fedhpc.transport.base import LoopbackTransport, Transport
+
+
+class Interrupted(Exception):  # noqa: N818  not an error of the program
+    """The run was stopped at a collective, as a signal would."""
+
+
+@dataclass
+class _Group:
+    """What the threads of one federation share."""
+
+    size: int
+    stop_at: int | None  # the collective at which rank 0 stops, counted from 1
+    board: list[Any] = field(default_factory=list)
+    barrier: threading.Barrier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.board = [None] * self.size
+        self.barrier = threading.Barrier(self.size, timeout=120)
+
+
+class ThreadTransport(Transport):
+    """One rank of a group of threads."""
+
+    name = "threads"
+
+    def __init__(self, rank: int, group: _Group) -> None:
+        super().__init__(rank, group.size)
+        self._group = group
+        self.collectives = 0
+
+    def close(self) -> None:
+        pass
+
+    def _shared(self, mine: Any) -> list[Any]:
+        """Every rank's value, on all ranks."""
+        self.collectives += 1
+        if self.rank == 0 and self.collectives == self._group.stop_at:
+            raise Interrupted
+        self._group.barrier.wait()
+        self._group.board[self.rank] = mine
+        self._group.barrier.wait()
+        return list(self._group.board)
+
+    def _done(self) -> None:
+        # Nobody may change its tensor before all have read it.
+        self._group.barrier.wait()
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        root = self._shared(tensor)[0]
+        if self.rank:
+            tensor.copy_(root)
+        self._done()
+
+    def _reduce_sum(self, tensor: Tensor) -> None:
+        total = torch.stack(self._shared(tensor)).sum(dim=0)
+        self._done()
+        # As in MPI, what the others are left with is not defined.
+        tensor.copy_(total) if self.rank == 0 else tensor.fill_(7)
+
+    def _all_reduce_max(self, tensor: Tensor) -> None:
+        most = torch.stack(self._shared(tensor)).amax(dim=0)
+        self._done()
+        tensor.copy_(most)
+
+    def _exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> None:
+        sent = self._shared(send)
+        for peer, buffer in receive.items():
+            buffer.copy_(sent[peer][self.rank])
+        self._done()
+
+
+class _Sized(LoopbackTransport):
+    """What rank 0 sees of a group while it prepares."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self.world_size = world_size
+
+
+def federate(
+    config: Config,
+    ranks: int = 1,
+    stop_at: int | None = None,
+    fresh: bool = False,
+    on_round: Callable[[int], None] = lambda round_: None,
+) -> int:
+    """Run `config` on so many threads; the number of collectives that rank 0 took part in.
+
+    With `stop_at` it is interrupted at that collective and Interrupted is raised. Errors of a rank are raised.
+    """
+    group = _Group(ranks, stop_at)
+    errors: list[BaseException] = []
+    transports = [ThreadTransport(rank, group) for rank in range(ranks)]
+
+    # One after the other, since transformers does not load models in two threads at once.
+    seen = _Sized(ranks)
+    tasks = [federation.prepare(config, seen, Launch(), write_cache=True)]
+    while len(tasks) < ranks:
+        # A frozen base can be shared by threads; one whose weights are swapped cannot.
+        again = not tasks[0].method.shares_base
+        tasks.append(federation.prepare(config, seen, Launch(), write_cache=True) if again else tasks[0])
+
+    def one(rank: int) -> None:
+        try:
+            federation.run(tasks[rank], transports[rank], fresh, on_round)
+        except BaseException as error:  # handed to the caller
+            errors.append(error)
+            group.barrier.abort()
+
+    others = [threading.Thread(target=one, args=(rank,)) for rank in range(1, ranks)]
+    for thread in others:
+        thread.start()
+    one(0)
+    for thread in others:
+        thread.join()
+    causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)] or errors
+    if causes:
+        raise causes[0]
+    return transports[0].collectives
+
+
+def settings(folder: Path, tree: dict[str, Any]) -> Config:
+    """The configuration `tree` with the run directory `folder`."""
+    return configuration.resolve({**tree, "run": {"name": "test", **tree.get("run", {}), "dir": str(folder)}})
+
+
+def write_texts(folder: Path) -> Path:
+    """A few real examples in `folder` and, in model/, a small random model: all that is slow is small."""
+    for split, count in (("train", 90), ("validation", 10), ("test", 10)):
+        lines = [json.dumps(row) for row in rows("dining", split)[:count]]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    save_random_llama(folder / "model")
+    return folder
+
+
+def save_random_llama(folder: Path) -> None:
+    """A random grouped-query Llama in float64 with the tokenizer of the built-in base."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "proj" in name:
+                p.mul_(8.0)  # so that what a payload does shows
+    model.save_pretrained(folder)
+
+
+def tree(texts: Path, **changes: Any) -> dict[str, Any]:
+    """A small federation; `changes` are merged into its sections."""
+    raw: dict[str, Any] = {
+        "model": {"name": str(texts / "model")},
+        "data": {"source": str(texts), "label": "label", "client": "client"},
+        "partition": {"name": "quantity_skew", "num_clients": 8, "alpha": 2.0},
+        "method": {"name": "prefix", "num_virtual_tokens": 4},
+        "federation": {"rounds": 1, "cohort_size": 6},
+        "client": {"optimizer": "sgd", "lr": 10.0, "batch_size": 3, "steps": 2},
+        "evaluation": {"every": 1, "samples": 0, "max_new_tokens": 8},
+    }
+    for section, value in changes.items():
+        raw[section] = {**raw.get(section, {}), **value} if isinstance(value, dict) else value
+    return raw
+
+
+def final(run_dir: Path) -> dict[str, np.ndarray]:
+    """The final payload of a run that is complete."""
+    with h5py.File(run_dir / "results.h5") as file:
+        assert file.attrs["complete"]
+        found = {}
+        file["final"].visititems(lambda n, d: found.update({n: d[()]}) if isinstance(d, h5py.Dataset) else None)
+    return found
+
+
+def table(run_dir: Path, name: str) -> dict[str, np.ndarray]:
+    """A table of results.h5 as its readers see it."""
+    with h5py.File(run_dir / "results.h5") as file:
+        return {n: d.asstr()[()] if h5py.check_string_dtype(d.dtype) else d[()] for n, d in file[name].items()}

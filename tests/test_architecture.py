@@ -1,0 +1,287 @@
+"""What holds for the package as a whole: who imports whom, what is never called, and that every choice is complete."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedhpc import config as configuration
+from fedhpc import registry
+from fedhpc.registry import Section
+
+PACKAGE = Path(configuration.__file__).parent
+FAMILIES = sorted(
+    {family for keys in configuration.CHOICES.values() for family in keys.values()} | {"evaluation/metrics"}
+)
+CHOICES = [(family, name) for family in FAMILIES for name in registry.names(family)]
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(file.read_text())
+    return found
+
+
+def imported(module: str, only_at_run_time: bool = False) -> set[str]:
+    """Dotted names that a module imports, inside functions too."""
+    tree = modules()[module]
+    skipped: set[ast.AST] = set()
+    if only_at_run_time:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                skipped |= {inner for child in node.body for inner in ast.walk(child)}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and node.level == 0, f"{module}: a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in modules() else node.module for name in inner}
+    return names
+
+
+def graph(only_at_run_time: bool, group: Any = lambda name: name) -> dict[str, set[str]]:
+    """module -> modules of the package that it imports, itself apart."""
+    edges: dict[str, set[str]] = {}
+    for module in modules():
+        inside = {name for name in imported(module, only_at_run_time) if name in modules()}
+        edges.setdefault(group(module), set()).update(group(name) for name in inside)
+    return {name: targets - {name} for name, targets in edges.items()}
+
+
+def cycle(edges: dict[str, set[str]]) -> list[str] | None:
+    """A cycle of the graph, or None."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str] | None:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return None
+        found = next((c for target in sorted(edges.get(name, ())) if (c := search(target, [*path, name]))), None)
+        done.add(name)
+        return found
+
+    return next((c for name in sorted(edges) if (c := search(name, []))), None)
+
+
+def top(name: str) -> str:
+    """fedhpc.data.load -> data."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_a_cycle_would_be_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_imports_run_one_way() -> None:
+    # What is imported for its types alone runs no code, but makes no cycle between modules either.
+    assert cycle(graph(only_at_run_time=False)) is None
+    assert cycle(graph(only_at_run_time=True, group=top)) is None
+
+
+# From the bottom: what a part may build on.
+LAYERS = [
+    {"", "errors", "lazy"},
+    {"registry", "rng", "runtime", "payload", "startup"},
+    {"config", "builtin", "transport"},
+    {"models", "rundir", "liveness", "progress"},
+    {"data", "store", "methods"},
+    {"aggregators", "transforms", "client_optimizers", "server_optimizers", "server"},
+    {"training", "aggregation", "report"},
+    {"participation", "evaluation", "clientstate"},
+    {"federation"},
+    {"main", "bench"},
+]
+
+
+def test_every_part_has_its_layer_and_imports_only_from_below() -> None:
+    level = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+    edges = graph(only_at_run_time=False, group=top)
+    assert set(edges) <= set(level), f"no layer for {set(edges) - set(level)}"
+    upwards = [(part, other) for part in edges for other in edges[part] if level[other] >= level[part]]
+    assert upwards == []
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("torch.distributed", {"transport.torch_dist"}),
+        ("mpi4py", {"transport.mpi"}),
+        ("yaml", {"config"}),
+        ("h5py", {"store", "report", "bench"}),
+        ("peft", set()),  # the reference and the format of the export, not a part
+        ("datasets", {"data.sources"}),
+    ],
+)
+def test_who_may_import_what(library: str, allowed: set[str]) -> None:
+    users = {
+        m.removeprefix("fedhpc.") for m in modules() if any(f"{n}.".startswith(f"{library}.") for n in imported(m))
+    }
+    assert users <= allowed
+    attributes = re.compile(rf"\b{re.escape(library)}\.")
+    if library == "torch.distributed":  # also reachable as an attribute, with no import of its own
+        text = {m: ast.unparse(_without_docstrings(tree)) for m, tree in modules().items()}
+        assert {m.removeprefix("fedhpc.") for m in text if attributes.search(text[m])} <= allowed
+
+
+def test_methods_and_rules_know_nothing_of_a_run() -> None:
+    edges = graph(only_at_run_time=False, group=top)
+    leaves = ("methods", "aggregators", "transforms", "client_optimizers", "server_optimizers")
+    for family in leaves:
+        assert edges[family] <= {"errors", "lazy", "registry", "rng", "payload", "models", ""}, family
+    assert not edges["training"] & {"transport", "store", "rundir", "participation", "server"}
+    assert not edges["data"] & {"models", "methods", "training", "transport", "store"}
+    assert [part for part in edges if "federation" in edges[part]] == ["main"]
+
+
+def test_only_these_files_tell_rank_0_from_the_rest() -> None:
+    """The collectives themselves, their results that only rank 0 has, and who speaks."""
+    compares = re.compile(r"\brank (==|!=|<|>|<=|>=) \d|\d (==|<|<=) (\w+\.)*rank\b")
+    found = {m.removeprefix("fedhpc.") for m, tree in modules().items() if compares.search(ast.unparse(tree))}
+    transports = {"transport.base", "transport.mpi", "transport.torch_dist", "runtime", "liveness", "startup"}
+    assert found <= {"federation", "main", "aggregation", "evaluation.evaluate"} | transports
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    copied = ast.parse(ast.unparse(tree))
+    for node in ast.walk(copied):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return copied
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_nothing_unsafe_is_called(module: str) -> None:
+    tree = modules()[module]
+    serialisers = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    assert not {name.split(".")[0] for name in imported(module)} & serialisers
+    for name, call in calls(tree):
+        assert name not in ("eval", "exec", "compile", "torch.load", "torch.save", "os.system", "yaml.unsafe_load"), (
+            name
+        )
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert keywords.get("shell") != "True"
+        assert keywords.get("allow_pickle", "False") == "False"
+        assert keywords.get("trust_remote_code", "False") in ("False", "model.trust_remote_code")
+        if name == "yaml.load":
+            assert keywords["Loader"] == "_Loader"
+        assert not name.endswith((".send_object", ".recv_object", "_object_list", "all_gather_object"))
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(tree)), "process-wide mutable state"
+
+
+def test_the_loader_of_yaml_is_a_safe_one() -> None:
+    import yaml
+
+    assert issubclass(configuration._Loader, yaml.SafeLoader)
+
+
+# Their interface is documented once, in `methods/base.py`, the folder's __init__ or the family's base.
+_INTERFACES = {"Options"}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_modules_and_public_functions_say_what_they_do(module: str) -> None:
+    tree = modules()[module]
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    missing = [
+        node.name
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        and node.name not in _INTERFACES
+        and not ast.get_docstring(node)
+        and not (isinstance(node, ast.ClassDef) and _is_section(node))
+    ]
+    if module.removeprefix("fedhpc.").split(".")[0] in ("client_optimizers", "server_optimizers", "evaluation"):
+        missing = [name for name in missing if name not in ("compute", "step")]
+    assert [name for name in missing if name != "main"] == []
+
+
+def _is_section(node: ast.ClassDef) -> bool:
+    """A part of the configuration, whose keys are described one by one."""
+    return any(ast.unparse(base) == "Section" for base in node.bases)
+
+
+# ---------------------------------------------------------------- choices
+
+
+@pytest.mark.parametrize(("family", "name"), CHOICES)
+def test_a_choice_is_complete(family: str, name: str) -> None:
+    module = registry.load(family, name)
+    options = registry.options(family, name)
+    assert issubclass(options, Section)
+    for key, field in options.model_fields.items():
+        assert field.description, f"{family}/{name}: {key} has no description"
+    needed = {
+        "methods": ("METHOD",),
+        "aggregators": ("LINEAR",),
+        "client_optimizers": ("state_names", "step"),
+        "server_optimizers": ("initial_state", "step"),
+        "transforms": ("on_client",),
+        "evaluation/metrics": ("NEEDS", "compute"),
+    }
+    for attribute in needed.get(family, ()):
+        assert hasattr(module, attribute), f"{family}/{name} has no {attribute}"
+    if family == "data/partitioners":
+        assert hasattr(module, "partition") or hasattr(module, "draw")
+    if family == "aggregators" and not module.LINEAR:
+        assert hasattr(module, "combine")
+
+
+def raw_of(family: str, name: str) -> dict[str, Any]:
+    """The smallest configuration that makes a choice."""
+    raw: dict[str, Any] = {"data": {"label": "label", "client": "client"}}
+    if family == "evaluation/metrics":
+        return {**raw, "evaluation": {"metrics": [name]}}
+    section, key = next((s, k) for s, keys in configuration.CHOICES.items() for k, f in keys.items() if f == family)
+    return {**raw, section: [{key: name}] if section == "transforms" else {key: name}}
+
+
+@pytest.mark.parametrize(("family", "name"), CHOICES)
+def test_a_choice_alone_is_a_configuration_and_survives_yaml(family: str, name: str) -> None:
+    config = configuration.resolve(raw_of(family, name))
+    again = configuration.resolve(configuration.parse_yaml(config.to_yaml(), "again"))
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+
+
+def test_every_key_of_the_configuration_is_described() -> None:
+    sections: list[type[Section]] = [*configuration._PLAIN.values(), configuration.Client, configuration.Server]
+    for section in sections:
+        for key, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{key}"
+
+
+def test_the_configuration_loads_without_heavy_libraries() -> None:
+    program = (
+        "import sys\n"
+        "from fedhpc import config, main\n"
+        "config.load(None, [])\n"
+        "heavy = {'torch', 'transformers', 'h5py', 'peft', 'mpi4py', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -1,0 +1,29 @@
+"""The committed configurations resolve, and those on built-in data pass --check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedhpc import config as configuration
+from fedhpc.main import main
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_resolves(path: Path) -> None:
+    config = configuration.load(str(path), [])
+    assert config.run.name != "demo", "a committed configuration has a run name of its own"
+
+
+@pytest.mark.parametrize("name", ["classification", "skewed", "reparametrised", "million"])
+def test_check_passes_and_writes_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(CONFIGS / f"{name}.yaml"), "--check"]) == 0
+    assert "payload:" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,519 @@
+"""The federation end to end: against numpy and PEFT, on any number of ranks, interrupted, and at scale."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from fedhpc import federation
+from fedhpc.config import Config
+from fedhpc.runtime import Launch
+from fedhpc.store import CLIENTS, EVENTS, ROUNDS
+from fedhpc.training.block import Work, train_block
+from fedhpc.training.local import batches
+from fedhpc.transport.base import LoopbackTransport
+from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
+from tests.ranks import Launcher, Ranks, run_ranks
+
+# What depends on the machine, the moment or the number of ranks, by design.
+UNSTABLE = {"rounds": ("seconds", "wire_bytes", "peak_memory"), "clients": ("worker",), "events": ()}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert list(one) == list(other)
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert one[name].shape == other[name].shape, name
+        assert one[name].tobytes() == other[name].tobytes(), name
+
+
+def same_results(one: Path, other: Path, tables: tuple[str, ...] = ("rounds", "clients", "events")) -> None:
+    """Final payload, test metrics, texts and tables are the same bits, but for what cannot be."""
+    same_bits(final(one), final(other))
+    for name in tables:
+        pair = [
+            {n: c for n, c in table(where, name).items() if not n.startswith(UNSTABLE[name] or "-")}
+            for where in (one, other)
+        ]
+        for column in pair[0]:
+            np.testing.assert_array_equal(pair[0][column], pair[1][column], err_msg=f"/{name}/{column}")
+    for group in ("test", "samples"):
+        first, second = table(one, group), table(other, group)
+        assert list(first) == list(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=f"/{group}/{name}")
+
+
+# ---------------------------------------------------------------- against numpy
+
+
+def by_hand(config: Config, task: federation.Task) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the final payload (P,), float64: clients one at a time, then numpy."""
+    dtype = task.payload_dtype
+    theta = first = (
+        task.method.payload.flatten({n: t.to(dtype) for n, t in task.method.initial().items()}).double().numpy()
+    )
+    mean, square = np.zeros_like(theta), np.full_like(theta, 1e-6)
+    for t in range(1, config.federation.rounds + 1):
+        start = torch.from_numpy(theta).to(dtype)[None]
+        updates, counts = [], []
+        for client in task.plan(t).training:
+            work = Work(client, task.data.population.indices(client))
+            trained = train_block(task.base, task.method, start, [work], task.data.train, config, t, task.rounds)
+            update = trained.updates[0].double().numpy()
+            for transform in config.transforms:
+                update = update * min(1.0, transform.norm / np.linalg.norm(update))
+            if np.isfinite(update).all():
+                updates.append(update)
+                counts.append(1.0 if config.server.weighting == "uniform" else len(work.indices))
+        if config.server.aggregator == "median":
+            g = np.median(updates, axis=0)
+        else:
+            g = np.average(updates, axis=0, weights=counts)
+        if config.server.optimizer == "adam":
+            mean, square = 0.9 * mean + 0.1 * g, 0.99 * square + 0.01 * g**2
+            theta = theta - config.server.lr * mean / (np.sqrt(square) + 1e-3)
+        else:
+            theta = theta - config.server.lr * g
+    return first, theta
+
+
+def flat(tensors: dict[str, np.ndarray], task: federation.Task) -> np.ndarray:
+    """(P,), in the order of the payload: HDF5 sorts by name."""
+    assert set(tensors) == set(task.method.payload.shapes)
+    return np.concatenate([tensors[name].ravel() for name in task.method.payload.shapes])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "uniform": {"server": {"weighting": "uniform"}},
+    "dropout": {"federation": {"dropout": 0.4}},
+    "server-lr": {"server": {"lr": 0.5}, "federation": {"rounds": 2}},
+    "adam": {"server": {"optimizer": "adam", "lr": 0.05}, "federation": {"rounds": 3}},
+    "median": {"server": {"aggregator": "median"}},
+    "clip": {"transforms": [{"name": "clip", "norm": 0.05}]},
+    "mlp": {"method": {"exchange": "mlp", "hidden_size": 16}},
+    "materialised": {"method": {"exchange": "materialised", "hidden_size": 16}},
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [*((variant, "float64") for variant in VARIANTS), ("fedavg", "float32"), ("adam", "float32")]
+)
+def test_a_run_is_the_formula(tmp_path: Path, texts: Path, variant: str, dtype: str) -> None:
+    """On two workers, in blocks, through the exact sum; by hand one client at a time."""
+    config = settings(tmp_path, tree(texts, model={"dtype": dtype}, **VARIANTS[variant]))
+    federate(config, ranks=3)
+    task = federation.prepare(config, LoopbackTransport(), Launch(), False)
+    found = flat(final(tmp_path), task)
+    assert found.dtype == dtype
+    first, wanted = by_hand(config, task)
+    moved = np.linalg.norm(wanted - first)
+    assert moved > 1e-2
+    assert np.linalg.norm(found - wanted) / moved < (1e-12 if dtype == "float64" else 1e-4)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 if dtype == "float64" else 1e-6)
+    assert table(tmp_path, "rounds")["dropped"].sum() == (1 if variant == "dropout" else 0)
+
+
+# ---------------------------------------------------------------- any number of ranks
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "federated": {"client": {"optimizer": "adamw", "lr": 0.05}},
+    "dropout-adam": {"federation": {"dropout": 0.3}, "server": {"optimizer": "adam", "lr": 0.05}},
+    "median": {"server": {"aggregator": "median"}, "transforms": [{"name": "clip", "norm": 0.5}]},
+    "centralized": {"mode": "centralized", "client": {"optimizer": "adamw", "lr": 0.05}},
+    "local": {"mode": "local", "client": {"optimizer": "adamw", "lr": 0.05}, "local": {"max_clients": 5}},
+    "full": {"method": {"name": "full"}, "federation": {"cohort_size": 3}},
+    "held-out": {"evaluation": {"client_fraction": 0.2}},
+}
+
+
+def mode(texts: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """One of MODES with two rounds, and changes on top."""
+    merged = tree(texts, federation={"rounds": 2})
+    for extra in (MODES[name], changes):
+        for section, value in extra.items():
+            if section == "method":
+                merged[section] = value
+            else:
+                merged[section] = {**merged.get(section, {}), **value} if isinstance(value, dict) else value
+    return merged
+
+
+@pytest.mark.parametrize("counts", [(3,), pytest.param((2, 4, 5, 8), marks=pytest.mark.slow)], ids=["quick", "many"])
+@pytest.mark.parametrize("name", MODES)
+def test_the_number_of_ranks_does_not_change_a_bit(
+    tmp_path: Path, texts: Path, name: str, counts: tuple[int, ...]
+) -> None:
+    raw = mode(texts, name, evaluation={"metrics": ["loss", "bleu"], "samples": 2})
+    federate(settings(tmp_path / "1", raw))
+    for ranks in counts:
+        federate(settings(tmp_path / str(ranks), raw), ranks)
+        same_results(tmp_path / "1", tmp_path / str(ranks))
+        if name == "held-out":
+            one, other = (table(tmp_path / n, "client_eval") for n in ("1", str(ranks)))
+            same_bits(one, other)
+            assert len(one["loss"]) == 8
+            assert np.isfinite(one["loss"]).all()
+
+
+def spawn(ranks: int, config: Config, launcher: Launcher, folder: Path) -> None:
+    """The run as a person starts it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "start.yaml").write_text(config.to_yaml())
+    for result in run_ranks(ranks, ["-m", "fedhpc.main", str(folder / "start.yaml")], launcher, timeout=300):
+        assert result.code == 0, result.err
+        assert result.err == ""
+
+
+def test_two_processes_and_one_give_the_same_bits(tmp_path: Path, texts: Path) -> None:
+    raw = mode(texts, "federated", model={"name": "builtin"}, evaluation={"metrics": ["loss", "bleu"], "samples": 2})
+    federate(settings(tmp_path / "1", raw))
+    spawn(2, settings(tmp_path / "2", raw), "env", tmp_path)
+    same_results(tmp_path / "1", tmp_path / "2")
+    with h5py.File(tmp_path / "2" / "results.h5") as file:
+        assert (file.attrs["world_size"], file.attrs["transport"]) == (2, "gloo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "launcher"),
+    [(1, "env"), (3, "env"), (4, "env"), (8, "env"), (2, "torchrun"), (1, "mpiexec"), (2, "mpiexec"), (3, "mpiexec")],
+)
+def test_processes_under_any_launcher_give_the_same_bits(
+    tmp_path: Path, texts: Path, ranks: int, launcher: Launcher
+) -> None:
+    raw = mode(texts, "federated", model={"name": "builtin"}, evaluation={"metrics": ["loss", "bleu"], "samples": 2})
+    federate(settings(tmp_path / "in process", raw))
+    spawn(ranks, settings(tmp_path / "spawned", raw), launcher, tmp_path)
+    same_results(tmp_path / "in process", tmp_path / "spawned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["env", "mpiexec"])
+@pytest.mark.parametrize("name", ["centralized", "local", "median", "full"])
+def test_processes_in_every_mode_give_the_same_bits(tmp_path: Path, texts: Path, name: str, launcher: Launcher) -> None:
+    raw = mode(texts, name)
+    federate(settings(tmp_path / "in process", raw))
+    spawn(3, settings(tmp_path / "spawned", raw), launcher, tmp_path)
+    same_results(tmp_path / "in process", tmp_path / "spawned")
+
+
+# ---------------------------------------------------------------- interrupted and resumed
+
+
+RESUMED = ("federated", "dropout-adam", "centralized", "local")
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_an_extended_run_equals_one_of_that_length(tmp_path: Path, texts: Path, name: str) -> None:
+    raw = mode(texts, name, federation={"rounds": 4})
+    federate(settings(tmp_path / "whole", raw))
+    federate(settings(tmp_path / "extended", mode(texts, name, federation={"rounds": 2})), ranks=2)
+    federate(settings(tmp_path / "extended", raw), ranks=3)
+    same_results(tmp_path / "whole", tmp_path / "extended", ("rounds", "clients"))
+    assert list(table(tmp_path / "extended", "events")["kind"]) == ["resumed"]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_stopped_anywhere_and_resumed_equals_one_that_was_not(
+    tmp_path: Path, texts: Path, name: str, every: int
+) -> None:
+    """Stopped again and again, on other numbers of ranks, at collectives spread over the run."""
+    raw = mode(texts, name, federation={"rounds": 4}, checkpoint={"every": every})
+    whole = federate(settings(tmp_path / "whole", raw), ranks=2)
+    config = settings(tmp_path / "stopped", raw)
+    for share, ranks in ((0.1, 2), (0.35, 3), (0.3, 1), (0.15, 2)):
+        with pytest.raises(Interrupted):
+            federate(config, ranks, stop_at=max(1, int(share * whole)))
+    federate(config, ranks=3)
+    same_results(tmp_path / "whole", tmp_path / "stopped", ("rounds", "clients"))
+
+
+def test_an_extension_stopped_at_once_is_not_taken_for_finished(tmp_path: Path, texts: Path) -> None:
+    federate(settings(tmp_path, mode(texts, "federated")))
+    longer = settings(tmp_path, mode(texts, "federated", federation={"rounds": 3}))
+    with pytest.raises(Interrupted):
+        federate(longer, stop_at=8)
+    assert not federation.is_finished(longer, LoopbackTransport(), False)
+    federate(longer, ranks=2)
+    assert len(table(tmp_path, "rounds")["round"]) == 4
+    assert federation.is_finished(longer, LoopbackTransport(), False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "launcher"), [("dropout-adam", "env"), ("local", "mpiexec")])
+def test_sigterm_and_the_same_command_again(tmp_path: Path, texts: Path, name: str, launcher: Launcher) -> None:
+    raw = mode(texts, name, federation={"rounds": 12}, client={"steps": 8})
+    federate(settings(tmp_path / "whole", raw))
+    config = settings(tmp_path / "stopped", raw)
+    (tmp_path / "start.yaml").write_text(config.to_yaml())
+    with Ranks(2, ["-m", "fedhpc.main", str(tmp_path / "start.yaml")], launcher) as running:
+        running.wait_for("round 2/")
+        running.rank_processes()[1].send_signal(signal.SIGTERM)
+        codes = {result.code for result in running.wait(60)}
+    assert codes == {75}
+    assert json.loads((tmp_path / "stopped" / "status.json").read_text())["state"] == "preempted"
+    spawn(3, config, launcher, tmp_path)
+    same_results(tmp_path / "whole", tmp_path / "stopped", ("rounds", "clients"))
+
+
+# ---------------------------------------------------------------- against PEFT
+
+
+def peft_loop(config: Config, folder: Path, start: np.ndarray) -> np.ndarray:
+    """Prefix-tuning as with transformers and PEFT alone, on one client's data, from the texts on: (n, width)."""
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    peft = get_peft_model(
+        model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.method.num_virtual_tokens)
+    ).double()
+    (prefix,) = [p for p in peft.parameters() if p.requires_grad]
+    with torch.no_grad():
+        prefix.copy_(torch.from_numpy(start))
+    texts = [json.loads(line) for line in (Path(config.data.source) / "train.jsonl").read_text().splitlines()]
+    c = config.client
+    rule = (torch.optim.SGD if c.optimizer == "sgd" else torch.optim.AdamW)([prefix], lr=c.lr, weight_decay=0.0)
+    for picked in batches(len(texts), c, config.run.seed, 1, 0):
+        ids, labels = [], []
+        for row in (texts[i] for i in picked):
+            prompt = tokenizer(f"{row['mr']} :", add_special_tokens=False).input_ids
+            target = tokenizer(f" {row['ref']}", add_special_tokens=False).input_ids
+            ids.append(torch.tensor([tokenizer.bos_token_id, *prompt, *target, tokenizer.eos_token_id]))
+            labels.append(torch.tensor([-100] * (1 + len(prompt)) + [*target, tokenizer.eos_token_id]))
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        logits = peft(input_ids=padded, attention_mask=mask).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten())
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+    return prefix.detach().numpy()
+
+
+@pytest.mark.parametrize("client", [{"optimizer": "sgd", "lr": 20.0}, {"optimizer": "adamw", "lr": 0.1}])
+def test_one_client_is_training_with_peft(tmp_path: Path, texts: Path, client: dict[str, Any]) -> None:
+    """From the file with the texts to /final."""
+    raw = tree(
+        texts,
+        model={"dtype": "float64"},
+        federation={"cohort_size": 1},
+        method={"init": "random"},
+        client={**client, "batch_size": 16, "steps": 5},
+    )
+    config = settings(tmp_path / "run", {**raw, "partition": {"name": "iid", "num_clients": 1}})
+    federate(config)
+    still = settings(tmp_path / "still", {**raw, "partition": {"name": "iid", "num_clients": 1}, "client": {"lr": 0.0}})
+    federate(still)
+    start = final(tmp_path / "still")["prompt_embeddings"]
+    found = final(tmp_path / "run")["prompt_embeddings"]
+    wanted = peft_loop(config, texts / "model", start)
+    moved = np.linalg.norm(wanted - start)
+    assert moved > 0.1
+    assert np.linalg.norm(found - wanted) / moved < 1e-9
+
+
+# ---------------------------------------------------------------- traffic and scale
+
+
+@pytest.mark.parametrize("name", ["federated", "centralized", "local"])
+def test_traffic_is_within_its_bound(tmp_path: Path, texts: Path, name: str) -> None:
+    for ranks in (1, 2, 3):
+        for cohort in (3, 8):
+            run_dir = tmp_path / f"{ranks} {cohort}"
+            raw = mode(texts, name, federation={"rounds": 1, "cohort_size": cohort})
+            federate(settings(run_dir, raw), ranks)
+            found = table(run_dir, "rounds")
+            payload = final(run_dir)["prompt_embeddings"][..., :, :].size
+            assert (found["wire_bytes"][1:] > 0).all() == (ranks > 1)
+            assert (found["wire_bytes"] <= 16 * payload + 2**16 + 128 * found["cohort_size"]).all()
+            if name == "federated":
+                assert list(found["bytes_down"]) == [0, 4 * payload * cohort]
+                assert list(found["bytes_up"]) == [0, 4 * payload * cohort]
+
+
+def test_a_million_virtual_clients_cost_what_a_thousand_cost(tmp_path: Path, texts: Path) -> None:
+    peaks, sizes, wires = [], [], []
+    for clients in (1_000, 1_000, 1_000_000):  # the first one warms up
+        run_dir = tmp_path / str(len(peaks))
+        raw = {
+            **tree(texts, federation={"rounds": 2, "cohort_size": 4}),
+            "partition": {"name": "virtual", "num_clients": clients},
+        }
+        tracemalloc.start()
+        federate(settings(run_dir, raw), ranks=2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert table(run_dir, "partition") == {}
+        assert (table(run_dir, "clients")["client_id"] < clients).all()
+        wires.append(table(run_dir, "rounds")["wire_bytes"].tolist())
+        sizes.append((run_dir / "results.h5").stat().st_size)
+    assert max(table(tmp_path / "2", "clients")["client_id"]) > 1_000
+    assert wires[1] == wires[2]
+    assert abs(sizes[2] - sizes[1]) < 4096
+    assert abs(peaks[2] - peaks[1]) < 2**20
+
+
+# ---------------------------------------------------------------- rejected clients and void rounds
+
+
+@pytest.fixture
+def unequal(tmp_path: Path, texts: Path) -> dict[str, Any]:
+    """Owners with 3, 4, 9 and no examples; at this rate whoever takes a second step overflows."""
+    folder = tmp_path / "unequal"
+    folder.mkdir()
+    lines = (texts / "train.jsonl").read_text().splitlines()
+    owners = ["few"] * 3 + ["many"] * 9 + ["nothing"] * 2 + ["some"] * 4
+    made = [
+        {**json.loads(line), "client": owner, "kept": "no" if owner == "nothing" else "yes"}
+        for line, owner in zip(lines, owners, strict=False)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    for split in ("validation", "test"):
+        rest = [{**json.loads(line), "kept": "yes"} for line in (texts / f"{split}.jsonl").read_text().splitlines()]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rest))
+    return tree(
+        texts,
+        data={"source": str(folder), "where": {"kept": ["yes"]}, "label": None},
+        federation={"rounds": 1, "cohort_size": 4},
+        client={"lr": 1e30, "batch_size": 4, "steps": None, "epochs": 1},
+        transforms=[{"name": "clip", "norm": 0.1}],
+    ) | {"partition": {"name": "natural"}}
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "median"])
+def test_a_client_that_overflows_or_has_no_data_is_rejected(
+    tmp_path: Path, unequal: dict[str, Any], aggregator: str
+) -> None:
+    config = settings(tmp_path / "run", {**unequal, "server": {"aggregator": aggregator}})
+    federate(config, ranks=3)
+    clients = pandas.DataFrame(table(tmp_path / "run", "clients")).set_index("client_id").sort_index()
+    assert list(clients["num_examples"]) == [3, 9, 0, 4]
+    assert list(clients["status"]) == [0, 2, 2, 0]
+    assert list(clients["worker"] > 0) == [True, True, False, True]
+    assert np.isnan(clients["update_norm"][1]) and np.isnan(clients["loss_last"][1])
+    found = {name: column[-1] for name, column in table(tmp_path / "run", "rounds").items()}
+    assert (found["cohort_size"], found["completed"], found["dropped"], found["rejected"]) == (4, 2, 0, 2)
+    # The loss of a round is that of the clients that it is made of.
+    used = clients[clients["status"] == 0]
+    assert found["tokens"] == clients["tokens"].sum()
+    assert found["train_loss"] == pytest.approx((used["loss_first"] * used["tokens"]).sum() / used["tokens"].sum())
+    events = table(tmp_path / "run", "events")
+    assert list(events["kind"]) == ["rejected", "rejected"]
+    assert sorted(events["message"]) == [
+        "client 1: its update is not finite",
+        "client 2: it has no training examples",
+    ]
+    task = federation.prepare(config, LoopbackTransport(), Launch(), False)
+    np.testing.assert_allclose(flat(final(tmp_path / "run"), task), by_hand(config, task)[1], rtol=0, atol=1e-6)
+
+
+def test_a_round_with_too_few_clients_changes_nothing(tmp_path: Path, unequal: dict[str, Any]) -> None:
+    raw = {**unequal, "federation": {"rounds": 2, "cohort_size": 4, "min_cohort": 3}}
+    federate(settings(tmp_path / "void", raw), ranks=2)
+    federate(
+        settings(tmp_path / "still", {**raw, "client": {"lr": 0.0}, "federation": {"rounds": 1, "cohort_size": 4}})
+    )
+    same_bits(final(tmp_path / "void"), final(tmp_path / "still"))
+    found = table(tmp_path / "void", "rounds")
+    assert list(found["update_norm"]) == [0, 0, 0]
+    assert len(set(found["eval_loss"])) == 1
+    events = table(tmp_path / "void", "events")
+    assert list(events["message"][events["kind"] == "void"]) == ["2 of 3 needed clients completed"] * 2
+
+
+# ---------------------------------------------------------------- results.h5
+
+
+def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
+    """What DESIGN section 3 promises to readers with h5py and pandas alone."""
+    raw = tree(
+        texts,
+        run={"name": "contract", "seed": 3},
+        federation={"rounds": 3, "dropout": 0.3},
+        evaluation={"every": 2, "metrics": ["loss", "bleu"], "samples": 3, "client_fraction": 0.2},
+    )
+    config = settings(tmp_path, raw)
+    federate(config, ranks=2)
+    with h5py.File(tmp_path / "results.h5") as file:
+        about = dict(file.attrs)
+        wanted = {"format": "fedhpc-run", "method": "prefix", "mode": "federated", "seed": 3, "world_size": 2}
+        assert {name: about[name] for name in wanted} == wanted
+        assert about["complete"]
+        assert (about["device"], about["transport"], about["block_size"]) == ("cpu", "threads", 2)
+        assert about["config"] == config.to_yaml() == (tmp_path / "config.yaml").read_text()
+        assert {"format_version", "fedhpc_version", "model", "created_utc", "torch_version"} <= set(about)
+        assert set(file) == {
+            "rounds",
+            "clients",
+            "partition",
+            "test",
+            "base",
+            "client_eval",
+            "samples",
+            "final",
+            "events",
+        }
+        assert set(file["test"]) == set(file["base"]) == {"loss", "bleu"}
+    found = pandas.DataFrame(table(tmp_path, "rounds"))  # raises where columns are not equally long
+    assert set(found) == {*ROUNDS, "eval_bleu"}
+    assert list(found["round"]) == [0, 1, 2, 3]
+    assert list(found["train_loss"].isna()) == [True, False, False, False]
+    assert list(found["eval_loss"].isna()) == list(found["eval_bleu"].isna()) == [False, True, False, False]
+    assert list(found["cohort_size"]) == [0, 6, 6, 6]
+    assert (found["completed"] + found["dropped"] + found["rejected"] == found["cohort_size"]).all()
+    assert found["dropped"].sum() > 0
+    payload = final(tmp_path)["prompt_embeddings"].size
+    assert list(found["bytes_down"]) == [0, *[24 * payload] * 3]
+    assert list(found["bytes_up"]) == list(4 * payload * found["completed"])
+    parts = found[["seconds_broadcast", "seconds_local", "seconds_reduce", "seconds_server", "seconds_eval"]]
+    assert (parts >= 0).all(axis=None)
+    assert (parts.sum(axis=1) <= found["seconds"] + 1e-3).all()
+    assert (found["peak_memory_bytes"][1:] > 2**20).all()
+    clients = pandas.DataFrame(table(tmp_path, "clients"))
+    assert set(clients) == set(CLIENTS)
+    assert len(clients) == 18
+    per_round = clients.groupby("round")
+    assert list(per_round["tokens"].sum()) == list(found["tokens"][1:])
+    assert list(per_round["status"].agg(lambda s: (s == 1).sum())) == list(found["dropped"][1:])
+    dropped = clients[clients["status"] == 1]
+    assert dropped["loss_first"].isna().all()
+    assert (dropped["worker"] == -1).all()
+    assert (clients["steps"] == np.where(clients["status"] == 1, 0, 2)).all()
+    assert set(table(tmp_path, "events")) == set(EVENTS)
+    partition = table(tmp_path, "partition")
+    assert len(partition["num_examples"]) == 8
+    assert sorted(partition["indices"]) == list(range(90))
+    assert list(np.diff(partition["offsets"])) == list(partition["num_examples"])
+    assert list(partition["label_counts"].sum(axis=1)) == list(partition["num_examples"])
+    samples = table(tmp_path, "samples")
+    assert {name: len(column) for name, column in samples.items()} == {"prompt": 3, "references": 3, "text": 3}
+    assert all(isinstance(json.loads(text), list) for text in samples["references"])
+
+
+def test_local_results_have_a_client_axis(tmp_path: Path, texts: Path) -> None:
+    federate(settings(tmp_path, mode(texts, "local")), ranks=2)
+    trained = sorted(set(table(tmp_path, "clients")["client_id"]))
+    assert len(trained) == 5
+    assert final(tmp_path)["prompt_embeddings"].shape[0] == 5
+    assert sorted(int(folder.name) for folder in (tmp_path / "adapter").iterdir()) == trained

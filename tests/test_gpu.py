@@ -1,0 +1,66 @@
+"""The CUDA path: the same checks as on the CPU, on one GPU. Marked gpu."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import torch
+
+from fedhpc.main import main
+from fedhpc.training.block import train_block
+from tests import test_lora, tiny
+from tests.test_block import make, peft_reference, relative, settings, start_of, works
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU here"),
+]
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_a_client_trains_as_in_peft(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    base, data, config = tiny.base(family, dtype, device="cuda"), tiny.examples(), settings(optimizer="sgd", lr=0.5)
+    method = make(base)
+    start = start_of(method, torch.float64 if dtype == torch.float64 else torch.float32)
+    work = works(1)[0]
+    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    reference = tiny.base(family, torch.float64)
+    wanted = peft_reference(reference, make(reference), data, work, config, start.double())
+    assert relative(found.double(), wanted, start[0].double()) < tolerance
+
+
+@pytest.mark.parametrize("build", [make, test_lora.make], ids=["prefix", "lora"])
+def test_a_block_equals_its_clients_alone(build: Any) -> None:
+    base, data, config = tiny.base("llama", device="cuda"), tiny.examples(), settings(optimizer="adamw", lr=0.02)
+    method, group = build(base), works(5)
+    start = test_lora.warm(method, torch.float64)
+    together = train_block(base, method, start, group, data, config, 1, 1)
+    for i, work in enumerate(group):
+        alone = train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+        assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_autocast_stays_close_to_float32(precision: str) -> None:
+    base, data = tiny.base("llama", torch.float32, device="cuda"), tiny.examples()
+    method = make(base)
+    start = start_of(method, torch.float32)
+    config = settings(optimizer="sgd", lr=0.1)
+    full = train_block(base, method, start, works(3), data, config, 1, 1).updates
+    config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"precision": precision})})
+    half = train_block(base, method, start, works(3), data, config, 1, 1).updates
+    assert float((full - half).norm() / full.norm()) < 0.1
+
+
+def test_deterministic_runs_have_the_same_bits(tmp_path: Path) -> None:
+    finals = []
+    for name in ("a", "b"):
+        arguments = ["federation.rounds=2", "client.steps=3", "runtime.deterministic=true", "evaluation.max_examples=8"]
+        assert main([f"run.dir={tmp_path / name}", *arguments]) == 0
+        with h5py.File(tmp_path / name / "results.h5") as file:
+            finals.append({k: v[()].tobytes() for k, v in file["final"].items()})
+    assert finals[0] == finals[1]
