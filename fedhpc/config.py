@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -243,18 +244,23 @@ def _chosen(section: str, raw: Any, label: str, where: str) -> Any:
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: {label} must be a mapping, got {raw!r}")
     base = _BASES[section]
-    parts = []
+    names: dict[str, str] = {}
     for key, family in CHOICES[section].items():
         field = base.model_fields[key]
         name = raw.get(key, _DEFAULT_NAMES.get(section) if field.is_required() else field.default)
         if name is None:
             raise UserError(f"{where}: {label}.{key} is missing; valid: {', '.join(registry.names(family))}")
-        parts.append((key, name, registry.options(family, name, f"{where}: {label}.{key}")))
-    model = create_model(
-        f"{section}:{'+'.join(str(name) for _, name, _ in parts)}",
-        __base__=(base, *(options for _, _, options in parts)),
-    )
-    return _build(model, {**raw, **{key: name for key, name, _ in parts}}, label, where)
+        registry.load(family, name, f"{where}: {label}.{key}")
+        names[key] = name
+    model = _model(section, tuple(names.values()))
+    return _build(model, {**raw, **names}, label, where)
+
+
+@cache
+def _model(section: str, names: tuple[str, ...]) -> type[Section]:
+    """The keys of a section and of its choices; one class for each, so that equal configurations are equal."""
+    options = [registry.options(f, n) for f, n in zip(CHOICES[section].values(), names, strict=True)]
+    return create_model(f"{section}:{'+'.join(names)}", __base__=(_BASES[section], *options))
 
 
 def _mapping(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:

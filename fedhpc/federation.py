@@ -281,7 +281,13 @@ def _round(
     wire_before = transport.wire_bytes
     began = time.perf_counter()
     plan = task.plan(round_)
-    theta = _broadcast_theta(task, transport, server) if config.mode != "local" else None
+    theta = None
+    if config.mode == "local":
+        # Nothing comes down that a worker would wait for, and it must not run ahead of the checkpoint and remove the
+        # clients' files that this still means.
+        transport.barrier()
+    else:
+        theta = _broadcast_theta(task, transport, server)
     sent = time.perf_counter()
 
     place = {client: i for i, client in enumerate(plan.cohort)}

@@ -98,10 +98,10 @@ def test_imports_run_one_way() -> None:
 
 # From the bottom: what a part may build on.
 LAYERS = [
-    {"", "errors", "lazy"},
-    {"registry", "rng", "runtime", "payload", "startup"},
-    {"config", "builtin", "transport"},
-    {"models", "rundir", "liveness", "progress"},
+    {"", "errors"},
+    {"lazy", "registry", "rng", "runtime", "progress"},
+    {"config", "builtin", "payload", "startup", "transport"},
+    {"models", "rundir", "liveness"},
     {"data", "store", "methods"},
     {"aggregators", "transforms", "client_optimizers", "server_optimizers", "server"},
     {"training", "aggregation", "report"},
@@ -114,7 +114,7 @@ LAYERS = [
 def test_every_part_has_its_layer_and_imports_only_from_below() -> None:
     level = {part: number for number, layer in enumerate(LAYERS) for part in layer}
     edges = graph(only_at_run_time=False, group=top)
-    assert set(edges) <= set(level), f"no layer for {set(edges) - set(level)}"
+    assert set(edges) <= set(level), f"add to LAYERS: {set(edges) - set(level)}"
     upwards = [(part, other) for part in edges for other in edges[part] if level[other] >= level[part]]
     assert upwards == []
 
@@ -126,7 +126,7 @@ def test_every_part_has_its_layer_and_imports_only_from_below() -> None:
         ("mpi4py", {"transport.mpi"}),
         ("yaml", {"config"}),
         ("h5py", {"store", "report", "bench"}),
-        ("peft", set()),  # the reference and the format of the export, not a part
+        ("peft", {"bench"}),  # a reference to compare with, and the format of the export, not a part
         ("datasets", {"data.sources"}),
     ],
 )
@@ -281,7 +281,7 @@ def test_the_configuration_loads_without_heavy_libraries() -> None:
         "from fedhpc import config, main\n"
         "config.load(None, [])\n"
         "heavy = {'torch', 'transformers', 'h5py', 'peft', 'mpi4py', 'datasets'} & set(sys.modules)\n"
-        "sys.exit(', '.join(sorted(heavy)))\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pandas
 import pytest
 import torch
 
-from fedhpc import federation
+from fedhpc import federation, rundir
 from fedhpc.config import Config
 from fedhpc.runtime import Launch
 from fedhpc.store import CLIENTS, EVENTS, ROUNDS
@@ -244,6 +245,26 @@ def test_a_run_stopped_anywhere_and_resumed_equals_one_that_was_not(
             federate(config, ranks, stop_at=max(1, int(share * whole)))
     federate(config, ranks=3)
     same_results(tmp_path / "whole", tmp_path / "stopped", ("rounds", "clients"))
+
+
+def test_no_rank_removes_what_the_checkpoint_still_needs(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow disk: workers without anything to wait for must not run ahead of the checkpoint."""
+    save, done = rundir.save_checkpoint, [0]
+
+    def slowly(directory: Path, tensors: Any, meta: Any) -> None:
+        time.sleep(0.3)
+        if done[-1]:
+            kept = {file.parent.name for file in directory.glob(f"clients/*/{done[-1]}.safetensors")}
+            assert len(kept) == 5, f"round {done[-1]} cannot be resumed"
+        save(directory, tensors, meta)
+        done.append(meta["round"])
+
+    monkeypatch.setattr(rundir, "save_checkpoint", slowly)
+    raw = mode(texts, "local", federation={"rounds": 6}, evaluation={"every": 100})
+    federate(settings(tmp_path, raw), ranks=3)
+    assert done == [0, 0, 1, 2, 3, 4, 4]
 
 
 def test_an_extension_stopped_at_once_is_not_taken_for_finished(tmp_path: Path, texts: Path) -> None:

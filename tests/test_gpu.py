@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import h5py
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from fedhpc.main import main
 from fedhpc.training.block import train_block
-from tests import test_lora, tiny
+from tests import test_methods, tiny
 from tests.test_block import make, peft_reference, relative, settings, start_of, works
 
 pytestmark = [
@@ -33,11 +32,11 @@ def test_a_client_trains_as_in_peft(family: str, dtype: torch.dtype, tolerance: 
     assert relative(found.double(), wanted, start[0].double()) < tolerance
 
 
-@pytest.mark.parametrize("build", [make, test_lora.make], ids=["prefix", "lora"])
-def test_a_block_equals_its_clients_alone(build: Any) -> None:
+@pytest.mark.parametrize("name", ["prefix", "lora", "prompt", "p_tuning", "ia3"])
+def test_a_block_equals_its_clients_alone(name: str) -> None:
     base, data, config = tiny.base("llama", device="cuda"), tiny.examples(), settings(optimizer="adamw", lr=0.02)
-    method, group = build(base), works(5)
-    start = test_lora.warm(method, torch.float64)
+    method, group = test_methods.make(name, base), works(5)
+    start = test_methods.warm(method, torch.float64)
     together = train_block(base, method, start, group, data, config, 1, 1)
     for i, work in enumerate(group):
         alone = train_block(base, method, start, [work], data, config, 1, 1).updates[0]

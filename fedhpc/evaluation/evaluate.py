@@ -203,7 +203,7 @@ class _Work:
         lengths = examples.prompt_lengths[example] + np.array([len(c) for c in candidates])[label]
         for rows in self._batches(payload, lengths):
             with self._attach(payload[rows]) as attached:
-                room = None if limit is None else limit - attached.past_length
+                room = None if limit is None else limit - attached.virtual_length
                 prompts = [_prompt(examples, int(e)) for e in example[rows]]
                 answers = [candidates[c] for c in label[rows]]
                 slots[rows] = -self._nll(

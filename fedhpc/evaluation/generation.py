@@ -32,7 +32,7 @@ def greedy(base: Base, attached: Attached, prompts: Sequence[np.ndarray], max_ne
     """
     from transformers import DynamicCache
 
-    n, device = attached.past_length, base.device
+    n, device = attached.virtual_length, base.device
     lengths = np.array([len(prompt) for prompt in prompts])
     width = int(lengths.max())
     padding = width - lengths
@@ -47,9 +47,14 @@ def greedy(base: Base, attached: Attached, prompts: Sequence[np.ndarray], max_ne
     cache = DynamicCache(list(attached.past)) if attached.past else DynamicCache()
     generated = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    embed = base.model.get_input_embeddings()
     for step in range(max_new_tokens):
+        inputs = embed(ids)
+        if step == 0 and attached.embeddings is not None:
+            inputs = torch.cat([attached.embeddings, inputs], dim=1)
+            positions = torch.cat([torch.arange(n, device=device).expand(len(prompts), -1), positions], dim=1)
         hidden = base.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         chosen = base.logits(hidden).argmax(dim=-1)
         ended |= chosen == base.tokenizer.eos_token_id

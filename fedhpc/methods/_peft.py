@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def virtual_tokens(prompt: Tensor, base: models.Base) -> dict[str, Any]:
+    """The keys that PEFT's soft prompts (n, D) have in common."""
+    return {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": prompt.shape[0],
+        "token_dim": prompt.shape[1],
+        "num_layers": base.num_layers,
+        "num_attention_heads": base.num_kv_heads,
+        "num_transformer_submodules": 1,
+    }
+
+
 def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: models.Base) -> None:
     """adapter_config.json and adapter_model.safetensors in the folder `path`, on the CPU, contiguous."""
     from safetensors.torch import save_file

@@ -31,13 +31,17 @@ class Attached:
     """What an attached method adds to the inputs of the base.
 
     past: per layer (key, value), each (B, kv_heads, n, head_dim), or empty.
+    embeddings: (B, n, D) in front of the embedded text, or None.
     """
 
     past: tuple[tuple[Tensor, Tensor], ...] = ()
+    embeddings: Tensor | None = None
 
     @property
-    def past_length(self) -> int:
+    def virtual_length(self) -> int:
         """n, the number of virtual positions in front of the text."""
+        if self.embeddings is not None:
+            return int(self.embeddings.shape[1])
         return int(self.past[0][0].shape[2]) if self.past else 0
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
+from fedhpc.methods._linear import features, find_layers, is_conv1d
 from fedhpc.methods.base import Attached, Method
 from fedhpc.payload import Layout
 from fedhpc.registry import Section
@@ -43,32 +43,22 @@ class Options(Section):
 class Lora(Method):
     """See the module."""
 
+    @property
+    def _targets(self) -> list[str]:
+        return self.options.targets or _TARGETS.get(self.base.model.config.model_type, _USUAL_TARGETS)
+
     @cached_property
     def _modules(self) -> dict[str, Any]:
         """Path in the base -> adapted module, in the model's order."""
-        targets = self.options.targets or _TARGETS.get(self.base.model.config.model_type, _USUAL_TARGETS)
-        found = {
-            path: module
-            for path, module in self.base.model.named_modules()
-            if path.rsplit(".", 1)[-1] in targets and getattr(module, "weight", None) is not None
-        }
-        if missing := set(targets) - {path.rsplit(".", 1)[-1] for path in found}:
-            linear = {p.rsplit(".", 1)[-1] for p, m in self.base.model.named_modules() if _features(m)}
-            raise UserError(
-                f"method.targets: the model has no layer named {', '.join(sorted(missing))}; it has: "
-                f"{', '.join(sorted(linear))}"
-            )
-        return found
+        return find_layers(self.base, self._targets, "method.targets")
 
     @cached_property
     def payload(self) -> Layout:
         shapes: dict[str, tuple[int, ...]] = {}
         for path, module in self._modules.items():
-            size = _features(module)
-            if size is None:
-                raise UserError(f"method.targets: '{path}' is not a linear layer")
-            shapes[f"{path}.lora_A.weight"] = (self.options.rank, size[0])
-            shapes[f"{path}.lora_B.weight"] = (size[1], self.options.rank)
+            inside, outside = features(module) or (0, 0)
+            shapes[f"{path}.lora_A.weight"] = (self.options.rank, inside)
+            shapes[f"{path}.lora_B.weight"] = (outside, self.options.rank)
         return Layout(shapes)
 
     def initial(self) -> dict[str, Tensor]:
@@ -120,25 +110,11 @@ class Lora(Method):
             "lora_alpha": self.options.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": sorted({p.rsplit(".", 1)[-1] for p in self._modules}),
-            "fan_in_fan_out": any(_is_conv1d(m) for m in self._modules.values()),
+            "target_modules": self._targets,
+            "fan_in_fan_out": any(is_conv1d(m) for m in self._modules.values()),
         }
         named = {f"base_model.model.{name}": tensor for name, tensor in payload.items()}
         write_adapter(path, config, named, self.base)
-
-
-def _is_conv1d(module: Any) -> bool:
-    """GPT-2's linear layer, whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _features(module: Any) -> tuple[int, int] | None:
-    """(in, out) of a linear layer, None for anything else."""
-    if isinstance(module, torch.nn.Linear):
-        return module.in_features, module.out_features
-    if _is_conv1d(module):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    return None
 
 
 METHOD = Lora

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
+from fedhpc.methods._text import INIT_TEXT, first_tokens
 from fedhpc.methods.base import Attached, Method
 from fedhpc.payload import Layout
 from fedhpc.registry import Section
@@ -43,9 +43,7 @@ class Options(Section):
     hidden_size: int = Field(512, ge=1, description="width of the MLP (exchange mlp or materialised)")
     init: Literal["text", "random"] = Field("text", description="start from real words' activations or noise")
     init_text: str = Field(
-        "Here are the facts, and then a short text that says the same in plain words.",
-        min_length=1,
-        description="the real words; repeated where they are fewer than n tokens",
+        INIT_TEXT, min_length=1, description="the real words; repeated where they are fewer than n tokens"
     )
 
 
@@ -164,11 +162,7 @@ class Prefix(Method):
 
     def _activations(self) -> Tensor:
         n = self.options.num_virtual_tokens
-        tokenizer = self.base.tokenizer
-        ids = tokenizer(self.options.init_text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise UserError("method.init_text: the tokenizer makes no token of it; give some real words")
-        ids = (ids * (n // len(ids) + 1))[:n]
+        ids = first_tokens(self.base, self.options.init_text, n)
         with torch.no_grad():
             cache = self.base.model.base_model(
                 input_ids=torch.tensor([ids], device=self.base.device), use_cache=True

@@ -86,6 +86,10 @@ def hidden_states(base: Base, attached: Attached, ids: Tensor) -> Tensor:
     """Last hidden states (B, T, D) of ids (B, T), each row behind its own virtual positions."""
     from transformers import DynamicCache
 
+    if attached.embeddings is not None:
+        inputs = torch.cat([attached.embeddings, base.model.get_input_embeddings()(ids)], dim=1)
+        whole: Tensor = base.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        return whole[:, attached.virtual_length :]
     cache = DynamicCache(list(attached.past)) if attached.past else None
     hidden: Tensor = base.model.base_model(
         input_ids=ids, past_key_values=cache, use_cache=cache is not None

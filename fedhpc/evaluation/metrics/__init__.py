@@ -1,1 +1,1 @@
-
+"""What a run is measured by: one file per metric."""

@@ -1,0 +1,46 @@
+"""The linear layers of a base by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedhpc.errors import UserError
+from fedhpc.lazy import lazy
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedhpc.models import Base
+else:
+    torch = lazy("torch")
+
+
+def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
+    """Path -> linear layer whose path ends with one of `names`, in the model's order, as PEFT matches them.
+
+    UserError with the names that there are where one matches nothing.
+    """
+    linear = {path: module for path, module in base.model.named_modules() if features(module)}
+    for name in names:
+        if not any(_ends(path, name) for path in linear):
+            there = sorted({path.rsplit(".", 1)[-1] for path in linear})
+            raise UserError(f"{key}: the model has no linear layer named {name}; it has: {', '.join(there)}")
+    return {path: module for path, module in linear.items() if any(_ends(path, name) for name in names)}
+
+
+def is_conv1d(module: Any) -> bool:
+    """GPT-2's linear layer, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def features(module: Any) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, None for anything else."""
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features, module.out_features
+    if is_conv1d(module):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")

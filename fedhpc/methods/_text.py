@@ -1,0 +1,20 @@
+"""Starting virtual tokens from real words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedhpc.errors import UserError
+
+if TYPE_CHECKING:
+    from fedhpc.models import Base
+
+INIT_TEXT = "Here are the facts, and then a short text that says the same in plain words."
+
+
+def first_tokens(base: Base, text: str, count: int) -> list[int]:
+    """`count` token ids of `text`, which is repeated where it is shorter. UserError where it has no token."""
+    ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("method.init_text: the tokenizer makes no token of it; give some real words")
+    return (ids * (count // len(ids) + 1))[:count]

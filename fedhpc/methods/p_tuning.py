@@ -1,0 +1,89 @@
+"""P-tuning: a soft prompt made by a small trained network (Liu et al. 2021, arXiv 2103.10385, section 3.2).
+
+The virtual embeddings are MLP(E), a three-layer perceptron over n trained vectors (the variant of PEFT's PromptEncoder
+that is called MLP); E and the MLP are trained and exchanged. The export is the soft prompt that they make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from fedhpc.lazy import lazy
+from fedhpc.methods.base import Attached, Method
+from fedhpc.payload import Layout
+from fedhpc.registry import Section
+from fedhpc.rng import torch_seed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+
+class Options(Section):
+    num_virtual_tokens: int = Field(16, ge=1, description="n, length of the soft prompt")
+    hidden_size: int = Field(128, ge=1, description="width of the MLP")
+
+
+class PTuning(Method):
+    """See the module."""
+
+    @property
+    def payload(self) -> Layout:
+        n, hidden = self.options.num_virtual_tokens, self.options.hidden_size
+        width = int(self.base.model.get_input_embeddings().weight.shape[1])
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (n, width)}
+        for layer, (inside, outside) in {0: (width, hidden), 2: (hidden, hidden), 4: (hidden, width)}.items():
+            shapes[f"mlp_head.{layer}.weight"] = (outside, inside)
+            shapes[f"mlp_head.{layer}.bias"] = (outside,)
+        return Layout(shapes)
+
+    def initial(self) -> dict[str, Tensor]:
+        noise = torch.Generator().manual_seed(torch_seed(self.seed, "p-tuning"))
+        shapes = self.payload.shapes
+        tensors = {}
+        for name, shape in shapes.items():
+            if name == "embedding.weight":
+                tensors[name] = torch.randn(shape, generator=noise)
+            else:  # the uniform bound of torch.nn.Linear
+                fan_in = shapes[name.rsplit(".", 1)[0] + ".weight"][1]
+                tensors[name] = (torch.rand(shape, generator=noise) * 2 - 1) / fan_in**0.5
+        return tensors
+
+    def prompts(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The soft prompts of K clients: (K, n, D)."""
+        x = state["embedding.weight"]
+        for layer in (0, 2, 4):
+            weight, bias = state[f"mlp_head.{layer}.weight"], state[f"mlp_head.{layer}.bias"]
+            x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+            x = x.relu() if layer < 4 else x
+        return x
+
+    @contextmanager
+    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
+        prompts = self.prompts(state).to(self.base.dtype)
+        per_row = prompts.expand(len(rows), -1, -1) if len(prompts) == 1 else prompts.index_select(0, rows)
+        yield Attached(embeddings=per_row)
+
+    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+        """A PEFT p-tuning adapter: the soft prompt, without the network that made it."""
+        from fedhpc.methods._peft import virtual_tokens, write_adapter
+
+        with torch.no_grad():
+            prompt = self.prompts({name: tensor.unsqueeze(0) for name, tensor in payload.items()})[0]
+        config = {
+            "peft_type": "P_TUNING",
+            "encoder_reparameterization_type": "MLP",
+            "encoder_hidden_size": self.options.hidden_size,
+            **virtual_tokens(prompt, self.base),
+        }
+        write_adapter(path, config, {"prompt_embeddings": prompt}, self.base)
+
+
+METHOD = PTuning

@@ -1,0 +1,73 @@
+"""Prompt tuning: trained embeddings in front of the text (Lester et al. 2021, arXiv 2104.08691, section 2).
+
+Only the input layer sees them, so the payload is n * D numbers whatever the depth. `init: text` starts from the
+embeddings of real words, the paper's "sampled vocabulary / class label" initialisation (section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from fedhpc.lazy import lazy
+from fedhpc.methods._text import INIT_TEXT, first_tokens
+from fedhpc.methods.base import Attached, Method
+from fedhpc.payload import Layout
+from fedhpc.registry import Section
+from fedhpc.rng import torch_seed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+PROMPT = "prompt_embeddings"
+
+
+class Options(Section):
+    num_virtual_tokens: int = Field(16, ge=1, description="n, length of the soft prompt")
+    init: Literal["text", "random"] = Field("text", description="start from real words' embeddings or noise")
+    init_text: str = Field(INIT_TEXT, min_length=1, description="the real words; repeated where fewer than n tokens")
+
+
+class Prompt(Method):
+    """See the module."""
+
+    @property
+    def payload(self) -> Layout:
+        width = self.base.model.get_input_embeddings().weight.shape[1]
+        return Layout({PROMPT: (self.options.num_virtual_tokens, width)})
+
+    def initial(self) -> dict[str, Tensor]:
+        if self.options.init == "random":
+            noise = torch.Generator().manual_seed(torch_seed(self.seed, "prompt"))
+            return {PROMPT: torch.randn(self.payload.shapes[PROMPT], generator=noise)}
+        ids = first_tokens(self.base, self.options.init_text, self.options.num_virtual_tokens)
+        with torch.no_grad():
+            embeddings = self.base.model.get_input_embeddings()(torch.tensor(ids, device=self.base.device))
+        return {PROMPT: embeddings.to("cpu", torch.float64 if self.base.dtype == torch.float64 else torch.float32)}
+
+    @contextmanager
+    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
+        prompts = state[PROMPT].to(self.base.dtype)
+        per_row = prompts.expand(len(rows), -1, -1) if len(prompts) == 1 else prompts.index_select(0, rows)
+        yield Attached(embeddings=per_row)
+
+    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+        """A PEFT prompt-tuning adapter."""
+        from fedhpc.methods._peft import virtual_tokens, write_adapter
+
+        config = {
+            "peft_type": "PROMPT_TUNING",
+            "prompt_tuning_init": "RANDOM",
+            **virtual_tokens(payload[PROMPT], self.base),
+        }
+        write_adapter(path, config, {PROMPT: payload[PROMPT]}, self.base)
+
+
+METHOD = Prompt
