@@ -37,7 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     clients, repeats = (CLIENTS // 4, 3) if options.quick else (CLIENTS, options.repeats)
-    figures = {**machine(), **compute(clients, repeats), **padding(), **whole_program(3 if options.quick else 6)}
+    figures = {
+        **machine(),
+        **compute(clients, repeats),
+        **memory(clients),
+        **padding(),
+        **whole_program(3 if options.quick else 6),
+    }
     if options.json:
         print(json.dumps(figures, indent=1))
     else:
@@ -96,9 +102,30 @@ def compute(clients: int, repeats: int) -> dict[str, float]:
     figures["best_block"] = best_block
     figures["federated_over_peft_sequential"] = median["peft_sequential"] / median[f"block_{best_block}"]
     figures["federated_over_bare_best_batch"] = best_bare / median[f"block_{best_block}"]
-    # Parameters, gradient and update of one more client; SGD has no buffers.
-    figures["bytes_per_extra_client"] = _bytes_per_client(federated_state=method.state.size, buffers=0)
     return figures
+
+
+def memory(clients: int) -> dict[str, float]:
+    """Peak memory of a process that trains one block, per client beyond the first: activations and state."""
+    peaks = {}
+    for k in (1, clients):
+        call = f"from fedhpc import bench; print(bench.peak_bytes({k}))"
+        output = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True).stdout
+        peaks[k] = int(output)
+    return {"bytes_per_extra_client": (peaks[clients] - peaks[1]) / (clients - 1)}
+
+
+def peak_bytes(clients: int) -> int:
+    """Train one block of `clients` in this process; its peak memory (on a GPU: of the device)."""
+    import torch
+
+    from fedhpc.federation import peak_memory
+    from fedhpc.training.block import train_block
+
+    torch.set_num_threads(1)
+    base, method, examples, config, start = _workload(clients)
+    train_block(base, method, start, _works(clients), examples, config, 1, 1)
+    return peak_memory(base.device)
 
 
 def padding() -> dict[str, float]:
@@ -131,15 +158,19 @@ def whole_program(rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedhpc.main", f"run.dir={folder}/run", f"federation.rounds={rounds}"]
         began = time.time()
-        subprocess.run([*command, "evaluation.metrics=[loss]"], check=True, stdout=subprocess.DEVNULL)
-        total = time.time() - began
+        with subprocess.Popen([*command, "evaluation.metrics=[loss]"], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            first_round = next(time.time() for line in process.stdout if line.startswith("round 1/")) - began
+            process.stdout.read()
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} left with {process.returncode}")
         with h5py.File(Path(folder) / "run" / "results.h5") as file:
             columns = {name: column[1:] for name, column in file["rounds"].items()}
     training, evaluating = columns["seconds_local"].sum(), columns["seconds_eval"].sum()
     return {
         "share_outside_training": float(1 - training / (columns["seconds"].sum() - evaluating)),
         "share_evaluation": float(evaluating / columns["seconds"].sum()),
-        "seconds_start_and_end": float(total - columns["seconds"].sum()),
+        "seconds_start_to_first_step": float(first_round - columns["seconds"][0]),
     }
 
 
@@ -226,10 +257,6 @@ def _timed(call: Callable[[], None]) -> float:
     began = time.process_time()
     call()
     return time.process_time() - began
-
-
-def _bytes_per_client(federated_state: int, buffers: int) -> int:
-    return federated_state * 4 * (3 + buffers)
 
 
 def _print(figures: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ class Client(Section):
     steps: int | None = Field(None, ge=1, description="local steps per round, instead of epochs")
     weight_decay: float = Field(0.0, ge=0, description="L2 (sgd) or decoupled (adamw) weight decay")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's gradient in a step")
+    proximal: float = Field(0.0, ge=0, description="mu of FedProx: pull towards the state the round began with")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="course of the learning rate over the whole run, down to 0"
     )

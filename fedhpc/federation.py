@@ -175,7 +175,7 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
 
 
 def run(task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None]) -> None:
-    """Run or resume to the end. `on_round` is told on rank 0 which round is safely on disk."""
+    """Run or resume to the end. `on_round` is told which round is safely on disk: on rank 0 always, elsewhere at the start."""
     held: list[rundir.Lock] = []
     try:
         _run(task, transport, fresh, on_round, held)
@@ -193,22 +193,22 @@ def _run(
 
     def claim() -> str:
         found = rundir.decide(config, directory, fresh, task.data.fingerprint, task.base.fingerprint)
-        directory.mkdir(parents=True, exist_ok=True)
         held.append(rundir.lock(directory))
-        if found == "fresh":
+        return found
+
+    def take() -> None:
+        if decision == "fresh":
             rundir.begin(directory)
         else:
             rundir.sweep(directory)
             # Before the new configuration: a finished run that is being extended must not look finished any more.
-            status = rundir.read_status(directory)
-            rundir.write_status(directory, "running", status.round if status else 0)
+            rundir.write_status(directory, "running", round_)
         rundir.write_config(directory, config)
-        return found
 
     decision = on_server(transport, claim)
-    round_, server, book = _begin(task, transport, decision == "resume")
-    if is_server:
-        on_round(round_)
+    round_, server, book = _begin(task, transport, decision == "resume")  # first: a damaged run is left as it is
+    on_server(transport, take)
+    on_round(round_)
     progress = Progress(task.rounds, round_) if is_server else None
     if progress:
         for message in [*_headline(task, transport), *task.data.messages]:
@@ -301,7 +301,7 @@ def _round(
         total, accepted = _combine(task, transport, plan, place, uploads)
     size = report.nbytes + rank_report.nbytes
     wire = transport.wire_bytes - wire_before + size if transport.world_size > 1 else 0
-    rank_report[transport.rank] = (*tokens, trained - sent, _peak_memory(task.base.device), wire)
+    rank_report[transport.rank] = (*tokens, trained - sent, peak_memory(task.base.device), wire)
     both = torch.from_numpy(np.concatenate([report.ravel(), rank_report.ravel()]))
     transport.reduce_sum(both)  # every rank fills its own places, so the sum is exact in any order
     reduced = time.perf_counter()
@@ -734,7 +734,8 @@ def _steps(task: Task, client: int) -> int:
     return num_steps(task.data.population.num_examples(client), task.config.client)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this process so far: allocated on its GPU, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     # Linux counts in KiB, macOS in bytes.

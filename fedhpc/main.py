@@ -12,13 +12,14 @@ checkpointed, run again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from fedhpc import config as configuration
-from fedhpc import runtime
+from fedhpc import runtime, startup
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 
@@ -42,6 +43,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="start over in a directory that holds a run")
     options = parser.parse_intermixed_args(list(arguments))
     files = [word for word in options.words if "=" not in word]
+    for word in files:
+        if not os.path.exists(word) and word.split(".")[0] in configuration.SECTIONS:
+            raise UserError(f"command line: '{word}' is neither a file nor of the form section.key=value")
     if len(files) > 1:
         raise UserError(f"command line: more than one configuration file: {', '.join(files)}")
     options.config = files[0] if files else None
@@ -68,33 +72,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:
     _environment(config)
-    import torch
-
-    from fedhpc import federation, rundir
-    from fedhpc.liveness import Liveness
-    from fedhpc.transport import TransportError, open_transport
-
-    torch.set_num_threads(1 if config.runtime.threads == "auto" else config.runtime.threads)
-    if config.runtime.deterministic:
-        torch.use_deterministic_algorithms(True)
     reached: list[int] = []  # the last round on disk; empty while nothing was written
+    with startup.guarded(launch):
+        import torch
+
+        from fedhpc import federation, rundir
+        from fedhpc.liveness import Liveness
+        from fedhpc.transport import TransportError, open_transport
+
+        torch.set_num_threads(1 if config.runtime.threads == "auto" else config.runtime.threads)
+        if config.runtime.deterministic:
+            torch.use_deterministic_algorithms(True)
+        try:
+            device = federation.resolve_device(config, launch)
+            transport = open_transport(
+                launch, config.runtime.transport, "cuda" if device.type == "cuda" else "cpu", config.runtime.timeout_s
+            )
+        except UserError as error:
+            if launch.local_rank == 0:
+                print(f"fedhpc: error: {error}", file=sys.stderr)
+            return REFUSED
 
     def on_exit(code: int, reason: str) -> None:
-        print(f"fedhpc: {'preempted' if code == 75 else 'error'}: {reason}", file=sys.stderr, flush=True)
+        if reached and transport.rank > 0:  # it speaks for a lost rank 0, and knows only where that began
+            with contextlib.suppress(UserError):
+                status = rundir.read_status(config.run_dir)
+                reached.extend([status.round] if status else [])
+        kept = f"; {reached[-1]} rounds are kept, the same command goes on from there" if reached else ""
+        say = f"{reason}{kept}" if code == startup.PREEMPTED else f"error: {reason}"
+        print(f"fedhpc: {say}", file=sys.stderr, flush=True)
         if reached:
-            rundir.write_status(config.run_dir, "preempted" if code == 75 else "failed", reached[-1], reason)
+            # On a full disk the line above, which says so, is all there can be.
+            with contextlib.suppress(UserError):
+                state: Literal["preempted", "failed"] = "preempted" if code == startup.PREEMPTED else "failed"
+                rundir.write_status(config.run_dir, state, reached[-1], reason)
 
-    try:
-        device = federation.resolve_device(config, launch)
-        transport = open_transport(
-            launch, config.runtime.transport, "cuda" if device.type == "cuda" else "cpu", config.runtime.timeout_s
-        )
-    except UserError as error:
-        if launch.local_rank == 0:
-            print(f"fedhpc: error: {error}", file=sys.stderr)
-        return REFUSED
     liveness = Liveness(transport, launch, config.runtime.timeout_s, on_exit)
-    liveness.start()
+    try:
+        liveness.start()
+    except (UserError, TransportError) as error:  # nobody watches yet: this rank leaves, the others lose it
+        print(f"fedhpc: error: {error}", file=sys.stderr, flush=True)
+        transport.abort(FAILED)
     try:
         # Rank 0's file counts, should another host see another one.
         config = configuration.resolve(transport.broadcast_json(config.model_dump(mode="json")))

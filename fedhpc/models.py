@@ -83,9 +83,6 @@ def load_base(model: Model, device: torch.device) -> Base:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one per rank would tear the run's own display
 
     source = source_of(model)
     tokenizer = load_tokenizer(model)
@@ -93,12 +90,20 @@ def load_base(model: Model, device: torch.device) -> Base:
         config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
         if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
             raise UserError(f"model.name: '{model.name}' ({config.model_type}) is not a decoder-only language model")
-        network = AutoModelForCausalLM.from_pretrained(
+        network, info = AutoModelForCausalLM.from_pretrained(
             source,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=getattr(torch, model.dtype),
             attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; without, the reason is only logged
+        )
+    unfit = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if unfit:
+        raise UserError(
+            f"model.name: the weights of '{model.name}' do not fit its config.json: {len(unfit)} tensors are missing or "
+            f"of another shape, like {min(unfit)}"
         )
     network.requires_grad_(False).eval().to(device)
     text = config.get_text_config(decoder=True)
@@ -136,7 +141,10 @@ class _loading:  # noqa: N801  a context manager used like a function
         self.model, self.what = model, what
 
     def __enter__(self) -> None:
-        return None
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one per rank would tear the run's own display
+        logging.set_verbosity_error()  # what matters of its warnings is an error here
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # The libraries raise anything, from OSError (no such file or hub id) to classes of their own (half a file).

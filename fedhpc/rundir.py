@@ -101,7 +101,7 @@ def _fsync(path: Path) -> None:
 
 def sweep(directory: Path) -> None:
     """Remove the temporary files that killed runs left. Only with the lock held."""
-    for folder in (directory, *(directory / name for name in FOLDERS)):
+    for folder in (directory, *(directory / name for name in FOLDERS), *(directory / "clients").glob("*")):
         for stale in folder.glob(f".*{TEMPORARY}"):
             stale.unlink()
 

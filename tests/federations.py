@@ -123,8 +123,8 @@ def federate(
     seen = _Sized(ranks)
     tasks = [federation.prepare(config, seen, Launch(), write_cache=True)]
     while len(tasks) < ranks:
-        # A frozen base can be shared by threads; one whose weights are swapped cannot.
-        again = not tasks[0].method.shares_base
+        # Prefixes leave the base alone, so threads can share it; other methods hook it or swap its weights.
+        again = config.method.name != "prefix"
         tasks.append(federation.prepare(config, seen, Launch(), write_cache=True) if again else tasks[0])
 
     def one(rank: int) -> None:

@@ -192,6 +192,20 @@ def test_zero_learning_rate_gives_a_zero_update() -> None:
         assert not trained.updates.any()
 
 
+def test_the_proximal_term_pulls_towards_the_start() -> None:
+    """theta_2 = theta_1 - lr (g_1 + mu (theta_1 - theta_0)): mu changes the second step by exactly that."""
+    base, data = tiny.base("llama"), tiny.examples()
+    method = make(base)
+    start = start_of(method, torch.float64)
+
+    def moved(steps: int, mu: float) -> torch.Tensor:
+        config = settings(optimizer="sgd", lr=0.5, steps=steps, proximal=mu)
+        return train_block(base, method, start, works(3), data, config, 1, 1).updates
+
+    assert torch.equal(moved(1, 0.0), moved(1, 0.7))
+    torch.testing.assert_close(moved(2, 0.7), moved(2, 0.0) - 0.5 * 0.7 * moved(1, 0.0), rtol=1e-9, atol=1e-12)
+
+
 def test_the_same_block_twice_gives_the_same_bits() -> None:
     base, data, config = tiny.base("gpt2", torch.float32), tiny.examples(), settings()
     method = make(base)

@@ -701,22 +701,14 @@ def _wonder(draw: _Draw) -> str:
     return " ".join(part for part in [start, *asked, end] if part)
 
 
-def _roll(draw: _Draw) -> str:
-    """Words in no order, read out more than once: copying is what a small base is slowest to learn."""
-    words = [draw.pick(draw.pick(_ROLL_WORDS)) for _ in range(4 + draw.below(8))]
-    return draw.pick([" : ", ". ", " . "]).join([draw.pick([" ", ", ", " , "]).join(words)] * (2 + draw.below(3)))
-
-
-_ROLL_WORDS = [FIRST_NAMES, LAST_NAMES, NAME_WORDS, NAME_THINGS, MEALS, LANDMARKS, TOWNS, list(AREAS), KINDS]
 _GENRES: dict[Callable[[_Draw], str], float] = {
-    _letters: 0.32,
+    _letters: 0.36,
     _list_only: 0.1,
-    _list_and_diary: 0.22,
+    _list_and_diary: 0.28,
     _visit: 0.06,
     _story: 0.08,
     _biography: 0.08,
     _wonder: 0.04,
-    _roll: 0.1,
 }
 
 

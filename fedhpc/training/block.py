@@ -100,6 +100,7 @@ def train_block(
     lead = method.payload.views(start)
     theta = method.state.flatten(method.start(lead)).expand(clients, -1).clone()
     gradient = torch.zeros_like(theta)
+    anchor = theta.detach().clone() if options.proximal else None
     theta.requires_grad_()
     theta.grad = gradient  # backward adds to it in place
     rule = importlib.import_module(f"fedhpc.client_optimizers.{options.optimizer}")
@@ -137,6 +138,9 @@ def train_block(
         live = gradient[:active]
         if scale != 1.0:
             live.div_(scale)
+        if anchor is not None:
+            # FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): the gradient of mu/2 |theta - theta_t|^2.
+            live.add_(theta.detach()[:active] - anchor[:active], alpha=options.proximal)
         if options.clip_norm is not None:
             norm = torch.linalg.vector_norm(live, dim=1, keepdim=True)
             # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
