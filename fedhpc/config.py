@@ -7,7 +7,7 @@ Every key has a default and a one-line description here or in the `Options` clas
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -185,7 +185,7 @@ def load(path: str | None, overrides: list[str]) -> Config:
     """The configuration in the file `path` (None: the embedded default) with `section.key=value` overrides."""
     source = Path(path) if path is not None else EMBEDDED
     where = (str(path) if path else "embedded default") + (" and command line" if overrides else "")
-    return resolve(_override(read_yaml(source), overrides), where)
+    return resolve(override(read_yaml(source), parse_overrides(overrides)), where)
 
 
 def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
@@ -195,7 +195,7 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
             raise UserError(f"{where}: unknown key '{key}'; {nearest(str(key), SECTIONS)}")
     values: dict[str, Any] = {}
     for name, model in _PLAIN.items():
-        values[name] = _build(model, _mapping(raw, name, where), name, where)
+        values[name] = build(model, _mapping(raw, name, where), name, where)
     for name in ("partition", "method", "client", "server"):
         values[name] = _chosen(name, _mapping(raw, name, where), name, where)
     transforms = [] if raw.get("transforms") is None else raw["transforms"]
@@ -254,7 +254,7 @@ def _chosen(section: str, raw: Any, label: str, where: str) -> Any:
         registry.load(family, name, f"{where}: {label}.{key}")
         names[key] = name
     model = _model(section, tuple(names.values()))
-    return _build(model, {**raw, **names}, label, where)
+    return build(model, {**raw, **names}, label, where)
 
 
 @cache
@@ -279,7 +279,8 @@ def _mapping(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]
 _UNION_MEMBER = re.compile(r"int|str|float|bool|list\[.*|literal\[.*|constrained-.*")  # as pydantic calls them
 
 
-def _build(model: type[Section], raw: Mapping[str, Any], label: str, where: str) -> Any:
+def build(model: type[Section], raw: Mapping[str, Any], label: str, where: str) -> Any:
+    """The section `model` with the keys `raw`. UserError with one line that names the key."""
     try:
         return model(**{str(key): value for key, value in raw.items()})
     except ValidationError as error:
@@ -298,21 +299,32 @@ def _build(model: type[Section], raw: Mapping[str, Any], label: str, where: str)
         raise UserError(f"{where}: {key}: {problem[0].lower()}{problem[1:]}, got {first['input']!r}") from None
 
 
-def _override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`raw` with the overrides applied.
+def parse_overrides(texts: Sequence[str]) -> list[tuple[str, Any]]:
+    """`section.key=value` as (section.key, value). UserError where one is not of that form."""
+    parsed = []
+    for text in texts:
+        key, sep, value = text.partition("=")
+        if not sep or not key:
+            raise UserError(f"command line: '{text}' is not of the form section.key=value")
+        parsed.append((key, parse_yaml(value, f"command line: {key}")))
+    return parsed
+
+
+def override(raw: Mapping[str, Any], changes: Sequence[tuple[str, Any]], where: str = "command line") -> dict[str, Any]:
+    """`raw` with (section.key, value) put in; itself unchanged.
 
     A new choice drops the options of the old one; of two alternatives the overriding one stays.
     """
-    parsed: list[tuple[list[str], Any]] = []
-    for text in overrides:
-        key, sep, value = text.partition("=")
-        if not sep or not key or "" in key.split("."):
-            raise UserError(f"command line: '{text}' is not of the form section.key=value")
-        parsed.append((key.split("."), parse_yaml(value, f"command line: {key}")))
+    parsed = [(key.split("."), value) for key, value in changes]
+    for path, _ in parsed:
+        if "" in path:
+            raise UserError(f"{where}: '{'.'.join(path)}' is not of the form section.key")
     raw = dict(raw)
     for path, value in parsed:
         if path[0] not in SECTIONS:
-            raise UserError(f"command line: unknown key '{'.'.join(path)}'; {nearest(path[0], SECTIONS)}")
+            raise UserError(f"{where}: unknown key '{'.'.join(path)}'; {nearest(path[0], SECTIONS)}")
+        if len(path) > 1 and not isinstance(raw.get(path[0]) or {}, Mapping):
+            raise UserError(f"{where}: {path[0]} has no keys, so not {'.'.join(path)}")
         if len(path) == 2 and path[0] in CHOICES and path[1] in CHOICES[path[0]]:
             raw[path[0]] = _without_old_options(dict(raw.get(path[0]) or {}), path[0], path[1], value)
         if len(path) == 2 and path[1] in ALTERNATIVES.get(path[0], ()):
@@ -325,7 +337,7 @@ def _override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         for step, key in enumerate(path[:-1]):
             child = node.get(key)
             if child is not None and not isinstance(child, Mapping):
-                raise UserError(f"command line: {'.'.join(path[: step + 1])} has no keys, so not {'.'.join(path)}")
+                raise UserError(f"{where}: {'.'.join(path[: step + 1])} has no keys, so not {'.'.join(path)}")
             node[key] = dict(child or {})
             node = node[key]
         node[path[-1]] = value

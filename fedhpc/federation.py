@@ -175,7 +175,7 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
 
 
 def run(task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None]) -> None:
-    """Run or resume to the end. `on_round` is told which round is safely on disk: on rank 0 always, elsewhere at the start."""
+    """Run or resume to the end. `on_round` is told which round is safely on disk; on ranks above 0 only the first."""
     held: list[rundir.Lock] = []
     try:
         _run(task, transport, fresh, on_round, held)

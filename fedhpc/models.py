@@ -102,8 +102,8 @@ def load_base(model: Model, device: torch.device) -> Base:
     unfit = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     if unfit:
         raise UserError(
-            f"model.name: the weights of '{model.name}' do not fit its config.json: {len(unfit)} tensors are missing or "
-            f"of another shape, like {min(unfit)}"
+            f"model.name: the weights of '{model.name}' do not fit its config.json: {len(unfit)} tensors are missing "
+            f"or of another shape, like {min(unfit)}"
         )
     network.requires_grad_(False).eval().to(device)
     text = config.get_text_config(decoder=True)

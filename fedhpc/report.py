@@ -1,10 +1,11 @@
 """Tables and plots of one run, or a comparison of several.
 
-    python -m fedhpc.report RUN [RUN ...] [--out DIR]
+    python -m fedhpc.report RUN [RUN ...] [--out DIR] [--baseline NAME]
 
 RUN is a run directory or a results.h5, finished or not. One run is reported into RUN/report, several into
 ./comparison: Markdown, CSV and PNG. Runs that differ only in their seed are one group, shown as mean ± half the width
-of the 95 % confidence interval of the mean (Student's t).
+of the 95 % confidence interval of the mean (Student's t). Groups with seeds in common are compared seed by seed as
+well: what the seeds share, like the split of the data, drops out of the differences.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedhpc.config import parse_yaml
-from fedhpc.errors import UserError
+from fedhpc.errors import UserError, nearest
 from fedhpc.progress import duration
 from fedhpc.rundir import read_status
 from fedhpc.store import Results
@@ -49,7 +50,7 @@ TITLES = {
     "chrf": "chrF",
     "rouge_l": "ROUGE-L",
 }
-# 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom; the normal one beyond.
+# 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom.
 T_975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -157,22 +158,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory or its results.h5")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where Markdown, CSV and PNG files go")
+    parser.add_argument("--baseline", metavar="NAME", help="row that the others are compared with; the first one")
     options = parser.parse_args(arguments)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    screen = console()
     try:
         runs = [load(path) for path in options.runs]
         out = options.out or (runs[0].directory / "report" if len(runs) == 1 else Path("comparison"))
         try:
             out.mkdir(parents=True, exist_ok=True)
-            written = report_run(runs[0], out, console) if len(runs) == 1 else compare(runs, out, console)
+            written = (
+                report_run(runs[0], out, screen)
+                if len(runs) == 1
+                else compare(runs, out, screen, options.baseline)
+            )
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
     except UserError as error:
         print(f"fedhpc.report: {error}", file=sys.stderr)
         return 2
     for path in written:
-        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
     return 0
+
+
+def console() -> Console:
+    """The standard output, wide enough for tables where it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def load(path: Path) -> Run:
@@ -296,11 +307,19 @@ def _samples(run: Run) -> Grid:
 # ---------------------------------------------------------------- several runs
 
 
-def compare(runs: Sequence[Run], out: Path, console: Console) -> list[Path]:
-    """The comparison on the terminal; comparison.md, comparison.csv and plots in `out`. The paths written."""
+def compare(runs: Sequence[Run], out: Path, console: Console, baseline: str | None = None) -> list[Path]:
+    """The comparison on the terminal; comparison.md, CSV files and plots in `out`. The paths written.
+
+    `baseline` is the label of the group that the others are compared with, the first one by default. UserError where
+    there is no such group.
+    """
     groups = grouped(runs)
-    grid = comparison(groups, "Test results")
-    console.print(grid.rich())
+    grids = [comparison(groups, "Test results")]
+    reference, differing = paired_differences(groups, baseline)
+    if baseline is not None or any(len(values) > 1 for _, _, values in differing):
+        grids.append(_differences(reference, differing))
+    for grid in grids:
+        console.print(grid.rich())
     written = []
     for name, plot in (("eval_loss.png", _compared_loss(groups)), ("test.png", _compared_test(groups))):
         if plot is not None:
@@ -309,8 +328,11 @@ def compare(runs: Sequence[Run], out: Path, console: Console) -> list[Path]:
     images = "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in written)
     sources = "\n".join(f"- {group.label}: {', '.join(str(r.directory) for r in group.runs)}" for group in groups)
     note = "Groups of runs that differ only in the seed: mean ± half the 95 % confidence interval of the mean.\n"
-    written.append(_write(out / "comparison.md", f"{grid.markdown()}\n{note}\n{images}\nRuns:\n\n{sources}\n"))
+    tables = "\n".join(grid.markdown() for grid in grids)
+    written.append(_write(out / "comparison.md", f"{tables}\n{note}\n{images}\nRuns:\n\n{sources}\n"))
     written.append(_write(out / "comparison.csv", _comparison_csv(groups)))
+    if len(grids) > 1:
+        written.append(_write(out / "differences.csv", _differences_csv(reference, differing)))
     return written
 
 
@@ -365,6 +387,50 @@ def comparison(groups: Sequence[Group], title: str, brief: bool = False) -> Grid
     about = [] if brief else ["mode", "method", "seeds"]
     costs = ["trainable parameters", "bytes per client and round", "seconds"]
     return Grid(title, ["run", *about, *map(_title, names), *costs], rows)
+
+
+def paired_differences(
+    groups: Sequence[Group], baseline: str | None = None
+) -> tuple[Group, list[tuple[Group, str, np.ndarray]]]:
+    """The baseline, and for each other group and metric the differences to it, one for each seed in common.
+
+    UserError where no group is called `baseline`.
+    """
+    labels = [group.label for group in groups]
+    if baseline is not None and baseline not in labels:
+        raise UserError(f"command line: --baseline: there is no row '{baseline}'; {nearest(baseline, labels)}")
+    reference = groups[labels.index(baseline) if baseline is not None else 0]
+    names = _ordered(*(run.metrics("test") for g in groups for run in g.runs))
+    by_seed = {_seed(run): run.metrics("test") for run in reference.runs}
+    found = []
+    for group in groups:
+        for name in names if group is not reference else []:
+            pairs = [(run.metrics("test"), by_seed.get(_seed(run), {})) for run in group.runs]
+            there = [mine[name] - theirs[name] for mine, theirs in pairs if name in mine and name in theirs]
+            found.append((group, name, np.array(there)))
+    return reference, found
+
+
+def _differences(reference: Group, differing: Sequence[tuple[Group, str, np.ndarray]]) -> Grid:
+    names = list(dict.fromkeys(name for _, name, _ in differing))
+    rows: dict[str, list[str]] = {}
+    for group, _, values in differing:
+        row = rows.setdefault(group.label, [group.label, ""])
+        row[1] = str(max(int(row[1] or 0), len(values)))
+        row.append(_interval(values))
+    title = f"Test results: difference to {reference.label}, seed by seed"
+    return Grid(title, ["run", "seeds in common", *map(_title, names)], list(rows.values()))
+
+
+def _differences_csv(reference: Group, differing: Sequence[tuple[Group, str, np.ndarray]]) -> str:
+    """One line for each group and metric, full precision."""
+    columns: dict[str, list[Any]] = {}
+    for group, name, values in differing:
+        mean, half = mean_and_half_width(values)
+        row = {"group": group.label, "baseline": reference.label, "metric": name, "seeds": len(values)}
+        for key, value in {**row, "mean": mean, "low": mean - half, "high": mean + half}.items():
+            columns.setdefault(key, []).append(value)
+    return _csv(columns)
 
 
 def _comparison_csv(groups: Sequence[Group]) -> str:
@@ -567,8 +633,15 @@ def mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return (float(values[0]) if n else math.nan), math.nan
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96
-    return float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n))
+    return float(np.mean(values)), float(_t_975(n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def _t_975(degrees: int) -> float:
+    """The 0.975 quantile of Student's t; beyond the table by Cornish and Fisher's expansion around the normal one."""
+    if degrees <= len(T_975):
+        return T_975[degrees - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def _interval(values: np.ndarray, digits: int | None = None) -> str:

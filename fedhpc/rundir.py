@@ -232,6 +232,10 @@ def _checksum(arrays: Mapping[str, np.ndarray], text: str) -> int:
 # ---------------------------------------------------------------- lock
 
 
+class InUseError(UserError):
+    """Another live process has the run directory."""
+
+
 class Lock:
     """Holds a run directory until `close` or the end of the process, however it ends.
 
@@ -261,9 +265,9 @@ def lock(directory: Path) -> Lock:
     return Lock(descriptor, held)
 
 
-def _flock(descriptor: int, kind: int, directory: Path) -> bool:
+def _flock(descriptor: int, kind: int, directory: Path, wait_s: float = LOCK_WAIT_S) -> bool:
     # A killed predecessor may need a moment to go, and another process's `decide` holds its probe an instant.
-    give_up = time.monotonic() + LOCK_WAIT_S
+    give_up = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -275,13 +279,13 @@ def _flock(descriptor: int, kind: int, directory: Path) -> bool:
                 raise
         if time.monotonic() > give_up:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "unknown"
-            raise UserError(
+            raise InUseError(
                 f"{directory}: in use by a live run, pid {owner}; wait for it, end it or give another run.dir"
             )
         time.sleep(0.05)
 
 
-def _refuse_live(directory: Path) -> None:
+def _refuse_live(directory: Path, wait_s: float) -> None:
     try:
         descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -289,7 +293,7 @@ def _refuse_live(directory: Path) -> None:
     except OSError as error:
         raise _unusable(directory, error.strerror or str(error)) from error
     try:
-        _flock(descriptor, fcntl.LOCK_SH, directory)
+        _flock(descriptor, fcntl.LOCK_SH, directory, wait_s)
     finally:
         os.close(descriptor)
 
@@ -303,14 +307,16 @@ def decide(
     fresh: bool,
     data_fingerprint: str | None = None,
     model_fingerprint: str | None = None,
+    wait_s: float = LOCK_WAIT_S,
 ) -> Decision:
     """What to do with `directory`: start a run in it, resume the one it holds, or report it as finished.
 
     A fingerprint of None is one not known yet and is not compared, so that the configuration can be judged
-    before data and model are loaded. UserError where the directory cannot serve this run. Writes nothing.
+    before data and model are loaded. UserError where the directory cannot serve this run, InUseError where a live
+    run still has it after `wait_s`. Writes nothing.
     """
     _check_usable(directory)
-    _refuse_live(directory)
+    _refuse_live(directory, wait_s)
     status = read_status(directory)
     if status is None and not (directory / CHECKPOINT).exists():
         taken = [name for name in (*FILES, *FOLDERS) if os.path.lexists(directory / name)]

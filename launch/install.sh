@@ -25,7 +25,7 @@ stamp=.venv/installed-$extras
 wanted=$(cat pyproject.toml constraints.txt launch/install.sh | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 echo "install: fedhpc[$extras] into .venv (a few minutes the first time)"
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     "${pip[@]}" ${FEDHPC_TORCH_INDEX:+--index-url "$FEDHPC_TORCH_INDEX"} "$torch"
 fi

@@ -1,4 +1,4 @@
-"""Killed, signalled, interrupted and out of disk: nothing reported is lost, nothing is left running, resume is exact."""
+"""Killed, signalled, out of memory or disk: nothing reported is lost, nothing is left running, resume is exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from fedhpc.main import main
-from tests.federations import final, same_bits, table
+from tests.federations import final, table, write_texts
 from tests.ranks import Launcher, Ranks
 
 ROUNDS = 12
@@ -30,7 +30,8 @@ def write(folder: Path, run_dir: Path, **changes: Any) -> Path:
     """A configuration whose rounds take a fraction of a second."""
     raw: dict[str, Any] = {
         "run": {"dir": str(run_dir)},
-        "data": {"label": "label", "client": "client"},
+        "model": {"name": str(folder / "texts" / "model")},
+        "data": {"source": str(folder / "texts"), "label": "label", "client": "client"},
         "partition": {"name": "iid", "num_clients": 12},
         "method": {"name": "prefix", "num_virtual_tokens": 4},
         "federation": {"rounds": ROUNDS, "cohort_size": 6, "dropout": 0.2},
@@ -39,7 +40,10 @@ def write(folder: Path, run_dir: Path, **changes: Any) -> Path:
         "evaluation": {"every": 4, "max_examples": 8, "samples": 0},
     }
     for section, value in changes.items():
-        raw[section] = {**raw.get(section, {}), **value}
+        raw[section] = {**raw.get(section, {}), **value} if isinstance(value, dict) else value
+    if not (folder / "texts").exists():
+        (folder / "texts").mkdir()
+        write_texts(folder / "texts")
     path = folder / f"{run_dir.name}.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -74,7 +78,12 @@ def whole_files(run_dir: Path) -> None:
             assert len(lengths) == 1
             assert list(file["rounds/round"]) == list(range(len(file["rounds/round"])))
     if (run_dir / "status.json").exists():
-        assert json.loads((run_dir / "status.json").read_text())["state"] in ("running", "failed", "preempted", "complete")
+        assert json.loads((run_dir / "status.json").read_text())["state"] in (
+            "running",
+            "failed",
+            "preempted",
+            "complete",
+        )
 
 
 def recorded(run_dir: Path) -> int:
@@ -87,7 +96,10 @@ def recorded(run_dir: Path) -> int:
 
 def same_as(whole: Path, run_dir: Path) -> None:
     """The same bits and rows as the undisturbed run."""
-    same_bits(final(whole), final(run_dir))
+    one, other = final(whole), final(run_dir)
+    assert {name: (a.dtype, a.shape, a.tobytes()) for name, a in one.items()} == {
+        name: (a.dtype, a.shape, a.tobytes()) for name, a in other.items()
+    }
     for name, unstable in (("rounds", ("seconds", "wire_bytes", "peak_memory")), ("clients", ("worker",))):
         one, other = table(whole, name), table(run_dir, name)
         for column in one:
@@ -106,25 +118,23 @@ def resumes(whole: Path, path: Path, ranks: int = 1) -> None:
 # ---------------------------------------------------------------- SIGKILL
 
 
-def kill_somewhere(path: Path, launcher: Launcher, rng: np.random.Generator, delay_s: float, ranks: int) -> tuple[int, bool]:
-    """Start, kill a random rank after `delay_s`, see everything end; the last reported round, and whether it was done."""
+def kill_somewhere(path: Path, launcher: Launcher, rng: np.random.Generator, ranks: int, starting: bool) -> bool:
+    """Start, kill a random rank, see everything end and nothing lost; whether the run was complete by then."""
     run_dir = path.with_suffix("")
     with start(ranks, path, launcher) as running:
-        deadline = time.monotonic() + delay_s
-        while time.monotonic() < deadline and any(p.poll() is None for p in running.processes):
-            time.sleep(0.01)
+        if not starting:
+            running.wait_for(" ranks over ")  # the first line: about to train
+        time.sleep(rng.random() * (5.0 if starting else 2.0))
         victims = running.rank_processes()
         if victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victims[int(rng.choice(sorted(victims)))].kill()
-        began = time.monotonic()
         left = running.survivors(GONE_WITHIN_S)
-        assert not left, f"{left} live {time.monotonic() - began:.1f} s after the kill:\n{running.output()}"
+        assert not left, f"{left} live {GONE_WITHIN_S} s after the kill:\n{running.output()}"
         output = running.output()
     whole_files(run_dir)
-    seen = printed(output)
-    assert recorded(run_dir) >= (seen if seen else -1), output
-    return seen, "complete: " in output
+    assert recorded(run_dir) >= (printed(output) or -1), output
+    return "complete: " in output
 
 
 def test_a_killed_rank(whole: Path, tmp_path: Path) -> None:
@@ -146,17 +156,169 @@ def test_a_killed_rank(whole: Path, tmp_path: Path) -> None:
 def test_killed_twenty_times_over_and_resumed(whole: Path, tmp_path: Path) -> None:
     """At moments from start-up to the last write; every launch goes on where the one before was killed."""
     rng = np.random.default_rng(7)
-    path = write(tmp_path, tmp_path / "run", federation={"rounds": ROUNDS})
-    kills = done = 0
-    spans = {"torchrun": 8.0, "env": 6.0}
-    while kills < 20:
-        launcher: Launcher = "torchrun" if kills % 2 else "env"
+    path = write(tmp_path, tmp_path / "run")
+    completed = 0
+    for number in range(20):
         # Without a launcher nobody can tell a rank that was killed while it started from one that is late.
-        low = 0.0 if launcher == "torchrun" else 4.0
-        _, complete = kill_somewhere(path, launcher, rng, low + rng.random() * spans[launcher], 2 + kills % 2)
-        kills += 1
-        if complete:  # begin again, so that all kills hit something
-            done += 1
+        starting = number % 4 == 0
+        launcher: Launcher = "torchrun" if starting or number % 4 == 2 else "env"
+        if kill_somewhere(path, launcher, rng, 2 + number % 2, starting):  # begin again: every kill shall hit something
+            completed += 1
             same_as(whole, tmp_path / "run")
-            (tmp_path / "run").rename(tmp_path / f"done-{done}")
+            (tmp_path / "run").rename(tmp_path / f"completed-{completed}")
     resumes(whole, path)
+
+
+# ---------------------------------------------------------------- launchers, signals, exceptions
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["import", "training"])
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_a_killed_launcher_leaves_no_orphans(whole: Path, tmp_path: Path, launcher: Launcher, moment: str) -> None:
+    path = write(tmp_path, tmp_path / "run")
+    with start(2, path, launcher) as running:
+        if moment == "training":
+            running.wait_for("round 2/")
+        else:
+            until(lambda: len(running.rank_processes()) == 2)
+            time.sleep(0.5)
+        running.survivors(0)  # remember them: orphans are no children any more
+        running.processes[0].kill()
+        left = running.survivors(GONE_WITHIN_S)
+        assert not left, running.output()
+    whole_files(tmp_path / "run")
+    resumes(whole, path)
+
+
+def until(true: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "who"), [("SIGTERM", [0, 1]), ("SIGUSR2", [1]), ("SIGINT", [0, 1]), ("SIGTERM", [0])]
+)
+def test_a_signal_preempts_and_the_same_command_goes_on(
+    whole: Path, tmp_path: Path, number: str, who: list[int]
+) -> None:
+    path = write(tmp_path, tmp_path / "run")
+    with start(2, path, "env") as running:
+        running.wait_for("round 2/")
+        began = time.monotonic()
+        for rank in who:
+            running.rank_processes()[rank].send_signal(signal.Signals[number])
+        results = running.wait(30)
+        assert time.monotonic() - began < 8
+        assert [result.code for result in results] == [75, 75], results
+        assert results[0].err.count("\n") == 1 and "rounds are kept" in results[0].err
+        assert results[1].err == ""
+        seen = printed(running.output())
+    assert state(tmp_path / "run")["state"] == "preempted"
+    assert state(tmp_path / "run")["round"] == recorded(tmp_path / "run") >= seen
+    resumes(whole, path, ranks=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "code"), [("env", 75), ("mpiexec", 75), ("torchrun", 1)])
+def test_a_signal_while_starting(tmp_path: Path, launcher: Launcher, code: int) -> None:
+    path = write(tmp_path, tmp_path / "run")
+    with start(2, path, launcher) as running:
+        until(lambda: len(running.rank_processes()) == 2)
+        time.sleep(1.5)
+        for process in running.rank_processes().values():
+            process.send_signal(signal.SIGTERM)
+        assert {result.code for result in running.wait(30)} == {code}, running.output()
+        assert running.output().count("fedhpc: preempted by SIGTERM while starting") == 1
+        assert "Traceback" not in running.output()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_one_process(whole: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tmp_path / "run")
+    with start(1, path, "env") as running:
+        running.wait_for("round 2/")
+        running.processes[0].send_signal(signal.SIGINT)
+        (result,) = running.wait(30)
+    assert result.code == 75
+    assert result.err.startswith("fedhpc: interrupted; ") and result.err.count("\n") == 1
+    resumes(whole, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["env", "mpiexec"])
+def test_a_mistake_that_a_worker_finds(tmp_path: Path, launcher: Launcher) -> None:
+    path = write(
+        tmp_path, tmp_path / "run", mode="local", client={"lr": 1e38, "optimizer": "sgd"}, federation={"dropout": 0.0}
+    )
+    with start(2, path, launcher) as running:
+        results = running.wait(60)
+        assert {result.code for result in results} == {1}
+        said = [line for line in running.output().splitlines() if "fedhpc: " in line]
+    assert len(said) == 1 and "rank 1: client" in said[0] and "lower client.lr" in said[0], said
+    assert state(tmp_path / "run")["state"] == "failed"
+    assert "lower client.lr" in state(tmp_path / "run")["reason"]
+
+
+@pytest.mark.slow
+def test_a_worker_out_of_memory(whole: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tmp_path / "run")
+    with start(2, path, "env") as running:
+        running.wait_for("round 2/")
+        worker = running.rank_processes()[1]
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms // 2, psutil.RLIM_INFINITY))
+        results = running.wait(60)
+        assert results[0].code == 1 and results[1].code != 0, results
+        assert results[0].err.count("\n") == 1 and "rank 1" in results[0].err
+    assert state(tmp_path / "run")["state"] == "failed"
+    resumes(whole, path)
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, in memory; grown with `mount -o remount,size=...`."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = os.geteuid() == 0 and not subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], stderr=subprocess.DEVNULL
+    )
+    if not mounted:
+        pytest.skip("may not mount a small file system here")
+    try:
+        yield disk
+    finally:
+        subprocess.check_call(["umount", str(disk)])
+
+
+@pytest.mark.slow
+def test_a_full_disk(whole: Path, tmp_path: Path, small_disk: Path) -> None:
+    path = write(tmp_path, small_disk / "run")
+    with start(2, path, "env") as running:
+        running.wait_for("round 2/")
+        (small_disk / "filler").write_bytes(b"")
+        with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        results = running.wait(60)
+        assert [result.code for result in results] == [1, 1], results
+        assert results[0].err.count("\n") == 1 and results[1].err == "", results
+        assert "No space left on device" in results[0].err and "make room" in results[0].err
+        seen = printed(running.output())
+    whole_files(small_disk / "run")
+    assert recorded(small_disk / "run") >= seen >= 2
+    subprocess.check_call(["mount", "-o", "remount,size=16m", str(small_disk)])
+    with start(2, path, "env") as running:
+        assert {result.code for result in running.wait(60)} == {0}, running.output()
+    same_as(whole, small_disk / "run")

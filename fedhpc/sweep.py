@@ -1,0 +1,326 @@
+"""A grid of runs as one command: methods, splits, seeds and anything else in the configuration.
+
+    python -m fedhpc.sweep SWEEP.yaml [key=value ...] [--list] [--index I] [--dry-run]
+
+Runs what is missing, one run after the other, continues what was interrupted, and ends with a comparison
+(fedhpc.report) in <dir>/comparison. `--index $SLURM_ARRAY_TASK_ID` does one run of them, for an array job.
+`section.key=value` overrides `set` for all runs, `sweep.key=value` a key of SWEEP.yaml, which has:
+
+    name: approaches                     # dir: default runs/<name>; each run has <dir>/<labels>-s<seed>
+    base: configs/skewed.yaml            # without it the embedded default
+    set: {federation.rounds: 30}         # overrides for all runs
+    grid:                                # the runs are all combinations; the first axis varies slowest
+      - method:                          # a named axis: each label sets several keys at once
+          prefix: {method.name: prefix, client.lr: 0.05}
+          lora: {method.name: lora, method.rank: 4, client.lr: 0.01}
+      - partition.alpha: [0.1, 1.0]      # a key and its values
+      - run.seed: [0, 1, 2]
+    launch: torchrun --standalone --nproc_per_node=3 -m fedhpc.main    # default python -m fedhpc.main
+
+Paths are relative to the current directory. Exit codes: 0 all is complete; 1 a run failed (the others went on);
+2 bad command or configuration (nothing was written), or another process has a run; 75 preempted, run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import Field
+
+from fedhpc import config as configuration
+from fedhpc import report, rundir, runtime
+from fedhpc.config import Config
+from fedhpc.errors import UserError, nearest
+from fedhpc.progress import duration
+from fedhpc.registry import Section
+from fedhpc.startup import FAILED, PREEMPTED, SIGNALS
+
+DONE, REFUSED = 0, 2
+COMPLETE, IN_USE = "complete", "in use"
+Changes = Mapping[str, Any]  # section.key -> value
+
+
+class Sweep(Section):
+    name: str = Field(pattern=r"^\w[\w.+-]*$", description="name of the sweep")
+    dir: str | None = Field(None, description="folder of the runs; default runs/<name>")
+    base: str | None = Field(None, description="configuration that the runs start from; default the embedded one")
+    set: dict[str, Any] = Field({}, description="overrides for all runs")
+    grid: list[dict[str, Any]] = Field(description="axes; the runs are their combinations")
+    launch: str = Field("python -m fedhpc.main", description="command that takes a configuration file")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid, and what its labels change."""
+
+    config: Config
+    changes: Changes
+
+    @property
+    def name(self) -> str:
+        return self.config.run.name
+
+    @property
+    def file(self) -> Path:
+        """The resolved configuration, beside the run directory, which is the run's own."""
+        return self.config.run_dir.with_name(f"{self.name}.yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fedhpc.sweep", description="Run a grid of configurations.")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, or sweep.key=value")
+    parser.add_argument("--list", action="store_true", help="print index, name and state of each run")
+    parser.add_argument("--index", type=int, metavar="I", help="only the run of this index, counted from 0")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run; write nothing")
+    options = parser.parse_intermixed_args(arguments)
+    on_error = REFUSED
+    try:
+        sweep, cells = load(options.sweep, options.overrides)
+        command = _command(sweep.launch)
+        states = [state(cell) for cell in cells]
+        chosen = list(range(len(cells)))
+        if options.index is not None:
+            if options.index not in chosen:
+                raise UserError(f"command line: --index {options.index}: there are runs 0 to {len(cells) - 1}")
+            chosen = [options.index]
+        if not (options.list or options.dry_run):
+            on_error = FAILED
+            return run(cells, chosen, command)
+    except UserError as error:
+        print(f"fedhpc.sweep: error: {error}", file=sys.stderr)
+        return on_error
+    for i in chosen:
+        print(f"{i:4d}  {cells[i].name:{max(len(cell.name) for cell in cells)}}  {states[i]}")
+        if options.dry_run and states[i] not in (COMPLETE, IN_USE):
+            print("      " + " ".join(f"{key}={json.dumps(value)}" for key, value in cells[i].changes.items()))
+            print(f"      {shlex.join([*command, str(cells[i].file)])}")
+    return DONE
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Cell]]:
+    """The sweep in a file and its runs, all validated. UserError that names the run and the key."""
+    given = configuration.parse_overrides(overrides)
+    own = {key.removeprefix("sweep."): value for key, value in given if key.startswith("sweep.")}
+    common = [(key, value) for key, value in given if not key.startswith("sweep.")]
+    sweep: Sweep = configuration.build(Sweep, {**configuration.read_yaml(path), **own}, "sweep", str(path))
+    if "=" in (sweep.dir or ""):
+        raise UserError(f"{path}: sweep.dir: '{sweep.dir}' must not have a '=', which marks overrides")
+    axes = [_axis(str(key), values, f"{path}: sweep.grid") for axis in sweep.grid for key, values in axis.items()]
+    varied = {key for axis in axes for _, changes in axis for key in changes}
+    for key in [*sweep.set, *varied, *dict(common)]:
+        if key in ("run", "run.name", "run.dir"):
+            raise UserError(f"{path}: {key} cannot be set here: labels and seed name a run and its folder")
+        if key in varied and key in dict(common):
+            raise UserError(f"command line: {key} is set by an axis of {path}; change it there")
+    source = Path(sweep.base) if sweep.base else configuration.EMBEDDED
+    raw = configuration.override(configuration.read_yaml(source), list(sweep.set.items()), f"{path}: sweep.set")
+    raw = configuration.override(raw, common)
+    cells: dict[str, Cell] = {}
+    for choice in itertools.product(*axes):
+        cell = _cell(sweep, raw, choice, str(path))
+        if cells.setdefault(cell.name, cell) is not cell:
+            raise UserError(f"{path}: two runs are called '{cell.name}'; give their values different labels")
+    return sweep, list(cells.values())
+
+
+def _cell(sweep: Sweep, raw: Mapping[str, Any], choice: Sequence[tuple[str, Changes]], path: str) -> Cell:
+    labels = "-".join(label for label, _ in choice if label) or sweep.name
+    where = f"{path}: run {labels}"
+    changes: dict[str, Any] = {}
+    for _, more in choice:
+        for key in changes.keys() & more.keys():
+            raise UserError(f"{where}: {key} is set by two axes")
+        changes |= more
+    # As one: options given in one axis belong to the name that another one chooses.
+    tree = configuration.override(raw, list(changes.items()), where)
+    section = tree.get("run")
+    name = f"{labels}-s{section.get('seed', 0) if isinstance(section, Mapping) else 0}"
+    folder = Path(sweep.dir or f"runs/{sweep.name}")
+    tree = configuration.override(tree, [("run.name", name), ("run.dir", str(folder / name))], where)
+    return Cell(configuration.resolve(tree, f"{path}: run {name}"), changes)
+
+
+def _axis(key: str, values: Any, where: str) -> list[tuple[str, Changes]]:
+    """The (label, overrides) of an axis; a seed has no label, since it ends the name of a run anyway."""
+    if isinstance(values, list) and values:
+        return [(_label(key, value, where), {key: value}) for value in values]
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{where}: {key} must be a list of values, or {{label: {{section.key: value}}}}, got {values!r}")
+    for label, changes in values.items():
+        if not re.fullmatch(r"[\w.+-]+", str(label)):
+            raise UserError(f"{where}: {key}: the label '{label}' names folders: letters, digits and . _ + - only")
+        if not isinstance(changes, dict):
+            raise UserError(f"{where}: {key}: {label} must be {{section.key: value}}, got {changes!r}")
+    return [(str(label), {str(k): v for k, v in changes.items()}) for label, changes in values.items()]
+
+
+def _label(key: str, value: Any, where: str) -> str:
+    if key.split(".")[0] not in configuration.SECTIONS:
+        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, configuration.SECTIONS)}")
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where}: {key}: {value!r} needs a label, as {{label: {{{key}: ...}}}}")
+    if key == "run.seed":
+        return ""
+    text = value if isinstance(value, str) else f"{key.split('.')[-1]}_{json.dumps(value)}"
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
+
+
+# ---------------------------------------------------------------- running
+
+
+class _PreemptedError(Exception):
+    """A signal came, or the run was preempted: what is on the disk goes on with the next call."""
+
+
+@dataclass
+class _Runner:
+    """Starts the runs, and ends the one in progress when a signal comes."""
+
+    command: Sequence[str]
+    process: subprocess.Popen[bytes] | None = None
+    signals: list[int] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """In the block, signals go to the run in progress."""
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+        self._end()
+
+    def _end(self) -> None:
+        # Whatever came: torchrun and mpiexec pass on SIGTERM, but die of SIGUSR2.
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def __call__(self, cell: Cell) -> str:
+        """Run one cell: COMPLETE, IN_USE, or why it failed. _PreemptedError where it was."""
+        directory = cell.config.run_dir
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        rundir.atomic_write(cell.file, cell.config.to_yaml().encode())
+        before = rundir.read_status(directory)
+        if self.signals:
+            raise _PreemptedError
+        # In a session of its own, so that Ctrl-C on a terminal reaches it once, through us.
+        self.process = subprocess.Popen([*self.command, str(cell.file)], start_new_session=True, env=_environment())
+        if self.signals:
+            self._end()
+        code = self.process.wait()
+        status = rundir.read_status(directory)
+        said = status if status != before else None  # torchrun turns every code into 1: the status tells
+        if self.signals or code == PREEMPTED or (code and said and said.state == "preempted"):
+            raise _PreemptedError
+        now = state(cell)
+        if now in (COMPLETE, IN_USE):
+            return now
+        return said.reason if said and said.state == "failed" else f"exit code {code}, its message is above"
+
+
+def state(cell: Cell) -> str:
+    """Where a run stands: complete, in use, preempted, failed, interrupted (killed), extended or waiting.
+
+    UserError where its directory holds something else.
+    """
+    try:
+        decision = rundir.decide(cell.config, cell.config.run_dir, fresh=False, wait_s=0.0)
+        status = rundir.read_status(cell.config.run_dir)
+    except rundir.InUseError:
+        return IN_USE
+    except UserError as error:
+        raise UserError(f"{error} (for a sweep: remove that folder, or give another sweep.dir)") from None
+    if status is None or decision == "finished":
+        return "waiting" if status is None else COMPLETE
+    return {"running": "interrupted", "complete": "extended"}.get(status.state, status.state)
+
+
+def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) -> int:
+    """Run those of the `chosen` cells that are not complete, then compare; the exit code."""
+    runner = _Runner(command)
+    failed: dict[int, str] = {}
+    busy: list[int] = []
+    complete, seconds = 0, 0.0
+    with runner.watching():
+        for i in itertools.chain(chosen, busy):  # what another process had at first may be free at the end
+            title, outcome = f"[{i + 1}/{len(cells)}] {cells[i].name}", state(cells[i])
+            if outcome not in (COMPLETE, IN_USE):
+                print(f"{title}: {outcome}, starting", flush=True)
+                began = time.monotonic()
+                try:
+                    outcome = runner(cells[i])
+                except _PreemptedError:
+                    print("fedhpc.sweep: preempted; the same command goes on from there", file=sys.stderr)
+                    return PREEMPTED
+                complete += outcome == COMPLETE
+                seconds += time.monotonic() - began
+            if outcome == IN_USE and i not in busy:
+                busy.append(i)
+            elif outcome not in (COMPLETE, IN_USE):
+                failed[i] = outcome
+            left = duration(seconds / complete * (len(chosen) - 1 - chosen.index(i))) if complete else "unknown"
+            print(f"{title}: {outcome}; time left at most {left}", flush=True)
+        return _close(cells, chosen, failed)
+
+
+def _close(cells: Sequence[Cell], chosen: Sequence[int], failed: Mapping[int, str]) -> int:
+    """The comparison of what is complete; what failed and what others have; the exit code."""
+    states = [state(cell) for cell in cells]
+    complete = [cell.config.run_dir for cell, now in zip(cells, states, strict=True) if now == COMPLETE]
+    if complete and (len(complete) == len(cells) or len(chosen) == len(cells)):
+        out = complete[0].with_name("comparison")
+        out.mkdir(exist_ok=True)
+        report.compare([report.load(path) for path in complete], out, report.console())
+        print(f"wrote {out}: {len(complete)} of {len(cells)} runs compared")
+    for i, reason in failed.items():
+        print(f"fedhpc.sweep: error: {cells[i].name} failed: {reason}", file=sys.stderr)
+    busy = [cells[i].name for i in chosen if states[i] == IN_USE]
+    if busy:
+        print(f"fedhpc.sweep: error: in use by another process: {', '.join(busy)}; run again later", file=sys.stderr)
+    return FAILED if failed else REFUSED if busy else DONE
+
+
+def _command(launch: str) -> list[str]:
+    if runtime.detect(os.environ).world_size > 1:
+        raise UserError("a sweep is one process that launches others: give torchrun, mpiexec or srun as sweep.launch")
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise UserError(f"sweep.launch: '{launch}': {error}") from None
+    if not words or shutil.which(words[0], path=_environment()["PATH"]) is None:
+        raise UserError(f"sweep.launch: '{launch}': there is no such command")
+    return words
+
+
+def _environment() -> dict[str, str]:
+    """That of the runs: `python` and `torchrun` are this environment's, activated or not."""
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
