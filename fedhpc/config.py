@@ -229,9 +229,10 @@ def _cross_check(config: Config, where: str) -> None:
         raise UserError(f"{where}: evaluation.metrics names a metric twice")
     if {"accuracy", "macro_f1"} & set(metrics) and config.data.label is None:
         raise UserError(f"{where}: evaluation.metrics has accuracy or macro_f1, which need data.label (a column)")
-    if config.partition.name == "natural" and config.data.client is None:
+    divided = config.mode != "centralized"  # one owner of all data needs no partition
+    if divided and config.partition.name == "natural" and config.data.client is None:
         raise UserError(f"{where}: partition.name natural needs data.client (the column that names the owner)")
-    if config.partition.name in ("dirichlet", "shard") and config.data.label is None:
+    if divided and config.partition.name in ("dirichlet", "shard") and config.data.label is None:
         raise UserError(
             f"{where}: partition.name {config.partition.name} skews labels and needs data.label (a column); "
             "without labels use iid or quantity_skew"
@@ -288,6 +289,8 @@ def build(model: type[Section], raw: Mapping[str, Any], label: str, where: str) 
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][0]), list(model.model_fields))
             raise UserError(f"{where}: unknown key '{label}.{first['loc'][0]}'; {hint}") from None
+        if first["type"] == "missing":
+            raise UserError(f"{where}: {label}.{first['loc'][0]} is missing") from None
         path, messages = list(first["loc"]), [first["msg"]]
         if _UNION_MEMBER.fullmatch(str(path[-1])):  # none of several types fits: say all of them
             messages += [other["msg"] for other in others if list(other["loc"][:-1]) == path[:-1]]

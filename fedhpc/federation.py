@@ -12,34 +12,32 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedhpc import clientstate, data, registry, rundir
+from fedhpc import clientstate, registry, rundir
 from fedhpc.aggregation import Uploads, sharded, weighted_sum
+from fedhpc.book import Book, attributes, new_results
 from fedhpc.config import Config
-from fedhpc.data import Data
-from fedhpc.data.templates import parse
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, client_evaluation, evaluate, subset
 from fedhpc.methods.base import Method
-from fedhpc.models import Base, load_base, load_tokenizer, max_positions
-from fedhpc.participation import Plan, cohort_size, num_rounds, plan_round, resolve_block_size
+from fedhpc.participation import Plan
 from fedhpc.progress import Progress
-from fedhpc.rng import generator
 from fedhpc.runtime import Launch
 from fedhpc.server import Server
 from fedhpc.store import Results
+from fedhpc.task import Task, build, evaluated_clients, headline
 from fedhpc.training.block import Trained, Work, train_block
 from fedhpc.transport.base import Transport
 
 OK, DROPPED, REJECTED = 0, 1, 2
-# What a client reports beside its update: one row of float64 per place in the cohort (72 bytes).
-_REPORT = ("reported", "status", "tokens", "steps", "loss_sum", "loss_first", "loss_last", "update_norm", "examples")
+# What a client reports beside its update: one row of float64 per place in the cohort (64 bytes).
+_REPORT = ("reported", "status", "tokens", "steps", "loss_sum", "loss_first", "loss_last", "update_norm")
 # And what a rank reports.
 _RANK_REPORT = ("input_tokens", "padded_tokens", "seconds_local", "peak_memory_bytes", "wire_bytes")
 T = TypeVar("T")
@@ -47,35 +45,6 @@ T = TypeVar("T")
 
 class RefusedError(Exception):
     """Rank 0 found a mistake that a person can mend; it says so, and every rank leaves with 2."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every rank knows before the first round."""
-
-    config: Config
-    base: Base
-    method: Method
-    data: Data
-    block_size: int
-    rounds: int
-    workers: tuple[int, ...]
-    label_targets: list[str] | None  # the target of each label, where a metric needs them
-
-    def plan(self, round_: int) -> Plan:
-        return plan_round(
-            self.config,
-            self.data.population,
-            self.data.train,
-            round_,
-            self.workers,
-            self.block_size,
-            self.method.shares_base,
-        )
-
-    @property
-    def payload_dtype(self) -> torch.dtype:
-        return torch.float64 if self.base.dtype == torch.float64 else torch.float32
 
 
 def on_server(transport: Transport, step: Callable[[], T]) -> T:
@@ -99,71 +68,10 @@ def prepare(config: Config, transport: Transport, launch: Launch, write_cache: b
 
     def first() -> None:
         nonlocal task
-        task = _prepare(config, launch, transport.world_size, write_cache)
+        task = build(config, launch, transport.world_size, write_cache)
 
     on_server(transport, first)
-    return task or _prepare(config, launch, transport.world_size, write_cache)
-
-
-def _prepare(config: Config, launch: Launch, world_size: int, write_cache: bool) -> Task:
-    from fedhpc.training.local import num_steps
-
-    device = resolve_device(config, launch)
-    tokenizer = load_tokenizer(config.model)
-    loaded = data.load_data(config, tokenizer, write_cache)
-    base = load_base(config.model, device)
-    method: Method = registry.load("methods", config.method.name).METHOD(config.method, base, config.run.seed)
-    _check_length(config, base)
-    size = cohort_size(config, loaded.population)
-    if config.federation.min_cohort > size:
-        raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")
-    if config.mode == "centralized" and num_steps(loaded.population.num_examples(0), config.client) == 0:
-        raise UserError("data.train: there is no training example left")
-    block = resolve_block_size(config, size, device.type) if method.shares_base else 1
-    ranks = range(world_size)
-    return Task(
-        config=config,
-        base=base,
-        method=method,
-        data=loaded,
-        block_size=block,
-        rounds=num_rounds(config, loaded.population),
-        workers=tuple(ranks[1:]) or (0,),
-        label_targets=_label_targets(config, loaded),
-    )
-
-
-def _label_targets(config: Config, loaded: Data) -> list[str] | None:
-    """The rendered target of every label, between which a classification decides by likelihood."""
-    if not {"accuracy", "macro_f1"} & set(config.evaluation.metrics):
-        return None
-    target = parse(config.data.target, "data.target")
-    if list(target.columns) != [config.data.label]:
-        raise UserError(
-            "evaluation.metrics: accuracy and macro_f1 choose between labels, so data.target must be made of the label "
-            f"alone, like ' {{{config.data.label}}}'"
-        )
-    return [target.render({str(config.data.label): name}) for name in loaded.train.label_names]
-
-
-def _check_length(config: Config, base: Base) -> None:
-    limit = max_positions(base)
-    virtual = int(getattr(config.method, "num_virtual_tokens", 0))
-    if limit is not None and config.data.max_length + virtual > limit:
-        raise UserError(
-            f"data.max_length: {config.data.max_length} tokens and {virtual} virtual ones exceed the {limit} positions "
-            f"of '{base.name}': lower data.max_length to {limit - virtual}"
-        )
-
-
-def resolve_device(config: Config, launch: Launch) -> torch.device:
-    """The device of this rank. UserError where cuda is asked for and missing."""
-    available = torch.cuda.is_available()
-    if config.runtime.device == "cuda" and not available:
-        raise UserError("runtime.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
-    if config.runtime.device == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    return task or build(config, launch, transport.world_size, write_cache)
 
 
 def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
@@ -174,18 +82,32 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
     return finished
 
 
-def run(task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None]) -> None:
-    """Run or resume to the end. `on_round` is told which round is safely on disk; on ranks above 0 only the first."""
+def run(
+    task: Task,
+    transport: Transport,
+    fresh: bool,
+    on_round: Callable[[int], None],
+    writing: AbstractContextManager[object] | None = None,
+) -> None:
+    """Run or resume to the end. `on_round` is told which round is safely on disk; on ranks above 0 only the first.
+
+    `writing` is held while rank 0 writes its files: who holds it for good keeps the run directory as it is.
+    """
     held: list[rundir.Lock] = []
     try:
-        _run(task, transport, fresh, on_round, held)
+        _run(task, transport, fresh, on_round, writing or nullcontext(), held)
     finally:
         for lock in held:
             lock.close()
 
 
 def _run(
-    task: Task, transport: Transport, fresh: bool, on_round: Callable[[int], None], held: list[rundir.Lock]
+    task: Task,
+    transport: Transport,
+    fresh: bool,
+    on_round: Callable[[int], None],
+    writing: AbstractContextManager[object],
+    held: list[rundir.Lock],
 ) -> None:
     """`run` without its clean-up; rank 0 puts the lock of the run directory into `held`."""
     config, directory = task.config, task.config.run_dir
@@ -211,7 +133,7 @@ def _run(
     on_round(round_)
     progress = Progress(task.rounds, round_) if is_server else None
     if progress:
-        for message in [*_headline(task, transport), *task.data.messages]:
+        for message in [*headline(task, transport.world_size, transport.name), *task.data.messages]:
             progress.message(message)
         if not held[0].held:
             progress.message(f"{directory}: this file system has no locks; do not start a second run in it")
@@ -221,7 +143,8 @@ def _run(
         outcome = _evaluate(task, transport, server, 0)
         if book and server:
             book.initial(outcome)
-            book.save(server, 0)
+            with writing:
+                book.save(server, 0)
     while round_ < task.rounds:
         round_ += 1
         row, clients, events = _round(task, transport, server, round_)
@@ -239,10 +162,11 @@ def _run(
                 book.results.add_event(round_, kind, message)
             # What is on the screen is on the disk: checkpoint first, then results.h5, then a line to read.
             if round_ % config.checkpoint.every == 0 or round_ == task.rounds:
-                book.save(server, round_)
-                on_round(round_)
+                with writing:
+                    book.save(server, round_)
+                    on_round(round_)
             progress.round(row)
-    _finish(task, transport, server, book, progress)
+    _finish(task, transport, server, book, progress, writing)
 
 
 def _begin(task: Task, transport: Transport, resume: bool) -> tuple[int, Server | None, Book | None]:
@@ -250,9 +174,9 @@ def _begin(task: Task, transport: Transport, resume: bool) -> tuple[int, Server 
     state: dict[str, Any] = {}
 
     def restore() -> int:
-        layout = task.method.payload
-        theta = layout.flatten({n: t.to(task.payload_dtype) for n, t in task.method.initial().items()})
-        server, results, round_ = Server(task.config, theta), _new_results(task, transport), 0
+        world_size, name = transport.world_size, transport.name
+        server, round_ = Server(task.config, task.initial_payload()), 0
+        results = new_results(task, world_size, name)
         if resume:
             loaded = rundir.load_checkpoint(task.config.run_dir)
             if loaded is not None:
@@ -263,8 +187,8 @@ def _begin(task: Task, transport: Transport, resume: bool) -> tuple[int, Server 
                 rows = {n.removeprefix("rows/"): t for n, t in tensors.items() if n.startswith("rows/")}
                 round_ = int(meta["round"])
                 results.restore((meta["rows"], rows), round_)
-                results.attributes |= _attributes(task, transport)
-                results.add_event(round_, "resumed", f"on {transport.world_size} ranks over {transport.name}")
+                results.attributes |= attributes(task, world_size, name)
+                results.add_event(round_, "resumed", f"on {world_size} ranks over {name}")
                 server.load(tensors)
         state.update(server=server, book=Book(task, results))
         return round_
@@ -296,9 +220,7 @@ def _round(
     uploads, tokens = _train(task, transport.rank, plan, theta, report, place)
     trained = time.perf_counter()
 
-    total, accepted = (None, None)
-    if config.mode != "local":
-        total, accepted = _combine(task, transport, plan, place, uploads)
+    total = _combine(task, transport, plan, place, uploads) if config.mode != "local" else None
     size = report.nbytes + rank_report.nbytes
     wire = transport.wire_bytes - wire_before + size if transport.world_size > 1 else 0
     rank_report[transport.rank] = (*tokens, trained - sent, peak_memory(task.base.device), wire)
@@ -316,7 +238,7 @@ def _round(
     completed = int((status == OK).sum())
     events = [("rejected", f"client {c}: {_why(plan, c)}") for c, i in place.items() if status[i] == REJECTED]
     norm = 0.0
-    if total is not None and accepted is not None:
+    if total is not None:
         if completed >= config.federation.min_cohort:
             norm = server.step(total)
         else:
@@ -401,7 +323,6 @@ def _train(
                 trained.loss_first[k],
                 trained.loss_last[k],
                 norms[k],
-                trained.num_examples[k],
             )
             if finite[k] and config.mode != "local":
                 slots.append(place[client])
@@ -430,7 +351,7 @@ def _train_block(task: Task, round_: int, works: Sequence[Work], theta: Tensor |
             rule: Any = importlib.import_module(f"fedhpc.client_optimizers.{config.client.optimizer}")
             names = rule.state_names(config.client)
             memories.append(clientstate.fresh(names, task.method.state.size, task.payload_dtype))
-            own.append(_initial(task))
+            own.append(task.initial_payload())
         else:
             memory, kept = clientstate.load(config.run_dir, work.client_id, round_ - 1)
             memories.append(memory)
@@ -440,10 +361,6 @@ def _train_block(task: Task, round_: int, works: Sequence[Work], theta: Tensor |
         task.base, task.method, payloads, works, task.data.train, config, round_, task.rounds, memories
     )
     return trained, payloads
-
-
-def _initial(task: Task) -> Tensor:
-    return task.method.payload.flatten({n: t.to(task.payload_dtype) for n, t in task.method.initial().items()})
 
 
 def _remember(
@@ -475,10 +392,8 @@ def _weights(task: Task, plan: Plan) -> dict[int, float]:
     return {c: n / total for c, n in examples.items()}
 
 
-def _combine(
-    task: Task, transport: Transport, plan: Plan, place: Mapping[int, int], uploads: Uploads
-) -> tuple[Tensor | None, np.ndarray]:
-    """The aggregated pseudo-gradient (P,) on rank 0, and which places of the cohort it is made of."""
+def _combine(task: Task, transport: Transport, plan: Plan, place: Mapping[int, int], uploads: Uploads) -> Tensor | None:
+    """The aggregated pseudo-gradient of the accepted updates: float64 (P,) on rank 0, None elsewhere."""
     config, layout = task.config, task.method.payload
     accepted = torch.zeros(len(plan.cohort), dtype=torch.int64)
     accepted[torch.from_numpy(uploads.slots)] = 1
@@ -491,12 +406,12 @@ def _combine(
         total = weighted_sum(transport, uploads, layout, len(plan.cohort))
         if total is not None and mask.any():
             total /= share[mask].sum()
-        return total, mask
+        return total
     owner = {c: b.worker for b in plan.blocks for c in b.clients}
     owners = [owner[c] for c in plan.cohort if mask[place[c]]]
     if not owners:
-        return torch.zeros(layout.size, dtype=torch.float64) if transport.rank == 0 else None, mask
-    total = sharded(
+        return torch.zeros(layout.size, dtype=torch.float64) if transport.rank == 0 else None
+    return sharded(
         transport,
         uploads,
         owners,
@@ -504,16 +419,6 @@ def _combine(
         layout,
         lambda values, shares: rule.combine(values, shares, config.server),
     )
-    return total, mask
-
-
-def _evaluated_clients(task: Task) -> list[int]:
-    """Clients of the per-client evaluation: all, or a seeded sample of a large population."""
-    n, limit = task.data.population.num_clients, task.config.evaluation.max_clients
-    if n <= limit:
-        return list(range(n))
-    chosen = generator(task.config.run.seed, "evaluated clients").choice(n, limit, replace=False)
-    return sorted(int(c) for c in chosen)
 
 
 def _why(plan: Plan, client: int) -> str:
@@ -549,7 +454,12 @@ def _evaluate(task: Task, transport: Transport, server: Server | None, round_: i
 
 
 def _finish(
-    task: Task, transport: Transport, server: Server | None, book: Book | None, progress: Progress | None
+    task: Task,
+    transport: Transport,
+    server: Server | None,
+    book: Book | None,
+    progress: Progress | None,
+    writing: AbstractContextManager[object],
 ) -> None:
     """Test, per-client evaluation, final payload, export; then the run is complete."""
     config, test = task.config, task.data.test
@@ -578,7 +488,7 @@ def _finish(
     per_client = None
     if config.evaluation.client_fraction > 0:
         plan = task.plan(task.rounds)
-        clients = plan.training if config.mode == "local" else _evaluated_clients(task)
+        clients = plan.training if config.mode == "local" else evaluated_clients(task)
         held_out = [task.data.population.held_out(c) for c in clients]
         per_client = client_evaluation(
             task.base,
@@ -610,128 +520,13 @@ def _finish(
         views = layout.views(server.theta)
         task.method.export(views, config.run_dir / "adapter")
     results.set_final({name: view.numpy() for name, view in views.items()})
-    book.save(server, task.rounds, complete=True)
-    rundir.write_status(config.run_dir, "complete", task.rounds)
+    with writing:
+        book.save(server, task.rounds, complete=True)
+        rundir.write_status(config.run_dir, "complete", task.rounds)
     progress.close()
     for name, value in final.metrics.items():
         print(f"test {name} {value:.4f} (untouched base {untouched.metrics[name]:.4f})")
     print(f"complete: {config.run_dir}/results.h5 and {config.run_dir}/adapter")
-
-
-class Book:
-    """Rank 0's record of the run: results.h5 and the checkpoint, written in the order that loses nothing."""
-
-    def __init__(self, task: Task, results: Results) -> None:
-        self.task, self.results = task, results
-        self._started = time.perf_counter()
-        self._before = float(results.attributes.get("wall_seconds", 0.0))
-        self._written_at, self._write_s = -float("inf"), 0.0
-
-    def initial(self, outcome: Outcome | None) -> None:
-        """Row 0: the evaluated initial state."""
-        metrics = outcome.metrics if outcome else {}
-        self.results.add_round({"round": 0, **{f"eval_{name}": value for name, value in metrics.items()}})
-
-    def save(self, server: Server, round_: int, complete: bool = False) -> None:
-        """Checkpoint, then results.h5. The rows that the file lacks are in the checkpoint."""
-        directory = self.task.config.run_dir
-        meta_rows, arrays = self.results.pending()
-        meta = {
-            "round": round_,
-            "block_size": self.task.block_size,
-            "fingerprint_data": self.task.data.fingerprint,
-            "fingerprint_model": self.task.base.fingerprint,
-            "rows": meta_rows,
-        }
-        rows = {f"rows/{name}": array for name, array in arrays.items()}
-        rundir.save_checkpoint(directory, {**server.tensors(), **rows}, meta)
-        now = time.perf_counter()
-        # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
-        if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:
-            self.results.attributes["wall_seconds"] = self._before + now - self._started
-            self.results.write(directory / "results.h5", complete)
-            self._written_at = time.perf_counter()
-            self._write_s = self._written_at - now
-        rundir.write_status(directory, "running", round_)
-
-
-def _attributes(task: Task, transport: Transport) -> dict[str, Any]:
-    config, device = task.config, task.base.device
-    return {
-        "config": config.to_yaml(),
-        "method": config.method.name,
-        "mode": config.mode,
-        "model": config.model.name,
-        "seed": config.run.seed,
-        "world_size": transport.world_size,
-        "transport": transport.name,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "block_size": task.block_size,
-        "payload_parameters": task.method.payload.size,
-        "payload_dtype": str(task.payload_dtype).removeprefix("torch."),
-        "fingerprint_data": task.data.fingerprint,
-        "fingerprint_model": task.base.fingerprint,
-    }
-
-
-def _new_results(task: Task, transport: Transport) -> Results:
-    results = Results(_attributes(task, transport), task.config.evaluation.metrics)
-    population, train = task.data.population, task.data.train
-    if population.assignment is not None:
-        indices, offsets = population.assignment
-        counts = population.label_counts(train) if train.labels is not None else None
-        names = train.label_names if counts is not None else None
-        results.set_partition(np.diff(offsets), counts, names, indices, offsets)
-    return results
-
-
-def _headline(task: Task, transport: Transport) -> list[str]:
-    config = task.config
-    size = cohort_size(config, task.data.population)
-    return [
-        f"{config.run.name}: {config.mode} {config.method.name} of {task.base.name} "
-        f"({task.method.payload.size:,} parameters), {task.data.population.num_clients:,} clients, "
-        f"{size} a round in blocks of {task.block_size}, {transport.world_size} ranks over {transport.name} "
-        f"on {task.base.device.type}",
-    ]
-
-
-def describe(task: Task, transport: Transport) -> list[str]:
-    """The plan that --check prints: clients, blocks, steps, payload, bytes per round, memory."""
-    config, population = task.config, task.data.population
-    plan = task.plan(1)
-    payload, state = task.method.payload.size, task.method.state.size
-    item = task.payload_dtype.itemsize
-    steps = [_steps(task, c) for c in plan.training]
-    per_worker = {w: sum(b.cost for b in plan.blocks if b.worker == w) for w in task.workers}
-    base_bytes = sum(p.numel() * p.element_size() for p in task.base.model.parameters())
-    rule: Any = importlib.import_module(f"fedhpc.client_optimizers.{config.client.optimizer}")
-    copies = 2 + len(rule.state_names(config.client))
-    largest = max((len(b.clients) for b in plan.blocks), default=0)
-    held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in task.workers), default=0)
-    sent = config.mode == "federated"
-    return [
-        *_headline(task, transport),
-        *task.data.messages,
-        *data.describe(population, task.data.train),
-        f"examples: {len(task.data.train):,} training, {len(task.data.validation):,} validation, "
-        f"{len(task.data.test):,} test",
-        f"rounds: {task.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most {largest}, "
-        f"{min(steps, default=0)} to {max(steps, default=0)} local steps each",
-        "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
-        f"payload: {payload:,} parameters in {len(task.method.payload.shapes)} tensors, "
-        f"{payload * item / 2**20:.2f} MiB per client each way",
-        f"bytes per round: {sent * payload * item * len(plan.cohort):,} down, "
-        f"{sent * payload * item * len(plan.training):,} up (protocol)",
-        f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
-        f"{copies * state * item * largest / 2**20:.1f} MiB block, {payload * item * held / 2**20:.1f} MiB updates",
-    ]
-
-
-def _steps(task: Task, client: int) -> int:
-    from fedhpc.training.local import num_steps
-
-    return num_steps(task.data.population.num_examples(client), task.config.client)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Literal, NoReturn
 
@@ -78,13 +79,14 @@ def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) ->
 
         from fedhpc import federation, rundir
         from fedhpc.liveness import Liveness
+        from fedhpc.task import describe, resolve_device
         from fedhpc.transport import TransportError, open_transport
 
         torch.set_num_threads(1 if config.runtime.threads == "auto" else config.runtime.threads)
         if config.runtime.deterministic:
             torch.use_deterministic_algorithms(True)
         try:
-            device = federation.resolve_device(config, launch)
+            device = resolve_device(config, launch)
             transport = open_transport(
                 launch, config.runtime.transport, "cuda" if device.type == "cuda" else "cpu", config.runtime.timeout_s
             )
@@ -93,7 +95,10 @@ def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) ->
                 print(f"fedhpc: error: {error}", file=sys.stderr)
             return REFUSED
 
+    writing = threading.Lock()
+
     def on_exit(code: int, reason: str) -> None:
+        writing.acquire(timeout=1)  # and never released: what it says of the run directory stays true
         if reached and transport.rank > 0:  # it speaks for a lost rank 0, and knows only where that began
             with contextlib.suppress(UserError):
                 status = rundir.read_status(config.run_dir)
@@ -123,9 +128,9 @@ def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) ->
         task = federation.prepare(config, transport, launch, write_cache=not options.check)
         if options.check:
             if transport.rank == 0:
-                print("\n".join(federation.describe(task, transport)))
+                print("\n".join(describe(task, transport.world_size, transport.name)))
         else:
-            federation.run(task, transport, options.fresh, reached.append)
+            federation.run(task, transport, options.fresh, reached.append, writing)
     except federation.RefusedError as error:
         if transport.rank == 0:
             print(f"fedhpc: error: {error}", file=sys.stderr)

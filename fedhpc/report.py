@@ -167,9 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             out.mkdir(parents=True, exist_ok=True)
             written = (
-                report_run(runs[0], out, screen)
-                if len(runs) == 1
-                else compare(runs, out, screen, options.baseline)
+                report_run(runs[0], out, screen) if len(runs) == 1 else compare(runs, out, screen, options.baseline)
             )
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error

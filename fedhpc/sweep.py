@@ -166,7 +166,7 @@ def _axis(key: str, values: Any, where: str) -> list[tuple[str, Changes]]:
     if isinstance(values, list) and values:
         return [(_label(key, value, where), {key: value}) for value in values]
     if not isinstance(values, dict) or not values:
-        raise UserError(f"{where}: {key} must be a list of values, or {{label: {{section.key: value}}}}, got {values!r}")
+        raise UserError(f"{where}: {key} must be a list of values or {{label: {{section.key: value}}}}, got {values!r}")
     for label, changes in values.items():
         if not re.fullmatch(r"[\w.+-]+", str(label)):
             raise UserError(f"{where}: {key}: the label '{label}' names folders: letters, digits and . _ + - only")
@@ -283,8 +283,8 @@ def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) ->
                 busy.append(i)
             elif outcome not in (COMPLETE, IN_USE):
                 failed[i] = outcome
-            left = duration(seconds / complete * (len(chosen) - 1 - chosen.index(i))) if complete else "unknown"
-            print(f"{title}: {outcome}; time left at most {left}", flush=True)
+            left = seconds / max(complete, 1) * (len(chosen) - 1 - chosen.index(i))
+            print(f"{title}: {outcome}" + (f"; at most {duration(left)} left" if left else ""), flush=True)
         return _close(cells, chosen, failed)
 
 

@@ -106,8 +106,10 @@ LAYERS = [
     {"aggregators", "transforms", "client_optimizers", "server_optimizers", "server"},
     {"training", "aggregation", "report"},
     {"participation", "evaluation", "clientstate"},
+    {"task"},
+    {"book"},
     {"federation"},
-    {"main", "bench"},
+    {"main", "bench", "sweep"},
 ]
 
 

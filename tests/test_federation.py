@@ -19,6 +19,7 @@ from fedhpc import federation, rundir
 from fedhpc.config import Config
 from fedhpc.runtime import Launch
 from fedhpc.store import CLIENTS, EVENTS, ROUNDS
+from fedhpc.task import Task
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.local import batches
 from fedhpc.transport.base import LoopbackTransport
@@ -62,7 +63,7 @@ def same_results(one: Path, other: Path, tables: tuple[str, ...] = ("rounds", "c
 # ---------------------------------------------------------------- against numpy
 
 
-def by_hand(config: Config, task: federation.Task) -> tuple[np.ndarray, np.ndarray]:
+def by_hand(config: Config, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """The first and the final payload (P,), float64: clients one at a time, then numpy."""
     dtype = task.payload_dtype
     theta = first = (
@@ -93,7 +94,7 @@ def by_hand(config: Config, task: federation.Task) -> tuple[np.ndarray, np.ndarr
     return first, theta
 
 
-def flat(tensors: dict[str, np.ndarray], task: federation.Task) -> np.ndarray:
+def flat(tensors: dict[str, np.ndarray], task: Task) -> np.ndarray:
     """(P,), in the order of the payload: HDF5 sorts by name."""
     assert set(tensors) == set(task.method.payload.shapes)
     return np.concatenate([tensors[name].ravel() for name in task.method.payload.shapes])

@@ -1,0 +1,84 @@
+"""Rank 0's record of a run: results.h5 and the checkpoint, written in the order that loses nothing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedhpc import rundir
+from fedhpc.evaluation.evaluate import Outcome
+from fedhpc.server import Server
+from fedhpc.store import Results
+from fedhpc.task import Task
+
+
+class Book:
+    """Rank 0's record of the run: results.h5 and the checkpoint, written in the order that loses nothing."""
+
+    def __init__(self, task: Task, results: Results) -> None:
+        self.task, self.results = task, results
+        self._started = time.perf_counter()
+        self._before = float(results.attributes.get("wall_seconds", 0.0))
+        self._written_at, self._write_s = -float("inf"), 0.0
+
+    def initial(self, outcome: Outcome | None) -> None:
+        """Row 0: the evaluated initial state."""
+        metrics = outcome.metrics if outcome else {}
+        self.results.add_round({"round": 0, **{f"eval_{name}": value for name, value in metrics.items()}})
+
+    def save(self, server: Server, round_: int, complete: bool = False) -> None:
+        """Checkpoint, then results.h5. The rows that the file lacks are in the checkpoint."""
+        directory = self.task.config.run_dir
+        meta_rows, arrays = self.results.pending()
+        meta = {
+            "round": round_,
+            "block_size": self.task.block_size,
+            "fingerprint_data": self.task.data.fingerprint,
+            "fingerprint_model": self.task.base.fingerprint,
+            "rows": meta_rows,
+        }
+        rows = {f"rows/{name}": array for name, array in arrays.items()}
+        rundir.save_checkpoint(directory, {**server.tensors(), **rows}, meta)
+        now = time.perf_counter()
+        # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
+        if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:
+            self.results.attributes["wall_seconds"] = self._before + now - self._started
+            self.results.write(directory / "results.h5", complete)
+            self._written_at = time.perf_counter()
+            self._write_s = self._written_at - now
+        rundir.write_status(directory, "running", round_)
+
+
+def attributes(task: Task, world_size: int, transport: str) -> dict[str, Any]:
+    """The root attributes of results.h5 that describe a run."""
+    config, device = task.config, task.base.device
+    return {
+        "config": config.to_yaml(),
+        "method": config.method.name,
+        "mode": config.mode,
+        "model": config.model.name,
+        "seed": config.run.seed,
+        "world_size": world_size,
+        "transport": transport,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "block_size": task.block_size,
+        "payload_parameters": task.method.payload.size,
+        "payload_dtype": str(task.payload_dtype).removeprefix("torch."),
+        "fingerprint_data": task.data.fingerprint,
+        "fingerprint_model": task.base.fingerprint,
+    }
+
+
+def new_results(task: Task, world_size: int, transport: str) -> Results:
+    """Empty results with the attributes and the partition of a run."""
+    results = Results(attributes(task, world_size, transport), task.config.evaluation.metrics)
+    population, train = task.data.population, task.data.train
+    if population.assignment is not None:
+        indices, offsets = population.assignment
+        counts = population.label_counts(train) if train.labels is not None else None
+        names = train.label_names if counts is not None else None
+        results.set_partition(np.diff(offsets), counts, names, indices, offsets)
+    return results

@@ -1,0 +1,173 @@
+"""What every rank knows before the first round: model, method, data, population and plan, loaded and checked."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedhpc import data, registry
+from fedhpc.config import Config
+from fedhpc.data import Data
+from fedhpc.data.templates import parse
+from fedhpc.errors import UserError
+from fedhpc.methods.base import Method
+from fedhpc.models import Base, load_base, load_tokenizer, max_positions
+from fedhpc.participation import Plan, cohort_size, num_rounds, plan_round, resolve_block_size
+from fedhpc.rng import generator
+from fedhpc.runtime import Launch
+from fedhpc.training.local import num_steps
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every rank knows before the first round."""
+
+    config: Config
+    base: Base
+    method: Method
+    data: Data
+    block_size: int
+    rounds: int
+    workers: tuple[int, ...]
+    label_targets: list[str] | None  # the target of each label, where a metric needs them
+
+    def plan(self, round_: int) -> Plan:
+        return plan_round(
+            self.config,
+            self.data.population,
+            self.data.train,
+            round_,
+            self.workers,
+            self.block_size,
+            self.method.shares_base,
+        )
+
+    @property
+    def payload_dtype(self) -> torch.dtype:
+        return torch.float64 if self.base.dtype == torch.float64 else torch.float32
+
+    def initial_payload(self) -> Tensor:
+        """The payload before the first round (P,), on the CPU."""
+        tensors = self.method.initial()
+        return self.method.payload.flatten({name: t.to(self.payload_dtype) for name, t in tensors.items()})
+
+
+def build(config: Config, launch: Launch, world_size: int, write_cache: bool) -> Task:
+    """Load and check model, data and plan. UserError for all that a person can mend; no run directory is needed."""
+    device = resolve_device(config, launch)
+    tokenizer = load_tokenizer(config.model)
+    loaded = data.load_data(config, tokenizer, write_cache)
+    base = load_base(config.model, device)
+    method: Method = registry.load("methods", config.method.name).METHOD(config.method, base, config.run.seed)
+    _check_length(config, base)
+    size = cohort_size(config, loaded.population)
+    if config.federation.min_cohort > size:
+        raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")
+    if config.mode == "centralized" and num_steps(loaded.population.num_examples(0), config.client) == 0:
+        raise UserError("data.train: there is no training example left")
+    block = resolve_block_size(config, size, device.type) if method.shares_base else 1
+    ranks = range(world_size)
+    return Task(
+        config=config,
+        base=base,
+        method=method,
+        data=loaded,
+        block_size=block,
+        rounds=num_rounds(config, loaded.population),
+        workers=tuple(ranks[1:]) or (0,),
+        label_targets=_label_targets(config, loaded),
+    )
+
+
+def _label_targets(config: Config, loaded: Data) -> list[str] | None:
+    """The rendered target of every label, between which a classification decides by likelihood."""
+    if not {"accuracy", "macro_f1"} & set(config.evaluation.metrics):
+        return None
+    target = parse(config.data.target, "data.target")
+    if list(target.columns) != [config.data.label]:
+        raise UserError(
+            "evaluation.metrics: accuracy and macro_f1 choose between labels, so data.target must be made of the label "
+            f"alone, like ' {{{config.data.label}}}'"
+        )
+    return [target.render({str(config.data.label): name}) for name in loaded.train.label_names]
+
+
+def _check_length(config: Config, base: Base) -> None:
+    limit = max_positions(base)
+    virtual = int(getattr(config.method, "num_virtual_tokens", 0))
+    if limit is not None and config.data.max_length + virtual > limit:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} tokens and {virtual} virtual ones exceed the {limit} positions "
+            f"of '{base.name}': lower data.max_length to {limit - virtual}"
+        )
+
+
+def resolve_device(config: Config, launch: Launch) -> torch.device:
+    """The device of this rank. UserError where cuda is asked for and missing."""
+    available = torch.cuda.is_available()
+    if config.runtime.device == "cuda" and not available:
+        raise UserError("runtime.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
+    if config.runtime.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+
+
+def evaluated_clients(task: Task) -> list[int]:
+    """Clients of the per-client evaluation: all, or a seeded sample of a large population."""
+    n, limit = task.data.population.num_clients, task.config.evaluation.max_clients
+    if n <= limit:
+        return list(range(n))
+    chosen = generator(task.config.run.seed, "evaluated clients").choice(n, limit, replace=False)
+    return sorted(int(c) for c in chosen)
+
+
+def headline(task: Task, world_size: int, transport: str) -> list[str]:
+    """What is about to run, in one line."""
+    config = task.config
+    size = cohort_size(config, task.data.population)
+    return [
+        f"{config.run.name}: {config.mode} {config.method.name} of {task.base.name} "
+        f"({task.method.payload.size:,} parameters), {task.data.population.num_clients:,} clients, "
+        f"{size} a round in blocks of {task.block_size}, {world_size} ranks over {transport} "
+        f"on {task.base.device.type}",
+    ]
+
+
+def describe(task: Task, world_size: int, transport: str) -> list[str]:
+    """The plan that --check prints: clients, blocks, steps, payload, bytes per round, memory."""
+    config, population = task.config, task.data.population
+    plan = task.plan(1)
+    payload, state = task.method.payload.size, task.method.state.size
+    item = task.payload_dtype.itemsize
+    steps = [_steps(task, c) for c in plan.training]
+    per_worker = {w: sum(b.cost for b in plan.blocks if b.worker == w) for w in task.workers}
+    base_bytes = sum(p.numel() * p.element_size() for p in task.base.model.parameters())
+    rule: Any = importlib.import_module(f"fedhpc.client_optimizers.{config.client.optimizer}")
+    copies = 2 + len(rule.state_names(config.client))
+    largest = max((len(b.clients) for b in plan.blocks), default=0)
+    held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in task.workers), default=0)
+    sent = config.mode == "federated"
+    return [
+        *headline(task, world_size, transport),
+        *task.data.messages,
+        *data.describe(population, task.data.train),
+        f"examples: {len(task.data.train):,} training, {len(task.data.validation):,} validation, "
+        f"{len(task.data.test):,} test",
+        f"rounds: {task.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most {largest}, "
+        f"{min(steps, default=0)} to {max(steps, default=0)} local steps each",
+        "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
+        f"payload: {payload:,} parameters in {len(task.method.payload.shapes)} tensors, "
+        f"{payload * item / 2**20:.2f} MiB per client each way",
+        f"bytes per round: {sent * payload * item * len(plan.cohort):,} down, "
+        f"{sent * payload * item * len(plan.training):,} up (protocol)",
+        f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
+        f"{copies * state * item * largest / 2**20:.1f} MiB block, {payload * item * held / 2**20:.1f} MiB updates",
+    ]
+
+
+def _steps(task: Task, client: int) -> int:
+    return num_steps(task.data.population.num_examples(client), task.config.client)
