@@ -6,11 +6,12 @@ Every key has a default and a one-line description here or in the `Options` clas
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, create_model
@@ -417,3 +418,32 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from None
+
+
+def reference() -> str:
+    """Every key with its default and what it means, as `python -m fedhpc.config` prints it."""
+    lines = ["mode: federated    # federated | centralized | local"]
+
+    def keys(model: type[Section], indent: str) -> None:
+        for name, field in model.model_fields.items():
+            default = "(required)" if field.is_required() else json.dumps(field.default)
+            values = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            choices = f" ({' | '.join(map(str, values))})" if values else ""
+            lines.append(f"{indent}{name}: {default}    # {field.description}{choices}")
+
+    for section in [*_PLAIN, *_BASES]:
+        lines.append(f"{section}:")
+        if section in _PLAIN:
+            keys(_PLAIN[section], "  ")
+            continue
+        if _BASES[section] is not _Named:
+            keys(_BASES[section], "  ")
+        for key, family in CHOICES[section].items():
+            for choice in registry.names(family):
+                lines.append(f"  # with {key}: {choice}")
+                keys(registry.options(family, choice), "  ")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Server:
             f"fedhpc.server_optimizers.{config.server.optimizer if federated else 'sgd'}"
         )
         if not federated:
-            self._options = type("Plain", (), {"lr": 1.0, "momentum": 0.0})
+            self._options = SimpleNamespace(lr=1.0, momentum=0.0)
         self._state: dict[str, Tensor] = self._rule.initial_state(theta.numel(), self._options)
 
     def step(self, gradient: Tensor) -> float:

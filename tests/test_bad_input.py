@@ -1,4 +1,4 @@
-"""Bad commands, configurations, data, models and run directories: exit code 2 and one line that helps, nothing written."""
+"""Bad commands, configurations, data, models, run directories: exit code 2, one line that helps, nothing written."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a folder": (["texts"], ("texts: cannot be read",)),
     "override without =": (["client.lr"], ("client.lr", "section.key=value")),
     "override of nothing": (["=3"], ("'=3'", "section.key=value")),
-    "empty step in a key": (["client..lr=3"], ("'client..lr=3'", "section.key=value")),
+    "empty step in a key": (["client..lr=3"], ("'client..lr'", "section.key")),
     "unknown option": (["--chekc"], ("--chekc", "--help")),
     "unknown section": (["clinet.lr=1"], ("unknown key 'clinet.lr'", "did you mean 'client'")),
     "unknown key": (["client.lrr=1"], ("unknown key 'client.lrr'", "did you mean 'lr'")),
@@ -230,9 +230,21 @@ ROW = '{"mr": "m", "ref": "r", "label": "a", "client": "c"}\n'
 DATA: dict[str, tuple[Callable[[], None] | None, dict[str, Any], tuple[str, ...]]] = {
     "no such folder": (None, {"data": {"source": "./absent"}}, ("data.source", "no file or folder './absent'")),
     "no such file": (None, {"data": {"source": "absent.csv"}}, ("data.source", "no file or folder 'absent.csv'")),
-    "no such task": (None, {"data": {"source": "builtin:dinning"}}, ("no built-in task 'dinning'", "did you mean 'dining'")),
-    "no such split": (None, {"data": {"validation": "vaildation"}}, ("data.validation", "it has: test, train, validation")),
-    "an empty folder": (lambda: Path("none").mkdir(), {"data": {"source": "./none"}}, ("data.train", "it has: nothing")),
+    "no such task": (
+        None,
+        {"data": {"source": "builtin:dinning"}},
+        ("no built-in task 'dinning'", "did you mean 'dining'"),
+    ),
+    "no such split": (
+        None,
+        {"data": {"validation": "vaildation"}},
+        ("data.validation", "it has: test, train, validation"),
+    ),
+    "an empty folder": (
+        lambda: Path("none").mkdir(),
+        {"data": {"source": "./none"}},
+        ("data.train", "it has: nothing"),
+    ),
     "a malformed row": (lambda: put("texts/train.jsonl", ROW + '{"mr": \n'), {}, ("train.jsonl:2", "not valid JSON")),
     "a row that is a list": (lambda: put("texts/train.jsonl", ROW + "[]\n"), {}, ("train.jsonl:2", "JSON object")),
     "a row without a column": (
@@ -242,33 +254,71 @@ DATA: dict[str, tuple[Callable[[], None] | None, dict[str, Any], tuple[str, ...]
     ),
     "an empty file": (lambda: put("texts/validation.jsonl", ""), {}, ("validation.jsonl", "no rows")),
     "a short line of CSV": (
-        lambda: put("a.csv", "mr,ref,label,client\nm,r,a\n"), {"data": {"source": "a.csv"}}, ("a.csv:2", "3 cells", "4 columns"),
+        lambda: put("a.csv", "mr,ref,label,client\nm,r,a\n"),
+        {"data": {"source": "a.csv"}},
+        ("a.csv:2", "3 cells", "4 columns"),
     ),
-    "no parquet": (lambda: put("a.parquet", "PAR1"), {"data": {"source": "a.parquet"}}, ("a.parquet", "not a valid parquet file")),
-    "no gzip": (lambda: put("a.jsonl.gz", "plain"), {"data": {"source": "a.jsonl.gz"}}, ("a.jsonl.gz", "cannot be read")),
-    "a template's column": (None, {"data": {"prompt": "{mrs}"}}, ("train.jsonl:1", "data.prompt", "'mrs'", "did you mean 'mr'")),
+    "no parquet": (
+        lambda: put("a.parquet", "PAR1"),
+        {"data": {"source": "a.parquet"}},
+        ("a.parquet", "not a valid parquet file"),
+    ),
+    "no gzip": (
+        lambda: put("a.jsonl.gz", "plain"),
+        {"data": {"source": "a.jsonl.gz"}},
+        ("a.jsonl.gz", "cannot be read"),
+    ),
+    "a template's column": (
+        None,
+        {"data": {"prompt": "{mrs}"}},
+        ("train.jsonl:1", "data.prompt", "'mrs'", "did you mean 'mr'"),
+    ),
     "the label's column": (None, {"data": {"label": "lable"}}, ("data.label", "'lable'", "did you mean 'label'")),
     "the owner's column": (None, {"data": {"client": "owner"}}, ("data.client", "'owner'")),
     "a filter's column": (None, {"data": {"where": {"nmae": ["x"]}}}, ("data.where", "'nmae'")),
-    "a filter that leaves nothing": (None, {"data": {"where": {"label": ["z"]}}}, ("none of 24 rows passes data.where",)),
+    "a filter that leaves nothing": (
+        None,
+        {"data": {"where": {"label": ["z"]}}},
+        ("none of 24 rows passes data.where",),
+    ),
     "a long target": (
         lambda: put("texts/train.jsonl", ROW.replace('"r"', '"' + "word " * 99 + '"')),
         {"data": {"max_length": 32}},
         ("train.jsonl:1", "the target has", "data.max_length 32"),
     ),
-    "more clients than examples": (None, {"partition": {"num_clients": 25}}, ("partition.num_clients", "25 clients", "24")),
+    "more clients than examples": (
+        None,
+        {"partition": {"num_clients": 25}},
+        ("partition.num_clients", "25 clients", "24"),
+    ),
     "an unattainable minimum": (None, {"partition": {"min_examples": 7}}, ("partition.min_examples", "28", "24")),
     "natural, and nobody is left": (
-        None, {"partition": {"name": "natural", "num_clients": None, "min_examples": 9}}, ("partition.min_examples", "9", "5"),
+        None,
+        {"partition": {"name": "natural", "num_clients": None, "min_examples": 9}},
+        ("partition.min_examples", "9", "5"),
     ),
     "virtual clients that are too large": (
-        None, {"partition": {"name": "virtual", "examples_per_client": 99}}, ("partition.examples_per_client", "99", "24"),
+        None,
+        {"partition": {"name": "virtual", "examples_per_client": 99}},
+        ("partition.examples_per_client", "99", "24"),
     ),
-    "a cohort larger than all": (None, {"federation": {"cohort_size": 9}}, ("federation.cohort_size is 9", "4 clients")),
-    "a minimum larger than the cohort": (None, {"federation": {"min_cohort": 3}}, ("federation.min_cohort is 3", "only 2")),
-    "accuracy of texts": (None, {"evaluation": {"metrics": ["accuracy"]}}, ("evaluation.metrics", "data.target", "{label}")),
+    "a cohort larger than all": (
+        None,
+        {"federation": {"cohort_size": 9}},
+        ("federation.cohort_size is 9", "4 clients"),
+    ),
+    "a minimum larger than the cohort": (
+        None,
+        {"federation": {"min_cohort": 3}},
+        ("federation.min_cohort is 3", "only 2"),
+    ),
+    "accuracy of texts": (
+        None,
+        {"evaluation": {"metrics": ["accuracy"]}},
+        ("evaluation.metrics", "data.target", "{label}"),
+    ),
     "a hub id offline": (None, {"data": {"source": "nobody/nothing"}}, ("data.source", "'nobody/nothing'")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DATA)
@@ -400,15 +450,23 @@ def unfinished() -> None:
 
 
 RUNS: dict[str, tuple[Callable[[], object], list[str], tuple[str, ...]]] = {
-    "another configuration": (lambda: None, ["client.lr=0.5"], ("run: holds a run of another configuration", "client.lr", "0.5", "--fresh")),
+    "another configuration": (
+        lambda: None,
+        ["client.lr=0.5"],
+        ("run: holds a run of another configuration", "client.lr", "0.5", "--fresh"),
+    ),
     "another mode": (lambda: None, ["mode=centralized"], ("another configuration", "mode federated -> centralized")),
     "fewer rounds": (lambda: None, ["federation.rounds=1", "client.steps=2"], ("client.steps 1 -> 2",)),
     "other data": (lambda: put("texts/test.jsonl", ROW), ["federation.rounds=2"], ("content of the data changed",)),
     "no checkpoint": (lambda: (unfinished(), Path("run", CHECKPOINT).unlink()), [], ("no checkpoint", "--fresh")),
-    "half a checkpoint": (lambda: (unfinished(), _half(Path("run", CHECKPOINT))), [], ("state.safetensors: damaged", "--fresh")),
+    "half a checkpoint": (
+        lambda: (unfinished(), _half(Path("run", CHECKPOINT))),
+        [],
+        ("state.safetensors: damaged", "--fresh"),
+    ),
     "half the results": (lambda: (unfinished(), _half(Path("run/results.h5"))), [], ("results.h5", "--fresh")),
     "no config.yaml": (lambda: (unfinished(), Path("run/config.yaml").unlink()), [], ("config.yaml", "--fresh")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", RUNS)

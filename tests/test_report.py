@@ -150,6 +150,42 @@ def test_comparison_groups_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "29.00 ± 2.48 " in capsys.readouterr().out
 
 
+def test_paired_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seed by seed to the baseline, over the seeds that both have; the interval is that of a paired t test."""
+    runs = [make_run(tmp_path, f"prefix-s{seed}", seed) for seed in range(4)]
+    runs += [make_run(tmp_path, f"lora-s{seed}", seed, lr=0.5, level=1 + 0.1 * seed**2) for seed in (3, 1, 2, 7)]
+    runs += [make_run(tmp_path, "alone-s9", 9, lr=0.7), make_run(tmp_path, "cut-s1", 1, lr=0.9, done=5)]
+    out = tmp_path / "comparison"
+    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    assert "difference to prefix, seed by seed" in capsys.readouterr().out
+    with open(out / "differences.csv") as file:
+        rows = {(row["group"], row["metric"]): row for row in csv.DictReader(file)}
+    row = rows["lora", "loss"]
+    ours = np.array([1.3 * (1 + 0.1 * seed**2) + 0.01 * seed for seed in (1, 2, 3)])
+    theirs = np.array([1.3 + 0.01 * seed for seed in (1, 2, 3)])
+    half = 4.302653 * np.std(ours - theirs, ddof=1) / math.sqrt(3)  # t(2)
+    assert (row["baseline"], row["seeds"]) == ("prefix", "3")
+    mean = np.mean(ours - theirs)
+    values = [float(row[key]) for key in ("mean", "low", "high")]
+    assert values == pytest.approx([mean, mean - half, mean + half], rel=1e-3)
+    assert rows["alone-s9", "loss"]["seeds"] == rows["cut-s1 (unfinished, 5/20)", "loss"]["seeds"] == "0"
+    title, *_ = (out / "comparison.md").read_text().split("difference to prefix")[1:]
+    assert cells(title, "lora")[1:3] == ["3", "0.607 ± 1.305"] and cells(title, "alone-s9")[1:3] == ["0", "–"]
+
+    assert report.main([*map(str, runs), "--out", str(out), "--baseline", "lora"]) == 0
+    with open(out / "differences.csv") as file:
+        (row,) = [row for row in csv.DictReader(file) if (row["group"], row["metric"]) == ("prefix", "loss")]
+    assert float(row["mean"]) == pytest.approx(-mean)
+    assert report.main([*map(str, runs), "--out", str(out), "--baseline", "lroa"]) == 2
+    assert "there is no row 'lroa'; did you mean 'lora'" in capsys.readouterr().err
+
+
+def test_quantiles_of_students_t() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for degrees in (1, 2, 10, 20, 21, 22, 30, 99, 1000):
+        assert report._t_975(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=3e-4)
+
+
 def test_same_names_and_same_seeds_stay_apart(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", "demo")
     two = make_run(tmp_path / "b", "demo")

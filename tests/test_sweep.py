@@ -149,7 +149,7 @@ def test_list_and_dry_run_write_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def started(file: Path) -> list[str]:
-    """The runs that `LOGGING` commands were started for, in order."""
+    """The runs that a command of `logging` was started for, in order."""
     log = file.parent / "log"
     return [Path(line).stem for line in log.read_text().split()] if log.exists() else []
 
@@ -172,10 +172,9 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, capsys: pytest.C
     # The file that the command gets is the whole configuration of the run.
     config = configuration.load(str(tmp_path / "runs" / "few-s2.yaml"), [])
     assert (config.run.seed, config.run_dir) == (2, tmp_path / "runs" / "few-s2")
-    # A run that said why: the reason of its status, and its state.
-    rundir.write_status(tmp_path / "runs" / "few-s0", "failed", 3, "rank 1 died") if (
-        tmp_path / "runs" / "few-s0"
-    ).mkdir() is None else None
+    folder = tmp_path / "runs" / "few-s0"
+    folder.mkdir()
+    rundir.write_status(folder, "failed", 3, "rank 1 died")
     assert [row[2] for row in listed(file, capsys)] == ["failed", "waiting", "waiting"]
 
 
