@@ -29,15 +29,10 @@ from typing import Any, NoReturn
 
 from fedhpc.errors import UserError
 from fedhpc.runtime import Launch
+from fedhpc.startup import FAILED, PREEMPTED, SIGNALS
 from fedhpc.transport.base import Transport, arrival_limit_s, connect_deadline
 from fedhpc.transport.network import own_address
 
-FAILED, PREEMPTED = 1, 75
-_SIGNALS = {
-    signal.SIGTERM: "preempted by SIGTERM",
-    signal.SIGUSR2: "preempted by SIGUSR2",
-    signal.SIGINT: "interrupted",
-}
 _SYMPTOM_WAIT_S = 0.5  # a broken collective is a symptom: so long may the cause take to show
 _VERDICT_WAIT_S = 3.5  # a rank with evidence waits so long for rank 0's verdict, then leaves alone
 _ON_EXIT_LIMIT_S = 2.0  # a hanging file system must not keep the ranks
@@ -115,7 +110,7 @@ class Liveness:
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         self._wakeup = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         # Without a Python handler the default action would end the process before the thread sees the signal.
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         self._thread.start()
 
@@ -294,8 +289,8 @@ class Liveness:
     def _read_wakeups(self) -> None:
         # A byte is a signal's number, or 0 from the main thread.
         for number in self._wake_read.recv(4096):
-            if number in _SIGNALS:
-                self._accuse(_Evidence(PREEMPTED, _SIGNALS[signal.Signals(number)]))
+            if number in SIGNALS:
+                self._accuse(_Evidence(PREEMPTED, SIGNALS[signal.Signals(number)]))
         with contextlib.suppress(queue.Empty):
             while True:
                 self._accuse(self._failures.get_nowait())

@@ -363,7 +363,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def comparison(groups: Sequence[Group], title: str, brief: bool = False) -> Grid:
     """A row for each group, and for the untouched base; `brief` leaves out what the labels say."""
-    bases = _bases(groups)
+    bases, missing = _bases(groups), np.array([math.nan])
     names = _ordered(*(run.metrics("test") for g in groups for run in g.runs), *(m for _, m in bases))
     rows = []
     for g in groups:
@@ -381,7 +381,7 @@ def comparison(groups: Sequence[Group], title: str, brief: bool = False) -> Grid
         )
     for label, metrics in bases:
         about = [] if brief else [NONE, NONE, NONE]
-        rows.append([label, *about, *(_number(metrics.get(name)) for name in names), "0", NONE, NONE])
+        rows.append([label, *about, *(_interval(metrics.get(name, missing)) for name in names), "0", NONE, NONE])
     about = [] if brief else ["mode", "method", "seeds"]
     costs = ["trainable parameters", "bytes per client and round", "seconds"]
     return Grid(title, ["run", *about, *map(_title, names), *costs], rows)
@@ -455,16 +455,24 @@ def _comparison_csv(groups: Sequence[Group]) -> str:
     return _csv(columns)
 
 
-def _bases(groups: Sequence[Group]) -> list[tuple[str, dict[str, float]]]:
-    """The untouched bases, each once; named after their runs where there are several."""
-    found: dict[str, tuple[str, dict[str, float]]] = {}
+def _bases(groups: Sequence[Group]) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """The untouched bases, each once, with one value of a metric for each seed; named after their runs where there
+    are several. Groups share a base where they measured the same in a seed."""
+    found: list[tuple[str, dict[Any, dict[str, float]]]] = []
     for g in groups:
-        for run in g.runs:
-            metrics = run.metrics("base")
-            if metrics:
-                found.setdefault(json.dumps(metrics, sort_keys=True), (g.label, metrics))
-    alone = len(found) == 1
-    return [("untouched base" if alone else f"untouched base of {label}", m) for label, m in found.values()]
+        mine = {_seed(run): metrics for run in g.runs if (metrics := run.metrics("base"))}
+        same = next((known for _, known in found if any(known.get(seed) == m for seed, m in mine.items())), None)
+        if same is not None:
+            same.update(mine)
+        elif mine:
+            found.append((g.label, mine))
+    bases = []
+    for label, known in found:
+        values = {name: np.array([m.get(name, math.nan) for m in known.values()]) for name in _ordered(*known.values())}
+        # The whole test split gives every seed the same: then there is no interval.
+        values = {name: v[:1] if (v == v[0]).all() else v for name, v in values.items()}
+        bases.append(("untouched base" if len(found) == 1 else f"untouched base of {label}", values))
+    return bases
 
 
 # ---------------------------------------------------------------- plots
@@ -605,7 +613,7 @@ def _compared_test(groups: Sequence[Group]) -> Any:
     canvas, axes = _axes(1, len(names), width=2.5 + 2.6 * len(names), height=1.2 + 0.45 * len(labels))
     for axis, name in zip(axes, names, strict=True):
         bars = [mean_and_half_width(g.test(name)) for g in groups]
-        bars += [(metrics.get(name, math.nan), math.nan) for _, metrics in bases]
+        bars += [mean_and_half_width(metrics.get(name, np.array([math.nan]))) for _, metrics in bases]
         means, halves = np.array(bars).T
         axis.barh(labels, np.nan_to_num(means), color=colours, height=0.7)
         known = np.isfinite(halves)
@@ -681,7 +689,7 @@ def _title(metric: str) -> str:
     return TITLES.get(metric, metric.replace("_", " "))
 
 
-def _ordered(*metrics: Mapping[str, float]) -> list[str]:
+def _ordered(*metrics: Mapping[str, Any]) -> list[str]:
     """All metric names, the known ones in the order of TITLES."""
     names = {name for m in metrics for name in m}
     return [name for name in TITLES if name in names] + sorted(names - set(TITLES))

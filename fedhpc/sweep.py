@@ -24,7 +24,6 @@ Paths are relative to the current directory. Exit codes: 0 all is complete; 1 a 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -52,7 +51,7 @@ from fedhpc.registry import Section
 from fedhpc.startup import FAILED, PREEMPTED, SIGNALS
 
 DONE, REFUSED = 0, 2
-COMPLETE, IN_USE = "complete", "in use"
+COMPLETE, IN_USE, STOPPED = "complete", "in use", "preempted"
 Changes = Mapping[str, Any]  # section.key -> value
 
 
@@ -189,10 +188,6 @@ def _label(key: str, value: Any, where: str) -> str:
 # ---------------------------------------------------------------- running
 
 
-class _PreemptedError(Exception):
-    """A signal came, or the run was preempted: what is on the disk goes on with the next call."""
-
-
 @dataclass
 class _Runner:
     """Starts the runs, and ends the one in progress when a signal comes."""
@@ -200,16 +195,15 @@ class _Runner:
     command: Sequence[str]
     process: subprocess.Popen[bytes] | None = None
     signals: list[int] = field(default_factory=list)
+    handlers: dict[signal.Signals, Any] = field(default_factory=dict)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """In the block, signals go to the run in progress."""
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def __enter__(self) -> _Runner:
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals.append(number)
@@ -221,13 +215,13 @@ class _Runner:
             self.process.terminate()
 
     def __call__(self, cell: Cell) -> str:
-        """Run one cell: COMPLETE, IN_USE, or why it failed. _PreemptedError where it was."""
+        """Run one cell: COMPLETE, IN_USE, STOPPED, or why it failed."""
         directory = cell.config.run_dir
         directory.parent.mkdir(parents=True, exist_ok=True)
         rundir.atomic_write(cell.file, cell.config.to_yaml().encode())
         before = rundir.read_status(directory)
         if self.signals:
-            raise _PreemptedError
+            return STOPPED
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through us.
         self.process = subprocess.Popen([*self.command, str(cell.file)], start_new_session=True, env=_environment())
         if self.signals:
@@ -236,7 +230,7 @@ class _Runner:
         status = rundir.read_status(directory)
         said = status if status != before else None  # torchrun turns every code into 1: the status tells
         if self.signals or code == PREEMPTED or (code and said and said.state == "preempted"):
-            raise _PreemptedError
+            return STOPPED
         now = state(cell)
         if now in (COMPLETE, IN_USE):
             return now
@@ -262,19 +256,17 @@ def state(cell: Cell) -> str:
 
 def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) -> int:
     """Run those of the `chosen` cells that are not complete, then compare; the exit code."""
-    runner = _Runner(command)
     failed: dict[int, str] = {}
     busy: list[int] = []
-    complete, seconds = 0, 0.0
-    with runner.watching():
+    complete, seconds, todo = 0, 0.0, len(chosen)
+    with _Runner(command) as runner:
         for i in itertools.chain(chosen, busy):  # what another process had at first may be free at the end
             title, outcome = f"[{i + 1}/{len(cells)}] {cells[i].name}", state(cells[i])
             if outcome not in (COMPLETE, IN_USE):
                 print(f"{title}: {outcome}, starting", flush=True)
                 began = time.monotonic()
-                try:
-                    outcome = runner(cells[i])
-                except _PreemptedError:
+                outcome = runner(cells[i])
+                if outcome == STOPPED:
                     print("fedhpc.sweep: preempted; the same command goes on from there", file=sys.stderr)
                     return PREEMPTED
                 complete += outcome == COMPLETE
@@ -283,7 +275,8 @@ def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) ->
                 busy.append(i)
             elif outcome not in (COMPLETE, IN_USE):
                 failed[i] = outcome
-            left = seconds / max(complete, 1) * (len(chosen) - 1 - chosen.index(i))
+            todo -= outcome != IN_USE
+            left = seconds / max(complete, 1) * todo
             print(f"{title}: {outcome}" + (f"; at most {duration(left)} left" if left else ""), flush=True)
         return _close(cells, chosen, failed)
 

@@ -122,9 +122,11 @@ def kill_somewhere(path: Path, launcher: Launcher, rng: np.random.Generator, ran
     """Start, kill a random rank, see everything end and nothing lost; whether the run was complete by then."""
     run_dir = path.with_suffix("")
     with start(ranks, path, launcher) as running:
-        if not starting:
+        if starting:
+            until(lambda: len(running.rank_processes()) == ranks)
+        else:
             running.wait_for(" ranks over ")  # the first line: about to train
-        time.sleep(rng.random() * (5.0 if starting else 2.0))
+        time.sleep(rng.random() * (4.0 if starting else 1.0))
         victims = running.rank_processes()
         if victims:
             with contextlib.suppress(psutil.NoSuchProcess):
