@@ -114,8 +114,11 @@ def _run(
     is_server = transport.rank == 0
 
     def claim() -> str:
+        before = rundir.read_status(directory)
         found = rundir.decide(config, directory, fresh, task.data.fingerprint, task.base.fingerprint)
         held.append(rundir.lock(directory))
+        if rundir.read_status(directory) != before:
+            raise UserError(f"{directory}: another run began or ended in it just now; give the same command again")
         return found
 
     def take() -> None:
