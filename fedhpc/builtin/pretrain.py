@@ -180,7 +180,7 @@ def pretrain(
         lr = learning_rate(step, steps, peak)
         loss = token_loss(model, train[torch.from_numpy(order[step * batch_size : (step + 1) * batch_size])])
         model.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         muon.step(lr)
         adamw.param_groups[0]["lr"] = lr
         adamw.step()

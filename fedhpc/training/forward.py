@@ -117,16 +117,16 @@ def backward(base: Base, hidden: Tensor, batch: Batch, row_weights: Tensor, scal
     weights = row_weights.index_select(0, batch.row) * scale
     if len(_pieces(base, selected, batch.targets)[0]) == 1:
         losses = _cross_entropy(base, selected, batch.targets)
-        (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+        (losses * weights).sum().backward()
         return losses.detach()
     leaf = selected.detach().requires_grad_()
     pieces, done = [], 0
     for part, target in zip(*_pieces(base, leaf, batch.targets), strict=True):
         losses = _cross_entropy(base, part, target)
-        (losses * weights[done : done + len(target)]).sum().backward()  # type: ignore[no-untyped-call]
+        (losses * weights[done : done + len(target)]).sum().backward()
         pieces.append(losses.detach())
         done += len(target)
-    selected.backward(leaf.grad)  # type: ignore[no-untyped-call]
+    selected.backward(leaf.grad)
     return torch.cat(pieces)
 
 
