@@ -35,7 +35,9 @@ ALTERNATIVES = {"client": ("epochs", "steps"), "federation": ("cohort_size", "co
 
 
 class Run(Section):
-    name: str = Field("demo", min_length=1, description="name of the run, used for its directory")
+    name: str = Field(
+        "demo", pattern=r"^\w[\w .,+=-]*$", description="name of the run and of its directory under runs/"
+    )
     dir: str | None = Field(None, description="run directory; default runs/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
 
@@ -299,6 +301,8 @@ def build(model: type[Section], raw: Mapping[str, Any], label: str, where: str) 
         problem = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in messages))
         if first["msg"].startswith("Input should be "):
             problem = f"must be {problem}"
+        if first["type"] == "string_pattern_mismatch":
+            problem = "only letters, digits, spaces and . , + = - _ are allowed"
         key = ".".join([label, *(str(part) for part in path if part != "[key]")])
         raise UserError(f"{where}: {key}: {problem[0].lower()}{problem[1:]}, got {first['input']!r}") from None
 
