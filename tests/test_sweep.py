@@ -264,7 +264,7 @@ def test_stopped_in_the_middle_and_started_again(tmp_path: Path, capsys: pytest.
     assert [row[2] for row in listed(file, capsys)] == ["complete", "complete"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_sweeps_at_once_share_the_work_and_compare(tmp_path: Path) -> None:
     """Under torchrun too; with seeds in common there is a table of paired differences."""
     methods = {"prefix": {"method.name": "prefix"}, "lora": {"method.name": "lora"}}
