@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,9 @@ def compute(clients: int, repeats: int) -> dict[str, float]:
 
     peft_loop = _peft_loop(base, method, examples, start)
     blocks = [k for k in BLOCKS if k <= clients]
-    runs: dict[str, Callable[[], None]] = {f"block_{k}": (lambda k=k: federated(k)) for k in blocks}  # type: ignore[misc]
-    runs["peft_sequential"] = lambda: peft_loop(clients, BATCH, True)
-    runs |= {f"bare_batch_{b}": (lambda b=b: peft_loop(clients, b, False)) for b in BARE_BATCHES}  # type: ignore[misc]
+    runs: dict[str, Callable[[], None]] = {f"block_{k}": partial(federated, k) for k in blocks}
+    runs["peft_sequential"] = partial(peft_loop, clients, BATCH, True)
+    runs |= {f"bare_batch_{b}": partial(peft_loop, clients, b, False) for b in BARE_BATCHES}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, call in runs.items():
