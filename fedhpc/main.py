@@ -163,8 +163,8 @@ def _environment(config: Config) -> None:
 def leave(code: int) -> NoReturn:
     """End this process without the clean-up of Python and its libraries.
 
-    All that matters is on disk by now, and a thread that a C++ library has left behind can abort the process while
-    its globals are destroyed: a run that is complete would look failed.
+    All that matters is on disk by now. Gloo's threads may still let go of tensors, which aborts the process while
+    Python is finalising (pytorch issue 190489): a run that is complete would look failed.
     """
     try:
         sys.stdout.flush()
