@@ -99,6 +99,7 @@ class Server(Section):
 class Evaluation(Section):
     every: int = Field(5, ge=1, description="rounds between evaluations; first and last are always evaluated")
     metrics: list[str] = Field(["loss"], description="loss perplexity accuracy macro_f1 bleu chrf rouge_l")
+    test_metrics: list[str] | None = Field(None, description="metrics of the test at the end; default metrics")
     max_examples: int = Field(256, ge=1, description="size of the fixed validation subset")
     test_max_examples: int | None = Field(None, ge=1, description="size of the test subset; default max_examples")
     batch_size: int = Field(32, ge=1, description="examples per evaluation batch")
@@ -106,6 +107,10 @@ class Evaluation(Section):
     samples: int = Field(8, ge=0, description="generated texts kept in /samples")
     max_clients: int = Field(100, ge=1, description="clients of the per-client evaluation, a seeded sample")
     client_fraction: float = Field(0.0, ge=0, lt=1, description="share of each client's data held out of training")
+
+    @property
+    def metrics_of_test(self) -> list[str]:
+        return self.metrics if self.test_metrics is None else self.test_metrics
 
 
 _Positive = Annotated[int, Field(ge=1)]
@@ -218,8 +223,9 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
         values["federation"] = values["federation"].model_copy(update={"cohort_size": 10})
     if values["client"].epochs is None and values["client"].steps is None:
         values["client"] = values["client"].model_copy(update={"epochs": 1})
-    for name in values["evaluation"].metrics:
-        registry.load("evaluation/metrics", name, f"{where}: evaluation.metrics")
+    for key in ("metrics", "test_metrics"):
+        for name in getattr(values["evaluation"], key) or []:
+            registry.load("evaluation/metrics", name, f"{where}: evaluation.{key}")
     config = Config.model_construct(**values)
     _cross_check(config, where)
     return config
@@ -227,11 +233,12 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
 
 def _cross_check(config: Config, where: str) -> None:
     """What no single key can tell."""
-    metrics = config.evaluation.metrics
-    if len(set(metrics)) < len(metrics):
-        raise UserError(f"{where}: evaluation.metrics names a metric twice")
-    if {"accuracy", "macro_f1"} & set(metrics) and config.data.label is None:
-        raise UserError(f"{where}: evaluation.metrics has accuracy or macro_f1, which need data.label (a column)")
+    for key in ("metrics", "test_metrics"):
+        metrics = getattr(config.evaluation, key) or []
+        if len(set(metrics)) < len(metrics):
+            raise UserError(f"{where}: evaluation.{key} names a metric twice")
+        if {"accuracy", "macro_f1"} & set(metrics) and config.data.label is None:
+            raise UserError(f"{where}: evaluation.{key} has accuracy or macro_f1, which need data.label (a column)")
     divided = config.mode != "centralized"  # one owner of all data needs no partition
     if divided and config.partition.name == "natural" and config.data.client is None:
         raise UserError(f"{where}: partition.name natural needs data.client (the column that names the owner)")

@@ -446,13 +446,12 @@ def _evaluate(task: Task, transport: Transport, server: Server | None, round_: i
         task.method,
         _evaluated_payloads(task, transport, server, round_),
         examples,
-        subset(len(examples), config.evaluation.max_examples, config.run.seed),
+        subset(len(examples), config.evaluation.max_examples),
         config.evaluation.metrics,
         config.evaluation,
         config.runtime.precision,
         transport,
         label_targets=task.label_targets,
-        seed=config.run.seed,
     )
 
 
@@ -467,7 +466,7 @@ def _finish(
     """Test, per-client evaluation, final payload, export; then the run is complete."""
     config, test = task.config, task.data.test
     limit = config.evaluation.test_max_examples or config.evaluation.max_examples
-    indices = subset(len(test), limit, config.run.seed)
+    indices = subset(len(test), limit)
     payloads = _evaluated_payloads(task, transport, server, task.rounds)
 
     def on_test(method: Method | None, samples: int) -> Outcome | None:
@@ -477,13 +476,12 @@ def _finish(
             payloads,
             test,
             indices,
-            config.evaluation.metrics,
+            config.evaluation.metrics_of_test,
             config.evaluation,
             config.runtime.precision,
             transport,
             samples=samples,
             label_targets=task.label_targets,
-            seed=config.run.seed,
         )
 
     untouched = on_test(None, 0)

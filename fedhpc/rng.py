@@ -11,6 +11,9 @@ import zlib
 import numpy as np
 
 
+EVALUATION = 0  # the seed of what is evaluated: runs of every `run.seed` are measured on the same examples
+
+
 def generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
     """A fresh generator for one purpose: e.g. generator(seed, "cohort", round)."""
     # crc32, not hash(): Python salts hash() per process.

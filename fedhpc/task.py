@@ -85,7 +85,8 @@ def build(config: Config, launch: Launch, world_size: int, write_cache: bool) ->
 
 def _label_targets(config: Config, loaded: Data) -> list[str] | None:
     """The rendered target of every label, between which a classification decides by likelihood."""
-    if not {"accuracy", "macro_f1"} & set(config.evaluation.metrics):
+    evaluation = config.evaluation
+    if not {"accuracy", "macro_f1"} & {*evaluation.metrics, *evaluation.metrics_of_test}:
         return None
     target = parse(config.data.target, "data.target")
     if list(target.columns) != [config.data.label]:

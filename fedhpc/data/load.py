@@ -16,7 +16,7 @@ from fedhpc.data.sources import Table
 from fedhpc.data.templates import Template, parse
 from fedhpc.data.tokens import Examples, cached_tokens, examples_from
 from fedhpc.errors import UserError
-from fedhpc.rng import generator
+from fedhpc.rng import EVALUATION, generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,7 +115,7 @@ def _read_splits(
             owner_names = sorted({row[data.client] for row in table.rows})
         tables[split] = sources.filtered(table, data)
     for split in absent:
-        tables["train"], tables[split] = _hold_out(tables["train"], split, settings.run.seed)
+        tables["train"], tables[split] = _hold_out(tables["train"], split)
         messages.append(
             f"data: '{data.source}' has no {split} split of its own; {len(tables[split].rows)} rows are held out of "
             f"the training data for it, {len(tables['train'].rows)} are left"
@@ -125,12 +125,12 @@ def _read_splits(
     return {split: tables[split] for split in ("train", "validation", "test")}, owner_names
 
 
-def _hold_out(table: Table, split: str, seed: int) -> tuple[Table, Table]:
-    """A seeded sample of rows taken out of the training data: what is left, and what was taken."""
+def _hold_out(table: Table, split: str) -> tuple[Table, Table]:
+    """A fixed sample of rows taken out of the training data: what is left, and what was taken."""
     count = min(max(int(len(table.rows) * HELD_OUT_SHARE), 1), HELD_OUT_MAX)
     if count >= len(table.rows):
         raise UserError(f"{table.name}: too few rows to hold some out for the missing {split} split; add one")
-    order = generator(seed, f"hold_out:{split}").permutation(len(table.rows))
+    order = generator(EVALUATION, f"hold_out:{split}").permutation(len(table.rows))
     return table.select(sorted(order[count:].tolist())), table.select(sorted(order[:count].tolist()))
 
 

@@ -25,7 +25,7 @@ from fedhpc.evaluation.metrics.base import Outputs
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models import Base, max_positions
-from fedhpc.rng import generator
+from fedhpc.rng import EVALUATION, generator
 from fedhpc.training.forward import autocast, hidden_states, make_batch, pad_id, token_losses
 from fedhpc.transport.base import Transport
 
@@ -50,11 +50,11 @@ class Outcome:
     seconds: float
 
 
-def subset(n: int, limit: int, seed: int) -> Int64:
-    """At most `limit` of the items 0 to n - 1, drawn by `seed`, in ascending order."""
+def subset(n: int, limit: int) -> Int64:
+    """At most `limit` of the items 0 to n - 1, the same ones for every `run.seed`, in ascending order."""
     if n <= limit:
         return np.arange(n)
-    return np.sort(generator(seed, "evaluation subset").choice(n, limit, replace=False))
+    return np.sort(generator(EVALUATION, "evaluation subset").choice(n, limit, replace=False))
 
 
 def evaluate(
@@ -70,7 +70,6 @@ def evaluate(
     *,
     samples: int = 0,
     label_targets: Sequence[str] | None = None,
-    seed: int = 0,
     ranks: Sequence[int] | None = None,
 ) -> Outcome | None:
     """Metrics of `payloads` (M, P) on the examples `indices`; the outcome on rank 0, None elsewhere. Collective.
@@ -78,8 +77,8 @@ def evaluate(
     With M > 1 the loss is over all pairs of payload and example; for labels and texts item i of the evaluated ones
     is answered by payload i mod M, so that this costs what one model costs. method None: the base as it is.
 
-    For texts an item is a distinct prompt with all its references; as many as there are `indices` are drawn by
-    `seed`, and `samples` of them, evenly spaced, are kept. label_targets: the rendered target of every label, for
+    For texts an item is a distinct prompt with all its references; as many as there are `indices` are drawn,
+    and `samples` of them, evenly spaced, are kept. label_targets: the rendered target of every label, for
     metrics on labels. ranks: those that share the work, all by default.
     """
     started = time.perf_counter()
@@ -103,7 +102,7 @@ def evaluate(
         outputs |= {"labels": examples.labels[indices].astype(np.int64), "predictions": scores.argmax(axis=1)}
     if "texts" in needs or samples:
         groups = group_references(examples)
-        items = subset(len(groups), len(indices), seed)
+        items = subset(len(groups), len(indices))
         shown = min(samples, len(items))
         places = np.arange(shown) * len(items) // max(shown, 1)
         payload = np.arange(len(items)) % count
