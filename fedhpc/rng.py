@@ -10,7 +10,6 @@ import zlib
 
 import numpy as np
 
-
 EVALUATION = 0  # the seed of what is evaluated: runs of every `run.seed` are measured on the same examples
 
 

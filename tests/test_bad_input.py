@@ -123,6 +123,8 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "an unknown metric": (["evaluation.metrics=[los]"], ("evaluation.metrics", "'los'", "did you mean 'loss'")),
     "metrics that are no list": (["evaluation.metrics=loss"], ("evaluation.metrics", "list", "'loss'")),
     "a metric twice": (["evaluation.metrics=[loss, loss]"], ("evaluation.metrics names a metric twice",)),
+    "a test metric twice": (["evaluation.test_metrics=[bleu, bleu]"], ("test_metrics names a metric twice",)),
+    "an unknown test metric": (["evaluation.test_metrics=[blue]"], ("evaluation.test_metrics", "did you mean 'bleu'")),
     "an unknown transport": (["runtime.transport=smoke"], ("runtime.transport", "'auto', 'torch' or 'mpi'", "'smoke'")),
     "a block of none": (
         ["runtime.block_size=0"],

@@ -507,7 +507,10 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
         texts,
         run={"name": "contract", "seed": 3},
         federation={"rounds": 3, "dropout": 0.3},
-        evaluation={"every": 2, "metrics": ["loss", "bleu"], "samples": 3, "client_fraction": 0.2},
+        evaluation={
+            **{"every": 2, "metrics": ["loss", "bleu"], "test_metrics": ["loss", "rouge_l"]},
+            **{"samples": 3, "client_fraction": 0.2},
+        },
     )
     config = settings(tmp_path, raw)
     federate(config, ranks=2)
@@ -530,7 +533,7 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
             "final",
             "events",
         }
-        assert set(file["test"]) == set(file["base"]) == {"loss", "bleu"}
+        assert set(file["test"]) == set(file["base"]) == {"loss", "rouge_l"}
     found = pandas.DataFrame(table(tmp_path, "rounds"))  # raises where columns are not equally long
     assert set(found) == {*ROUNDS, "eval_bleu"}
     assert list(found["round"]) == [0, 1, 2, 3]
