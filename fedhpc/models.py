@@ -134,6 +134,17 @@ def max_positions(base: Base) -> int | None:
     return int(limit) if limit else None
 
 
+def layer_stacks(model: Any) -> list[list[Any]]:
+    """The layers of a transformer, bottom up: one list for its encoder or decoder, two where it has both."""
+    from torch.nn import ModuleList
+
+    stacks: dict[str, list[Any]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ModuleList) and not any(path.startswith(f"{outer}.") for outer in stacks):
+            stacks[path] = list(module)
+    return list(stacks.values())
+
+
 class _loading:  # noqa: N801  a context manager used like a function
     """Turns the many errors of a failed load into one line."""
 

@@ -106,11 +106,21 @@ def test_a_prefix_loads_in_peft(
     check(PeftModel.from_pretrained(base, tmp_path / "adapter"), tokenizer, tmp_path, texts)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_fully_tuned_model_loads_in_transformers_and_in_the_next_run(tmp_path: Path, texts: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [
+        ("float32", {"name": "full"}),
+        ("bfloat16", {"name": "full"}),
+        ("float32", {"name": "full", "last_layers": 1}),
+    ],
+    ids=str,
+)
+def test_a_tuned_model_loads_in_transformers_and_in_the_next_run(
+    tmp_path: Path, texts: Path, dtype: str, method: dict[str, Any]
+) -> None:
     raw = raw_of(texts, model={"dtype": dtype}, client={"optimizer": "sgd", "lr": 1.0})
     first = tmp_path / "first"
-    federate(settings(first, {**raw, "method": {"name": "full"}}), ranks=2)
+    federate(settings(first, {**raw, "method": method}), ranks=2)
     folder = first / "adapter"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     assert next(model.parameters()).dtype == getattr(torch, dtype)

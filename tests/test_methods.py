@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prompt": {"num_virtual_tokens": 5, "init_text": "some words"},
     "p_tuning": {"num_virtual_tokens": 5, "hidden_size": 24},
 }
+FULL: dict[str, dict[str, Any]] = {
+    "all": {},
+    "bias": {"parameters": "bias"},
+    "last": {"last_layers": 1},
+    "last-bias": {"last_layers": 1, "parameters": "bias"},
+}
 FAMILIES = sorted(tiny.FAMILIES)
 
 
 def make(name: str, base: Any, **options: Any) -> Method:
-    chosen = registry.options("methods", name)(**{**OPTIONS[name], **options})
+    chosen = registry.options("methods", name)(**{**OPTIONS.get(name, {}), **options})
     method: Method = registry.load("methods", name).METHOD(chosen, base, 0)
     return method
 
@@ -74,6 +81,31 @@ def in_peft(name: str, base: Any, method: Method) -> tuple[Any, dict[str, torch.
     return model, {n: found[n] for n in method.payload.shapes}
 
 
+def trained_by_torch(
+    model: Any, named: dict[str, Any], method: Method, data: Any, config: Any, work: Any, virtual: int = 0
+) -> torch.Tensor:
+    """The parameters `named` of `model` after the client's batches under torch.optim: (P,)."""
+    c = config.client
+    rule: Any = (
+        torch.optim.SGD(named.values(), lr=c.lr)
+        if c.optimizer == "sgd"
+        else torch.optim.AdamW(named.values(), lr=c.lr, weight_decay=0.0)
+    )
+    for picked in batches(len(work.indices), c, 0, 1, work.client_id):
+        chosen = work.indices[picked]
+        rows = [torch.from_numpy(data.tokens(int(i)).astype(np.int64)) for i in chosen]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+        prompt = torch.from_numpy(data.prompt_lengths[chosen].astype(np.int64))
+        supervised = (torch.arange(ids.shape[1]) >= prompt[:, None]) & mask
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, virtual:]
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        rule.zero_grad()
+        losses[supervised[:, 1:].flatten()].mean().backward()
+        rule.step()
+    return method.payload.flatten({n: p.detach() for n, p in named.items()})
+
+
 @pytest.mark.parametrize("client", [{"optimizer": "sgd", "lr": 0.2}, {"optimizer": "adamw", "lr": 0.02}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["lora", "ia3", "prompt", "p_tuning"])
@@ -87,26 +119,8 @@ def test_a_client_trains_as_peft_and_torch_optim_do(name: str, family: str, clie
     with torch.no_grad():
         for key, value in method.payload.views(start[0]).items():
             named[key].copy_(value)
-    c = config.client
-    rule: Any = (
-        torch.optim.SGD(named.values(), lr=c.lr)
-        if c.optimizer == "sgd"
-        else torch.optim.AdamW(named.values(), lr=c.lr, weight_decay=0.0)
-    )
     virtual = 0 if name in ("lora", "ia3") else 5  # soft prompts lengthen PEFT's logits
-    for picked in batches(len(work.indices), c, 0, 1, work.client_id):
-        chosen = work.indices[picked]
-        rows = [torch.from_numpy(data.tokens(int(i)).astype(np.int64)) for i in chosen]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
-        prompt = torch.from_numpy(data.prompt_lengths[chosen].astype(np.int64))
-        supervised = (torch.arange(ids.shape[1]) >= prompt[:, None]) & mask
-        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, virtual:]
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        rule.zero_grad()
-        losses[supervised[:, 1:].flatten()].mean().backward()
-        rule.step()
-    wanted = method.payload.flatten({n: p.detach() for n, p in named.items()})
+    wanted = trained_by_torch(model, named, method, data, config, work, virtual)
     assert relative(found, wanted, start[0]) < 1e-9
 
 
@@ -148,3 +162,44 @@ def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: s
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"no linear layer named nope; it has: .*q_proj"):
         make(name, tiny.base("llama"), **options).payload  # noqa: B018
+
+
+# ---------------------------------------------------------------- full, and a part of it
+
+# Of the two layers of the tiny models, and what stands outside them: a tied output layer is an embedding.
+TRAINED = {
+    ("gpt2", "last"): r"transformer\.(h\.1\.|ln_f)",
+    ("llama", "last"): r"model\.(layers\.1\.|norm)",
+    ("qwen2", "last"): r"model\.(layers\.1\.|norm)|lm_head",
+    ("opt", "last"): r"model\.decoder\.(layers\.1\.|final_layer_norm)",
+    ("gpt_neox", "last"): r"gpt_neox\.(layers\.1\.|final_layer_norm)|embed_out|lm_head",
+    ("gpt2", "bias"): r".*\.bias$",
+    ("gpt2", "last-bias"): r"transformer\.(h\.1\.|ln_f).*bias$",
+    ("qwen2", "bias"): r".*[qkv]_proj\.bias$",
+    ("llama", "all"): "",
+}
+
+
+@pytest.mark.parametrize(("family", "part"), TRAINED)
+def test_full_trains_what_its_options_say_as_torch_optim_does(family: str, part: str) -> None:
+    base, data = tiny.base(family), tiny.examples()
+    method = make("full", base, **FULL[part])
+    model = copy.deepcopy(base.model)
+    chosen = {n: p.requires_grad_() for n, p in model.named_parameters() if re.match(TRAINED[family, part], n)}
+    assert list(method.payload.shapes) == list(chosen)
+    config = settings(optimizer="sgd", lr=0.05, clip_norm=None)
+    start, work = start_of(method, torch.float64), works(1)[0]
+    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    assert relative(found, trained_by_torch(model, chosen, method, data, config, work), start[0]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parameters": "bias"}, r"method\.parameters: 'llama' \(llama\) has no bias terms"),
+        ({"last_layers": 3}, r"method\.last_layers: 3, but 'llama' has 2 layers"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make("full", tiny.base("llama"), **options).payload  # noqa: B018

@@ -1,5 +1,12 @@
-"""Full fine-tuning: every parameter of the base is trained and exchanged (FedAvg as in McMahan et al. 2017,
-arXiv 1602.05629). Clients cannot share a base whose weights differ, so they train in turn."""
+"""Full fine-tuning: parameters of the base itself are trained and exchanged (FedAvg as in McMahan et al. 2017,
+arXiv 1602.05629). Clients cannot share a base whose weights differ, so they train in turn.
+
+Two options, which can be combined, say which parameters; the others stay as they are and are not sent:
+
+- parameters: bias trains the bias terms alone (BitFit, Ben Zaken et al. 2022, arXiv 2106.10199, section 2).
+- last_layers: k trains the top k layers of every stack (encoder, decoder) and all that stands outside the layers but
+  the embeddings: the final norm and the output layer. An output layer tied to the embeddings is one of them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +14,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
+from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
+from fedhpc.methods._weights import places, save_model, swapped
 from fedhpc.methods.base import Attached, Method
+from fedhpc.models import layer_stacks
 from fedhpc.payload import Layout
 from fedhpc.registry import Section
 
@@ -22,7 +34,10 @@ else:
 
 
 class Options(Section):
-    pass
+    parameters: Literal["all", "bias"] = Field("all", description="what is trained; bias: the bias terms alone")
+    last_layers: int | None = Field(
+        None, ge=1, description="only the top k layers, the final norm and an output layer that is not tied"
+    )
 
 
 class Full(Method):
@@ -31,45 +46,60 @@ class Full(Method):
     shares_base = False
 
     @cached_property
+    def _trained(self) -> dict[str, Any]:
+        """Name -> parameter, in the model's order."""
+        trained = dict(self.base.model.named_parameters())
+        if self.options.parameters == "bias":
+            trained = {name: p for name, p in trained.items() if name.rsplit(".", 1)[-1] == "bias"}
+        if self.options.last_layers is not None:
+            frozen = self._below(self.options.last_layers)
+            trained = {name: p for name, p in trained.items() if id(p) not in frozen}
+        if not trained:
+            raise UserError(
+                f"method.parameters: '{self.base.name}' ({self.base.model.config.model_type}) has no bias terms to "
+                "train; use all, or another method such as ia3"
+            )
+        return trained
+
+    def _below(self, count: int) -> set[int]:
+        """Ids of the parameters under the top `count` layers: those of the other layers and of the embeddings."""
+        stacks = layer_stacks(self.base.model)
+        fewest = min(len(stack) for stack in stacks)
+        if count > fewest:
+            raise UserError(f"method.last_layers: {count}, but '{self.base.name}' has {fewest} layers")
+        lower = [layer for stack in stacks for layer in stack[: len(stack) - count]]
+        inside = {id(module) for stack in stacks for layer in stack for module in layer.modules()}
+        inside.add(id(self.base.model.get_output_embeddings()))  # named embed_out in GPT-NeoX
+        # By kind or by name: BERT's embeddings have a norm of their own.
+        embeddings = [
+            module
+            for path, module in self.base.model.named_modules()
+            if id(module) not in inside and (isinstance(module, torch.nn.Embedding) or "embed" in path)
+        ]
+        return {id(p) for module in [*lower, *embeddings] for p in module.parameters()}
+
+    @cached_property
     def payload(self) -> Layout:
-        return Layout({name: tuple(p.shape) for name, p in self.base.model.named_parameters()})
+        return Layout({name: tuple(p.shape) for name, p in self._trained.items()})
 
     def initial(self) -> dict[str, Tensor]:
         dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
-        return {name: p.detach().to("cpu", dtype, copy=True) for name, p in self.base.model.named_parameters()}
+        return {name: p.detach().to("cpu", dtype, copy=True) for name, p in self._trained.items()}
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[Any, str]]]:
-        """Name of a parameter -> the modules that hold it: more than one where weights are tied."""
-        names = {id(p): name for name, p in self.base.model.named_parameters()}
-        places: dict[str, list[tuple[Any, str]]] = {name: [] for name in names.values()}
-        for module in self.base.model.modules():
-            for attribute, p in module._parameters.items():
-                if p is not None:
-                    places[names[id(p)]].append((module, attribute))
-        return places
+        return places(self.base.model, self.payload.shapes)
 
     @contextmanager
     def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
-        kept = {name: where[0][0]._parameters[where[0][1]] for name, where in self._places.items()}
-        try:
-            self._swap({name: tensor.squeeze(0).to(self.base.dtype) for name, tensor in state.items()})
+        with swapped(self._places, {name: t.squeeze(0).to(self.base.dtype) for name, t in state.items()}):
             yield Attached()
-        finally:
-            self._swap(kept)
-
-    def _swap(self, tensors: Mapping[str, Any]) -> None:
-        for name, tensor in tensors.items():
-            for module, attribute in self._places[name]:
-                module._parameters[attribute] = tensor
 
     def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
         """A model folder that AutoModelForCausalLM and AutoTokenizer load."""
         lead = {name: t.unsqueeze(0).to(self.base.device) for name, t in payload.items()}
         with self.attach(lead, lead, torch.zeros(1, dtype=torch.int64)):
-            state = {name: tensor.detach().cpu() for name, tensor in self.base.model.state_dict().items()}
-        self.base.model.save_pretrained(path, state_dict=state)
-        self.base.tokenizer.save_pretrained(path)
+            save_model(self.base, path)
 
 
 METHOD = Full
