@@ -32,23 +32,25 @@ class Uploads:
     """The accepted updates of one rank's clients."""
 
     slots: np.ndarray  # int64 (c,): place of each client in the cohort
-    weights: np.ndarray  # float64 (c,): share of the planned cohort's weight
     updates: Tensor  # (c, P) on the CPU
 
 
-def weighted_sum(transport: Transport, uploads: Uploads, layout: Layout, num_clients: int) -> Tensor | None:
+def weighted_sum(
+    transport: Transport, updates: Tensor, weights: np.ndarray, layout: Layout, num_clients: int
+) -> Tensor | None:
     """Sum over all ranks of w_i g_i: float64 (P,) on rank 0, None elsewhere. The same bits on any number of ranks.
 
-    num_clients: of the planned cohort, the same on every rank.
+    updates (c, P) and weights (c,) float64 of this rank's clients; num_clients: of the planned cohort, the same on
+    every rank.
     """
-    highest = exponents(uploads.updates, torch.from_numpy(uploads.weights), layout)
+    highest = exponents(updates, torch.from_numpy(weights), layout)
     transport.all_reduce_max(highest)
     steps = grid(highest, num_clients, layout)
     total = torch.empty(layout.size, dtype=torch.float64) if transport.rank == 0 else None
     for begin in range(0, layout.size, _CHUNK):
         part = slice(begin, min(begin + _CHUNK, layout.size))
         acc = torch.zeros(part.stop - part.start, dtype=torch.int64)
-        for update, weight in zip(uploads.updates, uploads.weights, strict=True):
+        for update, weight in zip(updates, weights, strict=True):
             acc += to_grid(update[part], float(weight), steps[part])
         transport.reduce_sum(acc)
         if total is not None:

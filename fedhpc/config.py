@@ -247,6 +247,11 @@ def _cross_check(config: Config, where: str) -> None:
             f"{where}: partition.name {config.partition.name} skews labels and needs data.label (a column); "
             "without labels use iid or quantity_skew"
         )
+    if config.server.aggregator == "fednova" and config.client.optimizer != "sgd":
+        raise UserError(
+            f"{where}: server.aggregator fednova is defined for updates that are sums of gradients, which those of "
+            f"client.optimizer {config.client.optimizer} are not: use sgd, or aggregator mean"
+        )
     if config.runtime.precision != "float32" and config.model.dtype == "float64":
         raise UserError(f"{where}: runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
 

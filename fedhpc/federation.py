@@ -33,6 +33,7 @@ from fedhpc.server import Server
 from fedhpc.store import Results
 from fedhpc.task import Task, build, evaluated_clients, headline
 from fedhpc.training.block import Trained, Work, train_block
+from fedhpc.training.local import learning_rates, num_steps
 from fedhpc.transport.base import Transport
 
 OK, DROPPED, REJECTED = 0, 1, 2
@@ -223,7 +224,7 @@ def _round(
     uploads, tokens = _train(task, transport.rank, plan, theta, report, place)
     trained = time.perf_counter()
 
-    total = _combine(task, transport, plan, place, uploads) if config.mode != "local" else None
+    total = _combine(task, transport, plan, uploads) if config.mode != "local" else None
     size = report.nbytes + rank_report.nbytes
     wire = transport.wire_bytes - wire_before + size if transport.world_size > 1 else 0
     rank_report[transport.rank] = (*tokens, trained - sent, peak_memory(task.base.device), wire)
@@ -303,8 +304,7 @@ def _train(
     """Train this rank's blocks; fills its clients' rows of `report`. Also the input and padded tokens."""
     config = task.config
     mine = [block for block in plan.blocks if block.worker == rank]
-    weights = _weights(task, plan)
-    slots, shares, updates, tokens, padded = [], [], [], 0, 0
+    slots, updates, tokens, padded = [], [], 0, 0
     for block in mine:
         works = [Work(c, task.data.population.indices(c)) for c in block.clients]
         trained, payloads = _train_block(task, plan.round, works, theta)
@@ -329,13 +329,12 @@ def _train(
             )
             if finite[k] and config.mode != "local":
                 slots.append(place[client])
-                shares.append(weights[client])
                 updates.append(uploaded[k])
         tokens += trained.input_tokens
         padded += trained.padded_tokens
     none = torch.empty(0, task.method.payload.size, dtype=task.payload_dtype)
     stacked = torch.stack(updates) if updates else none
-    return Uploads(np.array(slots, np.int64), np.array(shares, np.float64), stacked), (tokens, padded)
+    return Uploads(np.array(slots, np.int64), stacked), (tokens, padded)
 
 
 def _train_block(task: Task, round_: int, works: Sequence[Work], theta: Tensor | None) -> tuple[Trained, Tensor]:
@@ -386,41 +385,40 @@ def _remember(
         )
 
 
-def _weights(task: Task, plan: Plan) -> dict[int, float]:
-    """Share of each training client in the planned cohort; they add up to 1."""
-    examples = {c: task.data.population.num_examples(c) for c in plan.training}
-    if task.config.server.weighting == "uniform":
-        return {c: 1.0 / len(examples) for c in examples}
-    total = sum(examples.values())
-    return {c: n / total for c, n in examples.items()}
+def _shares(task: Task, plan: Plan) -> np.ndarray:
+    """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
+    training = set(plan.training)
+    examples = np.array([task.data.population.num_examples(c) if c in training else 0 for c in plan.cohort])
+    counted = examples if task.config.server.weighting == "examples" else np.array([c in training for c in plan.cohort])
+    return counted / max(counted.sum(), 1)
 
 
-def _combine(task: Task, transport: Transport, plan: Plan, place: Mapping[int, int], uploads: Uploads) -> Tensor | None:
+def _combine(task: Task, transport: Transport, plan: Plan, uploads: Uploads) -> Tensor | None:
     """The aggregated pseudo-gradient of the accepted updates: float64 (P,) on rank 0, None elsewhere."""
     config, layout = task.config, task.method.payload
-    accepted = torch.zeros(len(plan.cohort), dtype=torch.int64)
-    accepted[torch.from_numpy(uploads.slots)] = 1
-    transport.all_reduce_max(accepted)
-    mask = accepted.numpy().astype(bool)
-    weights = _weights(task, plan)
-    share = np.array([weights.get(c, 0.0) for c in plan.cohort])
+    sent = torch.zeros(len(plan.cohort), dtype=torch.int64)
+    sent[torch.from_numpy(uploads.slots)] = 1
+    transport.all_reduce_max(sent)
+    accepted = np.flatnonzero(sent.numpy())
+    if not len(accepted):
+        return torch.zeros(layout.size, dtype=torch.float64) if transport.rank == 0 else None
+    shares = _shares(task, plan)[accepted]
     rule = registry.load("aggregators", config.server.aggregator)
     if rule.LINEAR:
-        total = weighted_sum(transport, uploads, layout, len(plan.cohort))
-        if total is not None and mask.any():
-            total /= share[mask].sum()
-        return total
+        sizes = [task.data.population.num_examples(plan.cohort[i]) for i in accepted]
+        steps = [num_steps(n, config.client) for n in sizes]
+        rates = {n: learning_rates(config.client, plan.round, task.rounds, n) for n in set(steps)}
+        weights = np.zeros(len(plan.cohort))
+        weights[accepted] = rule.weights(shares, [rates[n] for n in steps], config.client)
+        return weighted_sum(transport, uploads.updates, weights[uploads.slots], layout, len(plan.cohort))
     owner = {c: b.worker for b in plan.blocks for c in b.clients}
-    owners = [owner[c] for c in plan.cohort if mask[place[c]]]
-    if not owners:
-        return torch.zeros(layout.size, dtype=torch.float64) if transport.rank == 0 else None
     return sharded(
         transport,
         uploads,
-        owners,
-        share[mask],
+        [owner[plan.cohort[i]] for i in accepted],
+        shares,
         layout,
-        lambda values, shares: rule.combine(values, shares, config.server),
+        lambda values, weights: rule.combine(values, weights, config.server),
     )
 
 

@@ -249,13 +249,14 @@ def test_a_choice_is_complete(family: str, name: str) -> None:
         assert hasattr(module, attribute), f"{family}/{name} has no {attribute}"
     if family == "data/partitioners":
         assert hasattr(module, "partition") or hasattr(module, "draw")
-    if family == "aggregators" and not module.LINEAR:
-        assert hasattr(module, "combine")
+    if family == "aggregators":
+        assert hasattr(module, "weights" if module.LINEAR else "combine")
 
 
 def raw_of(family: str, name: str) -> dict[str, Any]:
     """The smallest configuration that makes a choice."""
-    raw: dict[str, Any] = {"data": {"label": "label", "client": "client"}}
+    # With sgd: some rules are defined for it alone.
+    raw: dict[str, Any] = {"data": {"label": "label", "client": "client"}, "client": {"optimizer": "sgd"}}
     if family == "evaluation/metrics":
         return {**raw, "evaluation": {"metrics": [name]}}
     section, key = next((s, k) for s, keys in configuration.CHOICES.items() for k, f in keys.items() if f == family)

@@ -148,6 +148,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a huge seed": (["run.seed=99999999999999999999"], ("run.seed",)),
     "a filter that is a word": (["data.where={name: x}"], ("data.where.name", "list", "'x'")),
     "a lone brace": (["data.prompt='{mr'"], ("data.prompt", "lone '{'", "'{mr'", "{{")),
+    "fednova with adamw": (["server.aggregator=fednova"], ("server.aggregator fednova", "client.optimizer", "use sgd")),
     "float64 and autocast": (
         ["model.dtype=float64", "runtime.precision=bfloat16"],
         ("runtime.precision", "model.dtype"),

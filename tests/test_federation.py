@@ -72,7 +72,7 @@ def by_hand(config: Config, task: Task) -> tuple[np.ndarray, np.ndarray]:
     mean, square = np.zeros_like(theta), np.full_like(theta, 1e-6)
     for t in range(1, config.federation.rounds + 1):
         start = torch.from_numpy(theta).to(dtype)[None]
-        updates, counts = [], []
+        updates, counts, steps = [], [], []
         for client in task.plan(t).training:
             work = Work(client, task.data.population.indices(client))
             trained = train_block(task.base, task.method, start, [work], task.data.train, config, t, task.rounds)
@@ -82,8 +82,12 @@ def by_hand(config: Config, task: Task) -> tuple[np.ndarray, np.ndarray]:
             if np.isfinite(update).all():
                 updates.append(update)
                 counts.append(1.0 if config.server.weighting == "uniform" else len(work.indices))
+                steps.append(trained.steps[0])
         if config.server.aggregator == "median":
             g = np.median(updates, axis=0)
+        elif config.server.aggregator == "fednova":
+            p, a = np.array(counts) / sum(counts), np.array(steps)
+            g = (p @ a) * sum(share * update / taken for share, update, taken in zip(p, updates, a, strict=True))
         else:
             g = np.average(updates, axis=0, weights=counts)
         if config.server.optimizer == "adam":
@@ -107,6 +111,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "server-lr": {"server": {"lr": 0.5}, "federation": {"rounds": 2}},
     "adam": {"server": {"optimizer": "adam", "lr": 0.05}, "federation": {"rounds": 3}},
     "median": {"server": {"aggregator": "median"}},
+    "fednova": {
+        "server": {"aggregator": "fednova"},
+        "client": {"steps": None, "epochs": 1},
+        "federation": {"rounds": 2},
+    },
     "clip": {"transforms": [{"name": "clip", "norm": 0.05}]},
     "mlp": {"method": {"exchange": "mlp", "hidden_size": 16}},
     "materialised": {"method": {"exchange": "materialised", "hidden_size": 16}},
@@ -458,7 +467,7 @@ def unequal(tmp_path: Path, texts: Path) -> dict[str, Any]:
     ) | {"partition": {"name": "natural"}}
 
 
-@pytest.mark.parametrize("aggregator", ["mean", "median"])
+@pytest.mark.parametrize("aggregator", ["mean", "median", "fednova"])
 def test_a_client_that_overflows_or_has_no_data_is_rejected(
     tmp_path: Path, unequal: dict[str, Any], aggregator: str
 ) -> None:

@@ -26,7 +26,7 @@ from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
 from fedhpc.training.forward import Batch, autocast, backward, hidden_states, make_batch, pad_id
-from fedhpc.training.local import batches, learning_rate
+from fedhpc.training.local import batches, learning_rates
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,7 @@ def train_block(
     options, device = config.client, base.device
     plans = [batches(len(w.indices), options, config.run.seed, round_, w.client_id) for w in works]
     steps = np.array([len(plan) for plan in plans], dtype=np.int64)
+    rates = [learning_rates(options, round_, rounds, len(plan)) for plan in plans]
     order = np.argsort(-steps, kind="stable")
     clients = len(works)
 
@@ -146,14 +147,14 @@ def train_block(
             # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
             live.mul_((options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         count[:active] += 1
-        rates = [learning_rate(options, (round_ - 1 + s / steps[order[i]]) / rounds) for i in range(active)]
+        now = [rates[order[i]][s] for i in range(active)]
         with torch.no_grad():
             rule.step(
                 theta[:active],
                 live,
                 {name: buffer[:active] for name, buffer in buffers.items()},
                 torch.from_numpy(count[:active, None]).to(device, theta.dtype),
-                torch.tensor(rates, device=device, dtype=theta.dtype).unsqueeze(1),
+                torch.tensor(now, device=device, dtype=theta.dtype).unsqueeze(1),
                 options,
             )
         mean = step_loss / torch.from_numpy(np.maximum(step_tokens, 1)).to(device)

@@ -43,3 +43,8 @@ def learning_rate(client: Any, progress: float) -> float:
     if client.schedule == "cosine":
         return float(client.lr * 0.5 * (1 + math.cos(math.pi * left)))
     return float(client.lr)
+
+
+def learning_rates(client: Any, round_: int, rounds: int, steps: int) -> list[float]:
+    """The learning rate of each of the `steps` of a client in round `round_` (from 1) of `rounds`."""
+    return [learning_rate(client, (round_ - 1 + s / steps) / rounds) for s in range(steps)]
