@@ -77,10 +77,13 @@ class Method(ABC):
         return state
 
     @abstractmethod
-    def attach(self, state: Tensors, payload: Tensors, rows: Tensor) -> AbstractContextManager[Attached]:
+    def attach(
+        self, state: Tensors, payload: Tensors, rows: Tensor, noise: Tensor | None = None
+    ) -> AbstractContextManager[Attached]:
         """Make the base compute row b of a batch with the state of client rows[b].
 
-        state and payload: name -> (K, ...); rows: int64 (B,).
+        state and payload: name -> (K, ...); rows: int64 (B,). noise: int64 (B,), the key of each row's random draws
+        in training (`fedhpc.rng.bits`), such as dropout; None in an evaluation, which draws nothing.
         """
 
     @abstractmethod

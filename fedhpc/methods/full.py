@@ -91,7 +91,9 @@ class Full(Method):
         return places(self.base.model, self.payload.shapes)
 
     @contextmanager
-    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
         with swapped(self._places, {name: t.squeeze(0).to(self.base.dtype) for name, t in state.items()}):
             yield Attached()
 

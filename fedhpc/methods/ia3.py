@@ -67,7 +67,9 @@ class IA3(Method):
         return {name: torch.ones(shape) for name, shape in self.payload.shapes.items()}
 
     @contextmanager
-    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
         hooks = []
         for path, (module, is_input) in self._modules.items():
             vectors = state[f"{path}.ia3_l"].flatten(1)  # (K, width)

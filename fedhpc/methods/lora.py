@@ -1,7 +1,8 @@
 """LoRA: a trained low-rank term beside frozen weights (Hu et al. 2022, arXiv 2106.09685, equation 3).
 
-h = W x + (alpha / r) B A x, with A (r, in) drawn at random and B (out, r) zero at first. Payload and export are named
-and shaped as in PEFT. A and B are averaged apart from each other, as in FedIT (Zhang et al. 2023, arXiv 2305.05644).
+h = W x + (alpha / r) B A x, with A (r, in) drawn at random and B (out, r) zero at first; in training with dropout on
+the x of the second term. Payload and export are named and shaped as in PEFT. A and B are averaged apart from each
+other, as in FedIT (Zhang et al. 2023, arXiv 2305.05644).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fedhpc.methods._linear import features, find_layers, is_conv1d
 from fedhpc.methods.base import Attached, Method
 from fedhpc.payload import Layout
 from fedhpc.registry import Section
-from fedhpc.rng import torch_seed
+from fedhpc.rng import bits, torch_seed
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ _USUAL_TARGETS = ["q_proj", "v_proj"]
 class Options(Section):
     rank: int = Field(8, ge=1, description="r, rank of the added term")
     alpha: float = Field(16.0, gt=0, description="the term is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the inputs of the term dropped in training")
     targets: list[str] | None = Field(
         None, min_length=1, description="names of the adapted linear layers; default: attention, by architecture"
     )
@@ -72,25 +74,31 @@ class Lora(Method):
         }
 
     @contextmanager
-    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
-        hooks = [
-            module.register_forward_hook(
-                self._term(state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"], rows)
-            )
-            for path, module in self._modules.items()
-        ]
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
+        hooks = []
+        for number, (path, module) in enumerate(self._modules.items()):
+            keys = bits(noise, torch.tensor(number)) if noise is not None and self.options.dropout else None
+            a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
+            hooks.append(module.register_forward_hook(self._term(a, b, rows, keys)))
         try:
             yield Attached()
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _term(self, a: Tensor, b: Tensor, rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
-        """A forward hook that adds the term of row i's client: a (K, r, in), b (K, out, r), rows (B,)."""
+    def _term(self, a: Tensor, b: Tensor, rows: Tensor, keys: Tensor | None) -> Callable[[Any, Any, Tensor], Tensor]:
+        """A forward hook that adds the term of row i's client: a (K, r, in), b (K, out, r), rows (B,).
+
+        keys: int64 (B,) of the dropout, None for none.
+        """
         scale = self.options.alpha / self.options.rank
 
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
             x = inputs[0]  # (B, T, in)
+            if keys is not None:
+                x = x * self.kept(keys, *x.shape[1:]) / (1 - self.options.dropout)
             one, two = (t.to(x.dtype) if t.dtype != x.dtype else t for t in (a, b))
             if len(one) == 1:
                 return output + scale * (x @ one[0].mT @ two[0].mT)
@@ -98,6 +106,15 @@ class Lora(Method):
             return output + scale * torch.bmm(hidden, two.index_select(0, rows).mT)
 
         return hook
+
+    def kept(self, keys: Tensor, length: int, width: int) -> Tensor:
+        """Which inputs of a layer the dropout keeps: bool (B, length, width) for keys int64 (B,).
+
+        Position t of a row has the same draws whatever the length, so padding changes nothing.
+        """
+        drawn = bits(keys.unsqueeze(1), torch.arange(length * width, device=keys.device))
+        # int64 is uniform over [-2^63, 2^63): the lowest share p is dropped.
+        return (drawn >= round(self.options.dropout * 2**64) - 2**63).view(-1, length, width)
 
     def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
         """A PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors."""
@@ -108,7 +125,7 @@ class Lora(Method):
             "task_type": "CAUSAL_LM",
             "r": self.options.rank,
             "lora_alpha": self.options.alpha,
-            "lora_dropout": 0.0,
+            "lora_dropout": self.options.dropout,
             "bias": "none",
             "target_modules": self._targets,
             "fan_in_fan_out": any(is_conv1d(m) for m in self._modules.values()),

@@ -66,7 +66,9 @@ class PTuning(Method):
         return x
 
     @contextmanager
-    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
         prompts = self.prompts(state).to(self.base.dtype)
         per_row = prompts.expand(len(rows), -1, -1) if len(prompts) == 1 else prompts.index_select(0, rows)
         yield Attached(embeddings=per_row)

@@ -110,7 +110,9 @@ class Prefix(Method):
         return out + self._anchor.to(out) if self.options.init == "text" else out
 
     @contextmanager
-    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
         prefix = self.prefix(state, payload).to(self.base.dtype)
         clients, n, _ = prefix.shape
         # (K, n, 2L, H, d) -> one tensor (B, H, n, d) per layer's keys and values.

@@ -53,7 +53,9 @@ class Prompt(Method):
         return {PROMPT: embeddings.to("cpu", torch.float64 if self.base.dtype == torch.float64 else torch.float32)}
 
     @contextmanager
-    def attach(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor) -> Iterator[Attached]:
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
         prompts = state[PROMPT].to(self.base.dtype)
         per_row = prompts.expand(len(rows), -1, -1) if len(prompts) == 1 else prompts.index_select(0, rows)
         yield Attached(embeddings=per_row)

@@ -25,6 +25,7 @@ from fedhpc.data.tokens import Examples
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
+from fedhpc.rng import bits, torch_seed
 from fedhpc.training.forward import Batch, autocast, backward, hidden_states, make_batch, pad_id
 from fedhpc.training.local import batches, learning_rates
 
@@ -113,6 +114,11 @@ def train_block(
             for name, buffer in memories[which].buffers.items():
                 buffers[name][i].copy_(buffer)
 
+    keys = torch.tensor(
+        [torch_seed(config.run.seed, "noise", round_, works[i].client_id) for i in order],
+        dtype=torch.int64,
+        device=device,
+    )
     loss_sum = torch.zeros(clients, dtype=torch.float64, device=device)
     first, last = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
     tokens = np.zeros(clients, dtype=np.int64)
@@ -124,12 +130,14 @@ def train_block(
         step_tokens = _supervised(examples, picked)
         step_loss = torch.zeros(active, dtype=torch.float64, device=device)
         gradient[:active].zero_()
-        for batch, owner in _micro_batches(base, examples, picked):
+        for batch, owner, place in _micro_batches(base, examples, picked):
             rows = torch.from_numpy(owner).to(device)
+            # A row's draws follow from its client, the step and its place in the client's step alone.
+            noise = bits(keys.index_select(0, rows), torch.from_numpy(place + (s << 32)).to(device))
             weights = 1.0 / np.maximum(step_tokens, 1)[owner]
             with (
                 autocast(base, config.runtime.precision),
-                method.attach(method.state.views(theta), lead, rows) as attached,
+                method.attach(method.state.views(theta), lead, rows, noise) as attached,
             ):
                 hidden = hidden_states(base, attached, batch.ids)
                 losses = backward(base, hidden, batch, torch.from_numpy(weights).to(device, theta.dtype), scale)
@@ -195,16 +203,22 @@ def _supervised(examples: Examples, picked: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([tokens[rows].sum() for rows in picked], dtype=np.int64)
 
 
-def _micro_batches(base: Base, examples: Examples, picked: Sequence[np.ndarray]) -> list[tuple[Batch, np.ndarray]]:
-    """The rows of a step, sorted by length and cut where that saves padding, with the client of each row."""
+def _micro_batches(
+    base: Base, examples: Examples, picked: Sequence[np.ndarray]
+) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
+    """The rows of a step, sorted by length and cut where that saves padding.
+
+    With each row's client, and its place among the rows of that client.
+    """
     rows = np.concatenate(picked)
     owner = np.repeat(np.arange(len(picked)), [len(p) for p in picked])
     lengths = examples.offsets[rows + 1] - examples.offsets[rows]
     order = np.argsort(lengths, kind="stable")
-    rows, owner = rows[order], owner[order]
+    place = np.concatenate([np.arange(len(p)) for p in picked])
+    rows, owner, place = rows[order], owner[order], place[order]
     cuts = cut_by_length(lengths[order], _FORWARD_COST_TOKENS[base.device.type])
     fill = pad_id(base)
-    return [(make_batch(examples, rows[a:b], fill, base.device), owner[a:b]) for a, b in pairwise(cuts)]
+    return [(make_batch(examples, rows[a:b], fill, base.device), owner[a:b], place[a:b]) for a, b in pairwise(cuts)]
 
 
 def cut_by_length(lengths: np.ndarray, forward_cost: int) -> list[int]:
