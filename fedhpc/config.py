@@ -62,6 +62,9 @@ class Data(Section):
     prompt: str = Field("{mr} :", description="template over columns; no loss on it")
     target: str = Field(" {ref}", min_length=1, description="template over columns; the loss is on it")
     label: str | None = Field(None, description="column with the class of an example")
+    label_noise: float = Field(
+        0.0, ge=0, le=1, description="probability that a training example has another class, drawn uniformly"
+    )
     client: str | None = Field(None, description="column with the owner of an example, for natural partitions")
     max_length: int = Field(256, ge=4, description="tokens; longer examples lose the front of the prompt")
 
@@ -252,6 +255,11 @@ def _cross_check(config: Config, where: str) -> None:
             f"{where}: server.aggregator fednova is defined for updates that are sums of gradients, which those of "
             f"client.optimizer {config.client.optimizer} are not: use sgd, or aggregator mean"
         )
+    if config.data.label_noise and config.data.label is None:
+        raise UserError(f"{where}: data.label_noise changes classes and needs data.label (a column)")
+    fewest, most = (getattr(config.partition, key, None) for key in ("min_examples", "max_examples"))
+    if fewest is not None and most is not None and fewest > most:
+        raise UserError(f"{where}: partition.min_examples {fewest} is more than partition.max_examples {most}")
     if config.runtime.precision != "float32" and config.model.dtype == "float64":
         raise UserError(f"{where}: runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
 

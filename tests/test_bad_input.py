@@ -137,6 +137,15 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["data.label=", "partition.name=iid", "evaluation.metrics=[accuracy]"],
         ("evaluation.metrics", "data.label"),
     ),
+    "label noise without labels": (
+        ["data.label=", "partition.name=iid", "data.label_noise=0.2"],
+        ("data.label_noise", "data.label"),
+    ),
+    "more label noise than labels": (["data.label_noise=1.5"], ("data.label_noise", "less than or equal to 1")),
+    "fewest above most": (
+        ["partition.min_examples=5", "partition.max_examples=4"],
+        ("partition.min_examples 5", "partition.max_examples 4"),
+    ),
     "epochs and steps": (["client.steps=2", "client.epochs=1"], ("client.epochs and client.steps exclude each other",)),
     "two sizes of a cohort": (
         ["federation.cohort_size=2", "federation.cohort_fraction=0.5"],

@@ -131,6 +131,71 @@ def test_missing_default_splits_are_held_out_of_the_training_data(tmp_path):
     assert len(load(tmp_path).validation) == 1000
 
 
+def test_label_noise_changes_the_targets_of_training_rows_alone(folder):
+    columns = {"target": " {k}", "label": "k"}
+    clean = load(folder, **columns)
+
+    def noisy(noise, seed=1):
+        data = load(folder, **columns, label_noise=noise, seed=seed)
+        for split in ("validation", "test"):
+            assert getattr(data, split).fingerprint == getattr(clean, split).fingerprint
+        for client in range(2):
+            assert list(data.population.indices(client)) == list(load(folder, seed=seed).population.indices(client))
+        targets = [data.train.tokens(i)[-2] for i in range(30)]
+        assert [words().convert_ids_to_tokens(int(t)) for t in targets] == ["xyz"[c] for c in data.train.labels]
+        return data.train.labels
+
+    few, many = noisy(0.4), noisy(0.8)
+    wrong = few != clean.train.labels
+    assert 3 <= wrong.sum() <= 20 and (many != clean.train.labels).sum() > wrong.sum()
+    assert (many[wrong] == few[wrong]).all() and (noisy(0.4) == few).all()
+    assert (noisy(0.4, seed=2) != few).any() and (noisy(1.0) != clean.train.labels).all()
+
+
+def test_label_noise_draws_evenly_among_the_other_classes(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"q": "q", "k": "vwxyz"[i % 5]} for i in range(20_000)])
+    data = load(tmp_path, target=" {k}", label="k", label_noise=0.4)
+    clean = load(tmp_path, target=" {k}", label="k").train.labels
+    assert abs(np.mean(data.train.labels != clean) - 0.4) < 0.02
+    shift = (data.train.labels - clean)[data.train.labels != clean] % 5
+    assert np.abs(np.bincount(shift, minlength=5)[1:] / len(shift) - 0.25).max() < 0.02
+
+
+def test_a_skewed_split_is_that_of_the_true_labels(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"q": "q", "k": "vwxyz"[i % 5]} for i in range(500)])
+    options = {"target": " {k}", "label": "k", "partition": {"name": "dirichlet", "num_clients": 4, "alpha": 0.1}}
+    clean, noisy = load(tmp_path, **options), load(tmp_path, **options, label_noise=0.5)
+    assert all(np.array_equal(clean.population.indices(c), noisy.population.indices(c)) for c in range(4))
+
+
+@pytest.mark.parametrize("name", ["iid", "natural"])
+def test_clients_of_limited_size(folder, name):
+    partition = {"iid": {"name": "iid", "num_clients": 2}, "natural": {"name": "natural"}}[name]
+    options = {"client": "k"} if name == "natural" else {}
+    everything = load(folder, partition=partition, **options).population
+    few = load(folder, partition={**partition, "max_examples": 4}, **options).population
+    assert few.num_clients == everything.num_clients and few.names == everything.names
+    assert few.sizes().tolist() == [4] * few.num_clients
+    assert all(set(few.indices(c)) < set(everything.indices(c)) for c in range(few.num_clients))
+
+
+@pytest.mark.parametrize(
+    ("rows_", "options", "message"),
+    [
+        (rows(9), {"target": " {a}", "label": "k"}, r"data\.label_noise: data\.target must have \{k\}"),
+        (
+            [{**row, "k": "x"} for row in rows(9)],
+            {"target": " {k}", "label": "k"},
+            r"data\.label_noise: there is no other class",
+        ),
+    ],
+)
+def test_label_noise_without_effect_is_refused(tmp_path, rows_, options, message):
+    write_jsonl(tmp_path / "train.jsonl", rows_)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, **options, label_noise=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedhpc import registry
-from fedhpc.data.partitioners.base import raised
+from fedhpc.data.partitioners.base import limited, raised
 from fedhpc.errors import UserError
 
 FAMILY = "data/partitioners"
@@ -45,6 +45,18 @@ def test_every_file_has_options_and_one_function():
         assert issubclass(module.Options, registry.Section)
         assert module.__doc__
         assert hasattr(module, "partition") != hasattr(module, "draw")
+
+
+@pytest.mark.parametrize("name", DIVIDING)
+def test_a_limit_keeps_a_sample_of_each_client(name):
+    assignment, _ = divide(name, 501)
+    everything = client_sets(assignment)
+    few, more = (client_sets(limited(assignment, limit, 7)) for limit in (5, 20))
+    for mine, at_most_20, at_most_5 in zip(everything, more, few, strict=True):
+        assert len(at_most_20) == min(len(mine), 20) and len(at_most_5) == min(len(mine), 5)
+        assert set(at_most_5) <= set(at_most_20) <= set(mine)
+        assert (np.diff(at_most_20) > 0).all()
+    assert any(not np.array_equal(a, b) for a, b in zip(few, client_sets(limited(assignment, 5, 8)), strict=True))
 
 
 @pytest.mark.parametrize("name", DIVIDING)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +50,11 @@ def load_data(settings: config.Config, tokenizer: PreTrainedTokenizerBase, write
     label_names: list[str] = []
     if data.label is not None:
         label_names = sorted({row[data.label] for table in tables.values() for row in table.rows})
+    true_labels = _ids(tables["train"], data.label, label_names)
+    if data.label is not None and data.label_noise:
+        if data.label not in target.columns:
+            raise UserError(f"data.label_noise: data.target must have {{{data.label}}}, or the noise changes no target")
+        tables["train"] = _mislabelled(tables["train"], data.label, label_names, data.label_noise, settings.run.seed)
 
     examples: dict[str, Examples] = {}
     for split, table in tables.items():
@@ -73,7 +78,7 @@ def load_data(settings: config.Config, tokenizer: PreTrainedTokenizerBase, write
         examples["train"],
         examples["validation"],
         examples["test"],
-        make(settings, examples["train"]),
+        make(settings, replace(examples["train"], labels=true_labels)),  # noise does not move examples
         messages,
         hashlib.sha256("".join(e.fingerprint for e in examples.values()).encode()).hexdigest(),
     )
@@ -123,6 +128,22 @@ def _read_splits(
     if settings.partition.name == "natural":
         tables["train"], owner_names = _owners_kept(settings, tables["train"], owner_names, messages)
     return {split: tables[split] for split in ("train", "validation", "test")}, owner_names
+
+
+def _mislabelled(table: Table, label: str, names: list[str], noise: float, seed: int) -> Table:
+    """Each row with probability `noise` in another class, all others being equally likely; a row that is mislabelled
+    under a smaller noise is so under a larger one, in the same way."""
+    if len(names) < 2:
+        raise UserError(f"data.label_noise: there is no other class, data.label '{label}' has {len(names)}")
+    rng = generator(seed, "label_noise")
+    mislabelled = rng.random(len(table.rows)) < noise
+    shifts = rng.integers(1, len(names), len(table.rows))
+    position = {name: number for number, name in enumerate(names)}
+    rows = [
+        {**row, label: names[(position[row[label]] + shift) % len(names)]} if wrong else row
+        for row, wrong, shift in zip(table.rows, mislabelled.tolist(), shifts.tolist(), strict=True)
+    ]
+    return replace(table, rows=rows)
 
 
 def _hold_out(table: Table, split: str) -> tuple[Table, Table]:

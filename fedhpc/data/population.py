@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from fedhpc import config, registry
-from fedhpc.data.partitioners.base import Assignment, Int64
+from fedhpc.data.partitioners.base import Assignment, Int64, limited
 from fedhpc.data.tokens import Examples
 from fedhpc.rng import generator
 
@@ -47,7 +47,10 @@ class Population:
             names = train.owner_names
             # Owners after the last one with an example have none.
             offsets = np.append(offsets, np.full(len(names) + 1 - len(offsets), offsets[-1]))
-        return cls(len(offsets) - 1, seed, fraction, Assignment(indices, offsets), names=names)
+        assignment = Assignment(indices, offsets)
+        if options.max_examples is not None:
+            assignment = limited(assignment, options.max_examples, seed)
+        return cls(len(offsets) - 1, seed, fraction, assignment, names=names)
 
     @classmethod
     def single(cls, settings: config.Config, train: Examples) -> Population:

@@ -1,7 +1,8 @@
 """What the partitioners share.
 
 A file of this folder has a class `Options(Section)` and one of two functions:
-- `partition(num_examples, labels, owners, options, seed) -> Assignment`: every example to exactly one client;
+- `partition(num_examples, labels, owners, options, seed) -> Assignment`: every example to exactly one client
+  (`max_examples` is for the population to apply);
 - `draw(num_examples, options, seed, client) -> int64[k]`: the examples of one client, made when asked for.
 """
 
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from fedhpc.errors import UserError
 from fedhpc.registry import Section
+from fedhpc.rng import generator
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -27,7 +29,13 @@ class Assignment(NamedTuple):
     offsets: Int64  # [N + 1]
 
 
-class Clients(Section):
+class Limited(Section):
+    """Options of every partitioner that divides the examples."""
+
+    max_examples: int | None = Field(None, ge=1, description="a client keeps a seeded sample of so many; default all")
+
+
+class Clients(Limited):
     """Options of every partitioner that divides the examples among a given number of clients."""
 
     num_clients: int = Field(20, ge=1, description="number of clients (N)")
@@ -40,6 +48,16 @@ def grouped(client_of: npt.NDArray[np.signedinteger], num_clients: int) -> Assig
     offsets = np.zeros(num_clients + 1, np.int64)
     np.cumsum(np.bincount(client_of, minlength=num_clients), out=offsets[1:])
     return Assignment(indices, offsets)
+
+
+def limited(assignment: Assignment, limit: int, seed: int) -> Assignment:
+    """At most `limit` examples of every client, in ascending order; those under a lower limit are among them."""
+    parts = []
+    for client, mine in enumerate(np.split(assignment.indices, assignment.offsets[1:-1])):
+        chosen = generator(seed, "partition:max_examples", client).permutation(len(mine))[:limit]
+        parts.append(mine[np.sort(chosen)])
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    return Assignment(np.concatenate(parts), offsets)
 
 
 def check_size(num_examples: int, options: Clients) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedhpc.data.partitioners.base import Assignment, Int32, grouped
+from fedhpc.data.partitioners.base import Assignment, Int32, Limited, grouped
 from fedhpc.errors import UserError
-from fedhpc.registry import Section
 
 
-class Options(Section):
+class Options(Limited):
     min_examples: int = Field(0, ge=0, description="owners with fewer examples are left out, data and all")
 
 
