@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedhpc.methods.adapter import load
 from fedhpc.models import BUILTIN
 from tests.federations import federate, settings, table, tree, write_texts
 
@@ -104,6 +105,15 @@ def test_a_prefix_loads_in_peft(
     untouched = loss_of(base.eval(), tokenizer, rows_of(texts))
     assert untouched == pytest.approx(float(table(tmp_path, "base")["loss"]), abs=1e-5)
     check(PeftModel.from_pretrained(base, tmp_path / "adapter"), tokenizer, tmp_path, texts)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_adapters_load_into_a_plain_model(tmp_path: Path, texts: Path, placement: str) -> None:
+    raw = raw_of(texts, client={"optimizer": "adamw", "lr": 0.05})
+    federate(settings(tmp_path, {**raw, "method": {"name": "adapter", "placement": placement}}), ranks=2)
+    base = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(texts / "model")
+    check(load(base, tmp_path / "adapter"), tokenizer, tmp_path, texts)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ MODES: dict[str, dict[str, Any]] = {
     "centralized": {"mode": "centralized", "client": {"optimizer": "adamw", "lr": 0.05}},
     "local": {"mode": "local", "client": {"optimizer": "adamw", "lr": 0.05}, "local": {"max_clients": 5}},
     "full": {"method": {"name": "full"}, "federation": {"cohort_size": 3}},
+    "adapter": {"method": {"name": "adapter"}, "client": {"optimizer": "adamw", "lr": 0.05}},
     "last-layers": {"method": {"name": "full", "last_layers": 1}, "federation": {"cohort_size": 3}},
     "lora": {"method": {"name": "lora"}, "client": {"optimizer": "adamw", "lr": 0.05}},
     "held-out": {"evaluation": {"client_fraction": 0.2}},

@@ -14,6 +14,7 @@ import torch
 
 from fedhpc import registry
 from fedhpc.errors import UserError
+from fedhpc.methods.adapter import load
 from fedhpc.methods.base import Method
 from fedhpc.training.block import train_block
 from fedhpc.training.local import batches
@@ -124,9 +125,8 @@ def test_a_client_trains_as_peft_and_torch_optim_do(name: str, family: str, clie
     assert relative(found, wanted, start[0]) < 1e-9
 
 
-@pytest.mark.parametrize("count", [2, 5])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["lora", "ia3", "prompt", "p_tuning"])
+@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("llama", 5), ("gpt2", 5), ("opt", 3)])
+@pytest.mark.parametrize("name", ["lora", "ia3", "prompt", "p_tuning", "adapter"])
 def test_a_block_equals_its_clients_alone(name: str, family: str, count: int) -> None:
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method = make(name, base)
@@ -158,10 +158,109 @@ def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: s
     torch.testing.assert_close(base.model(input_ids=ids).logits, plain)  # nothing stays attached
 
 
-@pytest.mark.parametrize(("name", "options"), [("lora", {"targets": ["nope"]}), ("ia3", {"inputs": ["nope"]})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("lora", {"targets": ["nope"]}), ("ia3", {"inputs": ["nope"]}), ("adapter", {"feed_forward": ["nope"]})],
+)
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"no linear layer named nope; it has: .*q_proj"):
         make(name, tiny.base("llama"), **options).payload  # noqa: B018
+
+
+# ---------------------------------------------------------------- adapters, which PEFT has not
+
+BEHIND = {
+    "gpt2": ("transformer.h.{}.attn", "c_proj", "transformer.h.{}.mlp", "c_proj"),
+    "llama": ("model.layers.{}.self_attn", "o_proj", "model.layers.{}.mlp", "down_proj"),
+}
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": torch.nn.GELU(), "silu": torch.nn.SiLU()}
+
+
+class Bottleneck(torch.nn.Module):
+    """A layer with an adapter behind it, as the paper draws it."""
+
+    def __init__(self, layer: Any, width: int, m: int, activation: str) -> None:
+        super().__init__()
+        self.layer, self.activation = layer, ACTIVATIONS[activation]
+        self.down, self.up = torch.nn.Linear(width, m).double(), torch.nn.Linear(m, width).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        return h + self.up(self.activation(self.down(h)))
+
+
+def with_bottlenecks(base: Any, options: Any) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """A copy of the base with wrapped layers, and the adapters' parameters under our names."""
+    model, named = copy.deepcopy(base.model), {}
+    attention, attention_layer, feed_forward, feed_forward_layer = BEHIND[base.name]
+    for i in range(base.num_layers):
+        both = [(attention.format(i), attention_layer), (feed_forward.format(i), feed_forward_layer)]
+        for where, layer in both if options.placement == "houlsby" else both[1:]:
+            parent = model.get_submodule(where)
+            wrapped = Bottleneck(getattr(parent, layer), 32, options.bottleneck, options.activation)
+            setattr(parent, layer, wrapped)
+            for part in ("down", "up"):
+                for name, p in getattr(wrapped, part).named_parameters():
+                    named[f"{where}.{layer}.adapter.{part}.{name}"] = p
+    return model, named
+
+
+@pytest.mark.parametrize("client", [{"optimizer": "sgd", "lr": 0.2}, {"optimizer": "adamw", "lr": 0.02}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("placement", "activation"), [("houlsby", "relu"), ("pfeiffer", "tanh"), ("houlsby", "gelu"), ("pfeiffer", "silu")]
+)
+def test_adapters_train_as_wrapped_layers_do(
+    placement: str, activation: str, family: str, client: dict[str, Any]
+) -> None:
+    base, data, config = tiny.base(family), tiny.examples(), settings(**client)
+    method = make("adapter", base, placement=placement, activation=activation)
+    start, work = warm(method, torch.float64), works(1)[0]
+    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    model, named = with_bottlenecks(base, method.options)
+    assert list(named) == list(method.payload.shapes)
+    with torch.no_grad():
+        for key, value in method.payload.views(start[0]).items():
+            named[key].copy_(value)
+    assert relative(found, trained_by_torch(model, named, method, data, config, work), start[0]) < 1e-9
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exported_adapters_load_into_a_plain_model(family: str, placement: str, tmp_path: Path) -> None:
+    base = tiny.base(family)
+    method = make("adapter", base, placement=placement)
+    start = warm(method, torch.float64)
+    method.export(method.payload.views(start[0]), tmp_path)
+    ids = torch.randint(3, tiny.VOCABULARY, (2, 9))
+    plain = base.model(input_ids=ids).logits
+    views = method.payload.views(start)
+    with torch.no_grad(), method.attach(views, views, torch.zeros(2, dtype=torch.int64)):
+        ours = base.model(input_ids=ids).logits
+    torch.testing.assert_close(load(copy.deepcopy(base.model), tmp_path)(input_ids=ids).logits, ours)
+    assert not torch.allclose(ours, plain)
+    torch.testing.assert_close(base.model(input_ids=ids).logits, plain)
+    if family == "llama":
+        with pytest.raises(UserError, match="belongs to another model"):
+            load(tiny.base("gpt2").model, tmp_path)
+
+
+def test_adapters_begin_near_the_identity() -> None:
+    base = tiny.base("llama")
+    start = make("adapter", base).initial()
+    assert len(start) == 2 * 2 * 4
+    for name, tensor in start.items():
+        assert float(tensor.abs().max()) <= 0.02
+        assert bool(tensor.any()) == name.endswith("weight")
+    assert all(torch.equal(t, start[n]) for n, t in make("adapter", base).initial().items())
+
+
+def test_a_folder_of_peft_is_not_taken_for_adapters(tmp_path: Path) -> None:
+    base = tiny.base("llama")
+    method = make("lora", base)
+    method.export(method.payload.views(start_of(method, torch.float64)[0]), tmp_path)
+    with pytest.raises(UserError, match="is not an export of method adapter"):
+        load(base.model, tmp_path)
 
 
 # ---------------------------------------------------------------- full, and a part of it

@@ -9,6 +9,7 @@ from fedhpc.lazy import lazy
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from fedhpc.models import Base
 else:
@@ -40,6 +41,11 @@ def features(module: Any) -> tuple[int, int] | None:
     if is_conv1d(module):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     return None
+
+
+def by_row(x: Tensor, rows: Tensor) -> Tensor:
+    """(B, T, width) of what goes into or comes out of a layer: OPT's feed-forward sees (B * T, width)."""
+    return x.reshape(len(rows), -1, x.shape[-1])
 
 
 def _ends(path: str, name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from fedhpc.lazy import lazy
-from fedhpc.methods._linear import features, find_layers, is_conv1d
+from fedhpc.methods._linear import by_row, features, find_layers, is_conv1d
 from fedhpc.methods.base import Attached, Method
 from fedhpc.payload import Layout
 from fedhpc.registry import Section
@@ -75,9 +75,9 @@ class IA3(Method):
             vectors = state[f"{path}.ia3_l"].flatten(1)  # (K, width)
             per_row = (vectors if len(vectors) == 1 else vectors.index_select(0, rows)).unsqueeze(1)
             if is_input:
-                hooks.append(module.register_forward_pre_hook(lambda _, xs, v=per_row: (xs[0] * v.to(xs[0].dtype),)))
+                hooks.append(module.register_forward_pre_hook(lambda _, xs, v=per_row: (_scaled(xs[0], v, rows),)))
             else:
-                hooks.append(module.register_forward_hook(lambda _, xs, y, v=per_row: y * v.to(y.dtype)))
+                hooks.append(module.register_forward_hook(lambda _, xs, y, v=per_row: _scaled(y, v, rows)))
         try:
             yield Attached()
         finally:
@@ -97,6 +97,11 @@ class IA3(Method):
             "fan_in_fan_out": any(is_conv1d(m) for m, _ in self._modules.values()),
         }
         write_adapter(path, config, {f"base_model.model.{n}": t for n, t in payload.items()}, self.base)
+
+
+def _scaled(x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
+    """x with the factors (1 or B, 1, width) of its rows."""
+    return (by_row(x, rows) * factors.to(x.dtype)).reshape(x.shape)
 
 
 METHOD = IA3

@@ -1,0 +1,191 @@
+"""Bottleneck adapters: small trained networks inside each layer (Houlsby et al. 2019, arXiv 1902.00751, section 2.1).
+
+An adapter stands behind the output projection of a sub-layer, before the residual connection, and has a residual
+connection of its own: h <- h + W_up f(W_down h + b_down) + b_up, with W_down (m, D), W_up (D, m) and m << D.
+
+- placement: houlsby behind attention and behind the feed-forward; pfeiffer behind the feed-forward alone (Pfeiffer et
+  al. 2021, arXiv 2005.00247, section 4.1).
+
+The weights start from a normal distribution of deviation 0.01, cut at two deviations, so near the identity (Houlsby et
+al., section 3.1). PEFT has no such adapter: the export is a format of our own, and `load` attaches it to a transformers
+model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from fedhpc.errors import UserError
+from fedhpc.lazy import lazy
+from fedhpc.methods._linear import by_row, features, find_layers
+from fedhpc.methods.base import Attached, Method
+from fedhpc.payload import Layout
+from fedhpc.registry import Section
+from fedhpc.rng import torch_seed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+FORMAT = "fedhpc-adapter"
+# By model_type: the output projections of attention (self and cross) and of the feed-forward.
+_BERT = (["attention.output.dense"], ["output.dense"])
+_LAYERS = {
+    "gpt2": (["attn.c_proj"], ["mlp.c_proj"]),
+    "gpt_neox": (["attention.dense"], ["dense_4h_to_h"]),
+    "opt": (["self_attn.out_proj"], ["fc2"]),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "t5": (["o"], ["wo"]),
+    "bart": (["self_attn.out_proj", "encoder_attn.out_proj"], ["fc2"]),
+}
+_USUAL_LAYERS = (["o_proj"], ["down_proj"])
+_DEVIATION = 0.01
+_PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
+
+
+class Options(Section):
+    bottleneck: int = Field(16, ge=1, description="m, width of the adapter")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="f, the non-linearity")
+    placement: Literal["houlsby", "pfeiffer"] = Field(
+        "houlsby", description="behind attention and feed-forward, or behind the feed-forward alone"
+    )
+    attention: list[str] | None = Field(
+        None, min_length=1, description="names of attention's output layers; default: by architecture"
+    )
+    feed_forward: list[str] | None = Field(
+        None, min_length=1, description="names of the feed-forward's output layers; default: by architecture"
+    )
+
+
+class Adapter(Method):
+    """See the module."""
+
+    @cached_property
+    def _modules(self) -> dict[str, Any]:
+        """Path in the base -> the linear layer behind which an adapter stands, in the model's order."""
+        usual = _LAYERS.get(self.base.model.config.model_type, _USUAL_LAYERS)
+        attention = self.options.attention or usual[0]
+        found = find_layers(self.base, self.options.feed_forward or usual[1], "method.feed_forward")
+        if self.options.placement == "pfeiffer":
+            # BERT's attention.output.dense ends like its feed-forward's output.dense.
+            return {path: module for path, module in found.items() if not path.endswith(tuple(attention))}
+        found |= find_layers(self.base, attention, "method.attention")
+        return {path: found[path] for path, _ in self.base.model.named_modules() if path in found}
+
+    @cached_property
+    def payload(self) -> Layout:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, module in self._modules.items():
+            width, m = (features(module) or (0, 0))[1], self.options.bottleneck
+            shapes[f"{path}.adapter.down.weight"] = (m, width)
+            shapes[f"{path}.adapter.down.bias"] = (m,)
+            shapes[f"{path}.adapter.up.weight"] = (width, m)
+            shapes[f"{path}.adapter.up.bias"] = (width,)
+        return Layout(shapes)
+
+    def initial(self) -> dict[str, Tensor]:
+        noise = torch.Generator().manual_seed(torch_seed(self.seed, "adapter"))
+        return {
+            name: torch.zeros(shape)
+            if name.endswith("bias")
+            else torch.nn.init.trunc_normal_(
+                torch.empty(shape), std=_DEVIATION, a=-2 * _DEVIATION, b=2 * _DEVIATION, generator=noise
+            )
+            for name, shape in self.payload.shapes.items()
+        }
+
+    @contextmanager
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
+        hooks = []
+        for path, module in self._modules.items():
+            parts = {part: state[f"{path}.adapter.{part}"] for part in _PARTS}
+            hooks.append(module.register_forward_hook(self._behind(parts, rows)))
+        try:
+            yield Attached()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _behind(self, parts: Mapping[str, Tensor], rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+        """A forward hook that applies the adapter of row i's client: weights and biases (K, ...), rows (B,)."""
+        activation = _activation(self.options.activation)
+
+        def affine(x: Tensor, name: str) -> Tensor:
+            weight, bias = (parts[f"{name}.{kind}"].to(x.dtype) for kind in ("weight", "bias"))
+            if len(weight) == 1:
+                return torch.nn.functional.linear(x, weight[0], bias[0])
+            return torch.baddbmm(bias.index_select(0, rows).unsqueeze(1), x, weight.index_select(0, rows).mT)
+
+        def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            h = by_row(output, rows)  # (B, T, D)
+            return (h + affine(activation(affine(h, "down")), "up")).reshape(output.shape)
+
+        return hook
+
+    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors, for `load`."""
+        from fedhpc.methods._peft import write_adapter
+
+        config = {
+            "format": FORMAT,
+            "format_version": 1,
+            "bottleneck": self.options.bottleneck,
+            "activation": self.options.activation,
+            "placement": self.options.placement,
+        }
+        write_adapter(path, config, payload, self.base)
+
+
+def load(model: Any, path: str | Path) -> Any:
+    """Attach the adapters in the folder `path` to a transformers model of the same shape, in place; returns it.
+
+    Each adapter becomes a submodule `adapter` of the layer that it stands behind, so it moves and is saved with the
+    model. UserError where the folder holds no such adapters or they belong to another model.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: holds no adapter_config.json that can be read: {error}") from None
+    if config.get("format") != FORMAT:
+        raise UserError(f"{folder}: is not an export of method adapter; PEFT's adapters load with peft.PeftModel")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = dict(model.named_modules())
+    for path in dict.fromkeys(name.split(".adapter.")[0] for name in tensors):
+        parts = {part: tensors[f"{path}.adapter.{part}"] for part in _PARTS}
+        m, width = parts["down.weight"].shape
+        module: Any = modules.get(path)
+        if (features(module) or (0, 0))[1] != width:
+            raise UserError(f"{folder}: belongs to another model: this one has no linear layer {path} of width {width}")
+        adapter = torch.nn.ModuleDict({"down": torch.nn.Linear(width, m), "up": torch.nn.Linear(m, width)})
+        adapter.load_state_dict(parts)
+        module.adapter = adapter.to(module.weight.device, model.dtype).requires_grad_(False)
+        module.register_forward_hook(partial(_through, activation=_activation(config["activation"])))
+    return model
+
+
+def _through(module: Any, inputs: Any, output: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """A forward hook: the output of a layer that `load` gave an adapter, through it."""
+    return output + module.adapter["up"](activation(module.adapter["down"](output)))
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    function: Callable[[Tensor], Tensor] = getattr(torch.nn.functional, name)
+    return function
+
+
+METHOD = Adapter
