@@ -135,11 +135,11 @@ def padding() -> dict[str, float]:
 
     from fedhpc import config as configuration
     from fedhpc import data
-    from fedhpc.models import load_tokenizer
+    from fedhpc.models import load_kind, load_tokenizer
     from fedhpc.training.block import _FORWARD_COST_TOKENS, cut_by_length
 
     config = configuration.load(None, [])
-    train = data.load_data(config, load_tokenizer(config.model), write_cache=False).train
+    train = data.load_data(config, load_tokenizer(config.model), load_kind(config.model), write_cache=False).train
     lengths = train.lengths - 1
     rng, plain, cut, real = np.random.default_rng(0), 0, 0, 0
     for _ in range(200):
@@ -182,6 +182,7 @@ def _workload(clients: int) -> tuple[Any, Any, Any, Any, Any]:
 
     from fedhpc import config as configuration
     from fedhpc.data.tokens import Tokens, examples_from
+    from fedhpc.kinds.causal_lm import KIND
     from fedhpc.methods import prefix
     from fedhpc.models import Base
 
@@ -198,7 +199,7 @@ def _workload(clients: int) -> tuple[Any, Any, Any, Any, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LlamaForCausalLM(shape).eval().requires_grad_(False).to(device)
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
-    base = Base(model, tokenizer, device, "random", "random", 4, 4, 32, 128)
+    base = Base(model, tokenizer, device, "random", "random", 4, 4, 32, 128, KIND)
     ids = np.random.default_rng(0).integers(3, 2048, clients * SEQUENCES * LENGTH).astype(np.int32)
     count = clients * SEQUENCES
     examples = examples_from(Tokens(ids, np.arange(count + 1) * LENGTH, np.ones(count, dtype=np.int32)))

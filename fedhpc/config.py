@@ -45,6 +45,9 @@ class Run(Section):
 class Model(Section):
     name: str = Field("builtin", min_length=1, description="builtin, a hub id or a local folder")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    task: Literal["auto", "causal_lm", "classification"] = Field(
+        "auto", description="what the model is trained for; auto: what it was made for"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="dtype of the frozen base"
     )
@@ -60,13 +63,15 @@ class Data(Section):
     where: dict[str, list[str | int | float | bool]] = Field({}, description="keep rows with one of these values")
     where_not: dict[str, list[str | int | float | bool]] = Field({}, description="drop rows with one of these")
     prompt: str = Field("{mr} :", description="template over columns; no loss on it")
-    target: str = Field(" {ref}", min_length=1, description="template over columns; the loss is on it")
+    target: str = Field(
+        " {ref}", min_length=1, description="template over columns; the loss is on it (a classifier has none)"
+    )
     label: str | None = Field(None, description="column with the class of an example")
     label_noise: float = Field(
         0.0, ge=0, le=1, description="probability that a training example has another class, drawn uniformly"
     )
     client: str | None = Field(None, description="column with the owner of an example, for natural partitions")
-    max_length: int = Field(256, ge=4, description="tokens; longer examples lose the front of the prompt")
+    max_length: int = Field(256, ge=4, description="tokens; a longer prompt loses its front (encoders: its end)")
 
 
 class Federation(Section):

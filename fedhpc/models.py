@@ -1,19 +1,22 @@
 """Base models: the built-in one, a local folder or a hub id, frozen, on one device.
 
-Any decoder-only Hugging Face model whose logits are `output_embeddings(last_hidden_state)` (with an optional
-soft cap or scale, checked when it is loaded): logits are then computed at supervised positions only.
+What differs between decoder-only language models, classifiers and encoder-decoders is in fedhpc/kinds/.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedhpc import kinds
 from fedhpc.config import Model
 from fedhpc.errors import UserError
+from fedhpc.kinds.base import Kind
+from fedhpc.rng import torch_seed
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +28,7 @@ _SAMPLE = 65_536  # elements per tensor that go into the fingerprint
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen decoder-only language model and its tokenizer."""
+    """A frozen model, its tokenizer and the kind of task it is trained for."""
 
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
@@ -36,23 +39,13 @@ class Base:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    kind: Kind
+    head: tuple[str, ...] = ()  # linear layers that every method trains beside its own payload
 
     @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., hidden_size) -> logits (..., vocabulary)."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        config = self.model.config
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (scaling := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / scaling
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = (logits / cap).tanh() * cap
-        return logits
 
 
 def source_of(model: Model) -> str:
@@ -76,22 +69,28 @@ def load_tokenizer(model: Model) -> Any:
         )
 
 
-def load_base(model: Model, device: torch.device) -> Base:
+def load_kind(model: Model) -> Kind:
+    """The kind of task that `model` is trained for. UserError where `model.task` does not fit it."""
+    return kinds.choose(model.task, _load_config(model), model.name)
+
+
+def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), seed: int = 0) -> Base:
     """Load the base model onto `device`, in eval mode, without gradients.
 
-    UserError where there is no such model, its tokenizer does not fit, or its head is of an unknown kind.
+    labels: the classes, for a classifier. A head that has no stored weights is drawn by `seed`.
+    UserError where there is no such model, its tokenizer does not fit, or it computes something unknown.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     source = source_of(model)
     tokenizer = load_tokenizer(model)
+    kind = load_kind(model)
+    config = _load_config(model, **kind.config_options(labels))
     with _loading(model, "model"):
-        config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
-            raise UserError(f"model.name: '{model.name}' ({config.model_type}) is not a decoder-only language model")
-        network, info = AutoModelForCausalLM.from_pretrained(
+        network, info = getattr(transformers, kind.auto_class).from_pretrained(
             source,
+            config=config,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=getattr(torch, model.dtype),
@@ -99,39 +98,55 @@ def load_base(model: Model, device: torch.device) -> Base:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed; without, the reason is only logged
         )
-    unfit = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    new = sorted(name for name in absent if kind.may_be_new(network, name))
+    unfit = absent.difference(new)
     if unfit:
         raise UserError(
             f"model.name: the weights of '{model.name}' do not fit its config.json: {len(unfit)} tensors are missing "
             f"or of another shape, like {min(unfit)}"
         )
+    _draw(network, new, seed)
     network.requires_grad_(False).eval().to(device)
-    text = config.get_text_config(decoder=True)
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
         raise UserError(
             f"model.name: the tokenizer of '{model.name}' has {len(tokenizer)} tokens but the model embeds only "
             f"{network.get_input_embeddings().weight.shape[0]}: they do not belong together"
         )
-    heads = text.num_attention_heads
+    sizes = kind.sizes(config)
     base = Base(
         model=network,
         tokenizer=tokenizer,
         device=device,
         name=model.name,
-        fingerprint=_fingerprint(network),
-        num_layers=text.num_hidden_layers,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        hidden_size=text.hidden_size,
+        fingerprint=_fingerprint(network, new),
+        num_layers=sizes.num_layers,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        hidden_size=sizes.hidden_size,
+        kind=kind,
+        head=kind.head(network, new),
     )
-    _check_head(base)
+    kind.check_model(base)
     return base
 
 
-def max_positions(base: Base) -> int | None:
-    """The longest sequence the model has positions for; None where it has no limit."""
-    limit = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(limit) if limit else None
+def autocast(base: Base, precision: str) -> AbstractContextManager[object]:
+    """The autocast of `runtime.precision` on the base's device."""
+    import torch
+
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(base.device.type, dtype=getattr(torch, precision))
+
+
+def _load_config(model: Model, **options: Any) -> Any:
+    from transformers import AutoConfig
+
+    with _loading(model, "model"):
+        return AutoConfig.from_pretrained(
+            source_of(model), revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
 
 
 def layer_stacks(model: Any) -> list[list[Any]]:
@@ -166,24 +181,29 @@ class _loading:  # noqa: N801  a context manager used like a function
             ) from error
 
 
-def _check_head(base: Base) -> None:
-    """The model's own logits must equal ours, or losses would be silently wrong."""
+def _draw(network: Any, new: Collection[str], seed: int) -> None:
+    """Fill the parameters `new` as transformers does, but from a keyed generator: weights normal, biases zero."""
     import torch
 
-    ids = torch.tensor([[1, 2, 3]], device=base.device) % base.model.config.get_text_config().vocab_size
-    with torch.inference_mode():
-        own = base.model(input_ids=ids, use_cache=False).logits
-        ours = base.logits(base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(own.float(), ours.float(), atol=1e-3, rtol=1e-3):
-        raise UserError(
-            f"model.name: '{base.name}' ({base.model.config.model_type}) changes its logits after the output layer "
-            "in a way that fedhpc does not know"
-        )
+    noise = torch.Generator().manual_seed(torch_seed(seed, "head"))
+    deviation = getattr(network.config, "initializer_range", 0.02)
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for name in sorted(new):
+            parameter = parameters[name]
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=noise) * deviation
+                if parameter.ndim > 1
+                else torch.zeros(parameter.shape)
+            )
 
 
-def _fingerprint(network: Any) -> str:
+def _fingerprint(network: Any, new: Collection[str]) -> str:
+    """Of the stored weights: those that are `new` come from the run's seed."""
     digest = hashlib.sha256()
     for name, tensor in _sorted_parameters(network):
+        if name in new:
+            continue
         flat = tensor.detach().reshape(-1)
         stride = max(1, flat.numel() // _SAMPLE)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

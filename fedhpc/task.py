@@ -14,8 +14,10 @@ from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.data.templates import parse
 from fedhpc.errors import UserError
+from fedhpc.kinds.base import Kind
+from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
-from fedhpc.models import Base, load_base, load_tokenizer, max_positions
+from fedhpc.models import Base, load_base, load_kind, load_tokenizer
 from fedhpc.participation import Plan, cohort_size, num_rounds, plan_round, resolve_block_size
 from fedhpc.rng import generator
 from fedhpc.runtime import Launch
@@ -59,10 +61,11 @@ class Task:
 def build(config: Config, launch: Launch, world_size: int, write_cache: bool) -> Task:
     """Load and check model, data and plan. UserError for all that a person can mend; no run directory is needed."""
     device = resolve_device(config, launch)
-    tokenizer = load_tokenizer(config.model)
-    loaded = data.load_data(config, tokenizer, write_cache)
-    base = load_base(config.model, device)
-    method: Method = registry.load("methods", config.method.name).METHOD(config.method, base, config.run.seed)
+    kind = load_kind(config.model)
+    kind.check(config)
+    loaded = data.load_data(config, load_tokenizer(config.model), kind, write_cache)
+    base = load_base(config.model, device, loaded.train.label_names, config.run.seed)
+    method = with_head(registry.load("methods", config.method.name).METHOD(config.method, base, config.run.seed))
     _check_length(config, base)
     size = cohort_size(config, loaded.population)
     if config.federation.min_cohort > size:
@@ -79,15 +82,17 @@ def build(config: Config, launch: Launch, world_size: int, write_cache: bool) ->
         block_size=block,
         rounds=num_rounds(config, loaded.population),
         workers=tuple(ranks[1:]) or (0,),
-        label_targets=_label_targets(config, loaded),
+        label_targets=_label_targets(config, kind, loaded),
     )
 
 
-def _label_targets(config: Config, loaded: Data) -> list[str] | None:
-    """The rendered target of every label, between which a classification decides by likelihood."""
+def _label_targets(config: Config, kind: Kind, loaded: Data) -> list[str] | None:
+    """The rendered target of every label, between which accuracy decides; a head has the labels themselves."""
     evaluation = config.evaluation
     if not {"accuracy", "macro_f1"} & {*evaluation.metrics, *evaluation.metrics_of_test}:
         return None
+    if not kind.has_target:
+        return loaded.train.label_names
     target = parse(config.data.target, "data.target")
     if list(target.columns) != [config.data.label]:
         raise UserError(
@@ -98,7 +103,7 @@ def _label_targets(config: Config, loaded: Data) -> list[str] | None:
 
 
 def _check_length(config: Config, base: Base) -> None:
-    limit = max_positions(base)
+    limit = base.kind.max_positions(base)
     virtual = int(getattr(config.method, "num_virtual_tokens", 0))
     if limit is not None and config.data.max_length + virtual > limit:
         raise UserError(

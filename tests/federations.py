@@ -123,8 +123,8 @@ def federate(
     seen = _Sized(ranks)
     tasks = [federation.prepare(config, seen, Launch(), write_cache=True)]
     while len(tasks) < ranks:
-        # Prefixes leave the base alone, so threads can share it; other methods hook it or swap its weights.
-        again = config.method.name != "prefix"
+        # Prefixes leave the base alone, so threads can share it; other methods and heads hook it or swap its weights.
+        again = config.method.name != "prefix" or tasks[0].base.head
         tasks.append(federation.prepare(config, seen, Launch(), write_cache=True) if again else tasks[0])
 
     def one(rank: int) -> None:
@@ -177,6 +177,32 @@ def save_random_llama(folder: Path) -> None:
         for name, p in model.named_parameters():
             if "proj" in name:
                 p.mul_(8.0)  # so that what a payload does shows
+    model.save_pretrained(folder)
+
+
+def save_random_bert(folder: Path) -> None:
+    """A random bare encoder (no head) in float64, with a tokenizer that puts [CLS] and [SEP] around a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = sorted({word for row in rows("dining", "train")[:90] for word in row["mr"].replace(",", " ").split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = BertModel(shape).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0 if p.ndim == 2 else 1.0)  # so that what a payload does shows
     model.save_pretrained(folder)
 
 

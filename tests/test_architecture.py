@@ -101,8 +101,10 @@ LAYERS = [
     {"", "errors"},
     {"lazy", "registry", "rng", "runtime", "progress"},
     {"config", "builtin", "payload", "startup", "transport"},
-    {"models", "rundir", "liveness"},
-    {"data", "store", "methods"},
+    {"data", "rundir", "liveness"},
+    {"kinds"},
+    {"models"},
+    {"store", "methods"},
     {"aggregators", "transforms", "client_optimizers", "server_optimizers", "server"},
     {"training", "aggregation", "report"},
     {"participation", "evaluation", "clientstate"},
@@ -147,9 +149,9 @@ def test_methods_and_rules_know_nothing_of_a_run() -> None:
     edges = graph(only_at_run_time=False, group=top)
     leaves = ("methods", "aggregators", "transforms", "client_optimizers", "server_optimizers")
     for family in leaves:
-        assert edges[family] <= {"errors", "lazy", "registry", "rng", "payload", "models", ""}, family
+        assert edges[family] <= {"errors", "lazy", "registry", "rng", "payload", "models", "kinds", ""}, family
     assert not edges["training"] & {"transport", "store", "rundir", "participation", "server"}
-    assert not edges["data"] & {"models", "methods", "training", "transport", "store"}
+    assert not edges["data"] & {"kinds", "models", "methods", "training", "transport", "store"}
     assert {part for part in edges if "federation" in edges[part]} <= {"main", "bench"}
 
 

@@ -380,10 +380,13 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "half the weights": (lambda f: _half(f / "model.safetensors"), ("cannot be loaded",)),
     "other weights": (lambda f: edit(f / "config.json", hidden_size=64, n_embd=64), ("do not fit", "of another shape")),
     "a tensor less": (lambda f: _drop(f / "model.safetensors"), ("1 tensors are missing",)),
-    "an encoder": (lambda f: (f / "config.json").write_text('{"model_type": "vit"}'), ("vit", "not a decoder-only")),
+    "an encoder": (
+        lambda f: (f / "config.json").write_text('{"model_type": "vit"}'),
+        ("vit", "none of what can be trained"),
+    ),
     "an encoder and decoder": (
         lambda f: (f / "config.json").write_text('{"model_type": "t5"}'),
-        ("t5", "not a decoder-only"),
+        ("t5", "none of what can be trained"),
     ),
     "an unknown kind": (lambda f: (f / "config.json").write_text('{"model_type": "nonesuch"}'), ("nonesuch",)),
 }

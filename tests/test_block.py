@@ -219,7 +219,7 @@ def test_logits_in_pieces_give_the_same_gradients(monkeypatch: pytest.MonkeyPatc
     method = make(base)
     start = start_of(method, torch.float64)
     whole = train_block(base, method, start, works(3), data, config, 1, 1)
-    monkeypatch.setattr("fedhpc.training.forward._LOGITS_AT_ONCE", 7 * tiny.VOCABULARY)
+    monkeypatch.setattr("fedhpc.kinds._tokens._LOGITS_AT_ONCE", 7 * tiny.VOCABULARY)
     pieces = train_block(base, method, start, works(3), data, config, 1, 1)
     torch.testing.assert_close(whole.updates, pieces.updates, rtol=1e-9, atol=1e-12)
 

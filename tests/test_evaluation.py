@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fedhpc import config, models, registry
 from fedhpc.data.tokens import Examples, Tokens, examples_from
-from fedhpc.evaluation.evaluate import Outcome, _joined, _Work, client_evaluation, evaluate, subset
-from fedhpc.evaluation.generation import greedy
+from fedhpc.evaluation.evaluate import Outcome, _Work, client_evaluation, evaluate, subset
+from fedhpc.kinds import causal_lm
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models import Base
 from fedhpc.transport.base import LoopbackTransport, Transport
@@ -231,10 +231,12 @@ def test_label_predictions_are_those_of_the_likeliest_target(count: int) -> None
 def test_a_label_longer_than_the_room_shortens_the_prompt_but_for_its_start() -> None:
     prompts = [np.array([1, 5, 6, 7], np.int32), np.array([8, 9], np.int32)]
     answers = [np.array([20, 2], np.int32), np.array([21, 22, 2], np.int32)]
-    joined = _joined(prompts, answers, 4, bos=1)
+    base = tiny.base("gpt2")  # of 96 positions
+    room_for_4 = Attached(embeddings=torch.zeros(2, 92, 32))
+    joined = causal_lm.KIND.with_answers(base, room_for_4, prompts, answers)
     assert [joined.tokens(i).tolist() for i in range(2)] == [[1, 7, 20, 2], [9, 21, 22, 2]]
     assert joined.prompt_lengths.tolist() == [2, 1]
-    whole = _joined(prompts, answers, None, bos=1)
+    whole = causal_lm.KIND.with_answers(base, Attached(), prompts, answers)
     assert [whole.tokens(i).tolist() for i in range(2)] == [[1, 5, 6, 7, 20, 2], [8, 9, 21, 22, 2]]
 
 
@@ -251,11 +253,11 @@ def generate(
 ) -> list[list[int]]:
     with torch.no_grad():
         if method is None:
-            return greedy(base, Attached(), prompts, count).tolist()
+            return base.kind.generate(base, Attached(), prompts, count).tolist()
         lead = method.payload.views(payloads)
         rows = torch.arange(len(prompts)) % len(payloads)
         with method.attach(method.start(lead), lead, rows) as now:
-            return greedy(base, now, prompts, count).tolist()
+            return base.kind.generate(base, now, prompts, count).tolist()
 
 
 @pytest.mark.parametrize("with_prefix", [True, False])

@@ -140,7 +140,7 @@ def test_a_block_equals_its_clients_alone(name: str, family: str, count: int) ->
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: str, tmp_path: Path) -> None:
-    from fedhpc.training.forward import hidden_states
+    from fedhpc.kinds.causal_lm import KIND, hidden_states
 
     base = tiny.base(family)
     method = make(name, base)
@@ -150,7 +150,7 @@ def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: s
     plain = base.model(input_ids=ids).logits
     views = method.payload.views(start)
     with torch.no_grad(), method.attach(views, views, torch.zeros(2, dtype=torch.int64)) as attached:
-        ours = base.logits(hidden_states(base, attached, ids))
+        ours = KIND.logits(base, hidden_states(base, attached, ids))
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).double()
     theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -9:]
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)

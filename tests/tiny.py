@@ -9,6 +9,8 @@ import torch
 import transformers as tf
 
 from fedhpc.data.tokens import Examples, Tokens, examples_from
+from fedhpc.kinds import causal_lm, classification
+from fedhpc.kinds.base import Kind
 from fedhpc.models import Base
 
 VOCABULARY = 61
@@ -49,6 +51,26 @@ FAMILIES: dict[str, Any] = {
 }  # fmt: skip
 
 
+ENCODERS: dict[str, Any] = {
+    "bert": lambda: tf.BertForSequenceClassification(
+        tf.BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=96, num_labels=3,
+        )
+    ),
+    "roberta": lambda: tf.RobertaForSequenceClassification(
+        tf.RobertaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=96, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    ),
+}  # fmt: skip
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(FAMILIES, causal_lm.KIND),
+    **dict.fromkeys(ENCODERS, classification.KIND),
+}
+
+
 class TinyTokenizer:
     """As much of a tokenizer as a forward pass needs: one id per character."""
 
@@ -63,24 +85,26 @@ def base(
 ) -> Base:
     """A random model; weights larger than usual, so that what a payload does shows."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().to(dtype).eval().requires_grad_(False)
+    model = {**FAMILIES, **ENCODERS}[family]().to(dtype).eval().requires_grad_(False)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
                 p.mul_(scale)
     model.to(device)
-    config = model.config
-    heads = config.num_attention_heads
+    kind = KINDS[family]
+    sizes = kind.sizes(model.config)
     return Base(
         model=model,
         tokenizer=TinyTokenizer(),
         device=torch.device(device),
         name=family,
         fingerprint=family,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden_size=config.hidden_size,
+        num_layers=sizes.num_layers,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        hidden_size=sizes.hidden_size,
+        kind=kind,
+        head=kind.head(model, []),
     )
 
 
@@ -96,3 +120,12 @@ def examples(count: int = 60, seed: int = 0, longest: int = 20) -> Examples:
     return examples_from(
         Tokens(np.concatenate(rows).astype(np.int32), offsets.astype(np.int64), np.array(prompts, dtype=np.int32))
     )
+
+
+def labelled(count: int = 60, seed: int = 0, longest: int = 20) -> Examples:
+    """Random token sequences of unequal length, `1 ... 2`, each with one of three labels."""
+    rng = np.random.default_rng(seed)
+    rows = [np.concatenate([[1], rng.integers(3, VOCABULARY, rng.integers(2, longest)), [2]]) for _ in range(count)]
+    lengths = np.array([len(row) for row in rows])
+    tokens = Tokens(np.concatenate(rows).astype(np.int32), np.cumsum([0, *lengths]), lengths.astype(np.int32))
+    return examples_from(tokens, labels=rng.integers(0, 3, count).astype(np.int32), label_names=["a", "b", "c"])

@@ -14,7 +14,7 @@ from fedhpc.data.partitioners.base import Int32
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Table
 from fedhpc.data.templates import Template, parse
-from fedhpc.data.tokens import Examples, cached_tokens, examples_from
+from fedhpc.data.tokens import Examples, Writing, cached_tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.rng import EVALUATION, generator
 
@@ -37,14 +37,16 @@ class Data:
     fingerprint: str  # of the content of the three splits: a resumed run must find the same
 
 
-def load_data(settings: config.Config, tokenizer: PreTrainedTokenizerBase, write_cache: bool = True) -> Data:
+def load_data(
+    settings: config.Config, tokenizer: PreTrainedTokenizerBase, kind: Writing, write_cache: bool = True
+) -> Data:
     """Read, tokenise and divide the data of a run.
 
-    write_cache: whether tokens are kept for the next time (`--check` writes nothing). UserError for all that
-    is wrong with the data, with its place.
+    kind: how an example is written; data.target is used only where it has a target. write_cache: whether tokens are
+    kept for the next time (`--check` writes nothing). UserError for all that is wrong with the data, with its place.
     """
     data = settings.data
-    prompt, target = parse(data.prompt, "data.prompt"), parse(data.target, "data.target")
+    prompt, target = parse(data.prompt, "data.prompt"), parse(data.target if kind.has_target else "", "data.target")
     messages: list[str] = []
     tables, owner_names = _read_splits(settings, prompt, target, messages)
     label_names: list[str] = []
@@ -60,7 +62,7 @@ def load_data(settings: config.Config, tokenizer: PreTrainedTokenizerBase, write
     for split, table in tables.items():
         prompts = [prompt.render(row) for row in table.rows]
         targets = [target.render(row) for row in table.rows]
-        tokens, message = cached_tokens(prompts, targets, table.places, tokenizer, data.max_length, write_cache)
+        tokens, message = cached_tokens(prompts, targets, table.places, tokenizer, data.max_length, kind, write_cache)
         if message is not None and message not in messages:
             messages.append(message)
         train = split == "train"

@@ -1,7 +1,7 @@
-"""Tokenised examples: `[bos] prompt target [eos]`, the prompt and the target tokenised apart and joined.
+"""Tokenised examples: the prompt and the target tokenised apart and joined as the kind of task (kinds/) has it.
 
 The tokens of a split lie in memory-mapped files under `$FEDHPC_CACHE` (default `~/.cache/fedhpc`), named by a
-hash of all they follow from: texts, tokenizer, length limit. With no place to write they stay in memory.
+hash of all they follow from: texts, kind of task, tokenizer, length limit. With no place to write they stay in memory.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,13 +28,27 @@ if TYPE_CHECKING:
 _CHUNK = 8192  # examples tokenised at once: bounds the Python lists
 _FORMAT = "fedhpc-tokens-1"
 
+# (ids of the prompt, ids of the target, place of the row) -> the ids in front of the supervised ones, and those.
+# UserError, with the place, where they make no example.
+Join = Callable[[list[int], list[int], str], tuple[list[int], list[int]]]
+
+
+class Writing(Protocol):
+    """How a kind of task (kinds/) writes an example."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def has_target(self) -> bool: ...
+    def join(self, tokenizer: Any, max_length: int) -> Join: ...
+
 
 class Tokens(NamedTuple):
     """Ragged token ids; the arrays may be memory maps."""
 
     ids: Int32  # [total]
     offsets: Int64  # [n + 1]; example e is ids[offsets[e]:offsets[e + 1]]
-    prompt_lengths: Int32  # [n]; tokens before the target, bos included, at least 1
+    prompt_lengths: Int32  # [n]; tokens before the target, special ones included, at least 1
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,18 @@ class Examples:
         """int64[n]: tokens of each example."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, indices: Int64) -> Int64:
+        """int64 (len(indices),): tokens of these examples."""
+        return self.offsets[indices + 1] - self.offsets[indices]
+
     def tokens(self, example: int) -> Int32:
-        """The token ids of one example, bos to eos."""
+        """The token ids of one example."""
         return self.ids[self.offsets[example] : self.offsets[example + 1]]
+
+    def prompt(self, example: int) -> Int32:
+        """Those before the target."""
+        start = self.offsets[example]
+        return self.ids[start : start + self.prompt_lengths[example]]
 
 
 def examples_from(
@@ -118,16 +141,13 @@ def tokenize(
     places: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    kind: Writing,
 ) -> Tokens:
-    """Tokens of the rendered texts; an over-long example loses the front of its prompt, never of its target.
+    """Tokens of the rendered texts, at most `max_length` each.
 
-    places: where each row is, for the UserError about an empty target, one that does not fit, or an empty
-    prompt without a start token.
+    places: where each row is, for the UserError about an empty target or texts that make no example.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError("model.name: its tokenizer has no end-of-text token (eos), which every target ends with")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = [tokenizer.eos_token_id]
+    join = kind.join(tokenizer, max_length)
     ids: list[Int32] = []
     lengths = np.empty(len(prompts), np.int64)
     prompt_lengths = np.empty(len(prompts), np.int32)
@@ -137,25 +157,12 @@ def tokenize(
         encoded_prompts = _encode(tokenizer, list(distinct))
         pieces: list[list[int]] = []
         for number, target in enumerate(_encode(tokenizer, targets[chunk]), start):
-            if not target or not targets[number].strip():
+            if kind.has_target and (not target or not targets[number].strip()):
                 raise UserError(f"{places[number]}: data.target is empty here; leave the row out with data.where_not")
-            prompt = encoded_prompts[distinct[prompts[number]]]
-            room = max_length - len(bos) - len(target) - len(eos)
-            if room < 0 or (room == 0 and not bos):
-                raise UserError(
-                    f"{places[number]}: the target has {len(target)} tokens and does not fit in "
-                    f"data.max_length {max_length}; use at least {max_length - room + (not bos)}, "
-                    "or leave the row out"
-                )
-            prompt = prompt[max(len(prompt) - room, 0) :]
-            if not bos and not prompt:
-                raise UserError(
-                    f"{places[number]}: the prompt is empty and the tokenizer has no start token (bos): give "
-                    "data.prompt a text, so that something comes before the target"
-                )
-            pieces += (bos, prompt, target, eos)
-            prompt_lengths[number] = len(bos) + len(prompt)
-            lengths[number] = prompt_lengths[number] + len(target) + len(eos)
+            front, supervised = join(encoded_prompts[distinct[prompts[number]]], target, places[number])
+            pieces += (front, supervised)
+            prompt_lengths[number] = len(front)
+            lengths[number] = len(front) + len(supervised)
         ids.append(np.fromiter(chain.from_iterable(pieces), np.int32))
     offsets = np.zeros(len(prompts) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -168,23 +175,24 @@ def cached_tokens(
     places: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    kind: Writing,
     write: bool = True,
 ) -> tuple[Tokens, str | None]:
     """`tokenize`, from the cache where it has been done before, and a message where it could not be kept.
 
     write: whether to keep what was not there.
     """
-    digest = hashlib.sha256(f"{_FORMAT} {max_length} {tokenizer_content(tokenizer)}".encode())
+    digest = hashlib.sha256(f"{_FORMAT} {kind.name} {max_length} {tokenizer_content(tokenizer)}".encode())
     _update(digest, prompts)
     _update(digest, targets)
     try:
         folder = cache_dir() / digest.hexdigest()
     except RuntimeError as error:  # a user without a home directory
-        return tokenize(prompts, targets, places, tokenizer, max_length), f"tokens are not cached: {error}"
+        return tokenize(prompts, targets, places, tokenizer, max_length, kind), f"tokens are not cached: {error}"
     tokens = _load(folder, len(prompts))
     if tokens is not None:
         return tokens, None
-    tokens = tokenize(prompts, targets, places, tokenizer, max_length)
+    tokens = tokenize(prompts, targets, places, tokenizer, max_length, kind)
     if not write:
         return tokens, None
     try:

@@ -19,14 +19,12 @@ from numpy.typing import NDArray
 
 from fedhpc import registry
 from fedhpc.config import Evaluation
-from fedhpc.data.tokens import Examples, Tokens, examples_from, group_references
-from fedhpc.evaluation.generation import greedy
+from fedhpc.data.tokens import Examples, group_references
 from fedhpc.evaluation.metrics.base import Outputs
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Attached, Method
-from fedhpc.models import Base, max_positions
+from fedhpc.models import Base, autocast
 from fedhpc.rng import EVALUATION, generator
-from fedhpc.training.forward import autocast, hidden_states, make_batch, pad_id, token_losses
 from fedhpc.transport.base import Transport
 
 if TYPE_CHECKING:
@@ -79,7 +77,7 @@ def evaluate(
 
     For texts an item is a distinct prompt with all its references; as many as there are `indices` are drawn,
     and `samples` of them, evenly spaced, are kept. label_targets: the rendered target of every label, for
-    metrics on labels. ranks: those that share the work, all by default.
+    metrics on labels. ranks: those that share the work, all by default. Classifiers write no texts, so no samples.
     """
     started = time.perf_counter()
     modules = {name: registry.load("evaluation/metrics", name, "evaluation.metrics") for name in metrics}
@@ -92,7 +90,7 @@ def evaluate(
     if "losses" in needs:
         pairs = np.tile(indices, count)
         nll = work.losses(examples, pairs, np.repeat(np.arange(count), len(indices)))
-        sums, tokens = nll.reshape(count, -1).sum(axis=1), int(_supervised(examples, indices).sum())
+        sums, tokens = nll.reshape(count, -1).sum(axis=1), int(base.kind.supervised(examples, indices).sum())
         outputs |= {"nll_sum": float(sums.sum()), "tokens": count * tokens}
         per_payload = sums / tokens if count > 1 else None
     if "labels" in needs:
@@ -100,6 +98,7 @@ def evaluate(
             raise ValueError("metrics on labels need the examples' labels and a target for each of them")
         scores = work.label_scores(examples, indices, label_targets, np.arange(len(indices)) % count)
         outputs |= {"labels": examples.labels[indices].astype(np.int64), "predictions": scores.argmax(axis=1)}
+    samples = samples if "texts" in base.kind.answers else 0
     if "texts" in needs or samples:
         groups = group_references(examples)
         items = subset(len(groups), len(indices))
@@ -150,7 +149,9 @@ def client_evaluation(
     nll = work.losses(examples, indices, owner % len(payloads))
     if transport.rank != 0:
         return None
-    tokens = np.bincount(owner, weights=_supervised(examples, indices), minlength=len(clients)).astype(np.int64)
+    tokens = np.bincount(owner, weights=base.kind.supervised(examples, indices), minlength=len(clients)).astype(
+        np.int64
+    )
     sums = np.bincount(owner, weights=nll, minlength=len(clients))
     loss = np.divide(sums, tokens, out=np.full(len(clients), np.nan), where=tokens > 0)
     return {"client_id": np.array(clients, np.int64), "num_examples": sizes, "tokens": tokens, "loss": loss}
@@ -188,42 +189,31 @@ class _Work:
         return self._sum(slots)
 
     def label_scores(self, examples: Examples, indices: Int64, targets: Sequence[str], payload: Int64) -> Float64:
-        """Log-likelihood of every target (and eos) after the prompt of every example: (n, labels)."""
-        tokenizer = self.base.tokenizer
-        candidates = [
-            np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], np.int32)
-            for text in targets
-        ]
-        limit = max_positions(self.base)
-        # One row per example and label.
-        example, label = np.repeat(indices, len(targets)), np.tile(np.arange(len(targets)), len(indices))
-        payload = np.repeat(payload, len(targets))
-        slots = torch.zeros(len(example), dtype=torch.float64)
-        lengths = examples.prompt_lengths[example] + np.array([len(c) for c in candidates])[label]
-        for rows in self._batches(payload, lengths):
-            with self._attach(payload[rows]) as attached:
-                room = None if limit is None else limit - attached.virtual_length
-                prompts = [_prompt(examples, int(e)) for e in example[rows]]
-                answers = [candidates[c] for c in label[rows]]
-                slots[rows] = -self._nll(
-                    attached, _joined(prompts, answers, room, tokenizer.bos_token_id), np.arange(len(rows))
-                )
+        """Score of every label for every example, the higher the likelier: (n, labels)."""
+        kind = self.base.kind
+        rows = kind.label_rows(self.base, examples, indices, targets)
+        payload = np.repeat(payload, len(rows.example) // max(len(indices), 1))
+        slots = torch.zeros(len(rows.example), rows.width, dtype=torch.float64)
+        for part in self._batches(payload, rows.lengths):
+            with self._attach(payload[part]) as attached, torch.no_grad(), autocast(self.base, self.precision):
+                slots[part] = kind.label_scores(self.base, attached, examples, rows, part, targets)
         return self._sum(slots).reshape(len(indices), len(targets))
 
     def texts(self, examples: Examples, indices: Int64, payload: Int64, max_new_tokens: int) -> Int64:
         """Greedy continuations of the prompts of the examples: (n, max_new_tokens), -1 after the end."""
         slots = torch.zeros(len(indices), max_new_tokens, dtype=torch.int32)
         for rows in self._batches(payload, examples.prompt_lengths[indices]):
-            prompts = [_prompt(examples, int(i)) for i in indices[rows]]
+            prompts = [examples.prompt(int(i)) for i in indices[rows]]
             with self._attach(payload[rows]) as attached, torch.no_grad(), autocast(self.base, self.precision):
                 # Plus one: an empty slot is 0.
-                slots[rows] = greedy(self.base, attached, prompts, max_new_tokens).to("cpu", torch.int32) + 1
+                generated = self.base.kind.generate(self.base, attached, prompts, max_new_tokens)
+                slots[rows] = generated.to("cpu", torch.int32) + 1
         return self._sum(slots).astype(np.int64) - 1
 
     def _nll(self, attached: Attached, examples: Examples, indices: Int64) -> Tensor:
-        batch = make_batch(examples, indices, pad_id(self.base), self.base.device)
+        batch = self.base.kind.batch(self.base, examples, indices)
         with torch.no_grad(), autocast(self.base, self.precision):
-            losses = token_losses(self.base, hidden_states(self.base, attached, batch.ids), batch)
+            losses = self.base.kind.losses(self.base, attached, batch)
         row = np.repeat(np.arange(len(indices)), batch.supervised)
         sums = np.bincount(row, weights=losses.to("cpu", torch.float64).numpy(), minlength=len(indices))
         return torch.from_numpy(sums)
@@ -263,29 +253,6 @@ class _Work:
         self.transport.reduce_sum(slots)
         summed: NDArray[Any] = slots.numpy()
         return summed
-
-
-def _prompt(examples: Examples, example: int) -> Int32:
-    start = examples.offsets[example]
-    return examples.ids[start : start + examples.prompt_lengths[example]]
-
-
-def _supervised(examples: Examples, indices: Int64) -> Int64:
-    """Supervised tokens of each example (n,); the first token of a text cannot be predicted."""
-    return examples.lengths[indices] - np.maximum(examples.prompt_lengths[indices], 1)
-
-
-def _joined(prompts: Sequence[Int32], answers: Sequence[Int32], room: int | None, bos: int | None) -> Examples:
-    """Each prompt with its answer; one longer than `room` tokens loses the front of its prompt, but for the bos."""
-    cut = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        excess = 0 if room is None else max(len(prompt) + len(answer) - room, 0)
-        first = 1 if excess and prompt[0] == bos else 0
-        cut.append(np.concatenate([prompt[:first], prompt[first + excess :]]))
-    lengths = [len(prompt) + len(answer) for prompt, answer in zip(cut, answers, strict=True)]
-    ids = np.concatenate([part for pair in zip(cut, answers, strict=True) for part in pair])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return examples_from(Tokens(ids, offsets, np.array([len(prompt) for prompt in cut], np.int32)))
 
 
 def _decode(base: Base, ids: Int64) -> str:

@@ -19,9 +19,10 @@ else:
 def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
     """Path -> linear layer whose path ends with one of `names`, in the model's order, as PEFT matches them.
 
-    UserError with the names that there are where one matches nothing.
+    The head, which is trained as it is, does not count. UserError with the names that there are where one matches
+    nothing.
     """
-    linear = {path: module for path, module in base.model.named_modules() if features(module)}
+    linear = {path: module for path, module in base.model.named_modules() if features(module) and path not in base.head}
     for name in names:
         if not any(_ends(path, name) for path in linear):
             there = sorted({path.rsplit(".", 1)[-1] for path in linear})

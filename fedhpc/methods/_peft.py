@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 def virtual_tokens(prompt: Tensor, base: models.Base) -> dict[str, Any]:
     """The keys that PEFT's soft prompts (n, D) have in common."""
     return {
-        "task_type": "CAUSAL_LM",
         "num_virtual_tokens": prompt.shape[0],
         "token_dim": prompt.shape[1],
         "num_layers": base.num_layers,
@@ -27,14 +26,30 @@ def virtual_tokens(prompt: Tensor, base: models.Base) -> dict[str, Any]:
 
 def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: models.Base) -> None:
     """adapter_config.json and adapter_model.safetensors in the folder `path`, on the CPU, contiguous."""
-    from safetensors.torch import save_file
-
     path.mkdir(parents=True, exist_ok=True)
     source = str(models.BUILTIN) if base.name == "builtin" else base.name
-    full = {**config, "base_model_name_or_path": source, "inference_mode": True}
+    full = {"task_type": base.kind.task_type, **config, "base_model_name_or_path": source, "inference_mode": True}
     (path / "adapter_config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
-    save_file(
-        {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()},
-        path / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    _save(path, tensors)
+
+
+def add_modules(path: Path, tensors: Mapping[str, Tensor], base: models.Base) -> None:
+    """Put layers of the base itself, trained beside the method, into the adapter in `path` (modules_to_save)."""
+    from safetensors.torch import load_file
+
+    file = path / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    backbone = f"{base.model.base_model_prefix}."
+    # PEFT saves modules whole: what is behind the encoder by the name it has there, and single layers within it.
+    config["modules_to_save"] = sorted({p if p.startswith(backbone) else p.split(".")[0] for p in base.head})
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # PEFT wraps the model once for soft prompts and twice for layers; our own adapters wrap nothing.
+    wrapped = "base_model." if "num_virtual_tokens" in config else "base_model.model." if "peft_type" in config else ""
+    _save(path, load_file(path / "adapter_model.safetensors") | {f"{wrapped}{n}": t for n, t in tensors.items()})
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    save_file(plain, path / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -164,7 +164,9 @@ def load(model: Any, path: str | Path) -> Any:
     if config.get("format") != FORMAT:
         raise UserError(f"{folder}: is not an export of method adapter; PEFT's adapters load with peft.PeftModel")
     tensors = load_file(folder / "adapter_model.safetensors")
-    modules = dict(model.named_modules())
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for name in [name for name in tensors if ".adapter." not in name]:  # a head that was trained beside them
+        parameters[name].data.copy_(tensors.pop(name))
     for path in dict.fromkeys(name.split(".adapter.")[0] for name in tensors):
         parts = {part: tensors[f"{path}.adapter.{part}"] for part in _PARTS}
         m, width = parts["down.weight"].shape

@@ -12,10 +12,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedhpc.kinds.base import Attached as Attached
 from fedhpc.payload import Layout
 
 if TYPE_CHECKING:
@@ -24,25 +24,6 @@ if TYPE_CHECKING:
     from fedhpc.models import Base
 
     Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Attached:
-    """What an attached method adds to the inputs of the base.
-
-    past: per layer (key, value), each (B, kv_heads, n, head_dim), or empty.
-    embeddings: (B, n, D) in front of the embedded text, or None.
-    """
-
-    past: tuple[tuple[Tensor, Tensor], ...] = ()
-    embeddings: Tensor | None = None
-
-    @property
-    def virtual_length(self) -> int:
-        """n, the number of virtual positions in front of the text."""
-        if self.embeddings is not None:
-            return int(self.embeddings.shape[1])
-        return int(self.past[0][0].shape[2]) if self.past else 0
 
 
 class Method(ABC):

@@ -31,6 +31,14 @@ _LAYERS = {
     "gpt2": (["c_attn"], ["mlp.c_proj"]),
     "gpt_neox": (["query_key_value"], ["dense_4h_to_h"]),
     "opt": (["k_proj", "v_proj"], ["fc2"]),
+    "bart": (["q_proj", "v_proj"], ["fc2"]),
+    "bert": (["key", "value"], ["output.dense"]),
+    "roberta": (["key", "value"], ["output.dense"]),
+    "xlm-roberta": (["key", "value"], ["output.dense"]),
+    "electra": (["key", "value"], ["output.dense"]),
+    "distilbert": (["k_lin", "v_lin"], ["lin2"]),
+    "t5": (["k", "v"], ["wo"]),
+    "mt5": (["k", "v"], ["wo"]),
 }
 _USUAL_LAYERS = (["k_proj", "v_proj"], ["down_proj"])
 
@@ -91,7 +99,6 @@ class IA3(Method):
         outputs, inputs = self._names
         config = {
             "peft_type": "IA3",
-            "task_type": "CAUSAL_LM",
             "target_modules": [*outputs, *inputs],
             "feedforward_modules": inputs,
             "fan_in_fan_out": any(is_conv1d(m) for m, _ in self._modules.values()),

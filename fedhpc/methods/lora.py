@@ -34,7 +34,18 @@ else:
     torch = lazy("torch")
 
 # The attention projections that the paper adapts (section 4.2), by model_type.
-_TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "bloom": ["query_key_value"]}
+_TARGETS = {
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value"],
+    "bloom": ["query_key_value"],
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "xlm-roberta": ["query", "value"],
+    "electra": ["query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "t5": ["q", "v"],
+    "mt5": ["q", "v"],
+}
 _USUAL_TARGETS = ["q_proj", "v_proj"]
 
 
@@ -148,7 +159,6 @@ class Lora(Method):
 
         config = {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
             "r": self.options.rank,
             "lora_alpha": self.options.alpha,
             "lora_dropout": self.options.dropout,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ from fedhpc.rng import torch_seed
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc.models import Base
 else:
     torch = lazy("torch")
 
@@ -49,6 +51,10 @@ class Options(Section):
 
 class Prefix(Method):
     """See the module."""
+
+    def __init__(self, options: Any, base: Base, seed: int) -> None:
+        super().__init__(options, base, seed)
+        base.kind.check_past(base)
 
     @property
     def _width(self) -> int:
@@ -130,7 +136,6 @@ class Prefix(Method):
             prefix = self.prefix(self.start(lead), lead)[0]
         config = {
             "peft_type": "PREFIX_TUNING",
-            "task_type": "CAUSAL_LM",
             "num_virtual_tokens": self.options.num_virtual_tokens,
             "num_layers": self.base.num_layers,
             "num_attention_heads": self.base.num_kv_heads,
@@ -165,11 +170,7 @@ class Prefix(Method):
     def _activations(self) -> Tensor:
         n = self.options.num_virtual_tokens
         ids = first_tokens(self.base, self.options.init_text, n)
-        with torch.no_grad():
-            cache = self.base.model.base_model(
-                input_ids=torch.tensor([ids], device=self.base.device), use_cache=True
-            ).past_key_values
-        layers = [t for layer in cache.layers for t in (layer.keys[0], layer.values[0])]  # each (H, n, d)
+        layers = self.base.kind.activations(self.base, ids)  # each (H, n, d)
         dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
         stacked = torch.stack(layers).to("cpu", dtype)  # (2L, H, n, d)
         return stacked.permute(2, 0, 1, 3).reshape(n, self._width).contiguous()

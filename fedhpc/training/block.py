@@ -22,11 +22,11 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.data.tokens import Examples
+from fedhpc.kinds.base import Batch
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
-from fedhpc.models import Base
+from fedhpc.models import Base, autocast
 from fedhpc.rng import bits, torch_seed
-from fedhpc.training.forward import Batch, autocast, backward, hidden_states, make_batch, pad_id
 from fedhpc.training.local import batches, learning_rates
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def train_block(
     for s in range(int(steps.max(initial=0))):
         active = int((steps > s).sum())
         picked = [works[order[i]].indices[plans[order[i]][s]] for i in range(active)]
-        step_tokens = _supervised(examples, picked)
+        step_tokens = np.array([base.kind.supervised(examples, rows).sum() for rows in picked], dtype=np.int64)
         step_loss = torch.zeros(active, dtype=torch.float64, device=device)
         gradient[:active].zero_()
         for batch, owner, place in _micro_batches(base, examples, picked):
@@ -139,8 +139,8 @@ def train_block(
                 autocast(base, config.runtime.precision),
                 method.attach(method.state.views(theta), lead, rows, noise) as attached,
             ):
-                hidden = hidden_states(base, attached, batch.ids)
-                losses = backward(base, hidden, batch, torch.from_numpy(weights).to(device, theta.dtype), scale)
+                row_weights = torch.from_numpy(weights).to(device, theta.dtype)
+                losses = base.kind.backward(base, attached, batch, row_weights, scale)
             step_loss.index_add_(0, rows.index_select(0, batch.row), losses.double())
             padded_tokens += batch.tokens - batch.real_tokens
             input_tokens += batch.tokens
@@ -196,13 +196,6 @@ def train_block(
     )
 
 
-def _supervised(examples: Examples, picked: Sequence[np.ndarray]) -> np.ndarray:
-    """Supervised tokens of each client's step: int64 (K,)."""
-    # The first token of a row has nothing in front of it and cannot be predicted (see make_batch).
-    tokens = examples.offsets[1:] - examples.offsets[:-1] - np.maximum(examples.prompt_lengths, 1)
-    return np.array([tokens[rows].sum() for rows in picked], dtype=np.int64)
-
-
 def _micro_batches(
     base: Base, examples: Examples, picked: Sequence[np.ndarray]
 ) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
@@ -212,13 +205,12 @@ def _micro_batches(
     """
     rows = np.concatenate(picked)
     owner = np.repeat(np.arange(len(picked)), [len(p) for p in picked])
-    lengths = examples.offsets[rows + 1] - examples.offsets[rows]
+    lengths = examples.lengths_of(rows)
     order = np.argsort(lengths, kind="stable")
     place = np.concatenate([np.arange(len(p)) for p in picked])
     rows, owner, place = rows[order], owner[order], place[order]
     cuts = cut_by_length(lengths[order], _FORWARD_COST_TOKENS[base.device.type])
-    fill = pad_id(base)
-    return [(make_batch(examples, rows[a:b], fill, base.device), owner[a:b], place[a:b]) for a, b in pairwise(cuts)]
+    return [(base.kind.batch(base, examples, rows[a:b]), owner[a:b], place[a:b]) for a, b in pairwise(cuts)]
 
 
 def cut_by_length(lengths: np.ndarray, forward_cost: int) -> list[int]:

@@ -1,0 +1,145 @@
+"""What kinds have in common whose loss is on the tokens of a target: logits exist at supervised positions only."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedhpc.data.tokens import Examples, Tokens, examples_from
+from fedhpc.errors import UserError
+from fedhpc.kinds.base import Attached, Batch, Int64, Kind, LabelRows, Loaded
+from fedhpc.lazy import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+# Logits of more supervised tokens than fit in so many elements are computed and differentiated piece by piece.
+_LOGITS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class TokenBatch(Batch):
+    """A batch with a loss on tokens."""
+
+    ids: Tensor  # int64 (B, T)
+    positions: Tensor  # int64 (S,): b * T + t of the hidden state that predicts each supervised token
+    targets: Tensor  # int64 (S,)
+
+
+class TokenKind(Kind):
+    """A kind whose model writes: the loss is on the target's tokens, a label is scored by its likelihood."""
+
+    @abstractmethod
+    def answer_ids(self, tokenizer: Any, ids: Sequence[int]) -> list[int]:
+        """The supervised tokens of a target: its own `ids` and what ends (and starts) it."""
+
+    @abstractmethod
+    def hidden(self, base: Loaded, attached: Attached, batch: Any) -> Tensor:
+        """Last hidden states (B, T, D) of the tokens that predict, each row behind its own virtual positions."""
+
+    @abstractmethod
+    def logits(self, base: Loaded, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., vocabulary)."""
+
+    @abstractmethod
+    def with_answers(
+        self, base: Loaded, attached: Attached, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+    ) -> Examples:
+        """Each prompt with its answer as an example that fits behind what is attached."""
+
+    def losses(self, base: Loaded, attached: Attached, batch: TokenBatch) -> Tensor:
+        """See the base class."""
+        hidden = self.hidden(base, attached, batch)
+        selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
+        pieces = [
+            self._cross_entropy(base, part, target)
+            for part, target in zip(*_pieces(base, selected, batch.targets), strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def backward(
+        self, base: Loaded, attached: Attached, batch: TokenBatch, row_weights: Tensor, scale: float = 1.0
+    ) -> Tensor:
+        """See the base class. The logits exist for a piece of the tokens at a time."""
+        hidden = self.hidden(base, attached, batch)
+        selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
+        weights = row_weights.index_select(0, batch.row) * scale
+        if len(_pieces(base, selected, batch.targets)[0]) == 1:
+            losses = self._cross_entropy(base, selected, batch.targets)
+            (losses * weights).sum().backward()
+            return losses.detach()
+        leaf = selected.detach().requires_grad_()
+        pieces, done = [], 0
+        for part, target in zip(*_pieces(base, leaf, batch.targets), strict=True):
+            losses = self._cross_entropy(base, part, target)
+            (losses * weights[done : done + len(target)]).sum().backward()
+            pieces.append(losses.detach())
+            done += len(target)
+        selected.backward(leaf.grad)
+        return torch.cat(pieces)
+
+    def label_rows(self, base: Loaded, examples: Examples, indices: Int64, targets: Sequence[str]) -> LabelRows:
+        """One row per example and label."""
+        sizes = np.array([len(answer) for answer in self._answers(base, targets)])
+        example, label = np.repeat(indices, len(targets)), np.tile(np.arange(len(targets)), len(indices))
+        return LabelRows(example, label, examples.prompt_lengths[example] + sizes[label], 1)
+
+    def label_scores(
+        self, base: Loaded, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
+    ) -> Tensor:
+        """Log-likelihood of the target (and its end) after the prompt: (len(part), 1)."""
+        candidates = self._answers(base, targets)
+        prompts = [examples.prompt(int(e)) for e in rows.example[part]]
+        answers = [candidates[c] for c in rows.label[part]]
+        joined = self.with_answers(base, attached, prompts, answers)
+        batch: Any = self.batch(base, joined, np.arange(len(part)))
+        losses = self.losses(base, attached, batch).to("cpu", torch.float64)
+        scores = torch.zeros(len(part), dtype=torch.float64)
+        return -scores.index_add(0, batch.row.cpu(), losses).unsqueeze(1)
+
+    def _answers(self, base: Loaded, targets: Sequence[str]) -> list[np.ndarray]:
+        tokenizer = base.tokenizer
+        plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in targets]
+        return [np.array(self.answer_ids(tokenizer, ids), np.int32) for ids in plain]
+
+    def _cross_entropy(self, base: Loaded, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(base, hidden)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    def require_same_logits(self, base: Loaded, own: Tensor, ours: Tensor) -> None:
+        """The model's own logits must equal ours, or losses would be silently wrong."""
+        if not torch.allclose(own.float(), ours.float(), atol=1e-3, rtol=1e-3):
+            raise UserError(
+                f"model.name: '{base.name}' ({base.model.config.model_type}) changes its logits after the output "
+                "layer in a way that fedhpc does not know"
+            )
+
+
+def joined(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> Examples:
+    """Examples of prompts, each with its answer."""
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = np.concatenate([part for pair in zip(prompts, answers, strict=True) for part in pair])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return examples_from(Tokens(ids, offsets, np.array([len(prompt) for prompt in prompts], np.int32)))
+
+
+def require_eos(tokenizer: Any) -> int:
+    """The id that ends a target. UserError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.name: its tokenizer has no end-of-text token (eos), which every target ends with")
+    return int(tokenizer.eos_token_id)
+
+
+def _pieces(base: Loaded, selected: Tensor, targets: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    vocabulary = base.model.get_output_embeddings().weight.shape[0]
+    size = max(1, _LOGITS_AT_ONCE // vocabulary)
+    return selected.split(size), targets.split(size)

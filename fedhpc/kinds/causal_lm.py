@@ -1,0 +1,230 @@
+"""Decoder-only language models: `[bos] prompt target [eos]` in one row, the loss on the target only.
+
+Rows are right-padded. A causal model never looks to the right, so training needs no padding mask at all; the last
+token of a row is a target only, so it is not an input. A label is scored by the likelihood of its target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedhpc.data.tokens import Examples, Join
+from fedhpc.errors import UserError
+from fedhpc.kinds._tokens import TokenBatch, TokenKind, joined, require_eos
+from fedhpc.kinds.base import Attached, Int64, Loaded, Sizes, in_mapping, pad_id
+from fedhpc.lazy import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+
+class CausalLM(TokenKind):
+    """See the module.
+
+    Any Hugging Face model whose logits are `output_embeddings(last_hidden_state)`, with an optional soft cap or
+    scale (checked when it is loaded).
+    """
+
+    name = "causal_lm"
+    needs = "a decoder-only language model"
+    auto_class = "AutoModelForCausalLM"
+    task_type = "CAUSAL_LM"
+
+    def fits(self, config: Any) -> bool:
+        """Whether it is a decoder and nothing else: BERT's class for language modelling is one only if it says so."""
+        encoder = in_mapping("AutoModelForMaskedLM", config) and not getattr(config, "is_decoder", False)
+        return in_mapping(self.auto_class, config) and not encoder and not getattr(config, "is_encoder_decoder", False)
+
+    # ---- data
+
+    def join(self, tokenizer: Any, max_length: int) -> Join:
+        """`[bos] prompt target [eos]`; an over-long example loses the front of its prompt, never of its target."""
+        eos = require_eos(tokenizer)
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+        def join(prompt: list[int], target: list[int], place: str) -> tuple[list[int], list[int]]:
+            room = max_length - len(bos) - len(target) - 1
+            if room < 0 or (room == 0 and not bos):
+                raise UserError(
+                    f"{place}: the target has {len(target)} tokens and does not fit in "
+                    f"data.max_length {max_length}; use at least {max_length - room + (not bos)}, "
+                    "or leave the row out"
+                )
+            prompt = prompt[max(len(prompt) - room, 0) :]
+            if not bos and not prompt:
+                raise UserError(
+                    f"{place}: the prompt is empty and the tokenizer has no start token (bos): give "
+                    "data.prompt a text, so that something comes before the target"
+                )
+            return bos + prompt, [*target, eos]
+
+        return join
+
+    def answer_ids(self, tokenizer: Any, ids: Sequence[int]) -> list[int]:
+        """The target and eos."""
+        return [*ids, require_eos(tokenizer)]
+
+    def supervised(self, examples: Examples, indices: Int64) -> Int64:
+        """Target and eos. Nothing stands in front of the first token of a row, so it cannot be predicted."""
+        return examples.lengths_of(indices) - np.maximum(examples.prompt_lengths[indices], 1)
+
+    def batch(self, base: Loaded, examples: Examples, indices: Int64) -> TokenBatch:
+        """See the base class."""
+        starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
+        lengths = (ends - starts).astype(np.int64)
+        # Nothing stands in front of the first token, so it cannot be predicted even if there is no prompt.
+        first = np.maximum(examples.prompt_lengths[indices].astype(np.int64), 1)
+        width = max(int(lengths.max()) - 1, 1)
+        ids = np.full((len(indices), width), pad_id(base), dtype=np.int64)
+        positions, targets, supervised = [], [], lengths - first
+        for b in range(len(indices)):
+            tokens = examples.ids[starts[b] : ends[b]]
+            ids[b, : lengths[b] - 1] = tokens[:-1]
+            positions.append(np.arange(first[b] - 1, lengths[b] - 1) + b * width)
+            targets.append(tokens[first[b] :])
+        row = np.repeat(np.arange(len(indices)), supervised)
+        device = base.device
+        return TokenBatch(
+            ids=torch.from_numpy(ids).to(device, non_blocking=True),
+            positions=torch.from_numpy(np.concatenate(positions)).to(device, non_blocking=True),
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device, non_blocking=True),
+            row=torch.from_numpy(row).to(device, non_blocking=True),
+            supervised=supervised,
+            tokens=int(ids.size),
+            real_tokens=int((lengths - 1).sum()),
+        )
+
+    def with_answers(
+        self, base: Loaded, attached: Attached, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+    ) -> Examples:
+        """A row that is longer than the model's positions loses the front of its prompt, but for the bos."""
+        limit, bos = self.max_positions(base), base.tokenizer.bos_token_id
+        cut = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            excess = 0 if limit is None else len(prompt) + len(answer) - (limit - attached.virtual_length)
+            first = 1 if excess > 0 and prompt[0] == bos else 0
+            cut.append(np.concatenate([prompt[:first], prompt[first + max(excess, 0) :]]))
+        return joined(cut, answers)
+
+    # ---- the model
+
+    def sizes(self, config: Any) -> Sizes:
+        """See the base class."""
+        text = config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        return Sizes(
+            num_layers=text.num_hidden_layers,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            hidden_size=text.hidden_size,
+        )
+
+    def max_positions(self, base: Loaded) -> int | None:
+        """See the base class."""
+        limit = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    def logits(self, base: Loaded, hidden: Tensor) -> Tensor:
+        """See the base class."""
+        logits: Tensor = base.model.get_output_embeddings()(hidden)
+        config = base.model.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / scaling
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = (logits / cap).tanh() * cap
+        return logits
+
+    def check_model(self, base: Loaded) -> None:
+        """See the base class."""
+        ids = torch.tensor([[1, 2, 3]], device=base.device) % base.model.config.get_text_config().vocab_size
+        with torch.inference_mode():
+            own = base.model(input_ids=ids, use_cache=False).logits
+            ours = self.logits(base, base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        self.require_same_logits(base, own, ours)
+
+    def activations(self, base: Loaded, ids: Sequence[int]) -> list[Tensor]:
+        """See the base class."""
+        with torch.no_grad():
+            cache = base.model.base_model(
+                input_ids=torch.tensor([ids], device=base.device), use_cache=True
+            ).past_key_values
+        return [t for layer in cache.layers for t in (layer.keys[0], layer.values[0])]
+
+    def hidden(self, base: Loaded, attached: Attached, batch: TokenBatch) -> Tensor:
+        """See the base class."""
+        return hidden_states(base, attached, batch.ids)
+
+    # ---- answers
+
+    def generate(self, base: Loaded, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
+        """See the base class.
+
+        Prompts are left-padded, so that all rows go on in the same column; the attention mask hides the padding, and
+        the first real token of a row has position n, behind its n virtual ones, as in training. So a row's text does
+        not depend on the other rows of its batch.
+        """
+        from transformers import DynamicCache
+
+        n, device = attached.virtual_length, base.device
+        lengths = np.array([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
+        padding = width - lengths
+        ids_ = np.full((len(prompts), width), pad_id(base), np.int64)
+        mask_ = np.ones((len(prompts), n + width), np.int64)
+        for b, prompt in enumerate(prompts):
+            ids_[b, padding[b] :] = prompt
+            mask_[b, n : n + padding[b]] = 0
+        positions_ = n + (np.arange(width) - padding[:, None]).clip(min=0)
+        ids, mask, positions = (torch.from_numpy(array).to(device) for array in (ids_, mask_, positions_))
+
+        limit = self.max_positions(base)
+        cache = DynamicCache(list(attached.past)) if attached.past else DynamicCache()
+        generated = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        embed = base.model.get_input_embeddings()
+        for step in range(max_new_tokens):
+            inputs = embed(ids)
+            if step == 0 and attached.embeddings is not None:
+                inputs = torch.cat([attached.embeddings, inputs], dim=1)
+                positions = torch.cat([torch.arange(n, device=device).expand(len(prompts), -1), positions], dim=1)
+            hidden = base.model.base_model(
+                inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
+            chosen = self.logits(base, hidden).argmax(dim=-1)
+            ended |= chosen == base.tokenizer.eos_token_id
+            generated[:, step] = torch.where(ended, -1, chosen)
+            positions = positions[:, -1:] + 1
+            if limit is not None:
+                ended |= positions[:, 0] >= limit
+                positions = positions.clamp(max=limit - 1)  # ended rows go along until the last one ends
+            if bool(ended.all()):
+                break
+            ids = chosen.unsqueeze(1)
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        return generated
+
+
+def hidden_states(base: Loaded, attached: Attached, ids: Tensor) -> Tensor:
+    """Last hidden states (B, T, D) of ids (B, T), each row behind its own virtual positions."""
+    from transformers import DynamicCache
+
+    if attached.embeddings is not None:
+        inputs = torch.cat([attached.embeddings, base.model.get_input_embeddings()(ids)], dim=1)
+        whole: Tensor = base.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        return whole[:, attached.virtual_length :]
+    cache = DynamicCache(list(attached.past)) if attached.past else None
+    hidden: Tensor = base.model.base_model(
+        input_ids=ids, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
+    return hidden
+
+
+KIND = CausalLM()

