@@ -324,7 +324,6 @@ def test_a_federation_of_classifiers(texts: Path, tmp_path: Path, name: str) -> 
     assert any(n.startswith("classifier") for n in wanted)
     rounds, test = table(tmp_path / "one", "rounds"), table(tmp_path / "one", "test")
     assert abs(rounds["eval_loss"][-1] - rounds["eval_loss"][0]) > 0.05
-    assert rounds["tokens"][1] == table(tmp_path / "one", "clients")["steps"][:4].sum() * 4  # examples
 
     auto, adapter = tf.AutoModelForSequenceClassification, tmp_path / "one" / "adapter"
     tokenizer = tf.AutoTokenizer.from_pretrained(texts / "bert")
@@ -338,7 +337,8 @@ def test_a_federation_of_classifiers(texts: Path, tmp_path: Path, name: str) -> 
     losses = []
     for line in lines:
         inputs = tokenizer(line["mr"], return_tensors="pt", truncation=True, max_length=24)
-        logits = model.float().eval()(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
+        with torch.no_grad():
+            logits = model.float().eval()(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
         losses.append(float(-logits.log_softmax(-1)[0, names.index(line["label"])]))
     assert np.mean(losses) == pytest.approx(float(test["loss"]), abs=1e-5)
 
@@ -353,8 +353,8 @@ def test_minilm_learns_trec(shared: Path, tmp_path: Path) -> None:
         "data": {"source": str(shared / "data" / "trec"), "prompt": "{text}", "label": "label", "max_length": 32},
         "partition": {"name": "dirichlet", "num_clients": 20, "alpha": 1.0},
         "method": {"name": "lora", "rank": 4},
-        "federation": {"rounds": 2, "cohort_size": 2},
-        "client": {"optimizer": "adamw", "lr": 0.005, "batch_size": 8, "steps": 6},
+        "federation": {"rounds": 2, "cohort_size": 4},
+        "client": {"optimizer": "adamw", "lr": 0.01, "batch_size": 8, "steps": 6},
         "evaluation": {"every": 2, "metrics": ["loss", "accuracy"], "max_examples": 64},
     }
     federate(federations.settings(tmp_path, raw))
