@@ -16,6 +16,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Literal, NoReturn
 
@@ -25,6 +26,7 @@ from fedhpc.config import Config
 from fedhpc.errors import UserError
 
 DONE, FAILED, REFUSED = 0, 1, 2
+_SPEAKER_FIRST_S = 5.0  # a launcher that sees one rank leave ends the others: the one that says why goes first
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if speaks:
             print(f"fedhpc: error: {error}" if rank == 0 else f"fedhpc: rank {rank}: {error}", file=sys.stderr)
+        else:
+            time.sleep(_SPEAKER_FIRST_S)
         return REFUSED
     return _run(config, launch, options)
 
@@ -93,6 +97,8 @@ def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) ->
         except UserError as error:
             if launch.local_rank == 0:
                 print(f"fedhpc: error: {error}", file=sys.stderr)
+            else:
+                time.sleep(_SPEAKER_FIRST_S)
             return REFUSED
 
     writing = threading.Lock()
