@@ -1,11 +1,15 @@
 """Tables and plots of one run, or a comparison of several.
 
-    python -m fedhpc.report RUN [RUN ...] [--out DIR] [--baseline NAME]
+    python -m fedhpc.report RUN [RUN ...] [--out DIR] [--baseline NAME] [--target-loss X] [--axis KEY ...]
 
 RUN is a run directory or a results.h5, finished or not. One run is reported into RUN/report, several into
 ./comparison: Markdown, CSV and PNG. Runs that differ only in their seed are one group, shown as mean ± half the width
 of the 95 % confidence interval of the mean (Student's t). Groups with seeds in common are compared seed by seed as
 well: what the seeds share, like the split of the data, drops out of the differences.
+
+--target-loss adds what each group spent until its validation loss was at most X, and a projection of its bytes to
+slower links (fedhpc/costs.py). --axis, which can be given several times, adds test results along a configuration key:
+a line for each set of runs that differ in it alone, and the changes from the reference, the value that most runs have.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedhpc import costs
 from fedhpc.config import parse_yaml
 from fedhpc.errors import UserError, nearest
 from fedhpc.progress import duration
@@ -112,6 +117,19 @@ class Run:
         return float((self.rounds["bytes_down"].sum() + self.rounds["bytes_up"].sum()) / clients)
 
     @property
+    def bytes_per_round(self) -> float:
+        """Protocol bytes of a round, both ways."""
+        return float(
+            (self.rounds["bytes_down"].sum() + self.rounds["bytes_up"].sum()) / max(self.results.num_rounds, 1)
+        )
+
+    @property
+    def last_loss(self) -> float:
+        """The last validation loss; NaN without any."""
+        known = self.rounds["eval_loss"][~np.isnan(self.rounds["eval_loss"])]
+        return float(known[-1]) if len(known) else math.nan
+
+    @property
     def seconds(self) -> float:
         return float(self.results.attributes.get("wall_seconds", np.nansum(self.rounds["seconds"])))
 
@@ -159,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory or its results.h5")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where Markdown, CSV and PNG files go")
     parser.add_argument("--baseline", metavar="NAME", help="row that the others are compared with; the first one")
+    parser.add_argument("--target-loss", type=float, metavar="X", help="what was spent to get to this validation loss")
+    parser.add_argument("--axis", action="append", default=[], metavar="KEY", help="results along a configuration key")
     options = parser.parse_args(arguments)
     screen = console()
     try:
@@ -166,9 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or (runs[0].directory / "report" if len(runs) == 1 else Path("comparison"))
         try:
             out.mkdir(parents=True, exist_ok=True)
-            written = (
-                report_run(runs[0], out, screen) if len(runs) == 1 else compare(runs, out, screen, options.baseline)
-            )
+            if len(runs) == 1 and options.target_loss is None:
+                written = report_run(runs[0], out, screen)
+            else:
+                written = compare(runs, out, screen, options.baseline, options.target_loss, options.axis)
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
     except UserError as error:
@@ -305,21 +326,38 @@ def _samples(run: Run) -> Grid:
 # ---------------------------------------------------------------- several runs
 
 
-def compare(runs: Sequence[Run], out: Path, console: Console, baseline: str | None = None) -> list[Path]:
+def compare(
+    runs: Sequence[Run],
+    out: Path,
+    console: Console,
+    baseline: str | None = None,
+    target: float | None = None,
+    axes: Sequence[str] = (),
+) -> list[Path]:
     """The comparison on the terminal; comparison.md, CSV files and plots in `out`. The paths written.
 
-    `baseline` is the label of the group that the others are compared with, the first one by default. UserError where
-    there is no such group.
+    `baseline` is the label of the group that the others are compared with, the first one by default; `target` a
+    validation loss; `axes` keys of the configuration. UserError where there is no such group or no such axis.
     """
     groups = grouped(runs)
+    lines = [line for key in axes for line in along(runs, key)]
     grids = [comparison(groups, "Test results")]
     reference, differing = paired_differences(groups, baseline)
-    if baseline is not None or any(len(values) > 1 for _, _, values in differing):
+    paired = baseline is not None or any(len(values) > 1 for _, _, values in differing)
+    if paired:
         grids.append(_differences(reference, differing))
+    if target is not None:
+        grids += [_efficiency(groups, target), _projection(groups, target)]
+    grids += [_changes(key, [line for line in lines if line.key == key]) for key in axes]
     for grid in grids:
         console.print(grid.rich())
     written = []
-    for name, plot in (("eval_loss.png", _compared_loss(groups)), ("test.png", _compared_test(groups))):
+    plots = [
+        ("eval_loss.png", _compared_loss(groups)),
+        ("test.png", _compared_test(groups)),
+        ("axes.png", _plotted_axes(axes, lines)),
+    ]
+    for name, plot in plots:
         if plot is not None:
             plot.savefig(out / name, dpi=150)
             written.append(out / name)
@@ -329,8 +367,12 @@ def compare(runs: Sequence[Run], out: Path, console: Console, baseline: str | No
     tables = "\n".join(grid.markdown() for grid in grids)
     written.append(_write(out / "comparison.md", f"{tables}\n{note}\n{images}\nRuns:\n\n{sources}\n"))
     written.append(_write(out / "comparison.csv", _comparison_csv(groups)))
-    if len(grids) > 1:
+    if paired:
         written.append(_write(out / "differences.csv", _differences_csv(reference, differing)))
+    if target is not None:
+        written.append(_write(out / "efficiency.csv", _efficiency_csv(groups, target)))
+    if lines:
+        written.append(_write(out / "axes.csv", _axes_csv(lines)))
     return written
 
 
@@ -428,6 +470,173 @@ def _differences_csv(reference: Group, differing: Sequence[tuple[Group, str, np.
         row = {"group": group.label, "baseline": reference.label, "metric": name, "seeds": len(values)}
         for key, value in {**row, "mean": mean, "low": mean - half, "high": mean + half}.items():
             columns.setdefault(key, []).append(value)
+    return _csv(columns)
+
+
+# ---------------------------------------------------------------- efficiency
+
+
+def _efficiency(groups: Sequence[Group], target: float) -> Grid:
+    """Costs of a group; those to the target only where every seed got there."""
+    rows = []
+    for g in groups:
+        spent = [costs.until(run.rounds, target) for run in g.runs]
+        reached = [s for s in spent if s is not None]
+        there = reached if len(reached) == len(spent) else []
+        federated = g.runs[0].mode == "federated"
+        rows.append(
+            [
+                g.label,
+                _count(g.runs[0].parameters),
+                *(_bytes(_each_way(g, name) if federated else math.nan) for name in ("bytes_down", "bytes_up")),
+                _interval(np.array([run.last_loss for run in g.runs])),
+                f"{len(reached)} of {len(spent)}",
+                _interval(np.array([s.round for s in there]), digits=1),
+                _interval(np.array([s.tokens for s in there]), digits=0),
+                _bytes(float(np.mean([s.num_bytes for s in there])) if there and federated else math.nan),
+                _interval(np.array([s.seconds for s in there]), digits=1),
+                _bytes(float(np.mean([run.rounds["peak_memory_bytes"].max() for run in g.runs]))),
+            ]
+        )
+    costly = ["rounds", "tokens", "bytes", "training seconds"]
+    header = ["run", "trainable parameters", "down per client and round", "up", "last validation loss", "reached"]
+    title = f"What it takes to a validation loss of {target:g}"
+    return Grid(title, [*header, *(f"{name} to it" for name in costly), "peak memory"], rows)
+
+
+def _projection(groups: Sequence[Group], target: float) -> Grid:
+    """Seconds on the wire of other links, a round and until the target."""
+    rows = []
+    for g in groups:
+        if g.runs[0].mode != "federated":
+            continue
+        spent = [costs.until(run.rounds, target) for run in g.runs]
+        there = [s.num_bytes for s in spent if s is not None] if None not in spent else []
+        a_round = float(np.mean([run.bytes_per_round for run in g.runs]))
+        total = float(np.mean(there)) if there else math.nan
+        seconds = [costs.wire_seconds(n, rate) for rate in costs.LINKS.values() for n in (a_round, total)]
+        rows.append([g.label, _bytes(a_round), *(NONE if math.isnan(s) else f"{s:.3g}" for s in seconds)])
+    links = [f"{link}: {what}" for link in costs.LINKS for what in ("a round", "to the target")]
+    title = "Projected seconds on the wire: 8 x bytes / rate, the cohort's payloads through one link of the server"
+    return Grid(title, ["run", "bytes per round", *links], rows)
+
+
+def _each_way(group: Group, column: str) -> float:
+    """Bytes per sampled client and round in one direction, the mean over the runs."""
+    return float(np.mean([run.rounds[column].sum() / max(run.rounds["cohort_size"].sum(), 1) for run in group.runs]))
+
+
+def _efficiency_csv(groups: Sequence[Group], target: float) -> str:
+    """One line for each run, full precision; NaN where the target was not reached."""
+    columns: dict[str, list[Any]] = {}
+    for g in groups:
+        for run in g.runs:
+            spent = costs.until(run.rounds, target) or costs.Spent(*[math.nan] * 4)  # type: ignore[arg-type]
+            row = {
+                **{"group": g.label, "run": run.name, "target_loss": target, "trainable_parameters": run.parameters},
+                **{f"{name}_per_client_and_round": _each_way(Group("", [run]), name) for name in
+                   ("bytes_down", "bytes_up")},
+                "last_validation_loss": run.last_loss,
+                **{f"{name}_to_target": value for name, value in spent._asdict().items()},
+                "peak_memory_bytes": run.rounds["peak_memory_bytes"].max(),
+            }  # fmt: skip
+            for link, rate in costs.LINKS.items():
+                row[f"seconds_per_round_{link}"] = costs.wire_seconds(run.bytes_per_round, rate)
+                row[f"seconds_to_target_{link}"] = costs.wire_seconds(spent.num_bytes, rate)
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+    return _csv(columns)
+
+
+# ---------------------------------------------------------------- along a key of the configuration
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that agree in all but one key of the configuration (and the seed)."""
+
+    key: str
+    label: str
+    reference: Any  # the value that most of all runs have
+    runs: dict[Any, dict[Any, Run]]  # value -> seed -> run; numbers ascending, then others
+
+    def changes(self, value: Any, metric: str) -> dict[Any, float]:
+        """seed -> the test metric at `value` less that at the reference."""
+        at, base = self.runs[value], self.runs.get(self.reference, {})
+        return {seed: at[seed].metrics("test").get(metric, math.nan) - base[seed].metrics("test").get(metric, math.nan)
+                for seed in at if seed in base}  # fmt: skip
+
+
+def along(runs: Sequence[Run], key: str) -> list[Line]:
+    """The lines of an axis, those with a single value left out. UserError where there is none.
+
+    Where a choice has no such option (partition iid has no alpha) its name stands for the value.
+    """
+    section, _, option = key.partition(".")
+    found: dict[str, dict[Any, dict[Any, Run]]] = {}
+    values: list[Any] = []
+    for run in runs:
+        given = run.config.get(section)
+        if not isinstance(given, Mapping) or (option not in given and "name" not in given):
+            raise UserError(f"command line: --axis {key}: the configuration of {run.directory} has no such key")
+        value = given.get(option, given.get("name"))
+        value = value if isinstance(value, (int, float, str)) else json.dumps(value)
+        rest = {k: v for k, v in run.config.items() if k not in ("run", "runtime", "checkpoint")}
+        rest[section] = {k: v for k, v in given.items() if k not in (option, "name")}
+        same = found.setdefault(json.dumps(rest, sort_keys=True, default=str), {})
+        same.setdefault(value, {})[_seed(run)] = run
+        values.append(value)
+    reference = max(values, key=values.count)
+    several = [by_value for by_value in found.values() if len(by_value) > 1]
+    if not several:
+        raise UserError(f"command line: --axis {key}: no runs differ in this key alone")
+    first = [next(iter(next(iter(by_value.values())).values())) for by_value in several]
+    methods = [str(run.results.attributes.get("method", NONE)) for run in first]
+    labels = methods if len(set(methods)) == len(methods) else [grouped([run])[0].label for run in first]
+    return [
+        Line(key, label, reference, dict(sorted(by_value.items(), key=lambda item: _order(item[0]))))
+        for label, by_value in zip(labels, several, strict=True)
+    ]
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, (int, float))
+    return (not number, float(value) if number else 0.0, str(value))
+
+
+def _axis_metrics(lines: Sequence[Line]) -> list[str]:
+    return _ordered(*(run.metrics("test") for line in lines for of in line.runs.values() for run in of.values()))
+
+
+def _changes(key: str, lines: Sequence[Line]) -> Grid:
+    """Test results along an axis, what changed from the reference, and how much more than for the first line."""
+    names, rows = _axis_metrics(lines), []
+    for line in lines:
+        for value, by_seed in line.runs.items():
+            row = [line.label, str(value), str(len(by_seed))]
+            for name in names:
+                row.append(_interval(np.array([run.metrics("test").get(name, math.nan) for run in by_seed.values()])))
+                mine, other = line.changes(value, name), lines[0].changes(value, name) if value in lines[0].runs else {}
+                less = [mine[seed] - other[seed] for seed in mine if seed in other]
+                changed = value != line.reference
+                row.append(_interval(np.array(list(mine.values()))) if changed else NONE)
+                row.append(_interval(np.array(less)) if changed and line is not lines[0] else NONE)
+            rows.append(row)
+    change = f"change from {lines[0].reference}"
+    header = [f"{_title(name)}{more}" for name in names for more in ("", f": {change}", f": less {lines[0].label}'s")]
+    return Grid(f"Along {key}", ["run", key, "seeds", *header], rows)
+
+
+def _axes_csv(lines: Sequence[Line]) -> str:
+    """One line for each run and axis, full precision."""
+    columns: dict[str, list[Any]] = {}
+    for line in lines:
+        for value, by_seed in line.runs.items():
+            for seed, run in by_seed.items():
+                row = {"axis": line.key, "value": value, "line": line.label, "seed": seed, "run": run.name}
+                row |= {f"test_{name}": run.metrics("test").get(name, math.nan) for name in _axis_metrics(lines)}
+                for name, cell in row.items():
+                    columns.setdefault(name, []).append(cell)
     return _csv(columns)
 
 
@@ -628,6 +837,37 @@ def _compared_test(groups: Sequence[Group]) -> Any:
         axis.invert_yaxis()
         if axis is not axes[0]:
             axis.set_yticklabels([])
+    return canvas
+
+
+def _plotted_axes(keys: Sequence[str], lines: Sequence[Line]) -> Any:
+    names = _axis_metrics(lines)
+    if not names:
+        return None
+    canvas, axes = _axes(len(names), len(keys), width=max(4.5, 2.9 * len(keys)), height=0.5 + 2.6 * len(names))
+    labels = list(dict.fromkeys(line.label for line in lines))
+    for i, (name, key) in enumerate((name, key) for name in names for key in keys):
+        axis, mine = axes[i], [line for line in lines if line.key == key]
+        values = sorted({value for line in mine for value in line.runs}, key=_order)
+        for line in mine:
+            x = np.array([values.index(value) for value in line.runs])
+            results = [[run.metrics("test").get(name, math.nan) for run in of.values()] for of in line.runs.values()]
+            means, halves = np.array([mean_and_half_width(np.array(of)) for of in results]).T
+            j = labels.index(line.label)
+            shift = 0.08 * (j - (len(labels) - 1) / 2)  # so that intervals do not hide each other
+            axis.errorbar(
+                *(x + shift, means),
+                yerr=np.nan_to_num(halves),
+                color=COLOURS[j % len(COLOURS)],
+                **{"marker": "o", "markersize": 4, "capsize": 3, "label": line.label},
+            )
+        axis.set_xticks(range(len(values)), [str(value) for value in values])
+        axis.set_xlim(-0.4, len(values) - 0.6)
+        if i >= len(axes) - len(keys):
+            axis.set_xlabel(key)
+        if i % len(keys) == 0:
+            axis.set_ylabel(f"test {_title(name)}")
+    axes[0].legend(frameon=False)
     return canvas
 
 

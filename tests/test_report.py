@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedhpc import report
+from fedhpc import costs, report
 from fedhpc.config import load as load_config
 from fedhpc.errors import UserError
 from fedhpc.progress import Progress, duration, line
@@ -256,3 +256,82 @@ def test_progress_in_a_log_is_one_line_a_round(capsys: pytest.CaptureFixture[str
         == "round 0/5  eval_loss 4.000"
     )
     assert [duration(s) for s in (1.84, 125.0, 12_000.0)] == ["1.8 s", "2 min 05 s", "3 h 20 min"]
+
+
+# ---------------------------------------------------------------- costs and axes
+
+
+def test_what_was_spent_until_a_loss() -> None:
+    rounds = {
+        "round": np.arange(5),
+        "eval_loss": np.array([3.0, math.nan, 2.0, math.nan, 1.0]),
+        "tokens": np.array([0, 10, 20, 30, 40]),
+        "bytes_down": np.array([0, 100, 100, 100, 100]),
+        "bytes_up": np.array([0, 80, 100, 100, 100]),
+        "seconds": np.array([5.0, 1.0, 4.0, 1.0, 4.0]),
+        "seconds_eval": np.array([5.0, 0.0, 3.0, 0.0, 3.0]),
+    }
+    assert costs.until(rounds, 2.0) == costs.until(rounds, 2.9) == (2, 30, 380, 2.0)
+    assert costs.until(rounds, 1.9) == (4, 100, 780, 4.0)
+    assert costs.until(rounds, 3.0) == (0, 0, 0, 0.0)
+    assert costs.until(rounds, 0.9) is None
+    assert costs.wire_seconds(12.5e6, costs.LINKS["100 Mbit/s"]) == 1.0
+    assert costs.wire_seconds(12.5e6, costs.LINKS["10 GbE"]) == 0.01
+
+
+def test_efficiency_and_projection(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, f"fed-s{seed}", seed) for seed in (0, 1)]
+    runs += [make_run(tmp_path, "slow-s0", lr=0.1, level=2.0), make_run(tmp_path, "central-s0", mode="centralized")]
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "out"), "--target-loss", "2.0"]) == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    taken, projected = text.split("## What it takes")[1].split("## Projected")
+    # Round 10 is the first evaluated one with a loss below 2: 10 x 5000 tokens, 10 rounds of 1.8 MiB and 1.5 s.
+    row = cells(taken, "fed")
+    assert row[1:4] == ["24,576", "96.0 KiB", "86.4 KiB"]
+    assert row[5:9] == ["2 of 2", "10.0 ± 0.0", "50,000 ± 0", "17.8 MiB"]
+    assert row[9:] == ["15.6 ± 0.0", "600.0 MiB"]  # 1.2 s for the initial state, evaluations taken off
+    assert cells(taken, "slow-s0")[5:10] == ["0 of 1", "–", "–", "–", "–"]
+    assert cells(taken, "central-s0")[2:4] == ["–", "–"]
+    # 8 x 1,867,776 bytes a round, ten times that to the target.
+    assert cells(projected, "fed")[1:] == ["1.8 MiB", "0.00149", "0.0149", "0.0149", "0.149", "0.149", "1.49"]
+    assert cells(projected, "slow-s0")[2:4] == ["0.00149", "–"] and "central-s0 |" not in projected
+    with open(tmp_path / "out" / "efficiency.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["run"] for r in rows] == ["fed-s0", "fed-s1", "slow-s0", "central-s0"]
+    assert float(rows[0]["seconds_to_target_1 GbE"]) == 8 * 18_677_760 / 1e9 and rows[2]["round_to_target"] == "nan"
+
+
+def test_results_along_an_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line per mode; made-up test losses are level x 1.3 + 0.01 x seed, the reference rate is 0.05."""
+    runs = [make_run(tmp_path, f"other-s{seed}", seed, rounds=15) for seed in (0, 1)]
+    for mode, worse in (("federated", 1.5), ("centralized", 1.1)):
+        for lr, level in ((0.5, worse), (0.05, 1.0)):
+            runs += [make_run(tmp_path, f"{mode}-{lr}-s{s}", s, mode=mode, lr=lr, level=level) for s in (0, 1, 2)]
+    out = tmp_path / "out"
+    assert report.main([*map(str, runs), "--out", str(out), "--axis", "client.lr"]) == 0
+    along = (out / "comparison.md").read_text().split("## Along client.lr")[1].split("Groups of runs")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in along.splitlines() if line.startswith("| fed")]
+    assert [row[1:6] for row in rows] == [
+        ["0.05", "3", "1.310 ± 0.025", "–", "–"],
+        ["0.5", "3", "1.960 ± 0.025", "0.650 ± 0.000", "–"],
+    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in along.splitlines() if line.startswith("| cen")]
+    assert rows[1][1:6] == ["0.5", "3", "1.440 ± 0.025", "0.130 ± 0.000", "-0.520 ± 0.000"]
+    assert is_png(out / "axes.png")
+    with open(out / "axes.csv") as file:
+        assert len(list(csv.DictReader(file))) == 12  # the runs of 15 rounds are on no line
+    assert report.main([*map(str, runs), "--out", str(out), "--axis", "client.rate"]) == 2
+    assert "client.rate" in capsys.readouterr().err
+    assert report.main([*map(str, runs), "--out", str(out), "--axis", "client.batch_size"]) == 2
+    assert "no runs differ" in capsys.readouterr().err
+
+
+def test_a_choice_without_the_option_is_on_the_axis_by_its_name() -> None:
+    def run(**partition: object) -> report.Run:
+        given = {"run": {"name": "any"}, "partition": partition, "method": {"name": "prefix"}}
+        return report.Run(Path("any"), Results({"seed": 0, "method": "prefix"}, ["loss"]), given)
+
+    runs = [run(name="iid", num_clients=4), run(name="dirichlet", alpha=10, num_clients=4)]
+    runs += [run(name="dirichlet", alpha=0.1, num_clients=4), run(name="dirichlet", alpha=0.1, num_clients=9)]
+    (line,) = report.along(runs, "partition.alpha")
+    assert list(line.runs) == [0.1, 10, "iid"] and (line.key, line.reference) == ("partition.alpha", 0.1)

@@ -54,7 +54,7 @@ def load_data(
         label_names = sorted({row[data.label] for table in tables.values() for row in table.rows})
     true_labels = _ids(tables["train"], data.label, label_names)
     if data.label is not None and data.label_noise:
-        if data.label not in target.columns:
+        if kind.has_target and data.label not in target.columns:
             raise UserError(f"data.label_noise: data.target must have {{{data.label}}}, or the noise changes no target")
         tables["train"] = _mislabelled(tables["train"], data.label, label_names, data.label_noise, settings.run.seed)
 
