@@ -19,6 +19,7 @@ from fedhpc.data.templates import parse
 from fedhpc.data.tokens import _save, cache_dir, cached_tokens, tokenize
 from fedhpc.errors import UserError
 from fedhpc.kinds.causal_lm import KIND as CAUSAL
+from fedhpc.kinds.classification import KIND as CLASSIFICATION
 
 COLUMNS = {"prompt": "{q} :", "target": " {a}"}
 
@@ -160,6 +161,17 @@ def test_label_noise_draws_evenly_among_the_other_classes(tmp_path):
     assert abs(np.mean(data.train.labels != clean) - 0.4) < 0.02
     shift = (data.train.labels - clean)[data.train.labels != clean] % 5
     assert np.abs(np.bincount(shift, minlength=5)[1:] / len(shift) - 0.25).max() < 0.02
+
+
+def test_label_noise_changes_the_classes_of_a_classifier(folder):
+    """It has no target, so the label alone counts."""
+    clean, noisy = (
+        load_data(settings(folder, seed=1, label="k", label_noise=noise), words(), CLASSIFICATION)
+        for noise in (0.0, 0.5)
+    )
+    assert 5 < (clean.train.labels != noisy.train.labels).sum() < 25
+    assert noisy.test.fingerprint == clean.test.fingerprint
+    assert all(np.array_equal(noisy.train.tokens(i), clean.train.tokens(i)) for i in range(30))
 
 
 def test_a_skewed_split_is_that_of_the_true_labels(tmp_path):
