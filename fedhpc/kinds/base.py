@@ -148,6 +148,10 @@ class Kind(ABC):
     def activations(self, base: Loaded, ids: Sequence[int]) -> list[Tensor]:
         """Keys and values of every layer on a text (n tokens): 2 * layers tensors (kv_heads, n, head_dim)."""
 
+    def peft_prefix(self, prefix: Tensor, num_layers: int) -> tuple[Tensor, dict[str, int]]:
+        """A prefix (n, layers * 2 * kv_heads * head_dim) as PEFT lays it out, and the keys that say so."""
+        return prefix, {"num_layers": num_layers, "num_transformer_submodules": 1}
+
     # ---- training
 
     @abstractmethod

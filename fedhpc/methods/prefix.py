@@ -8,6 +8,8 @@ PEFT. What is trained and what is exchanged are two choices in a federation (`ex
 - materialised: each client trains an MLP of its own on top of the prefix it received, P = P_t + MLP(E), and
   sends the resulting prefix, so prefixes are averaged. The output layer of the MLP starts at zero.
 
+In an encoder-decoder the prefix is in front of the decoder's self-attention, a prefix of its own for every layer.
+
 `init: text` starts from the activations of the base on real words, which the paper finds to matter with little data
 (section 7.4): the keys and values of the first n tokens of `init_text`.
 """
@@ -134,13 +136,13 @@ class Prefix(Method):
         with torch.no_grad():
             lead = {name: tensor.unsqueeze(0) for name, tensor in payload.items()}
             prefix = self.prefix(self.start(lead), lead)[0]
+        prefix, layout = self.base.kind.peft_prefix(prefix, self.base.num_layers)
         config = {
             "peft_type": "PREFIX_TUNING",
             "num_virtual_tokens": self.options.num_virtual_tokens,
-            "num_layers": self.base.num_layers,
             "num_attention_heads": self.base.num_kv_heads,
             "token_dim": self.base.num_kv_heads * self.base.head_dim,
-            "num_transformer_submodules": 1,
+            **layout,
             "encoder_hidden_size": self.base.num_kv_heads * self.base.head_dim,
             "prefix_projection": False,
         }
