@@ -51,6 +51,9 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="dtype of the frozen base"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute each layer again in the backward pass instead of keeping what is inside it"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with a hub model; off unless asked for")
 
 

@@ -6,9 +6,10 @@ What differs between decoder-only language models, classifiers and encoder-decod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,8 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
         head=kind.head(network, new),
     )
     kind.check_model(base)
+    if model.gradient_checkpointing:
+        checkpoint_layers(network)
     return base
 
 
@@ -158,6 +161,29 @@ def layer_stacks(model: Any) -> list[list[Any]]:
         if isinstance(module, ModuleList) and not any(path.startswith(f"{outer}.") for outer in stacks):
             stacks[path] = list(module)
     return list(stacks.values())
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let every layer keep its input alone for the backward pass, and compute itself again there.
+
+    transformers' own gradient checkpointing wants train mode and no cache, so that there could be no prefix.
+    """
+    for layer in (layer for stack in layer_stacks(model) for layer in stack):
+        layer.forward = _checkpointed(layer.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # Nothing in a layer draws from torch's own generators, so there is no state of theirs to keep.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
 
 
 class _loading:  # noqa: N801  a context manager used like a function

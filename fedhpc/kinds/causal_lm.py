@@ -214,13 +214,13 @@ class CausalLM(TokenKind):
 
 def hidden_states(base: Loaded, attached: Attached, ids: Tensor) -> Tensor:
     """Last hidden states (B, T, D) of ids (B, T), each row behind its own virtual positions."""
-    from transformers import DynamicCache
+    from fedhpc.kinds._cache import prefix_cache
 
     if attached.embeddings is not None:
         inputs = torch.cat([attached.embeddings, base.model.get_input_embeddings()(ids)], dim=1)
         whole: Tensor = base.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         return whole[:, attached.virtual_length :]
-    cache = DynamicCache(list(attached.past)) if attached.past else None
+    cache = prefix_cache(attached.past) if attached.past else None
     hidden: Tensor = base.model.base_model(
         input_ids=ids, past_key_values=cache, use_cache=cache is not None
     ).last_hidden_state

@@ -221,14 +221,14 @@ def _in_backbone(network: Any, path: str) -> bool:
 @contextmanager
 def _past(base: Loaded, attached: Attached) -> Iterator[None]:
     """The encoder with keys and values in front of its own: its classifier does not pass them on everywhere."""
-    from transformers import DynamicCache
+    from fedhpc.kinds._cache import prefix_cache
 
     if not attached.past:
         yield
         return
 
     def give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "past_key_values": DynamicCache(list(attached.past))}
+        return args, {**kwargs, "past_key_values": prefix_cache(attached.past)}
 
     hook = base.model.base_model.register_forward_pre_hook(give, with_kwargs=True)
     try:

@@ -1,0 +1,35 @@
+"""A prefix as transformers' cache: given to every layer, never grown.
+
+transformers' own DynamicCache stores what each layer adds to it. That is needed for generation only; in training it
+would copy every prefix once more, and a layer that is computed again (gradient checkpointing) would add its keys twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
+    """The prefix of one layer: keys and values, each (B, kv_heads, n, head_dim)."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The prefix and what the layer made behind it."""
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+def prefix_cache(past: Sequence[tuple[Tensor, Tensor]]) -> Cache:
+    """A cache that holds `past`, per layer (key, value), and nothing else whatever the model does."""
+    return Cache(layers=[_FixedLayer(keys, values) for keys, values in past])
