@@ -264,6 +264,34 @@ def test_stopped_in_the_middle_and_started_again(tmp_path: Path, capsys: pytest.
     assert [row[2] for row in listed(file, capsys)] == ["complete", "complete"]
 
 
+@pytest.mark.slow
+def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
+    """As when a machine goes down: the sweep and its run are gone at once. The run that is done is left as it is, the
+    other one goes on and ends with the same bits."""
+    file = write(tmp_path, set={**TINY, "federation.rounds": 12}, grid=[{"x": {"a": {}, "b": {}}}])
+    first, second = tmp_path / "runs" / "a-s0", tmp_path / "runs" / "b-s0"
+    process = launch(file)
+    until(lambda: (second / "results.h5").exists() and rundir.read_status(second).round > 2)  # type: ignore[union-attr]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for child in children:  # in a session of its own
+        os.kill(int(child), signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert rundir.read_status(second).state == "running" and len(children) == 1  # type: ignore[union-attr]
+    before = (first / "results.h5").stat()
+
+    process = launch(file)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert "a-s0: complete" in text and "b-s0: interrupted, starting" in text and "a-s0: waiting" not in text
+    after = (first / "results.h5").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert table(second, "rounds")["round"].tolist() == list(range(13))
+    assert list(table(second, "events")["kind"]).count("resumed") == 1
+    for name, tensor in table(first, "final").items():
+        np.testing.assert_array_equal(table(second, "final")[name], tensor)
+
+
 @pytest.mark.soak
 def test_two_sweeps_at_once_share_the_work_and_compare(tmp_path: Path) -> None:
     """Under torchrun too; with seeds in common there is a table of paired differences."""
