@@ -115,6 +115,22 @@ def text_rows(examples: Examples, indices: np.ndarray) -> tuple[torch.Tensor, to
     return ids, (torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]).long()
 
 
+@pytest.mark.parametrize("family", [*ENCODERS, *SEQ2SEQ])
+@pytest.mark.parametrize("name", ["prefix", "prompt", "lora", "full"])
+def test_layers_computed_again_give_the_same_updates(name: str, family: str) -> None:
+    """Gradient checkpointing, whatever an encoder or a decoder keeps in its caches."""
+    data = tiny.labelled() if family in ENCODERS else tiny.examples()
+    config, updates = settings(optimizer="sgd", lr=0.2, steps=2), []
+    for again in (False, True):
+        base = tiny.base(family)
+        if again:
+            models.checkpoint_layers(base.model)
+        method = make(name, base)
+        updates.append(train_block(base, method, warm(method), works(1), data, config, 1, 1).updates)
+    assert float(updates[0].norm()) > 1e-3
+    assert torch.equal(updates[0], updates[1])
+
+
 # ---------------------------------------------------------------- classification
 
 

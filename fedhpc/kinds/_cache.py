@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,3 +33,24 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
 def prefix_cache(past: Sequence[tuple[Tensor, Tensor]]) -> Cache:
     """A cache that holds `past`, per layer (key, value), and nothing else whatever the model does."""
     return Cache(layers=[_FixedLayer(keys, values) for keys, values in past])
+
+
+class _PassingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keeps nothing: keys and values come back as they are."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+class _Forgetful(dict[int, bool]):
+    """Which layers have cross-attention keys already: none ever, so each computes its own, also when it runs again."""
+
+    def __setitem__(self, layer: int, updated: bool) -> None:
+        pass
+
+
+def decoder_cache(past: Sequence[tuple[Tensor, Tensor]]) -> EncoderDecoderCache:
+    """`prefix_cache` for the self-attention of a decoder that also attends to an encoder."""
+    cache = EncoderDecoderCache(prefix_cache(past), Cache(layers=[_PassingLayer() for _ in past]))
+    cache.is_updated = _Forgetful()
+    return cache

@@ -165,8 +165,10 @@ class Seq2Seq(TokenKind):
 
     def hidden(self, base: Loaded, attached: Attached, batch: PairBatch) -> Tensor:
         """See the base class."""
+        from fedhpc.kinds._cache import decoder_cache
+
         states, mask = self._encode(base, attached, batch.source, batch.mask)
-        return self._decode(base, batch.ids, states, mask, _cache(attached) if attached.past else None)
+        return self._decode(base, batch.ids, states, mask, decoder_cache(attached.past) if attached.past else None)
 
     def _encode(self, base: Loaded, attached: Attached, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's states (B, n + U, D) and their mask; n is 0 for a prefix, which is the decoder's."""
