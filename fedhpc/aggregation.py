@@ -33,6 +33,7 @@ class Uploads:
 
     slots: np.ndarray  # int64 (c,): place of each client in the cohort
     updates: Tensor  # (c, P) on the CPU
+    changes: Tensor | None = None  # (c, P) on the CPU: of the control variates, with client.scaffold
 
 
 def weighted_sum(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedhpc import rundir
+from fedhpc import clientstate, rundir
 from fedhpc.evaluation.evaluate import Outcome
 from fedhpc.server import Server
 from fedhpc.store import Results
@@ -42,6 +42,10 @@ class Book:
         }
         rows = {f"rows/{name}": array for name, array in arrays.items()}
         rundir.save_checkpoint(directory, {**server.tensors(), **rows}, meta)
+        # Only now is what it no longer names of no use.
+        for client in server.renewed:
+            clientstate.prune(directory, client, server.versions[client])
+        server.renewed.clear()
         now = time.perf_counter()
         # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
         if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:

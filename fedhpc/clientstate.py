@@ -1,59 +1,66 @@
-"""What single clients keep from round to round (modes centralized and local), out of core.
+"""What single clients keep from round to round, out of core: nothing is in memory but what a block trains.
 
 One file per client and round in the run directory, clients/<client>/<round>.safetensors, written by whichever rank
-trained the client, before the checkpoint of that round; so state is never keyed by rank, and a run that resumes finds
-exactly the version that its checkpoint means.
+trained the client, so state is never keyed by rank. It is written before the checkpoint of that round, and the
+checkpoint names the version of every client that counts (`Server.versions`): a file of a later round that was lost is
+not read and is overwritten, a file that is named and missing is an error, and a client that was never sampled has none.
+Older versions go when a checkpoint that no longer names them is on disk.
+
+- modes centralized and local: its optimizer's `memory.<buffer>` and `memory.count`; in local `theta`, its payload.
+- client.scaffold: `control`, its control variate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from fedhpc import rundir
 from fedhpc.errors import UserError
-from fedhpc.rundir import atomic_write
 from fedhpc.training.block import Memory
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+def save(run_dir: Path, client: int, round_: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write the client's state after `round_`. UserError where the disk is full."""
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    rundir.save_tensors(_path(run_dir, client, round_), arrays, {"client": client, "round": round_})
 
 
-def save(run_dir: Path, client: int, round_: int, memory: Memory, theta: Tensor, keep_from: int) -> None:
-    """Write the client's state after `round_`: optimizer memory and own payload theta (P,).
-
-    Versions older than round `keep_from`, the last one with a checkpoint, are removed.
-    """
-    from safetensors.torch import save as to_bytes
-
-    folder = run_dir / "clients" / str(client)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"memory.{name}": buffer for name, buffer in memory.buffers.items()}
-    content = to_bytes({"theta": theta.contiguous(), **tensors}, metadata={"count": str(memory.count)})
-    atomic_write(folder / f"{round_}.safetensors", content)
-    for old in folder.glob("*.safetensors"):
-        if old.stem.isdigit() and int(old.stem) < keep_from:
-            old.unlink(missing_ok=True)
-
-
-def load(run_dir: Path, client: int, round_: int) -> tuple[Memory, Tensor]:
-    """The client's state after `round_`. UserError where the file is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    path = run_dir / "clients" / str(client) / f"{round_}.safetensors"
+def load(run_dir: Path, client: int, version: int) -> dict[str, Tensor]:
+    """The client's state after round `version`. UserError where the file is missing or a bit of it differs."""
+    path = _path(run_dir, client, version)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            count = int(file.metadata()["count"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        arrays, meta = rundir.load_tensors(path)
+        if meta != {"client": client, "round": version}:
+            raise ValueError(f"it is of client {meta['client']} in round {meta['round']}")
+    except rundir.DAMAGE as error:
         raise UserError(
             f"{path}: the state of client {client} cannot be read ({error}); put it back, or start over with --fresh"
         ) from error
-    theta = tensors.pop("theta")
-    return Memory({name.removeprefix("memory."): t for name, t in tensors.items()}, count), theta
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def fresh(buffers: list[str], size: int, dtype: torch.dtype) -> Memory:
-    """The memory of a client that has not trained: zero buffers (T,)."""
-    return Memory({name: torch.zeros(size, dtype=dtype) for name in buffers}, 0)
+def prune(run_dir: Path, client: int, version: int) -> None:
+    """Remove the versions before `version`, which the checkpoint on disk names."""
+    for file in (run_dir / "clients" / str(client)).glob("*.safetensors"):
+        if file.stem.isdigit() and int(file.stem) < version:
+            file.unlink(missing_ok=True)
+
+
+def pack(memory: Memory) -> dict[str, Tensor]:
+    """An optimizer's memory as tensors of a file."""
+    return {f"memory.{name}": t for name, t in memory.buffers.items()} | {"memory.count": torch.tensor(memory.count)}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Memory:
+    """The inverse of `pack`; other tensors are left out."""
+    buffers = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
+    count = int(buffers.pop("count"))
+    return Memory(buffers, count)
+
+
+def _path(run_dir: Path, client: int, round_: int) -> Path:
+    return run_dir / "clients" / str(client) / f"{round_}.safetensors"

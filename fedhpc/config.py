@@ -94,6 +94,7 @@ class Client(Section):
     weight_decay: float = Field(0.0, ge=0, description="L2 (sgd) or decoupled (adamw) weight decay")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's gradient in a step")
     proximal: float = Field(0.0, ge=0, description="mu of FedProx: pull towards the state the round began with")
+    scaffold: bool = Field(False, description="correct the clients' drift by control variates (federated, plain sgd)")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="course of the learning rate over the whole run, down to 0"
     )
@@ -167,6 +168,16 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(str(self.run.dir))
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether control variates are kept: a client alone has no drift, c_i is c."""
+        return bool(self.client.scaffold) and self.mode == "federated"
+
+    @property
+    def keeps_client_state(self) -> bool:
+        """Whether clients keep something from round to round (fedhpc.clientstate)."""
+        return self.mode != "federated" or self.corrects_drift
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; loading it gives an equal Config."""
@@ -268,8 +279,25 @@ def _cross_check(config: Config, where: str) -> None:
     fewest, most = (getattr(config.partition, key, None) for key in ("min_examples", "max_examples"))
     if fewest is not None and most is not None and fewest > most:
         raise UserError(f"{where}: partition.min_examples {fewest} is more than partition.max_examples {most}")
+    if config.client.scaffold:
+        _check_scaffold(config, where)
     if config.runtime.precision != "float32" and config.model.dtype == "float64":
         raise UserError(f"{where}: runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
+
+
+def _check_scaffold(config: Config, where: str) -> None:
+    if config.client.optimizer != "sgd" or config.client.momentum:
+        raise UserError(
+            f"{where}: client.scaffold is defined for plain SGD steps (arXiv 1910.06378, algorithm 1): use "
+            "client.optimizer sgd without momentum"
+        )
+    if config.client.proximal:
+        raise UserError(f"{where}: client.scaffold and client.proximal both correct the clients' drift: give one")
+    if config.transforms:
+        raise UserError(
+            f"{where}: transforms would not reach the control variates that client.scaffold sends beside the "
+            "update: give one of the two"
+        )
 
 
 def _chosen(section: str, raw: Any, label: str, where: str) -> Any:

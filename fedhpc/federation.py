@@ -7,7 +7,6 @@ optimizer state, and in local mode their own parameters, from round to round.
 
 from __future__ import annotations
 
-import importlib
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 from fedhpc import clientstate, registry, rundir
 from fedhpc.aggregation import Uploads, sharded, weighted_sum
 from fedhpc.book import Book, attributes, new_results
+from fedhpc.clients import Download, train
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, client_evaluation, evaluate, subset
@@ -31,8 +31,7 @@ from fedhpc.progress import Progress
 from fedhpc.runtime import Launch
 from fedhpc.server import Server
 from fedhpc.store import Results
-from fedhpc.task import Task, build, evaluated_clients, headline
-from fedhpc.training.block import Trained, Work, train_block
+from fedhpc.task import Task, build, evaluated_clients, exchanged_bytes, headline
 from fedhpc.training.local import learning_rates, num_steps
 from fedhpc.transport.base import Transport
 
@@ -209,22 +208,22 @@ def _round(
     wire_before = transport.wire_bytes
     began = time.perf_counter()
     plan = task.plan(round_)
-    theta = None
-    if config.mode == "local":
-        # Nothing comes down that a worker would wait for, and it must not run ahead of the checkpoint and remove the
-        # clients' files that this still means.
-        transport.barrier()
-    else:
-        theta = _broadcast_theta(task, transport, server)
+    down = _download(task, transport, server, plan)
     sent = time.perf_counter()
 
     place = {client: i for i, client in enumerate(plan.cohort)}
     report = np.zeros((len(plan.cohort), len(_REPORT)))
     rank_report = np.zeros((transport.world_size, len(_RANK_REPORT)))
-    uploads, tokens = _train(task, transport.rank, plan, theta, report, place)
+    uploads, tokens = _train(task, transport.rank, plan, down, report, place)
     trained = time.perf_counter()
 
-    total = _combine(task, transport, plan, uploads) if config.mode != "local" else None
+    total = change = None
+    if config.mode != "local":
+        accepted = _accepted(transport, plan, uploads)
+        total = _combine(task, transport, plan, accepted, uploads)
+        if uploads.changes is not None:
+            share = np.full(len(uploads.slots), 1.0 / task.data.population.num_clients)
+            change = weighted_sum(transport, uploads.changes, share, layout, len(plan.cohort))
     size = report.nbytes + rank_report.nbytes
     wire = transport.wire_bytes - wire_before + size if transport.world_size > 1 else 0
     rank_report[transport.rank] = (*tokens, trained - sent, peak_memory(task.base.device), wire)
@@ -242,14 +241,18 @@ def _round(
     completed = int((status == OK).sum())
     events = [("rejected", f"client {c}: {_why(plan, c)}") for c, i in place.items() if status[i] == REJECTED]
     norm = 0.0
-    if total is not None:
-        if completed >= config.federation.min_cohort:
-            norm = server.step(total)
-        else:
-            events.append(("void", f"{completed} of {config.federation.min_cohort} needed clients completed"))
+    if total is not None and completed < config.federation.min_cohort:
+        events.append(("void", f"{completed} of {config.federation.min_cohort} needed clients completed"))
+    else:
+        norm = server.step(total) if total is not None else 0.0
+        if change is not None:
+            server.correct(change)
+        for client, i in place.items() if config.keeps_client_state else ():
+            if status[i] == OK:
+                server.name(client, round_)
     stepped = time.perf_counter()
 
-    bytes_each = layout.size * task.payload_dtype.itemsize if config.mode == "federated" else 0
+    bytes_each = exchanged_bytes(task)
     ok = status == OK
     seen = column["tokens"][ok].sum()
     ranks = {name: rank_report[:, i] for i, name in enumerate(_RANK_REPORT)}
@@ -291,6 +294,18 @@ def _round(
     return row, clients, events
 
 
+def _download(task: Task, transport: Transport, server: Server | None, plan: Plan) -> Download:
+    theta = control = None
+    if task.config.corrects_drift:
+        size = task.method.payload.size
+        both = server.with_control() if server else torch.empty(2 * size, dtype=task.payload_dtype)
+        transport.broadcast(both)
+        theta, control = both.split(size)
+    elif task.config.mode != "local":
+        theta = _broadcast_theta(task, transport, server)
+    return Download(theta, control, _broadcast_versions(task, transport, server, plan.cohort))
+
+
 def _broadcast_theta(task: Task, transport: Transport, server: Server | None) -> Tensor:
     """theta_t (P,) on the CPU of every rank."""
     theta = server.theta if server else torch.empty(task.method.payload.size, dtype=task.payload_dtype)
@@ -298,23 +313,30 @@ def _broadcast_theta(task: Task, transport: Transport, server: Server | None) ->
     return theta
 
 
+def _broadcast_versions(
+    task: Task, transport: Transport, server: Server | None, clients: Sequence[int]
+) -> dict[int, int]:
+    """Which version of each client's state counts, 0 where it has none; empty where a run keeps no such states."""
+    if not task.config.keeps_client_state:
+        return {}
+    # In local mode this is all that workers wait for.
+    known = server.versions if server else {}
+    versions = torch.tensor([known.get(c, 0) for c in clients], dtype=torch.int64)
+    transport.broadcast(versions)
+    return dict(zip(clients, versions.tolist(), strict=True))
+
+
 def _train(
-    task: Task, rank: int, plan: Plan, theta: Tensor | None, report: np.ndarray, place: Mapping[int, int]
+    task: Task, rank: int, plan: Plan, down: Download, report: np.ndarray, place: Mapping[int, int]
 ) -> tuple[Uploads, tuple[int, int]]:
     """Train this rank's blocks; fills its clients' rows of `report`. Also the input and padded tokens."""
-    config = task.config
-    mine = [block for block in plan.blocks if block.worker == rank]
-    slots, updates, tokens, padded = [], [], 0, 0
-    for block in mine:
-        works = [Work(c, task.data.population.indices(c)) for c in block.clients]
-        trained, payloads = _train_block(task, plan.round, works, theta)
-        uploaded = trained.updates
-        for transform in config.transforms:
-            uploaded = registry.load("transforms", transform.name).on_client(uploaded, transform)
-        finite = torch.isfinite(uploaded).all(dim=1).numpy()
-        if config.mode != "federated":
-            _remember(task, plan.round, works, trained, payloads - trained.updates, finite)
-        norms = torch.linalg.vector_norm(uploaded.double(), dim=1).numpy()
+    none = torch.empty(0, task.method.payload.size, dtype=task.payload_dtype)
+    slots: list[int] = []
+    updates, changes, tokens, padded = [none], [none], 0, 0
+    for block in (block for block in plan.blocks if block.worker == rank):
+        back = train(task, plan.round, block.clients, down)
+        trained, finite = back.trained, back.finite
+        norms = torch.linalg.vector_norm(back.updates.double(), dim=1).numpy()
         for k, client in enumerate(block.clients):
             # Each place of the report is filled by one rank, so what is not finite here stays in its place.
             report[place[client]] = (
@@ -327,62 +349,15 @@ def _train(
                 trained.loss_last[k],
                 norms[k],
             )
-            if finite[k] and config.mode != "local":
-                slots.append(place[client])
-                updates.append(uploaded[k])
+        if task.config.mode != "local":
+            slots += [place[client] for k, client in enumerate(block.clients) if finite[k]]
+            updates.append(back.updates[finite])
+            if back.changes is not None:
+                changes.append(back.changes[finite])
         tokens += trained.input_tokens
         padded += trained.padded_tokens
-    none = torch.empty(0, task.method.payload.size, dtype=task.payload_dtype)
-    stacked = torch.stack(updates) if updates else none
-    return Uploads(np.array(slots, np.int64), stacked), (tokens, padded)
-
-
-def _train_block(task: Task, round_: int, works: Sequence[Work], theta: Tensor | None) -> tuple[Trained, Tensor]:
-    """Train a block; also the payloads (1 or K, P) that it started from."""
-    config = task.config
-    if config.mode == "federated":
-        assert theta is not None
-        payloads = theta.unsqueeze(0)
-        return (
-            train_block(task.base, task.method, payloads, works, task.data.train, config, round_, task.rounds),
-            payloads,
-        )
-    memories, own = [], []
-    for work in works:
-        if round_ == 1:
-            rule: Any = importlib.import_module(f"fedhpc.client_optimizers.{config.client.optimizer}")
-            names = rule.state_names(config.client)
-            memories.append(clientstate.fresh(names, task.method.state.size, task.payload_dtype))
-            own.append(task.initial_payload())
-        else:
-            memory, kept = clientstate.load(config.run_dir, work.client_id, round_ - 1)
-            memories.append(memory)
-            own.append(kept)
-    payloads = theta.unsqueeze(0) if theta is not None else torch.stack(own)
-    trained = train_block(
-        task.base, task.method, payloads, works, task.data.train, config, round_, task.rounds, memories
-    )
-    return trained, payloads
-
-
-def _remember(
-    task: Task, round_: int, works: Sequence[Work], trained: Trained, reached: Tensor, finite: np.ndarray
-) -> None:
-    every = task.config.checkpoint.every
-    for k, work in enumerate(works):
-        if not finite[k]:
-            raise UserError(
-                f"client {work.client_id}: training diverged in round {round_} (its parameters are not finite): "
-                "lower client.lr"
-            )
-        clientstate.save(
-            task.config.run_dir,
-            work.client_id,
-            round_,
-            trained.memories[k],
-            reached[k],
-            keep_from=(round_ - 1) // every * every,
-        )
+    sent = torch.cat(changes) if task.config.corrects_drift else None
+    return Uploads(np.array(slots, np.int64), torch.cat(updates), sent), (tokens, padded)
 
 
 def _shares(task: Task, plan: Plan) -> np.ndarray:
@@ -393,13 +368,17 @@ def _shares(task: Task, plan: Plan) -> np.ndarray:
     return counted / max(counted.sum(), 1)
 
 
-def _combine(task: Task, transport: Transport, plan: Plan, uploads: Uploads) -> Tensor | None:
-    """The aggregated pseudo-gradient of the accepted updates: float64 (P,) on rank 0, None elsewhere."""
-    config, layout = task.config, task.method.payload
+def _accepted(transport: Transport, plan: Plan, uploads: Uploads) -> np.ndarray:
+    """Places in the cohort of the clients whose update is used, on every rank: int64 (A,)."""
     sent = torch.zeros(len(plan.cohort), dtype=torch.int64)
     sent[torch.from_numpy(uploads.slots)] = 1
     transport.all_reduce_max(sent)
-    accepted = np.flatnonzero(sent.numpy())
+    return np.flatnonzero(sent.numpy())
+
+
+def _combine(task: Task, transport: Transport, plan: Plan, accepted: np.ndarray, uploads: Uploads) -> Tensor | None:
+    """The aggregated pseudo-gradient of the accepted updates: float64 (P,) on rank 0, None elsewhere."""
+    config, layout = task.config, task.method.payload
     if not len(accepted):
         return torch.zeros(layout.size, dtype=torch.float64) if transport.rank == 0 else None
     shares = _shares(task, plan)[accepted]
@@ -432,7 +411,7 @@ def _evaluated_payloads(task: Task, transport: Transport, server: Server | None,
         return _broadcast_theta(task, transport, server).unsqueeze(0).to(task.base.device)
     transport.barrier()  # another rank may have written the client's file
     clients = task.plan(round_).training
-    rows = [clientstate.load(task.config.run_dir, c, round_)[1] for c in clients]
+    rows = [clientstate.load(task.config.run_dir, c, round_)["theta"] for c in clients]
     return torch.stack(rows).to(task.base.device)
 
 

@@ -15,12 +15,12 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -170,15 +170,14 @@ def read_status(directory: Path) -> Status | None:
         ) from None
 
 
-# ---------------------------------------------------------------- checkpoint
+# ---------------------------------------------------------------- tensors and the checkpoint
+
+# What reading a file that is missing, cut or changed can raise.
+DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 
 
-def save_checkpoint(directory: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Replace checkpoint/state.safetensors: arrays of any shape, and `meta` as JSON in the header.
-
-    `decide` reads `round`, `block_size`, `fingerprint_data` and `fingerprint_model` from `meta`.
-    """
-    path = directory / CHECKPOINT
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Replace the safetensors file `path`: arrays of any shape, `meta` as JSON in the header, and a checksum."""
     # Not ascontiguousarray, which turns a scalar into a vector of one.
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     text = json.dumps(meta)
@@ -188,33 +187,48 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, np.ndarray], meta: Ma
         save_file(arrays, temporary, metadata=header)
 
 
+def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, meta) as saved. One of DAMAGE where the file is missing or a single bit differs."""
+    with safe_open(path, framework="np") as file:
+        header = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    if int(header["crc32"]) != _checksum(arrays, header["meta"]):
+        raise ValueError("its checksum does not match")
+    return arrays, json.loads(header["meta"])
+
+
+def save_checkpoint(directory: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Replace checkpoint/state.safetensors.
+
+    `decide` reads `round`, `block_size`, `fingerprint_data` and `fingerprint_model` from `meta`.
+    """
+    save_tensors(directory / CHECKPOINT, tensors, meta)
+
+
 def load_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """(tensors, meta) as saved, or None without a checkpoint. UserError where a single bit differs."""
     path = directory / CHECKPOINT
-
-    def content(file: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        header = file.metadata()
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        if int(header["crc32"]) != _checksum(arrays, header["meta"]):
-            raise ValueError("its checksum does not match")
-        return arrays, json.loads(header["meta"])
-
-    return cast("tuple[dict[str, np.ndarray], dict[str, Any]] | None", _open_checkpoint(path, content))
+    if not path.exists():
+        return None
+    with _refusing_damage(path):
+        return load_tensors(path)
 
 
 def _checkpoint_meta(directory: Path) -> dict[str, Any] | None:
     """The JSON of the checkpoint alone: its tensors are not read."""
-    found = _open_checkpoint(directory / CHECKPOINT, lambda file: json.loads(file.metadata()["meta"]))
-    return cast("dict[str, Any] | None", found)
-
-
-def _open_checkpoint(path: Path, content: Callable[[Any], Any]) -> Any:
+    path = directory / CHECKPOINT
     if not path.exists():
         return None
+    with _refusing_damage(path), safe_open(path, framework="np") as file:
+        meta: dict[str, Any] = json.loads(file.metadata()["meta"])
+    return meta
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="np") as file:
-            return content(file)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        yield
+    except DAMAGE as error:
         raise UserError(
             f"{path}: damaged, cannot resume ({error}); put back a copy of it, or start over with --fresh"
         ) from error

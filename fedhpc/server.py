@@ -1,4 +1,5 @@
-"""The server's state: the global payload theta_t, the server optimizer, and what a checkpoint holds of them."""
+"""The server's state: the global payload theta_t, the server optimizer, SCAFFOLD's c, and which versions of the
+clients' own states count. A checkpoint holds all of it."""
 
 from __future__ import annotations
 
@@ -29,6 +30,12 @@ class Server:
         if not federated:
             self._options = SimpleNamespace(lr=1.0, momentum=0.0)
         self._state: dict[str, Tensor] = self._rule.initial_state(theta.numel(), self._options)
+        #: c of client.scaffold (P,); None without it.
+        self.control = torch.zeros_like(theta) if config.corrects_drift else None
+        #: client -> the round whose file holds its state (fedhpc.clientstate); absent: it has none.
+        self.versions: dict[int, int] = {}
+        #: Clients named since the last checkpoint, which may have older files.
+        self.renewed: set[int] = set()
 
     def step(self, gradient: Tensor) -> float:
         """Move by the aggregated pseudo-gradient (P,) float64; returns the L2 norm of the move."""
@@ -37,12 +44,33 @@ class Server:
         self.theta = after.to(self.theta.dtype)
         return float(torch.linalg.vector_norm(self.theta.double() - before))
 
+    def with_control(self) -> Tensor:
+        """What goes down with client.scaffold: theta_t and c as one vector (2P,)."""
+        assert self.control is not None
+        return torch.cat([self.theta, self.control])
+
+    def correct(self, change: Tensor) -> None:
+        """Add 1/N sum of the clients' changes of c_i, float64 (P,), to c."""
+        assert self.control is not None
+        self.control = (self.control.double() + change).to(self.control.dtype)
+
+    def name(self, client: int, round_: int) -> None:
+        """From now on the file of `round_` is the client's state."""
+        self.versions[client] = round_
+        self.renewed.add(client)
+
     def tensors(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps."""
         state = {f"server.{name}": tensor.numpy() for name, tensor in self._state.items()}
-        return {"theta": self.theta.numpy(), **state}
+        if self.control is not None:
+            state["control"] = self.control.numpy()
+        versions = np.array(sorted(self.versions.items()), dtype=np.int64).reshape(-1, 2)
+        return {"theta": self.theta.numpy(), **state, "versions": versions}
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
         """The inverse of `tensors`."""
         self.theta = torch.from_numpy(tensors["theta"].copy())
         self._state = {name: torch.from_numpy(tensors[f"server.{name}"].copy()) for name in self._state}
+        if self.control is not None:
+            self.control = torch.from_numpy(tensors["control"].copy())
+        self.versions = {int(client): int(round_) for client, round_ in tensors["versions"]}

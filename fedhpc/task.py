@@ -67,6 +67,11 @@ def build(config: Config, launch: Launch, world_size: int, write_cache: bool) ->
     base = load_base(config.model, device, loaded.train.label_names, config.run.seed)
     method = with_head(registry.load("methods", config.method.name).METHOD(config.method, base, config.run.seed))
     _check_length(config, base)
+    if config.client.scaffold and method.state.shapes != method.payload.shapes:
+        raise UserError(
+            f"client.scaffold: {config.method.name} with these options trains other parameters than it exchanges, so "
+            "there is no control variate for them; exchange what is trained (prefix: exchange raw or mlp)"
+        )
     size = cohort_size(config, loaded.population)
     if config.federation.min_cohort > size:
         raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")
@@ -131,13 +136,21 @@ def evaluated_clients(task: Task) -> list[int]:
     return sorted(int(c) for c in chosen)
 
 
+def exchanged_bytes(task: Task) -> int:
+    """Protocol bytes of one client each way: the payload, and with client.scaffold its control variate as well."""
+    if task.config.mode != "federated":
+        return 0
+    return task.method.payload.size * task.payload_dtype.itemsize * (2 if task.config.corrects_drift else 1)
+
+
 def headline(task: Task, world_size: int, transport: str) -> list[str]:
     """What is about to run, in one line."""
     config = task.config
     size = cohort_size(config, task.data.population)
+    twice = ", exchanged with control variates of that size" if config.corrects_drift else ""
     return [
         f"{config.run.name}: {config.mode} {config.method.name} of {task.base.name} "
-        f"({task.method.payload.size:,} parameters), {task.data.population.num_clients:,} clients, "
+        f"({task.method.payload.size:,} parameters{twice}), {task.data.population.num_clients:,} clients, "
         f"{size} a round in blocks of {task.block_size}, {world_size} ranks over {transport} "
         f"on {task.base.device.type}",
     ]
@@ -156,7 +169,8 @@ def describe(task: Task, world_size: int, transport: str) -> list[str]:
     copies = 2 + len(rule.state_names(config.client))
     largest = max((len(b.clients) for b in plan.blocks), default=0)
     held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in task.workers), default=0)
-    sent = config.mode == "federated"
+    each_way = exchanged_bytes(task)
+    update = each_way or payload * item
     return [
         *headline(task, world_size, transport),
         *task.data.messages,
@@ -167,11 +181,10 @@ def describe(task: Task, world_size: int, transport: str) -> list[str]:
         f"{min(steps, default=0)} to {max(steps, default=0)} local steps each",
         "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
         f"payload: {payload:,} parameters in {len(task.method.payload.shapes)} tensors, "
-        f"{payload * item / 2**20:.2f} MiB per client each way",
-        f"bytes per round: {sent * payload * item * len(plan.cohort):,} down, "
-        f"{sent * payload * item * len(plan.training):,} up (protocol)",
+        f"{each_way / 2**20:.2f} MiB per client each way",
+        f"bytes per round: {each_way * len(plan.cohort):,} down, {each_way * len(plan.training):,} up (protocol)",
         f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
-        f"{copies * state * item * largest / 2**20:.1f} MiB block, {payload * item * held / 2**20:.1f} MiB updates",
+        f"{copies * state * item * largest / 2**20:.1f} MiB block, {update * held / 2**20:.1f} MiB updates",
     ]
 
 

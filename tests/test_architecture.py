@@ -109,7 +109,7 @@ LAYERS = [
     {"training", "aggregation", "report"},
     {"participation", "evaluation", "clientstate"},
     {"task"},
-    {"book"},
+    {"book", "clients"},
     {"federation"},
     {"main", "bench", "sweep"},
 ]

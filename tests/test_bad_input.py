@@ -158,6 +158,19 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a filter that is a word": (["data.where={name: x}"], ("data.where.name", "list", "'x'")),
     "a lone brace": (["data.prompt='{mr'"], ("data.prompt", "lone '{'", "'{mr'", "{{")),
     "fednova with adamw": (["server.aggregator=fednova"], ("server.aggregator fednova", "client.optimizer", "use sgd")),
+    "scaffold with adamw": (["client.scaffold=true"], ("client.scaffold", "client.optimizer sgd without momentum")),
+    "scaffold with momentum": (
+        ["client.scaffold=true", "client.optimizer=sgd", "client.momentum=0.9"],
+        ("client.scaffold", "client.optimizer sgd without momentum"),
+    ),
+    "scaffold and fedprox": (
+        ["client.scaffold=true", "client.optimizer=sgd", "client.proximal=0.1"],
+        ("client.scaffold and client.proximal", "give one"),
+    ),
+    "scaffold and a transform": (
+        ["client.scaffold=true", "client.optimizer=sgd", "transforms=[{name: clip}]"],
+        ("transforms", "client.scaffold", "give one"),
+    ),
     "float64 and autocast": (
         ["model.dtype=float64", "runtime.precision=bfloat16"],
         ("runtime.precision", "model.dtype"),

@@ -206,6 +206,26 @@ def test_the_proximal_term_pulls_towards_the_start() -> None:
     torch.testing.assert_close(moved(2, 0.7), moved(2, 0.0) - 0.5 * 0.7 * moved(1, 0.0), rtol=1e-9, atol=1e-12)
 
 
+def test_a_correction_is_added_to_every_gradient() -> None:
+    """Along the client axis, after clipping, to clients of unequal steps: lr times it in one step, for each its own."""
+    base, data = tiny.base("llama"), tiny.examples()
+    method = make(base)
+    start = start_of(method, torch.float64)
+    group = works(3)
+    pull = torch.randn(3, method.payload.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def moved(corrections: torch.Tensor | None, **client: Any) -> torch.Tensor:
+        config = settings(optimizer="sgd", lr=0.5, **client)
+        return train_block(base, method, start, group, data, config, 1, 1, corrections=corrections).updates
+
+    one = moved(pull, steps=1, clip_norm=0.1) - moved(None, steps=1, clip_norm=0.1)
+    torch.testing.assert_close(one, 0.5 * pull, rtol=1e-9, atol=1e-12)
+    for i, work in enumerate(group):
+        config = settings(optimizer="sgd", lr=0.5)
+        alone = train_block(base, method, start, [work], data, config, 1, 1, corrections=pull[i : i + 1])
+        torch.testing.assert_close(moved(pull)[i], alone.updates[0], rtol=1e-9, atol=1e-12)
+
+
 def test_the_same_block_twice_gives_the_same_bits() -> None:
     base, data, config = tiny.base("gpt2", torch.float32), tiny.examples(), settings()
     method = make(base)

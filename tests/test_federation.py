@@ -6,6 +6,7 @@ import json
 import signal
 import time
 import tracemalloc
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from fedhpc import federation, rundir
 from fedhpc.config import Config
+from fedhpc.errors import UserError
 from fedhpc.runtime import Launch
 from fedhpc.store import CLIENTS, EVENTS, ROUNDS
 from fedhpc.task import Task
@@ -70,13 +72,21 @@ def by_hand(config: Config, task: Task) -> tuple[np.ndarray, np.ndarray]:
         task.method.payload.flatten({n: t.to(dtype) for n, t in task.method.initial().items()}).double().numpy()
     )
     mean, square = np.zeros_like(theta), np.full_like(theta, 1e-6)
+    c, own = np.zeros_like(theta), defaultdict(lambda: np.zeros_like(theta))
     for t in range(1, config.federation.rounds + 1):
         start = torch.from_numpy(theta).to(dtype)[None]
-        updates, counts, steps = [], [], []
+        updates, counts, steps, changes = [], [], [], []
         for client in task.plan(t).training:
             work = Work(client, task.data.population.indices(client))
-            trained = train_block(task.base, task.method, start, [work], task.data.train, config, t, task.rounds)
+            pull = torch.from_numpy(c - own[client]).to(dtype)[None] if config.client.scaffold else None
+            trained = train_block(
+                task.base, task.method, start, [work], task.data.train, config, t, task.rounds, corrections=pull
+            )
             update = trained.updates[0].double().numpy()
+            if config.client.scaffold:
+                after = own[client] - c + update / (trained.steps[0] * config.client.lr)
+                changes.append(after - own[client])
+                own[client] = after
             for transform in config.transforms:
                 update = update * min(1.0, transform.norm / np.linalg.norm(update))
             if np.isfinite(update).all():
@@ -90,6 +100,7 @@ def by_hand(config: Config, task: Task) -> tuple[np.ndarray, np.ndarray]:
             g = (p @ a) * sum(share * update / taken for share, update, taken in zip(p, updates, a, strict=True))
         else:
             g = np.average(updates, axis=0, weights=counts)
+        c = c + sum(changes) / task.data.population.num_clients
         if config.server.optimizer == "adam":
             mean, square = 0.9 * mean + 0.1 * g, 0.99 * square + 0.01 * g**2
             theta = theta - config.server.lr * mean / (np.sqrt(square) + 1e-3)
@@ -116,6 +127,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "client": {"steps": None, "epochs": 1},
         "federation": {"rounds": 2},
     },
+    "scaffold": {"client": {"scaffold": True}, "federation": {"rounds": 4, "cohort_size": 4, "dropout": 0.2}},
     "clip": {"transforms": [{"name": "clip", "norm": 0.05}]},
     "mlp": {"method": {"exchange": "mlp", "hidden_size": 16}},
     "materialised": {"method": {"exchange": "materialised", "hidden_size": 16}},
@@ -137,7 +149,7 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path, variant: str, dtype: 
     assert moved > 1e-2
     assert np.linalg.norm(found - wanted) / moved < (1e-12 if dtype == "float64" else 1e-4)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 if dtype == "float64" else 1e-6)
-    assert table(tmp_path, "rounds")["dropped"].sum() == (1 if variant == "dropout" else 0)
+    assert table(tmp_path, "rounds")["dropped"].sum() == {"dropout": 1, "scaffold": 3}.get(variant, 0)
 
 
 # ---------------------------------------------------------------- any number of ranks
@@ -154,6 +166,7 @@ MODES: dict[str, dict[str, Any]] = {
     "last-layers": {"method": {"name": "full", "last_layers": 1}, "federation": {"cohort_size": 3}},
     "lora": {"method": {"name": "lora"}, "client": {"optimizer": "adamw", "lr": 0.05}},
     "held-out": {"evaluation": {"client_fraction": 0.2}},
+    "scaffold": {"client": {"scaffold": True, "lr": 2.0}, "federation": {"dropout": 0.2}},
 }
 
 
@@ -245,7 +258,10 @@ def test_an_extended_run_equals_one_of_that_length(tmp_path: Path, texts: Path, 
     assert not list(tmp_path.rglob("*.fedhpc-tmp"))
 
 
-@pytest.mark.parametrize(("name", "every"), [("federated", 1), ("dropout-adam", 2), ("centralized", 2), ("local", 1)])
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [("federated", 1), ("dropout-adam", 2), ("centralized", 2), ("local", 1), ("scaffold", 1), ("scaffold", 2)],
+)
 def test_a_run_stopped_anywhere_and_resumed_equals_one_that_was_not(
     tmp_path: Path, texts: Path, name: str, every: int
 ) -> None:
@@ -278,6 +294,39 @@ def test_no_rank_removes_what_the_checkpoint_still_needs(
     raw = mode(texts, "local", federation={"rounds": 6}, evaluation={"every": 100})
     federate(settings(tmp_path, raw), ranks=3)
     assert done == [0, 0, 1, 2, 3, 4, 4]
+
+
+def test_a_lost_round_leaves_nothing_behind(tmp_path: Path, texts: Path) -> None:
+    """Files of clients from rounds that the checkpoint does not hold are not read, whatever is in them."""
+    raw = mode(texts, "scaffold", federation={"rounds": 5, "cohort_size": 3}, checkpoint={"every": 2})
+    federate(settings(tmp_path / "whole", raw))
+    config = settings(tmp_path / "stopped", raw)
+    shorter = {**raw, "federation": {**raw["federation"], "rounds": 2}}
+    federate(settings(tmp_path / "stopped", shorter), ranks=2)
+    for client in range(8):
+        for round_ in (3, 4, 5):
+            lost = tmp_path / "stopped" / "clients" / str(client) / f"{round_}.safetensors"
+            lost.parent.mkdir(exist_ok=True)
+            lost.write_bytes(b"of another course of events")
+    federate(config, ranks=2)
+    same_results(tmp_path / "whole", tmp_path / "stopped", ("rounds", "clients"))
+
+
+def test_a_state_that_is_lost_or_damaged_is_said(tmp_path: Path, texts: Path) -> None:
+    raw = mode(texts, "scaffold", federation={"rounds": 2, "cohort_size": 8, "dropout": 0.0})
+    longer = {**raw, "federation": {**raw["federation"], "rounds": 3}}
+    federate(settings(tmp_path, raw))
+    (file,) = (tmp_path / "clients" / "5").glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(UserError, match=r"5/2\.safetensors: the state of client 5 .*checksum.*--fresh"):
+        federate(settings(tmp_path, longer), ranks=2)
+    file.unlink()
+    with pytest.raises(UserError, match=r"5/2\.safetensors: the state of client 5 .*--fresh"):
+        federate(settings(tmp_path, longer), ranks=2)
+    file.write_bytes(content)
+    federate(settings(tmp_path, longer))
+    assert [f.name for f in (tmp_path / "clients" / "5").iterdir()] == ["3.safetensors"]
 
 
 def test_an_extension_stopped_at_once_is_not_taken_for_finished(tmp_path: Path, texts: Path) -> None:
@@ -396,35 +445,40 @@ def test_one_client_is_training_with_peft(tmp_path: Path, texts: Path, client: d
 # ---------------------------------------------------------------- traffic and scale
 
 
-@pytest.mark.parametrize("name", ["federated", "centralized", "local"])
+@pytest.mark.parametrize("name", ["federated", "centralized", "local", "scaffold"])
 def test_traffic_is_within_its_bound(tmp_path: Path, texts: Path, name: str) -> None:
     """In float64, where it is tightest, with a payload that outweighs what is constant."""
     wires = {}
+    exchanges = name in ("federated", "scaffold")
+    client = {"steps": 1, "batch_size": 1, "scaffold": name == "scaffold", "optimizer": "sgd"}
     for ranks in (1, 2, 3):
-        for cohort in (3, 8) if name == "federated" else (8,):
+        for cohort in (3, 8) if exchanges else (8,):
             run_dir = tmp_path / f"{ranks} {cohort}"
-            raw = mode(texts, name, model={"dtype": "float64"}, federation={"rounds": 1, "cohort_size": cohort})
-            raw |= {"method": {"name": "prefix", "num_virtual_tokens": 200}, "client": {"steps": 1, "batch_size": 1}}
+            raw = mode(
+                texts, name, model={"dtype": "float64"}, federation={"rounds": 1, "cohort_size": cohort, "dropout": 0.0}
+            )
+            raw |= {"method": {"name": "prefix", "num_virtual_tokens": 200}, "client": client}
             federate(settings(run_dir, raw), ranks)
             found = table(run_dir, "rounds")
-            payload = 200 * 64
+            payload = 200 * 64 * (2 if name == "scaffold" else 1)
             assert final(run_dir)["prompt_embeddings"].shape[-2:] == (200, 64)
             wires[ranks, cohort] = found["wire_bytes"][1]
             assert (found["wire_bytes"][1:] > 0).all() == (ranks > 1)
             assert (found["wire_bytes"] <= 16 * payload + 2**16 + 128 * found["cohort_size"]).all()
-            if name == "federated":
+            if exchanges:
                 assert list(found["bytes_down"]) == list(found["bytes_up"]) == [0, 8 * payload * cohort]
-    if name == "federated":
+    if exchanges:
         assert wires[2, 8] - wires[2, 3] <= 5 * 128
         assert wires[3, 8] - wires[3, 3] <= 5 * 128
 
 
-def test_a_million_virtual_clients_cost_what_a_thousand_cost(tmp_path: Path, texts: Path) -> None:
+@pytest.mark.parametrize("scaffold", [False, True])
+def test_a_million_virtual_clients_cost_what_a_thousand_cost(tmp_path: Path, texts: Path, scaffold: bool) -> None:
     peaks, sizes, wires = [], [], []
     for clients in (1_000, 1_000, 1_000_000):  # the first one warms up
         run_dir = tmp_path / str(len(peaks))
         raw = {
-            **tree(texts, federation={"rounds": 2, "cohort_size": 4}),
+            **tree(texts, federation={"rounds": 2, "cohort_size": 4}, client={"scaffold": scaffold}),
             "partition": {"name": "virtual", "num_clients": clients},
         }
         tracemalloc.start()
@@ -435,6 +489,8 @@ def test_a_million_virtual_clients_cost_what_a_thousand_cost(tmp_path: Path, tex
         assert (table(run_dir, "clients")["client_id"] < clients).all()
         wires.append(table(run_dir, "rounds")["wire_bytes"].tolist())
         sizes.append((run_dir / "results.h5").stat().st_size)
+        kept = {int(folder.name) for folder in run_dir.glob("clients/*")}
+        assert kept == (set(table(run_dir, "clients")["client_id"].tolist()) if scaffold else set())
     assert max(table(tmp_path / "2", "clients")["client_id"]) > 1_000
     assert wires[1] == wires[2]
     assert abs(sizes[2] - sizes[1]) < 4096

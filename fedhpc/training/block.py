@@ -12,6 +12,7 @@ T is the size of the method's state, P that of its payload; they differ where a 
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Memory:
     buffers: dict[str, Tensor]
     count: int
 
+    @classmethod
+    def fresh(cls, names: Sequence[str], size: int, dtype: torch.dtype) -> Memory:
+        """That of a client that has not trained."""
+        return cls({name: torch.zeros(size, dtype=dtype) for name in names}, 0)
+
 
 @dataclass
 class Trained:
@@ -63,6 +69,7 @@ class Trained:
     updates: Tensor  # (K, P) on the CPU: pseudo-gradients theta_t - theta_i
     num_examples: np.ndarray  # int64 (K,)
     steps: np.ndarray  # int64 (K,)
+    distance: Tensor  # (K,) on the CPU: sum of the learning rates of the steps
     tokens: np.ndarray  # int64 (K,): supervised tokens seen
     loss_sum: np.ndarray  # float64 (K,): summed over those tokens
     loss_first: np.ndarray  # float64 (K,): mean over the tokens of the first step
@@ -83,11 +90,13 @@ def train_block(
     round_: int,
     rounds: int,
     memories: Sequence[Memory] | None = None,
+    corrections: Tensor | None = None,
 ) -> Trained:
     """Train the clients `works`, each from its row of `payloads`.
 
     payloads (1, P) for one start that all share, or (K, P). rounds: of the whole
     run, for the schedule. memories: optimizer buffers to go on with; fresh ones where None, as FedAvg has it.
+    corrections (K, T): added to every gradient of a client (fedhpc.training.scaffold).
     """
     started = time.perf_counter()
     options, device = config.client, base.device
@@ -103,6 +112,7 @@ def train_block(
     theta = method.state.flatten(method.start(lead)).expand(clients, -1).clone()
     gradient = torch.zeros_like(theta)
     anchor = theta.detach().clone() if options.proximal else None
+    drift = corrections[torch.from_numpy(order)].to(device) if corrections is not None else None
     theta.requires_grad_()
     theta.grad = gradient  # backward adds to it in place
     rule = importlib.import_module(f"fedhpc.client_optimizers.{options.optimizer}")
@@ -154,6 +164,8 @@ def train_block(
             norm = torch.linalg.vector_norm(live, dim=1, keepdim=True)
             # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
             live.mul_((options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        if drift is not None:
+            live.add_(drift[:active])
         count[:active] += 1
         now = [rates[order[i]][s] for i in range(active)]
         with torch.no_grad():
@@ -181,6 +193,7 @@ def train_block(
         updates=updates[ordered] if clients > 1 else updates,
         num_examples=np.array([len(w.indices) for w in works], dtype=np.int64),
         steps=steps,
+        distance=torch.tensor([math.fsum(of_steps) for of_steps in rates], dtype=updates.dtype),
         tokens=tokens[back],
         loss_sum=loss_sum.cpu().numpy()[back],
         loss_first=first.cpu().numpy()[back],
