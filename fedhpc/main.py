@@ -1,6 +1,6 @@
 """Run a federation.
 
-    torchrun --nproc_per_node=8 -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--check] [--fresh]
+    torchrun --nproc_per_node=8 -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--check] [--where] [--fresh]
     python -m fedhpc.main ...                  one process
     mpiexec -n 4 python -m fedhpc.main ...     MPI
     srun python -m fedhpc.main ...             Slurm
@@ -39,10 +39,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m fedhpc.main",
         description="Federated customization of large models. Without CONFIG: the embedded demo.",
-        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--check] [--fresh]",
+        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--check] [--where] [--fresh]",
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG | section.key=value", help="configuration and overrides")
     parser.add_argument("--check", action="store_true", help="validate everything, print the plan, write nothing")
+    parser.add_argument("--where", action="store_true", help="print the run directory and leave")
     parser.add_argument("--fresh", action="store_true", help="start over in a directory that holds a run")
     options = parser.parse_intermixed_args(list(arguments))
     files = [word for word in options.words if "=" not in word]
@@ -72,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             time.sleep(_SPEAKER_FIRST_S)
         return REFUSED
+    if options.where:
+        print(config.run_dir)
+        return DONE
     return _run(config, launch, options)
 
 

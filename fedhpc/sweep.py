@@ -1,6 +1,6 @@
 """A grid of runs as one command: methods, splits, seeds and anything else in the configuration.
 
-    python -m fedhpc.sweep SWEEP.yaml [key=value ...] [--list] [--index I] [--dry-run]
+    python -m fedhpc.sweep SWEEP.yaml [key=value ...] [--list] [--where] [--index I] [--dry-run]
 
 Runs what is missing, one run after the other, continues what was interrupted, and ends with a comparison
 (fedhpc.report) in <dir>/comparison. `--index $SLURM_ARRAY_TASK_ID` does one run of them, for an array job.
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, or sweep.key=value")
     parser.add_argument("--list", action="store_true", help="print index, name and state of each run")
+    parser.add_argument("--where", action="store_true", help="print the directory of each run")
     parser.add_argument("--index", type=int, metavar="I", help="only the run of this index, counted from 0")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run; write nothing")
     options = parser.parse_intermixed_args(arguments)
@@ -100,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.index not in chosen:
                 raise UserError(f"command line: --index {options.index}: there are runs 0 to {len(cells) - 1}")
             chosen = [options.index]
+        if options.where:
+            print("\n".join(str(cells[i].config.run_dir) for i in chosen))
+            return DONE
         if not (options.list or options.dry_run):
             on_error = FAILED
             return run(cells, chosen, command)

@@ -1,0 +1,115 @@
+"""A private two-node Slurm on this machine, every node a network namespace of its own, and an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedhpc.main import main
+from tests.conftest import SHARED
+from tests.ranks import BIN, REPOSITORY, _clean_environ
+from tests.test_kill import write
+
+SCRIPTS = SHARED / "scripts"
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("cluster")
+
+
+class Slurm:
+    """The clients of one Slurm, with the working directory `folder` for its jobs."""
+
+    def __init__(self, state: Path, folder: Path) -> None:
+        self.state, self.folder = state, folder
+        self.environ = {
+            **_clean_environ(),
+            "SLURM_CONF": str(state / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]),
+        }
+
+    def __call__(self, *command: str) -> str:
+        """The output of a Slurm command."""
+        done = subprocess.run(
+            command, env=self.environ, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    def submit(self, script: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
+        """The id of a batch job of two nodes with one rank each; `options` of sbatch go before these."""
+        plain = ("--time=10", "--nodes=2", "--ntasks-per-node=1", "--output=job-%A-%a.log", "--mem=1000")
+        return self("sbatch", "--parsable", *plain, *options, str(script), *arguments)
+
+    def shown(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        words = self("scontrol", "show", "job", "--oneliner", job).splitlines()[0].split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def log(self) -> str:
+        """What all jobs have written."""
+        return "".join(path.read_text() for path in sorted(self.folder.glob("job-*.log")))
+
+    def until(self, true: Callable[[], bool], timeout_s: float = 90) -> None:
+        """Wait until `true`; the logs where it takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not true():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self('squeue')}\n{self.log()}")
+            time.sleep(0.2)
+
+    def ended(self, job: str, timeout_s: float = 90) -> str:
+        """The state in which a job ended."""
+        self.until(lambda: self.shown(job)["JobState"] in ENDED, timeout_s)
+        return self.shown(job)["JobState"]
+
+
+@pytest.fixture(scope="session")
+def _state() -> Iterator[Path]:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a private Slurm needs Linux and root")
+    if not (SCRIPTS / "slurm-up.sh").is_file():
+        pytest.skip("the scripts that bring up a private Slurm are not in shared/scripts beside the checkout")
+    if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") and not shutil.which("apt-get"):
+        pytest.skip("Slurm is not installed, and cannot be without apt-get")
+    state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # munge's socket takes no long path
+    environ = {**_clean_environ(), "SLURM_CI_NETNS": "1"}
+    try:
+        up = subprocess.run(["bash", str(SCRIPTS / "slurm-up.sh"), str(state)], env=environ, capture_output=True)
+        if up.returncode:
+            pytest.skip(f"a private Slurm does not come up here: {up.stderr.decode().strip().splitlines()[-1]}")
+        yield state
+    finally:
+        subprocess.run(["bash", str(SCRIPTS / "slurm-down.sh"), str(state), "--purge"], capture_output=True)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture
+def slurm(_state: Path, tmp_path: Path) -> Iterator[Slurm]:
+    client = Slurm(_state, tmp_path)
+    yield client
+    client("scancel", "--user=root")
+    client.until(lambda: not client("squeue", "-h"), 30)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a run in one process that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([str(write(folder, folder / "run"))]) == 0
+    return folder / "run"
