@@ -242,7 +242,15 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert "[section.key=value ...] [--check] [--fresh]" in capsys.readouterr().out
+    assert "[section.key=value ...] [--check] [--where] [--fresh]" in capsys.readouterr().out
+
+
+def test_where_names_the_run_directory_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["run.name=mine", "--where"]) == 0
+    assert capsys.readouterr().out == "runs/mine\n"
+    assert main(["run.nam=mine", "--where"]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ---------------------------------------------------------------- data
