@@ -70,6 +70,7 @@ def attributes(task: Task, world_size: int, transport: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "block_size": task.block_size,
         "payload_parameters": task.method.payload.size,
+        "trainable_parameters": task.method.state.size,
         "payload_dtype": str(task.payload_dtype).removeprefix("torch."),
         "fingerprint_data": task.data.fingerprint,
         "fingerprint_model": task.base.fingerprint,

@@ -281,6 +281,9 @@ def _cross_check(config: Config, where: str) -> None:
         raise UserError(f"{where}: partition.min_examples {fewest} is more than partition.max_examples {most}")
     if config.client.scaffold:
         _check_scaffold(config, where)
+    problem = config.method.conflict(config)
+    if problem:
+        raise UserError(f"{where}: {problem}")
     if config.runtime.precision != "float32" and config.model.dtype == "float64":
         raise UserError(f"{where}: runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
 

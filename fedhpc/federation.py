@@ -252,7 +252,7 @@ def _round(
                 server.name(client, round_)
     stepped = time.perf_counter()
 
-    bytes_each = exchanged_bytes(task)
+    bytes_down, bytes_up = exchanged_bytes(task, plan)
     ok = status == OK
     seen = column["tokens"][ok].sum()
     ranks = {name: rank_report[:, i] for i, name in enumerate(_RANK_REPORT)}
@@ -265,8 +265,8 @@ def _round(
         "rejected": int((status == REJECTED).sum()),
         "tokens": int(column["tokens"].sum()),
         "padded_tokens": int(ranks["padded_tokens"].sum()),
-        "bytes_down": bytes_each * len(plan.cohort),
-        "bytes_up": bytes_each * len(plan.training),
+        "bytes_down": bytes_down,
+        "bytes_up": bytes_up,
         "wire_bytes": int(ranks["wire_bytes"].max()),
         "update_norm": norm,
         "seconds": stepped - began,

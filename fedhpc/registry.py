@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,6 +22,10 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, nothing is edited after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def conflict(self, config: Any) -> str | None:
+        """What in the whole configuration does not go with these options, in one line; None where all does."""
+        return None
 
 
 def names(family: str) -> list[str]:

@@ -104,7 +104,8 @@ class Run:
 
     @property
     def parameters(self) -> float:
-        stored = self.results.attributes.get("payload_parameters")
+        attributes = self.results.attributes
+        stored = attributes.get("trainable_parameters", attributes.get("payload_parameters"))
         final = self.results.groups["final"]
         return float(stored if stored is not None else sum(t.size for t in final.values()) if final else math.nan)
 

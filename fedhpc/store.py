@@ -48,7 +48,7 @@ ROUNDS = {
     "tokens": Column(np.int64, "supervised tokens of local training"),
     "padded_tokens": Column(np.int64, "padding tokens of local training"),
     "bytes_down": Column(np.int64, "protocol bytes server to clients: payload times clients"),
-    "bytes_up": Column(np.int64, "protocol bytes clients to server: payload times clients"),
+    "bytes_up": Column(np.int64, "protocol bytes clients to server: what each must send, times clients"),
     "wire_bytes": Column(np.int64, "bytes counted by the transport, all ranks"),
     "update_norm": Column(np.float64, "L2 norm of the server's step"),
     "seconds": Column(np.float64, "wall time of the round"),

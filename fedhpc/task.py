@@ -70,7 +70,8 @@ def build(config: Config, launch: Launch, world_size: int, write_cache: bool) ->
     if config.client.scaffold and method.state.shapes != method.payload.shapes:
         raise UserError(
             f"client.scaffold: {config.method.name} with these options trains other parameters than it exchanges, so "
-            "there is no control variate for them; exchange what is trained (prefix: exchange raw or mlp)"
+            "there is no control variate for them; exchange what is trained (prefix: exchange raw or mlp; lora: "
+            "aggregation average or ffa)"
         )
     size = cohort_size(config, loaded.population)
     if config.federation.min_cohort > size:
@@ -136,11 +137,13 @@ def evaluated_clients(task: Task) -> list[int]:
     return sorted(int(c) for c in chosen)
 
 
-def exchanged_bytes(task: Task) -> int:
-    """Protocol bytes of one client each way: the payload, and with client.scaffold its control variate as well."""
+def exchanged_bytes(task: Task, plan: Plan) -> tuple[int, int]:
+    """Protocol bytes of a round, down and up: payloads, and with client.scaffold control variates of the same size."""
     if task.config.mode != "federated":
-        return 0
-    return task.method.payload.size * task.payload_dtype.itemsize * (2 if task.config.corrects_drift else 1)
+        return 0, 0
+    each = task.payload_dtype.itemsize * (2 if task.config.corrects_drift else 1)
+    down = task.method.payload.size * len(plan.cohort)
+    return each * down, each * sum(task.method.sent_up(c) for c in plan.training)
 
 
 def headline(task: Task, world_size: int, transport: str) -> list[str]:
@@ -169,8 +172,8 @@ def describe(task: Task, world_size: int, transport: str) -> list[str]:
     copies = 2 + len(rule.state_names(config.client))
     largest = max((len(b.clients) for b in plan.blocks), default=0)
     held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in task.workers), default=0)
-    each_way = exchanged_bytes(task)
-    update = each_way or payload * item
+    down, up = exchanged_bytes(task, plan)
+    update = payload * item * (2 if config.corrects_drift else 1)
     return [
         *headline(task, world_size, transport),
         *task.data.messages,
@@ -181,8 +184,8 @@ def describe(task: Task, world_size: int, transport: str) -> list[str]:
         f"{min(steps, default=0)} to {max(steps, default=0)} local steps each",
         "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
         f"payload: {payload:,} parameters in {len(task.method.payload.shapes)} tensors, "
-        f"{each_way / 2**20:.2f} MiB per client each way",
-        f"bytes per round: {each_way * len(plan.cohort):,} down, {each_way * len(plan.training):,} up (protocol)",
+        f"{payload * item / 2**20:.2f} MiB",
+        f"bytes per round: {down:,} down, {up:,} up (protocol)",
         f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
         f"{copies * state * item * largest / 2**20:.1f} MiB block, {update * held / 2**20:.1f} MiB updates",
     ]

@@ -6,7 +6,7 @@ heads of their own: every linear layer of the head computes row b with the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -64,11 +64,16 @@ class WithHead(Method):
         head = {name: p.detach().to("cpu", dtype, copy=True) for name, p in self._parameters.items()}
         return {**self.method.initial(), **head}
 
-    def start(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {**self.method.start(payload), **self._only_head(payload)}
+    def start(
+        self, payload: Mapping[str, Tensor], round_: int = 0, clients: Sequence[int] = ()
+    ) -> Mapping[str, Tensor]:
+        return {**self.method.start(payload, round_, clients), **self._only_head(payload)}
 
     def finish(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {**self.method.finish(state, payload), **self._only_head(state)}
+
+    def sent_up(self, client: int) -> int:
+        return self.method.sent_up(client) + self._head.size
 
     @contextmanager
     def attach(

@@ -10,7 +10,7 @@ unless a method reparametrises (prefix with `exchange: materialised`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,13 +49,20 @@ class Method(ABC):
     def initial(self) -> dict[str, Tensor]:
         """The payload before the first round, on the CPU."""
 
-    def start(self, payload: Tensors) -> Tensors:
-        """The state in which local training starts, from a payload (K, ...)."""
+    def start(self, payload: Tensors, round_: int = 0, clients: Sequence[int] = ()) -> Tensors:
+        """The state in which local training starts, from a payload (1 or K, ...).
+
+        clients: the K that train in this round, none in an evaluation. The state may have one row for all.
+        """
         return payload
 
     def finish(self, state: Tensors, payload: Tensors) -> Tensors:
         """The payload (K, ...) after local training; `payload` is the one it started from."""
         return state
+
+    def sent_up(self, client: int) -> int:
+        """How many numbers a client has to send back: those of the payload that do not follow from the others."""
+        return self.payload.size
 
     @abstractmethod
     def attach(

@@ -8,15 +8,25 @@ average: A and B are averaged apart from each other, as in FedIT (Zhang et al. 2
 the means is not the mean of the products.
 ffa: A stays as it was drawn, and B alone is trained and exchanged (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313,
 section 4). The mean of the B_i A is then the mean of the B_i times A, and the payload is half as large.
+exact: the sum that the base's weight has gained, D, is exchanged beside A and B. Client i returns
+D_i = D + s B_i A_i - s B A, so that the mean of the D_i is exactly the mean of the products; what D has more than the
+product of the means is the residual that FedEx-LoRA folds into the frozen weight (Singhal et al. 2024, arXiv
+2410.09432).
+stack: D alone is exchanged. Everybody begins every round with a fresh A, B = 0 and a rank of their own, and returns
+D + s B_i A_i. The mean is the product of the stacked A_i and w_i B_i that FLoRA adds to the frozen weight (Wang et al.
+2024, arXiv 2409.05976).
+With both, the layer computes (W + D - s B A) x + s B_i A_i x, and W, which may be quantised, is not touched. A client
+need not send D_i, which follows from A_i and B_i; it is formed where the client trains and rides the same exact sum as
+every payload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -49,17 +59,34 @@ _TARGETS = {
 _USUAL_TARGETS = ["q_proj", "v_proj"]
 
 
-_A, _B = "lora_A.weight", "lora_B.weight"
+_A, _B, _D = "lora_A.weight", "lora_B.weight", "lora_delta.weight"
 
 
 class Options(Section):
     rank: int = Field(8, ge=1, description="r, rank of the added term")
     alpha: float = Field(16.0, gt=0, description="the term is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the inputs of the term dropped in training")
-    aggregation: Literal["average", "ffa"] = Field("average", description="what is trained and how it combines")
+    aggregation: Literal["average", "ffa", "exact", "stack"] = Field(
+        "average", description="what is trained and how it combines"
+    )
+    ranks: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="with stack: client c has rank ranks[c mod length], scaled by alpha / rank all the same",
+    )
     targets: list[str] | None = Field(
         None, min_length=1, description="names of the adapted linear layers; default: attention, by architecture"
     )
+
+    def conflict(self, config: Any) -> str | None:
+        if self.ranks is not None and self.aggregation != "stack":
+            return "method.ranks needs method.aggregation stack: the other rules combine factors of one rank"
+        if self.aggregation == "stack" and config.mode != "federated":
+            return (
+                f"method.aggregation stack begins afresh after every aggregation, and mode {config.mode} has none: "
+                "use average"
+            )
+        return None
 
 
 class Lora(Method):
@@ -78,22 +105,83 @@ class Lora(Method):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of A and B of every module."""
         shapes: dict[str, tuple[int, ...]] = {}
+        rank = max(self._ranks)
         for path, module in self._modules.items():
             inside, outside = features(module) or (0, 0)
-            shapes[_a(path)] = (self.options.rank, inside)
-            shapes[_b(path)] = (outside, self.options.rank)
+            shapes[_a(path)] = (rank, inside)
+            shapes[_b(path)] = (outside, rank)
         return shapes
+
+    @property
+    def _ranks(self) -> list[int]:
+        return self.options.ranks or [self.options.rank]
+
+    @property
+    def _scale(self) -> float:
+        """s"""
+        return float(self.options.alpha / self.options.rank)
+
+    @cached_property
+    def _deltas(self) -> Layout:
+        """D of every module, with the rules that exchange it."""
+        if self.options.aggregation not in ("exact", "stack"):
+            return Layout({})
+        widths = {path: features(module) or (0, 0) for path, module in self._modules.items()}
+        return Layout({_d(path): (outside, inside) for path, (inside, outside) in widths.items()})
 
     @cached_property
     def payload(self) -> Layout:
+        return self._deltas if self._restarts else Layout({**self.state.shapes, **self._deltas.shapes})
+
+    @cached_property
+    def state(self) -> Layout:
         return Layout({name: shape for name, shape in self._shapes.items() if name not in self._frozen})
 
-    def initial(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self._drawn().items() if name in self.payload.shapes}
+    @property
+    def _restarts(self) -> bool:
+        return bool(self.options.aggregation == "stack")
 
-    def _drawn(self) -> dict[str, Tensor]:
-        """A and B before the first round."""
-        noise = torch.Generator().manual_seed(torch_seed(self.seed, "lora"))
+    def sent_up(self, client: int) -> int:
+        rank = self._ranks[client % len(self._ranks)]
+        return self.state.size * rank // max(self._ranks)
+
+    def initial(self) -> dict[str, Tensor]:
+        zeros = {name: torch.zeros(shape) for name, shape in self._deltas.shapes.items()}
+        return {name: tensor for name, tensor in {**self._drawn(), **zeros}.items() if name in self.payload.shapes}
+
+    def start(
+        self, payload: Mapping[str, Tensor], round_: int = 0, clients: Sequence[int] = ()
+    ) -> Mapping[str, Tensor]:
+        if not self._restarts:
+            return {name: payload[name] for name in self.state.shapes}
+        like = next(iter(payload.values()))
+        state = {n: like.new_zeros(len(clients) or len(like), *shape) for n, shape in self.state.shapes.items()}
+        for row, client in enumerate(clients):
+            # Rows of zeros stay zeros, since B has zeros against them and the other way round.
+            rank = self._ranks[client % len(self._ranks)]
+            for name, drawn in self._drawn(round_, client).items():
+                if name.endswith(_A):
+                    state[name][row, :rank] = drawn[:rank].to(like)
+        return state
+
+    def finish(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        trained = {name: tensor for name, tensor in state.items() if name in self.payload.shapes}
+        for path in self._modules if self._deltas.shapes else ():
+            trained[_d(path)] = self._rest(path, payload) + self._product(path, state)
+        return trained
+
+    def _product(self, path: str, factors: Mapping[str, Tensor]) -> Tensor:
+        """s B A of a layer: (K, out, in)."""
+        return self._scale * factors[_b(path)] @ factors[_a(path)]
+
+    def _rest(self, path: str, payload: Mapping[str, Tensor]) -> Tensor:
+        """What a layer's weight has gained beside the term that is trained: (1 or K, out, in)."""
+        delta = payload[_d(path)]
+        return delta if self._restarts else delta - self._product(path, payload)
+
+    def _drawn(self, *keys: int) -> dict[str, Tensor]:
+        """A and B before the first round, or those of `keys`: a round and a client."""
+        noise = torch.Generator().manual_seed(torch_seed(self.seed, "lora", *keys))
         # The uniform bound that torch.nn.Linear and PEFT use for A.
         return {
             name: (torch.rand(shape, generator=noise) * 2 - 1) / shape[1] ** 0.5
@@ -118,19 +206,22 @@ class Lora(Method):
         for number, (path, module) in enumerate(self._modules.items()):
             keys = bits(noise, torch.tensor(number)) if noise is not None and self.options.dropout else None
             factors = {**self._frozen, **state}
-            hooks.append(module.register_forward_hook(self._term(factors[_a(path)], factors[_b(path)], rows, keys)))
+            rest = self._rest(path, payload) if self._deltas.shapes else None
+            term = self._term(factors[_a(path)], factors[_b(path)], rest, rows, keys)
+            hooks.append(module.register_forward_hook(term))
         try:
             yield Attached()
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _term(self, a: Tensor, b: Tensor, rows: Tensor, keys: Tensor | None) -> Callable[[Any, Any, Tensor], Tensor]:
+    def _term(
+        self, a: Tensor, b: Tensor, rest: Tensor | None, rows: Tensor, keys: Tensor | None
+    ) -> Callable[[Any, Any, Tensor], Tensor]:
         """A forward hook that adds the term of row i's client: a (1 or K, r, in), b (K, out, r), rows (B,).
 
-        keys: int64 (B,) of the dropout, None for none.
+        rest: (1 or K, out, in) to be added to the weight, or None. keys: int64 (B,) of the dropout, None for none.
         """
-        scale = self.options.alpha / self.options.rank
 
         def per_row(x: Tensor, weight: Tensor) -> Tensor:
             weight = weight.to(x.dtype)
@@ -138,9 +229,11 @@ class Lora(Method):
 
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
             x = inputs[0]  # (B, T, in)
+            if rest is not None:
+                output = output + per_row(x, rest)
             if keys is not None:
                 x = x * self.kept(keys, *x.shape[1:]) / (1 - self.options.dropout)
-            return output + scale * per_row(per_row(x, a), b)
+            return output + self._scale * per_row(per_row(x, a), b)
 
         return hook
 
@@ -154,21 +247,46 @@ class Lora(Method):
         return (drawn >= round(self.options.dropout * 2**64) - 2**63).view(-1, length, width)
 
     def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
-        """A PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+        """A PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors.
+
+        Of D it is a LoRA of higher rank: B and A are the singular vectors, scaled by the roots of the singular values.
+        Those below 16 eps of the largest (eps of the payload's dtype) are rounding and left out.
+        """
         from fedhpc.methods._peft import write_adapter
 
+        tensors = {**{name: tensor[0] for name, tensor in self._frozen.items()}, **payload}
+        rank, alpha = self.options.rank, self.options.alpha
+        if self._deltas.shapes:
+            tensors = _factorised({p: payload[_d(p)] for p in self._modules})
+            rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith(_A))
+            alpha = float(rank)
         config = {
             "peft_type": "LORA",
-            "r": self.options.rank,
-            "lora_alpha": self.options.alpha,
+            "r": rank,
+            "lora_alpha": alpha,
             "lora_dropout": self.options.dropout,
             "bias": "none",
             "target_modules": self._targets,
             "fan_in_fan_out": any(is_conv1d(m) for m in self._modules.values()),
         }
-        frozen = {name: tensor[0] for name, tensor in self._frozen.items()}
-        named = {f"base_model.model.{name}": tensor for name, tensor in {**frozen, **payload}.items()}
-        write_adapter(path, config, named, self.base)
+        write_adapter(path, config, {f"base_model.model.{name}": t for name, t in tensors.items()}, self.base)
+
+
+def _factorised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A (r, in) and B (out, r) of every weight (out, in); r is the largest numerical rank, the others get zeros."""
+    parts = {}
+    for path, weight in weights.items():
+        u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        kept = int((s > 16 * torch.finfo(weight.dtype).eps * s[0]).sum())
+        root = s[:kept].sqrt()
+        parts[path] = (root.unsqueeze(1) * vt[:kept], u[:, :kept] * root)
+    rank = max(1, *(len(a) for a, _ in parts.values()))
+    tensors = {}
+    for path, (a, b) in parts.items():
+        missing = rank - len(a)
+        tensors[_a(path)] = torch.nn.functional.pad(a, (0, 0, 0, missing)).to(weights[path].dtype)
+        tensors[_b(path)] = torch.nn.functional.pad(b, (0, missing)).to(weights[path].dtype)
+    return tensors
 
 
 def _a(path: str) -> str:
@@ -177,6 +295,10 @@ def _a(path: str) -> str:
 
 def _b(path: str) -> str:
     return f"{path}.{_B}"
+
+
+def _d(path: str) -> str:
+    return f"{path}.{_D}"
 
 
 METHOD = Lora

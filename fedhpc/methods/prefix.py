@@ -16,7 +16,7 @@ In an encoder-decoder the prefix is in front of the decoder's self-attention, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +95,9 @@ class Prefix(Method):
         noise = torch.Generator().manual_seed(torch_seed(self.seed, "prefix"))
         return {PREFIX: torch.randn(self._prefix.shapes[PREFIX], generator=noise)}
 
-    def start(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def start(
+        self, payload: Mapping[str, Tensor], round_: int = 0, clients: Sequence[int] = ()
+    ) -> Mapping[str, Tensor]:
         if self.options.exchange != "materialised":
             return payload
         received = payload[PREFIX]

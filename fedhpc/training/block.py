@@ -109,7 +109,8 @@ def train_block(
     payloads = payloads.to(device)
     start = payloads if len(payloads) == 1 else payloads[torch.from_numpy(order).to(device)]
     lead = method.payload.views(start)
-    theta = method.state.flatten(method.start(lead)).expand(clients, -1).clone()
+    began = method.start(lead, round_, [works[i].client_id for i in order])
+    theta = method.state.flatten({name: t.expand(clients, *t.shape[1:]) for name, t in began.items()}).clone()
     gradient = torch.zeros_like(theta)
     anchor = theta.detach().clone() if options.proximal else None
     drift = corrections[torch.from_numpy(order)].to(device) if corrections is not None else None
