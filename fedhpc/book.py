@@ -71,6 +71,7 @@ def attributes(task: Task, world_size: int, transport: str) -> dict[str, Any]:
         "block_size": task.block_size,
         "payload_parameters": task.method.payload.size,
         "trainable_parameters": task.method.state.size,
+        "personal_parameters": task.split.personal.size,
         "payload_dtype": str(task.payload_dtype).removeprefix("torch."),
         "fingerprint_data": task.data.fingerprint,
         "fingerprint_model": task.base.fingerprint,

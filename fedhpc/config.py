@@ -128,6 +128,15 @@ class Evaluation(Section):
 _Positive = Annotated[int, Field(ge=1)]
 
 
+class Personalization(Section):
+    parts: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="patterns (* ? [...]) of names of payload tensors that stay on the client"
+    )
+    finetune_steps: int = Field(
+        0, ge=0, description="local steps of every evaluated client from the final state, at the rate client.lr"
+    )
+
+
 class Runtime(Section):
     transport: Literal["auto", "torch", "mpi"] = Field("auto", description="how ranks talk")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where clients train")
@@ -161,6 +170,7 @@ class Config(Section):
     server: Any
     transforms: tuple[Any, ...]
     evaluation: Evaluation
+    personalization: Personalization
     runtime: Runtime
     checkpoint: Checkpoint
     local: Local
@@ -177,7 +187,7 @@ class Config(Section):
     @property
     def keeps_client_state(self) -> bool:
         """Whether clients keep something from round to round (fedhpc.clientstate)."""
-        return self.mode != "federated" or self.corrects_drift
+        return self.mode != "federated" or self.corrects_drift or bool(self.personalization.parts)
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; loading it gives an equal Config."""
@@ -190,6 +200,7 @@ _PLAIN: dict[str, type[Section]] = {
     "data": Data,
     "federation": Federation,
     "evaluation": Evaluation,
+    "personalization": Personalization,
     "runtime": Runtime,
     "checkpoint": Checkpoint,
     "local": Local,
@@ -284,6 +295,8 @@ def _cross_check(config: Config, where: str) -> None:
     problem = config.method.conflict(config)
     if problem:
         raise UserError(f"{where}: {problem}")
+    if config.personalization.parts or config.personalization.finetune_steps:
+        _check_personalization(config, where)
     if config.runtime.precision != "float32" and config.model.dtype == "float64":
         raise UserError(f"{where}: runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
 
@@ -300,6 +313,24 @@ def _check_scaffold(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: transforms would not reach the control variates that client.scaffold sends beside the "
             "update: give one of the two"
+        )
+
+
+def _check_personalization(config: Config, where: str) -> None:
+    if config.mode != "federated":
+        raise UserError(
+            f"{where}: personalization is a client's own part of a federated state, and mode {config.mode} has none: "
+            "take its keys out"
+        )
+    if not config.evaluation.client_fraction:
+        raise UserError(
+            f"{where}: personalization shows on each client's own data alone: give evaluation.client_fraction, the "
+            "share of it that is held out"
+        )
+    if config.personalization.parts and config.client.scaffold:
+        raise UserError(
+            f"{where}: client.scaffold corrects the drift of what all clients share, and personalization.parts are "
+            "meant to drift: give one of the two"
         )
 
 

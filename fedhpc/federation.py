@@ -21,10 +21,10 @@ from torch import Tensor
 from fedhpc import clientstate, registry, rundir
 from fedhpc.aggregation import Uploads, sharded, weighted_sum
 from fedhpc.book import Book, attributes, new_results
-from fedhpc.clients import Download, train
+from fedhpc.clients import Download, evaluate_clients, evaluate_personal, train
 from fedhpc.config import Config
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import Outcome, client_evaluation, evaluate, subset
+from fedhpc.evaluation.evaluate import Outcome, evaluate, over_clients, subset
 from fedhpc.methods.base import Method
 from fedhpc.participation import Plan
 from fedhpc.progress import Progress
@@ -178,7 +178,7 @@ def _begin(task: Task, transport: Transport, resume: bool) -> tuple[int, Server 
 
     def restore() -> int:
         world_size, name = transport.world_size, transport.name
-        server, round_ = Server(task.config, task.initial_payload()), 0
+        server, round_ = Server(task.config, task.split.apart(task.initial_payload())[0]), 0
         results = new_results(task, world_size, name)
         if resume:
             loaded = rundir.load_checkpoint(task.config.run_dir)
@@ -204,7 +204,7 @@ def _round(
     task: Task, transport: Transport, server: Server | None, round_: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]:
     """One round. On rank 0: the rows for /rounds and /clients, and events; empty elsewhere."""
-    config, layout = task.config, task.method.payload
+    config, layout = task.config, task.split.shared
     wire_before = transport.wire_bytes
     began = time.perf_counter()
     plan = task.plan(round_)
@@ -297,7 +297,7 @@ def _round(
 def _download(task: Task, transport: Transport, server: Server | None, plan: Plan) -> Download:
     theta = control = None
     if task.config.corrects_drift:
-        size = task.method.payload.size
+        size = task.split.shared.size
         both = server.with_control() if server else torch.empty(2 * size, dtype=task.payload_dtype)
         transport.broadcast(both)
         theta, control = both.split(size)
@@ -307,8 +307,8 @@ def _download(task: Task, transport: Transport, server: Server | None, plan: Pla
 
 
 def _broadcast_theta(task: Task, transport: Transport, server: Server | None) -> Tensor:
-    """theta_t (P,) on the CPU of every rank."""
-    theta = server.theta if server else torch.empty(task.method.payload.size, dtype=task.payload_dtype)
+    """theta_t (S,) on the CPU of every rank."""
+    theta = server.theta if server else torch.empty(task.split.shared.size, dtype=task.payload_dtype)
     transport.broadcast(theta)
     return theta
 
@@ -330,7 +330,7 @@ def _train(
     task: Task, rank: int, plan: Plan, down: Download, report: np.ndarray, place: Mapping[int, int]
 ) -> tuple[Uploads, tuple[int, int]]:
     """Train this rank's blocks; fills its clients' rows of `report`. Also the input and padded tokens."""
-    none = torch.empty(0, task.method.payload.size, dtype=task.payload_dtype)
+    none = torch.empty(0, task.split.shared.size, dtype=task.payload_dtype)
     slots: list[int] = []
     updates, changes, tokens, padded = [none], [none], 0, 0
     for block in (block for block in plan.blocks if block.worker == rank):
@@ -377,8 +377,8 @@ def _accepted(transport: Transport, plan: Plan, uploads: Uploads) -> np.ndarray:
 
 
 def _combine(task: Task, transport: Transport, plan: Plan, accepted: np.ndarray, uploads: Uploads) -> Tensor | None:
-    """The aggregated pseudo-gradient of the accepted updates: float64 (P,) on rank 0, None elsewhere."""
-    config, layout = task.config, task.method.payload
+    """The aggregated pseudo-gradient of the accepted updates: float64 (S,) on rank 0, None elsewhere."""
+    config, layout = task.config, task.split.shared
     if not len(accepted):
         return torch.zeros(layout.size, dtype=torch.float64) if transport.rank == 0 else None
     shares = _shares(task, plan)[accepted]
@@ -406,9 +406,13 @@ def _why(plan: Plan, client: int) -> str:
 
 
 def _evaluated_payloads(task: Task, transport: Transport, server: Server | None, round_: int) -> Tensor:
-    """What an evaluation after `round_` is of: (1, P), or in local mode (M, P), one row per client."""
+    """What an evaluation after `round_` is of: (1, P), or in local mode (M, P), one row per client.
+
+    Personal parts are the initial ones, those of a client that was never sampled.
+    """
     if task.config.mode != "local" or round_ == 0:
-        return _broadcast_theta(task, transport, server).unsqueeze(0).to(task.base.device)
+        theta = _broadcast_theta(task, transport, server).unsqueeze(0)
+        return task.split.join(theta, task.initial_personal).to(task.base.device)
     transport.barrier()  # another rank may have written the client's file
     clients = task.plan(round_).training
     rows = [clientstate.load(task.config.run_dir, c, round_)["theta"] for c in clients]
@@ -430,6 +434,26 @@ def _evaluate(task: Task, transport: Transport, server: Server | None, round_: i
         transport,
         label_targets=task.label_targets,
     )
+
+
+def _evaluate_personal(
+    task: Task, transport: Transport, server: Server | None, clients: Sequence[int]
+) -> dict[str, np.ndarray] | None:
+    """Per-client results with each client's own part and after its fine-tuning, `_personal` behind their names."""
+    theta = _broadcast_theta(task, transport, server)
+    versions = _broadcast_versions(task, transport, server, clients)
+    metrics = ["loss", *(["accuracy"] if "accuracy" in task.config.evaluation.metrics_of_test else [])]
+    # Blocks do not depend on the number of ranks, and each slot is filled by one of them.
+    slots = torch.zeros(len(metrics), len(clients), dtype=torch.float64)
+    for number, begin in enumerate(range(0, len(clients), task.block_size)):
+        if number % transport.world_size == transport.rank:
+            block = slice(begin, begin + task.block_size)
+            columns = evaluate_personal(task, theta, clients[block], versions)
+            slots[:, block] = torch.from_numpy(np.stack([columns[metric] for metric in metrics]))
+    transport.reduce_sum(slots)
+    if transport.rank != 0:
+        return None
+    return {f"{metric}_personal": slot.numpy() for metric, slot in zip(metrics, slots, strict=True)}
 
 
 def _finish(
@@ -467,18 +491,11 @@ def _finish(
     if config.evaluation.client_fraction > 0:
         plan = task.plan(task.rounds)
         clients = plan.training if config.mode == "local" else evaluated_clients(task)
-        held_out = [task.data.population.held_out(c) for c in clients]
-        per_client = client_evaluation(
-            task.base,
-            task.method,
-            payloads,
-            task.data.train,
-            clients,
-            held_out,
-            config.evaluation,
-            config.runtime.precision,
-            transport,
-        )
+        per_client = evaluate_clients(task, payloads, clients, transport)
+        if config.personalization.parts or config.personalization.finetune_steps:
+            personal = _evaluate_personal(task, transport, server, clients)
+            if per_client is not None and personal is not None:
+                per_client |= personal
     if book is None or server is None or final is None or untouched is None or progress is None:
         return
     results = book.results
@@ -486,7 +503,7 @@ def _finish(
     results.set_base(untouched.metrics)
     results.set_samples(final.samples)
     if per_client is not None:
-        results.set_client_eval(per_client)
+        results.set_client_eval(per_client, over_clients(per_client))
     layout = task.method.payload
     if config.mode == "local":
         clients = task.plan(task.rounds).training
@@ -495,7 +512,7 @@ def _finish(
             single = {name: view[i] for name, view in views.items()}
             task.method.export(single, config.run_dir / "adapter" / str(client))
     else:
-        views = layout.views(server.theta)
+        views = layout.views(task.split.join(server.theta, task.initial_personal))
         task.method.export(views, config.run_dir / "adapter")
     results.set_final({name: view.numpy() for name, view in views.items()})
     with writing:
@@ -504,7 +521,21 @@ def _finish(
     progress.close()
     for name, value in final.metrics.items():
         print(f"test {name} {value:.4f} (untouched base {untouched.metrics[name]:.4f})")
+    for line in _client_lines(results.groups["client_summary"]):
+        print(line)
+    if task.split.personal.shapes:
+        print("test, /final and the adapter: the shared part with the initial personal part of a client never sampled")
     print(f"complete: {config.run_dir}/results.h5 and {config.run_dir}/adapter")
+
+
+def _client_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each per-client result."""
+    columns = dict.fromkeys(name.partition("/")[0] for name in summary)
+    return [
+        f"clients' {name.replace('_', ' ')}: mean {summary[f'{name}/mean']:.4f}, worst 10 % "
+        f"{summary[f'{name}/worst_10_percent']:.4f}, standard deviation {summary[f'{name}/std']:.4f}"
+        for name in columns
+    ]
 
 
 def peak_memory(device: torch.device) -> int:

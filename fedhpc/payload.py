@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fedhpc.lazy import lazy
@@ -54,6 +55,38 @@ class Layout:
             lead = tensor.shape[: tensor.ndim - len(shape)]
             flats.append(tensor.reshape(*lead, -1))
         return torch.cat(flats, dim=-1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A payload in two: what is exchanged, and what stays on each client (partial personalisation).
+
+    FedPer (Arivazhagan et al. 2019, arXiv 1912.00818): the server averages the shared part alone, and a client trains
+    both parts together, from the shared part it was sent and its own of last time ("simultaneous" in Pillutla et al.
+    2022, arXiv 2204.03809).
+    """
+
+    whole: Layout
+    personal: Layout  # of some of its tensors; empty where all of them are exchanged
+
+    @cached_property
+    def shared(self) -> Layout:
+        return Layout({n: shape for n, shape in self.whole.shapes.items() if n not in self.personal.shapes})
+
+    def apart(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., P) as the shared part (..., S) and the personal one (..., P - S)."""
+        if not self.personal.shapes:
+            return flat, flat[..., :0]
+        tensors = self.whole.views(flat)
+        return self.shared.flatten(tensors), self.personal.flatten(tensors)
+
+    def join(self, shared: Tensor, personal: Tensor) -> Tensor:
+        """The inverse of `apart`; leading axes of length 1 are repeated."""
+        if not self.personal.shapes:
+            return shared
+        lead = torch.broadcast_shapes(shared.shape[:-1], personal.shape[:-1])
+        parts = (self.shared.views(shared.expand(*lead, -1)), self.personal.views(personal.expand(*lead, -1)))
+        return self.whole.flatten({**parts[0], **parts[1]})
 
 
 def exponents(updates: Tensor, weights: Tensor, layout: Layout) -> Tensor:

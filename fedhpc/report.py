@@ -103,6 +103,11 @@ class Run:
         return {name: float(np.mean(value)) for name, value in self.results.groups[group].items()}
 
     @property
+    def over_clients(self) -> dict[str, float]:
+        """Results on the clients' held-out data, summed up: "loss/mean", "loss/worst_10_percent", "loss/std", ..."""
+        return {name: float(value) for name, value in self.results.groups["client_summary"].items()}
+
+    @property
     def parameters(self) -> float:
         attributes = self.results.attributes
         stored = attributes.get("trainable_parameters", attributes.get("payload_parameters"))
@@ -144,6 +149,9 @@ class Group:
 
     def test(self, metric: str) -> np.ndarray:
         return np.array([run.metrics("test").get(metric, math.nan) for run in self.runs])
+
+    def over_clients(self, name: str) -> np.ndarray:
+        return np.array([run.over_clients.get(name, math.nan) for run in self.runs])
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,7 @@ def load(path: Path) -> Run:
 def report_run(run: Run, out: Path, console: Console) -> list[Path]:
     """Tables on the terminal; report.md, CSV files and plots in `out`. The paths written."""
     rounds = run.rounds
-    grids = [_facts(run), _outcome(run), _evaluations(run), _costs(run)]
+    grids = [_facts(run), _outcome(run), _over_clients([Group(run.name, [run])]), _evaluations(run), _costs(run)]
     for grid in grids:
         if grid.rows:
             console.print(grid.rich())
@@ -272,6 +280,17 @@ def _outcome(run: Run) -> Grid:
     rows = [[label, *(_number(m.get(name)) for name in _ordered(test, base))] for label, m in
             (("this run", test), ("untouched base", base)) if m]  # fmt: skip
     return Grid("Test", ["", *map(_title, _ordered(test, base))], rows)
+
+
+def _over_clients(groups: Sequence[Group]) -> Grid:
+    """Per-client results, a row for each group and metric; every client counts once."""
+    rows = []
+    for g in groups:
+        for metric in dict.fromkeys(name.partition("/")[0] for run in g.runs for name in run.over_clients):
+            values = [_interval(g.over_clients(f"{metric}/{key}")) for key in ("mean", "worst_10_percent", "std")]
+            rows.append([g.label, _title(metric), *values])
+    header = ["run", "metric", "mean", "worst 10 %", "standard deviation"]
+    return Grid("Over clients, each on its own held-out data", header, rows)
 
 
 def _evaluations(run: Run) -> Grid:
@@ -349,6 +368,9 @@ def compare(
         grids.append(_differences(reference, differing))
     if target is not None:
         grids += [_efficiency(groups, target), _projection(groups, target)]
+    held_out = _over_clients(groups)
+    if held_out.rows:
+        grids.append(held_out)
     grids += [_changes(key, [line for line in lines if line.key == key]) for key in axes]
     for grid in grids:
         console.print(grid.rich())
@@ -644,6 +666,7 @@ def _axes_csv(lines: Sequence[Line]) -> str:
 def _comparison_csv(groups: Sequence[Group]) -> str:
     """One line for each run, full precision."""
     names = _ordered(*(run.metrics("test") for g in groups for run in g.runs), *(m for _, m in _bases(groups)))
+    over = dict.fromkeys(name for g in groups for run in g.runs for name in run.over_clients)
     columns: dict[str, list[Any]] = {}
     for g in groups:
         for run in g.runs:
@@ -656,6 +679,7 @@ def _comparison_csv(groups: Sequence[Group]) -> str:
                 **{key: run.results.attributes.get(key, "") for key in ("mode", "method", "model", "seed")},
                 **{f"test_{name}": run.metrics("test").get(name, math.nan) for name in names},
                 **{f"base_{name}": run.metrics("base").get(name, math.nan) for name in names},
+                **{f"clients_{name.replace('/', '_')}": run.over_clients.get(name, math.nan) for name in over},
                 "trainable_parameters": run.parameters,
                 "bytes_per_client_and_round": run.bytes_per_client,
                 "seconds": run.seconds,

@@ -163,7 +163,7 @@ class Results:
             "events": _Table(EVENTS),
         }
         self.groups: dict[str, dict[str, Any]] = {
-            name: {} for name in ("partition", "test", "base", "client_eval", "samples", "final")
+            name: {} for name in ("partition", "test", "base", "client_eval", "client_summary", "samples", "final")
         }
 
     # ------------------------------------------------------------ what a run adds
@@ -217,9 +217,16 @@ class Results:
         """Metrics of the untouched base (no payload) on the test subset."""
         self.groups["base"] = {name: np.float64(value) for name, value in metrics.items()}
 
-    def set_client_eval(self, columns: Mapping[str, Any]) -> None:
-        """Per-client results on the clients' held-out examples; one value per client in each column."""
+    def set_client_eval(self, columns: Mapping[str, Any], summary: Mapping[str, float] | None = None) -> None:
+        """Per-client results on the clients' held-out examples; one value per client in each column.
+
+        /client_eval has client_id, num_examples, tokens, loss (and accuracy) of the final state; loss_personal (and
+        accuracy_personal) with the client's own part of the payload and after its fine-tuning, where a run has them.
+        summary, in /client_summary: for each of these `loss/mean`, `loss/worst_10_percent` and `loss/std` over the
+        clients, each client counted once (fedhpc.evaluation.evaluate.over_clients).
+        """
         self.groups["client_eval"] = {name: np.asarray(values) for name, values in columns.items()}
+        self.groups["client_summary"] = {name: np.float64(value) for name, value in (summary or {}).items()}
 
     def set_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Generated texts: prompt, references (a list; kept as JSON), text."""
@@ -230,7 +237,7 @@ class Results:
         }
 
     def set_final(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """The final payload by tensor name."""
+        """The final payload by tensor name; personal parts as they were before the first round."""
         self.groups["final"] = {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
     # ------------------------------------------------------------ what readers see
@@ -321,7 +328,8 @@ class Results:
                 if isinstance(item, h5py.Dataset):
                     values[name] = _get(item)
 
-            file[group].visititems(collect)
+            if group in file:  # files of format 1 from before /client_summary lack it
+                file[group].visititems(collect)
         return results
 
     def pending(self) -> tuple[dict[str, Any], Arrays]:

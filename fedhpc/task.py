@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import Base, load_base, load_kind, load_tokenizer
 from fedhpc.participation import Plan, cohort_size, num_rounds, plan_round, resolve_block_size
+from fedhpc.payload import Layout, Split
 from fedhpc.rng import generator
 from fedhpc.runtime import Launch
 from fedhpc.training.local import num_steps
@@ -31,6 +34,7 @@ class Task:
     config: Config
     base: Base
     method: Method
+    split: Split  # of the payload: what is exchanged, and what stays on the client
     data: Data
     block_size: int
     rounds: int
@@ -57,6 +61,13 @@ class Task:
         tensors = self.method.initial()
         return self.method.payload.flatten({name: t.to(self.payload_dtype) for name, t in tensors.items()})
 
+    @cached_property
+    def initial_personal(self) -> Tensor:
+        """The personal part of a client that was never sampled (P - S,), on the CPU."""
+        if not self.split.personal.shapes:
+            return torch.empty(0, dtype=self.payload_dtype)
+        return self.split.apart(self.initial_payload())[1]
+
 
 def build(config: Config, launch: Launch, world_size: int, write_cache: bool) -> Task:
     """Load and check model, data and plan. UserError for all that a person can mend; no run directory is needed."""
@@ -73,6 +84,7 @@ def build(config: Config, launch: Launch, world_size: int, write_cache: bool) ->
             "there is no control variate for them; exchange what is trained (prefix: exchange raw or mlp; lora: "
             "aggregation average or ffa)"
         )
+    split = _split(config, method)
     size = cohort_size(config, loaded.population)
     if config.federation.min_cohort > size:
         raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")
@@ -84,12 +96,33 @@ def build(config: Config, launch: Launch, world_size: int, write_cache: bool) ->
         config=config,
         base=base,
         method=method,
+        split=split,
         data=loaded,
         block_size=block,
         rounds=num_rounds(config, loaded.population),
         workers=tuple(ranks[1:]) or (0,),
         label_targets=_label_targets(config, kind, loaded),
     )
+
+
+def _split(config: Config, method: Method) -> Split:
+    """The payload with what matches personalization.parts apart."""
+    names, patterns = list(method.payload.shapes), config.personalization.parts
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join([*names[:6], *(["..."] if len(names) > 7 else names[6:7]), *names[7:][-1:]])
+            raise UserError(f"personalization.parts: no tensor of the payload matches '{pattern}'; it has: {shown}")
+    own = {n: s for n, s in method.payload.shapes.items() if any(fnmatchcase(n, p) for p in patterns)}
+    if len(own) == len(names):
+        raise UserError(
+            "personalization.parts: all tensors of the payload match, so nothing would be exchanged: use mode local"
+        )
+    if own and method.state.shapes != method.payload.shapes:
+        raise UserError(
+            f"personalization.parts: {config.method.name} with these options trains other parameters than it "
+            "exchanges, so none of them can stay on the client; exchange what is trained"
+        )
+    return Split(method.payload, Layout(own))
 
 
 def _label_targets(config: Config, kind: Kind, loaded: Data) -> list[str] | None:
@@ -138,12 +171,13 @@ def evaluated_clients(task: Task) -> list[int]:
 
 
 def exchanged_bytes(task: Task, plan: Plan) -> tuple[int, int]:
-    """Protocol bytes of a round, down and up: payloads, and with client.scaffold control variates of the same size."""
+    """Protocol bytes of a round, down and up: shared parts, with client.scaffold control variates too."""
     if task.config.mode != "federated":
         return 0, 0
     each = task.payload_dtype.itemsize * (2 if task.config.corrects_drift else 1)
-    down = task.method.payload.size * len(plan.cohort)
-    return each * down, each * sum(task.method.sent_up(c) for c in plan.training)
+    down = task.split.shared.size * len(plan.cohort)
+    up = sum(task.method.sent_up(c) - task.split.personal.size for c in plan.training)
+    return each * down, each * up
 
 
 def headline(task: Task, world_size: int, transport: str) -> list[str]:
@@ -151,9 +185,11 @@ def headline(task: Task, world_size: int, transport: str) -> list[str]:
     config = task.config
     size = cohort_size(config, task.data.population)
     twice = ", exchanged with control variates of that size" if config.corrects_drift else ""
+    kept = task.split.personal.size
+    apart = f", {kept:,} of them personal" if kept else ""
     return [
         f"{config.run.name}: {config.mode} {config.method.name} of {task.base.name} "
-        f"({task.method.payload.size:,} parameters{twice}), {task.data.population.num_clients:,} clients, "
+        f"({task.method.payload.size:,} parameters{apart}{twice}), {task.data.population.num_clients:,} clients, "
         f"{size} a round in blocks of {task.block_size}, {world_size} ranks over {transport} "
         f"on {task.base.device.type}",
     ]
@@ -173,7 +209,9 @@ def describe(task: Task, world_size: int, transport: str) -> list[str]:
     largest = max((len(b.clients) for b in plan.blocks), default=0)
     held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in task.workers), default=0)
     down, up = exchanged_bytes(task, plan)
-    update = payload * item * (2 if config.corrects_drift else 1)
+    update = task.split.shared.size * item * (2 if config.corrects_drift else 1)
+    personal = task.split.personal
+    stays = [f"personal: {personal.size:,} parameters in {len(personal.shapes)} tensors stay on each client"]
     return [
         *headline(task, world_size, transport),
         *task.data.messages,
@@ -185,6 +223,7 @@ def describe(task: Task, world_size: int, transport: str) -> list[str]:
         "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
         f"payload: {payload:,} parameters in {len(task.method.payload.shapes)} tensors, "
         f"{payload * item / 2**20:.2f} MiB",
+        *(stays if personal.shapes else []),
         f"bytes per round: {down:,} down, {up:,} up (protocol)",
         f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
         f"{copies * state * item * largest / 2**20:.1f} MiB block, {update * held / 2**20:.1f} MiB updates",

@@ -596,6 +596,7 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
             "test",
             "base",
             "client_eval",
+            "client_summary",
             "samples",
             "final",
             "events",

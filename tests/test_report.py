@@ -126,6 +126,29 @@ def test_unfinished_run_and_run_without_rounds(
     assert "| cut (unfinished, 7/20) |" in (tmp_path / "comparison" / "comparison.md").read_text()
 
 
+def test_results_over_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path, f"fed-s{seed}", seed) for seed in range(2)]
+    for seed, run in enumerate(runs):
+        results = Results.read(run / "results.h5")
+        found = {"loss/mean": 1.0 + 0.1 * seed, "loss/worst_10_percent": 2.5, "loss/std": 0.25}
+        found |= {name.replace("loss", "loss_personal"): value / 2 for name, value in found.items()}
+        results.set_client_eval({"client_id": np.arange(2), "loss": np.ones(2)}, found)
+        results.write(run / "results.h5", complete=True)
+    assert report.main([str(runs[0])]) == 0
+    text = (runs[0] / "report" / "report.md").read_text()
+    assert "| fed-s0 | loss | 1.000 | 2.500 | 0.250 |" in text
+    assert "| fed-s0 | loss personal | 0.500 | 1.250 | 0.125 |" in text
+    other = make_run(tmp_path, "other", lr=0.5)  # without per-client results
+    out = tmp_path / "comparison"
+    assert report.main([*map(str, runs), str(other), "--out", str(out)]) == 0
+    # Seeds 0 and 1, t(1) = 12.706: 12.706 * (0.1 / sqrt(2)) / sqrt(2) = 0.635.
+    assert "| fed | loss | 1.050 ± 0.635 | 2.500 ± 0.000 | 0.250 ± 0.000 |" in (out / "comparison.md").read_text()
+    assert "worst 10 %" in capsys.readouterr().out
+    with open(out / "comparison.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["clients_loss_personal_worst_10_percent"] for row in rows] == ["1.25", "1.25", "nan"]
+
+
 def test_comparison_groups_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(tmp_path, f"fed-s{seed}", seed) for seed in range(3)]
     runs.append(make_run(tmp_path, "fed-fast", lr=0.5, level=0.8))

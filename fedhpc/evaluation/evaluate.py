@@ -8,6 +8,7 @@ on any number of ranks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -133,12 +134,14 @@ def client_evaluation(
     precision: str,
     transport: Transport,
     *,
+    label_targets: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
 ) -> dict[str, NDArray[Any]] | None:
     """The loss of every client on examples held out of its own training; on rank 0, None elsewhere. Collective.
 
     payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i]. Columns,
-    one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without any).
+    one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without any), and
+    accuracy where `label_targets` are given.
     """
     if len(payloads) not in (1, len(clients)):
         raise ValueError(f"{len(payloads)} payloads for {len(clients)} clients")
@@ -147,14 +150,53 @@ def client_evaluation(
     owner = np.repeat(np.arange(len(clients)), sizes)
     work = _Work(base, method, payloads, options.batch_size, precision, transport, ranks)
     nll = work.losses(examples, indices, owner % len(payloads))
+    right = None
+    if label_targets is not None and examples.labels is not None:
+        scores = work.label_scores(examples, indices, label_targets, owner % len(payloads))
+        right = scores.argmax(axis=1) == examples.labels[indices]
     if transport.rank != 0:
         return None
     tokens = np.bincount(owner, weights=base.kind.supervised(examples, indices), minlength=len(clients)).astype(
         np.int64
     )
-    sums = np.bincount(owner, weights=nll, minlength=len(clients))
-    loss = np.divide(sums, tokens, out=np.full(len(clients), np.nan), where=tokens > 0)
-    return {"client_id": np.array(clients, np.int64), "num_examples": sizes, "tokens": tokens, "loss": loss}
+
+    def per(values: NDArray[Any], counts: Int64) -> Float64:
+        sums = np.bincount(owner, weights=values, minlength=len(clients))
+        return np.divide(sums, counts, out=np.full(len(clients), np.nan), where=counts > 0)
+
+    columns: dict[str, NDArray[Any]] = {
+        "client_id": np.array(clients, np.int64),
+        "num_examples": sizes,
+        "tokens": tokens,
+    }
+    columns["loss"] = per(nll, tokens)
+    if right is not None:
+        columns["accuracy"] = per(right, sizes)
+    return columns
+
+
+def over_clients(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """Mean, mean of the worst tenth and standard deviation over clients: `<metric>/mean`, `/worst_10_percent`, `/std`.
+
+    columns: of `client_evaluation`, and others of the same metrics, as `loss_personal`. Every client with held-out
+    examples counts once. The worst tenth is rounded up to whole clients: those with the highest loss or the lowest
+    accuracy. All NaN where nobody has held-out examples.
+    """
+    found: dict[str, float] = {}
+    for name in columns:
+        metric = name.removesuffix("_personal")
+        if metric not in ("loss", "accuracy"):
+            continue
+        values = columns[name][columns["num_examples"] > 0]
+        if not len(values):
+            values = np.array([np.nan])
+        worst_first = np.sort(values) if metric == "accuracy" else -np.sort(-values)
+        if np.isnan(values).any():
+            worst_first = np.full(len(values), np.nan)  # a client whose fine-tuning diverged is not left out
+        worst = worst_first[: math.ceil(len(values) / 10)]
+        found |= {f"{name}/mean": float(np.mean(values)), f"{name}/worst_10_percent": float(np.mean(worst))}
+        found[f"{name}/std"] = float(np.std(values))
+    return found
 
 
 class _Work:
