@@ -51,6 +51,9 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="dtype of the frozen base"
     )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="weights of the frozen base in fewer bits, by bitsandbytes on a CUDA GPU"
+    )
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass instead of keeping what is inside it"
     )
@@ -285,6 +288,23 @@ def _cross_check(config: Config, where: str) -> None:
             f"{where}: server.aggregator fednova is defined for updates that are sums of gradients, which those of "
             f"client.optimizer {config.client.optimizer} are not: use sgd, or aggregator mean"
         )
+    if config.method.name == "fedkseed":
+        # A pull along coordinates other than the step's own: each would be a draw of all weights in every step.
+        pulls = [key for key in ("momentum", "weight_decay", "proximal", "scaffold") if getattr(config.client, key, 0)]
+        if config.client.optimizer != "sgd" or pulls:
+            raise UserError(
+                f"{where}: method.name fedkseed moves one coordinate a step, which client."
+                f"{pulls[0] if pulls else 'optimizer ' + config.client.optimizer} does not: use client.optimizer sgd "
+                "without momentum, weight_decay, proximal and scaffold"
+            )
+    if config.model.quantize != "none":
+        if config.method.name in ("full", "fedkseed"):
+            raise UserError(
+                f"{where}: method.name {config.method.name} trains the weights of the base, which model.quantize "
+                f"{config.model.quantize} freezes as integers: use quantize none, or another method such as lora"
+            )
+        if config.model.dtype == "float64":
+            raise UserError(f"{where}: model.quantize {config.model.quantize} cannot go with model.dtype float64")
     if config.data.label_noise and config.data.label is None:
         raise UserError(f"{where}: data.label_noise changes classes and needs data.label (a column)")
     fewest, most = (getattr(config.partition, key, None) for key in ("min_examples", "max_examples"))

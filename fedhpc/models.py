@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     import torch
     import transformers
 
+    quantization = _quantization(model, device)
     source = source_of(model)
     tokenizer = load_tokenizer(model)
     kind = load_kind(model)
@@ -98,6 +100,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed; without, the reason is only logged
+            **quantization,
         )
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     new = sorted(name for name in absent if kind.may_be_new(network, name))
@@ -108,7 +111,9 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             f"or of another shape, like {min(unfit)}"
         )
     _draw(network, new, seed)
-    network.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval()
+    if not quantization:  # else it is there, and bitsandbytes refuses to move it
+        network.to(device)
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
         raise UserError(
             f"model.name: the tokenizer of '{model.name}' has {len(tokenizer)} tokens but the model embeds only "
@@ -132,6 +137,29 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     if model.gradient_checkpointing:
         checkpoint_layers(network)
     return base
+
+
+def _quantization(model: Model, device: torch.device) -> dict[str, Any]:
+    """Arguments of from_pretrained for `model.quantize`. UserError where it cannot be done here."""
+    if model.quantize == "none":
+        return {}
+    lacking = [] if find_spec("bitsandbytes") else ["bitsandbytes is not installed (pip install 'fedhpc[quantize]')"]
+    lacking += [] if device.type == "cuda" else [f"the device is {device.type}"]
+    if lacking:
+        raise UserError(
+            f"model.quantize: {model.quantize} needs bitsandbytes and a CUDA GPU, and {' and '.join(lacking)}; use none"
+        )
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    chosen = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if model.quantize == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, model.dtype)
+        )
+    )
+    return {"quantization_config": chosen, "device_map": {"": device}}
 
 
 def autocast(base: Base, precision: str) -> AbstractContextManager[object]:

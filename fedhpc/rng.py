@@ -6,12 +6,14 @@ run needs no generator state.
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 EVALUATION = 0  # the seed of what is evaluated: runs of every `run.seed` are measured on the same examples
@@ -42,6 +44,21 @@ def bits(keys: Tensor, counters: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2
     return z ^ _shift(z, 31)
+
+
+def normals(key: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Standard normal numbers (count,) of a key, the same on every kind of device but for the last places.
+
+    Two of each draw of `bits`, whose halves are the two uniform numbers of Box and Muller (1958,
+    doi 10.1214/aoms/1177706645).
+    """
+    import torch
+
+    draws = bits(torch.tensor(key, device=device), torch.arange((count + 1) // 2, device=device))
+    # Half a step keeps the logarithm away from 0.
+    radius = (-2 * ((_shift(draws, 32).to(dtype) + 0.5) * 2**-32).log()).sqrt()
+    angle = (draws & (2**32 - 1)).to(dtype) * (2 * math.pi * 2**-32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
 
 
 def _shift(z: Tensor, count: int) -> Tensor:

@@ -105,6 +105,26 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "unknown key": (["client.lrr=1"], ("unknown key 'client.lrr'", "did you mean 'lr'")),
     "key below a value": (["client.lr.x=1"], ("client.lr has no keys", "client.lr.x")),
     "a section as a value": (["client=3"], ("client must be a mapping", "got 3")),
+    "fedkseed with adamw": (
+        ["method.name=fedkseed", "client.optimizer=adamw"],
+        ("moves one coordinate a step", "client.optimizer adamw", "use client.optimizer sgd"),
+    ),
+    "fedkseed with momentum": (
+        ["method.name=fedkseed", "client.optimizer=sgd", "client.momentum=0.9"],
+        ("moves one coordinate a step", "client.momentum"),
+    ),
+    "a quantised base in full": (
+        ["method.name=full", "model.quantize=4bit"],
+        ("method.name full trains the weights", "model.quantize 4bit", "use quantize none"),
+    ),
+    "a quantised base in float64": (
+        ["model.quantize=8bit", "model.dtype=float64"],
+        ("model.quantize 8bit", "model.dtype float64"),
+    ),
+    "quantised without a GPU": (
+        ["model.quantize=4bit", "runtime.device=cpu"],
+        ("model.quantize: 4bit needs bitsandbytes and a CUDA GPU", "the device is cpu", "use none"),
+    ),
     "a negative rate": (["client.lr=-1"], ("client.lr", "greater than or equal to 0", "got -1")),
     "a rate that is not a number": (["client.lr=.nan"], ("client.lr", "finite", "nan")),
     "an infinite rate": (["client.lr=.inf"], ("client.lr", "finite", "inf")),

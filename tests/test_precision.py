@@ -11,11 +11,29 @@ import torch
 import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedhpc import registry
 from fedhpc.models import checkpoint_layers, layer_stacks
 from fedhpc.training.block import train_block
 from tests import tiny
-from tests.test_block import settings, works
+from tests.test_block import SIZES, settings, start_of, works
 from tests.test_methods import make, warm
+
+# ---------------------------------------------------------------- 16 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", registry.names("methods"))
+def test_every_method_trains_a_base_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    """The payload stays in float32, and the loss falls: every step sees the same rows."""
+    base, data = tiny.base("llama", dtype, scale=1.0), tiny.examples()
+    rate = {"full": 0.3, "fedkseed": 1e-3, "adapter": 0.3}.get(name, 0.5)
+    config = settings(optimizer="sgd", lr=rate, steps=12, batch_size=SIZES[0])
+    method = make(name, base, **({"num_seeds": 64, "eps": 0.02} if name == "fedkseed" else {}))
+    trained = train_block(base, method, start_of(method, torch.float32), works(1), data, config, 1, 1)
+    assert trained.updates.dtype == torch.float32
+    assert bool(torch.isfinite(trained.updates).all()) and trained.updates.any()
+    assert trained.loss_last[0] < trained.loss_first[0]
+
 
 # ---------------------------------------------------------------- gradient checkpointing
 

@@ -27,7 +27,7 @@ from fedhpc.data.tokens import Tokens, examples_from
 from fedhpc.kinds.base import Attached, Batch, Kind
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
-from fedhpc.payload import Layout
+from fedhpc.payload import Layout, Split
 from fedhpc.task import Task
 from fedhpc.transport.base import LoopbackTransport
 from tests.federations import settings, table
@@ -137,10 +137,12 @@ def federated(folder: Path, **sections: Any) -> list[dict[str, np.ndarray]]:
     train, others = _examples(np.repeat(np.arange(len(COUNTS)), COUNTS)), _examples(np.arange(len(COUNTS)))
     assignment = Assignment(np.arange(len(train)), np.concatenate([[0], np.cumsum(COUNTS)]))
     population = Population(len(COUNTS), config.run.seed, 0.0, assignment)
+    method = OneVector(config.method, base, config.run.seed)
     task = Task(
         config=config,
         base=base,
-        method=OneVector(config.method, base, config.run.seed),
+        method=method,
+        split=Split(method.payload, Layout({})),
         data=Data(train, others, others, population, [], "quadratic"),
         block_size=int(config.runtime.block_size),
         rounds=config.federation.rounds,

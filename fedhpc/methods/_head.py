@@ -27,7 +27,7 @@ else:
 def with_head(method: Method) -> Method:
     """The method, with what its base has of a head and the method itself does not train."""
     head = {f"{path}.{name}" for path in method.base.head for name in ("weight", "bias")}
-    return WithHead(method) if head - set(method.payload.shapes) else method
+    return method if all(method.trains(name) for name in head) else WithHead(method)
 
 
 class WithHead(Method):
@@ -58,6 +58,13 @@ class WithHead(Method):
     @property
     def state(self) -> Layout:
         return Layout({**self.method.state.shapes, **self._head.shapes})
+
+    @property
+    def probe(self) -> float | None:
+        return self.method.probe
+
+    def trains(self, parameter: str) -> bool:
+        return parameter in self._head.shapes or self.method.trains(parameter)
 
     def initial(self) -> dict[str, Tensor]:
         dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32

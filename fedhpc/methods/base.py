@@ -45,6 +45,15 @@ class Method(ABC):
         """What a client trains."""
         return self.payload
 
+    @property
+    def probe(self) -> float | None:
+        """eps of the central differences from which local training takes its gradients; None: by backpropagation."""
+        return None
+
+    def trains(self, parameter: str) -> bool:
+        """Whether this parameter of the base is itself among what is trained."""
+        return parameter in self.payload.shapes
+
     @abstractmethod
     def initial(self) -> dict[str, Tensor]:
         """The payload before the first round, on the CPU."""

@@ -6,6 +6,9 @@ over clients of the mean over that client's supervised tokens, so each client ge
 get alone. Clients are ordered by their number of steps, so those still training are always the leading ones and those
 that are done are not touched (a zero gradient is not a no-op under Adam).
 
+A method with a `probe` gets its gradient from losses alone: that of one coordinate, drawn for the step, by the central
+difference of two forwards.
+
 T is the size of the method's state, P that of its payload; they differ where a method reparametrises.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -27,7 +30,7 @@ from fedhpc.kinds.base import Batch
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
 from fedhpc.models import Base, autocast
-from fedhpc.rng import bits, torch_seed
+from fedhpc.rng import bits, generator, torch_seed
 from fedhpc.training.local import batches, learning_rates
 
 if TYPE_CHECKING:
@@ -134,30 +137,40 @@ def train_block(
     first, last = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
     tokens = np.zeros(clients, dtype=np.int64)
     input_tokens = padded_tokens = 0
+    passes = 1 if method.probe is None else 2
     scale = _FP16_SCALE if config.runtime.precision == "float16" else 1.0
     for s in range(int(steps.max(initial=0))):
         active = int((steps > s).sum())
         picked = [works[order[i]].indices[plans[order[i]][s]] for i in range(active)]
         step_tokens = np.array([base.kind.supervised(examples, rows).sum() for rows in picked], dtype=np.int64)
-        step_loss = torch.zeros(active, dtype=torch.float64, device=device)
-        gradient[:active].zero_()
+        counts = torch.from_numpy(np.maximum(step_tokens, 1)).to(device)
+        parts = []
         for batch, owner, place in _micro_batches(base, examples, picked):
             rows = torch.from_numpy(owner).to(device)
             # A row's draws follow from its client, the step and its place in the client's step alone.
             noise = bits(keys.index_select(0, rows), torch.from_numpy(place + (s << 32)).to(device))
-            weights = 1.0 / np.maximum(step_tokens, 1)[owner]
-            with (
-                autocast(base, config.runtime.precision),
-                method.attach(method.state.views(theta), lead, rows, noise) as attached,
-            ):
-                row_weights = torch.from_numpy(weights).to(device, theta.dtype)
-                losses = base.kind.backward(base, attached, batch, row_weights, scale)
-            step_loss.index_add_(0, rows.index_select(0, batch.row), losses.double())
-            padded_tokens += batch.tokens - batch.real_tokens
-            input_tokens += batch.tokens
-        live = gradient[:active]
-        if scale != 1.0:
-            live.div_(scale)
+            row_weights = torch.from_numpy(1.0 / np.maximum(step_tokens, 1)[owner]).to(device, theta.dtype)
+            parts.append(_Part(batch, rows, noise, row_weights))
+            padded_tokens += passes * (batch.tokens - batch.real_tokens)
+            input_tokens += passes * batch.tokens
+        live = gradient[:active].zero_()
+        if method.probe is None:
+            step_loss = _losses(base, method, theta, lead, parts, active, config, scale)
+            if scale != 1.0:
+                live.div_(scale)
+        else:
+            drawn = [
+                generator(config.run.seed, "direction", round_, works[order[i]].client_id, s).integers(theta.shape[1])
+                for i in range(active)
+            ]
+            along = torch.tensor(drawn, device=device).unsqueeze(1)
+            away = torch.zeros_like(live).scatter_(1, along, method.probe)
+            with torch.no_grad():
+                ahead = _losses(base, method, theta[:active] + away, lead, parts, active, config, None)
+                behind = _losses(base, method, theta[:active] - away, lead, parts, active, config, None)
+            slope = (ahead - behind) / counts / (2 * method.probe)
+            live.scatter_(1, along, slope.to(live.dtype).unsqueeze(1))
+            step_loss = (ahead + behind) / 2
         if anchor is not None:
             # FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): the gradient of mu/2 |theta - theta_t|^2.
             live.add_(theta.detach()[:active] - anchor[:active], alpha=options.proximal)
@@ -178,7 +191,7 @@ def train_block(
                 torch.tensor(now, device=device, dtype=theta.dtype).unsqueeze(1),
                 options,
             )
-        mean = step_loss / torch.from_numpy(np.maximum(step_tokens, 1)).to(device)
+        mean = step_loss / counts
         if s == 0:
             first[:active] = mean
         last[:active] = mean
@@ -208,6 +221,44 @@ def train_block(
         else [],
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One forward of a step."""
+
+    batch: Batch
+    rows: Tensor  # int64 (B,): the client of each row, by its place in the block
+    noise: Tensor  # int64 (B,): the key of each row's draws
+    row_weights: Tensor  # (B,): one over the supervised tokens of its client's step
+
+
+def _losses(
+    base: Base,
+    method: Method,
+    theta: Tensor,
+    lead: Mapping[str, Tensor],
+    parts: Sequence[_Part],
+    active: int,
+    config: Config,
+    scale: float | None,
+) -> Tensor:
+    """The losses of a step in the states theta, summed over each client's tokens: float64 (active,).
+
+    They are backpropagated, times `scale`, unless it is None.
+    """
+    summed = torch.zeros(active, dtype=torch.float64, device=base.device)
+    for part in parts:
+        with (
+            autocast(base, config.runtime.precision),
+            method.attach(method.state.views(theta), lead, part.rows, part.noise) as attached,
+        ):
+            if scale is None:
+                losses = base.kind.losses(base, attached, part.batch)
+            else:
+                losses = base.kind.backward(base, attached, part.batch, part.row_weights, scale)
+        summed.index_add_(0, part.rows.index_select(0, part.batch.row), losses.double())
+    return summed
 
 
 def _micro_batches(
