@@ -153,13 +153,13 @@ def test_a_killed_rank(whole: Path, tmp_path: Path) -> None:
     resumes(whole, path)
 
 
-@pytest.mark.slow
-def test_killed_twenty_times_over_and_resumed(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [pytest.param(6, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.soak)])
+def test_killed_again_and_again_and_resumed(whole: Path, tmp_path: Path, kills: int) -> None:
     """At moments from start-up to the last write; every launch goes on where the one before was killed."""
     rng = np.random.default_rng(7)
     path = write(tmp_path, tmp_path / "run")
     completed = 0
-    for number in range(20):
+    for number in range(kills):
         # Without a launcher nobody can tell a rank that was killed while it started from one that is late.
         starting = number % 4 == 0
         launcher: Launcher = "torchrun" if starting or number % 4 == 2 else "env"
