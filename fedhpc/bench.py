@@ -10,25 +10,30 @@ repeats. On a CPU they are of CPU seconds, which a busy machine disturbs least; 
 
 --scale: what a round costs beside local training, which is next to nothing there, against the number of ranks, the
 cohort and the population; over gloo, on CPU ranks that share this machine's cores, so only the ratios mean anything.
+A row is printed as soon as it is measured; a rank that fails, or SIGTERM, ends it with one line and exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+from fedhpc.errors import UserError
 
 CLIENTS, SEQUENCES, LENGTH, BATCH, VIRTUAL = 16, 32, 48, 4, 16
 BLOCKS = (1, 2, 4, 8, 16)
@@ -40,13 +45,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats; medians are shown (5)")
     parser.add_argument("--quick", action="store_true", help="a quarter of the clients and 3 repeats")
     parser.add_argument("--scale", action="store_true", help="rounds against ranks, cohort and population instead")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table, with --scale one object per row")
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.scale:
-        rows = scale(options.quick)
-        print(json.dumps(rows, indent=1) if options.json else _table(rows))
+        signal.signal(signal.SIGTERM, _interrupted)
+        try:
+            for number, row in enumerate(scale(options.quick)):
+                print(json.dumps(row) if options.json else _table(row, heading=number == 0), flush=True)
+        except UserError as error:
+            print(f"fedhpc: error: {error}", file=sys.stderr)
+            return 1
         return 0
     clients, repeats = (CLIENTS // 4, 3) if options.quick else (CLIENTS, options.repeats)
     figures = {
@@ -189,29 +199,50 @@ def whole_program(rounds: int) -> dict[str, float]:
 _SCALED = {"ranks": 4, "cohort": 32, "population": 10_000, "parameters": 2**13, "aggregator": "mean"}
 
 
-def scale(quick: bool = False) -> list[dict[str, Any]]:
+_LIMIT_S = 900.0  # that one setting may take
+_PARTING_S = 10.0  # that its ranks may take to end once one of them has failed
+
+
+def scale(quick: bool = False) -> Iterator[dict[str, Any]]:
     """One row per setting, one thing changed at a time. Medians over rounds, of seconds and of rank 0's CPU seconds;
-    wire bytes of the busiest rank, and rank 0's memory beyond what it had before the first round."""
+    wire bytes of the busiest rank, and rank 0's memory beyond what it had before the first round.
+
+    UserError where a rank fails or a setting takes longer than 15 minutes; none of its ranks is left then.
+    """
     settings: list[dict[str, Any]] = [{"ranks": n} for n in ((2, 4) if quick else (2, 4, 8, 16, 32))]
     settings += [{"cohort": n} for n in ((8, 32) if quick else (8, 32, 128, 512))]
     settings += [{"population": n} for n in ((100, 10**6) if quick else (100, 10**3, 10**4, 10**5, 10**6))]
     large = [] if quick else [(8, "mean"), (64, "mean"), (8, "median"), (64, "median")]
     settings += [{"ranks": 3, "cohort": n, "parameters": 2**20, "aggregator": rule} for n, rule in large]
-    return [{**_SCALED, **changed, **_scaled({**_SCALED, **changed}, 4 if quick else 10)} for changed in settings]
+    for changed in settings:
+        setting = {**_SCALED, **changed}
+        try:
+            found = _scaled(setting, 4 if quick else 10)
+        except UserError as error:
+            about = ", ".join(f"{name} {value}" for name, value in setting.items())
+            raise UserError(f"bench --scale at {about}: {error}") from error
+        yield {**setting, **found}
+
+
+def _interrupted(*_: object) -> None:
+    raise UserError("ended by SIGTERM")
 
 
 def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
     import h5py
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
     from fedhpc import config as configuration
     from fedhpc import federation
+    from fedhpc.liveness import Liveness
     from fedhpc.models import BUILTIN
     from fedhpc.runtime import Launch
-    from fedhpc.transport import open_transport
+    from fedhpc.transport import TransportError, open_transport
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
         tokenizer.save_pretrained(f"{folder}/model")
@@ -234,6 +265,10 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
             }
         )
         ranks, port = setting["ranks"], _free_port()
+        why = Path(folder, "why")
+
+        def on_exit(_: int, reason: str) -> None:
+            why.write_text(reason)
 
         def work(rank: int) -> None:
             launch = Launch("torchrun", rank, ranks, rank, ranks, 0, "127.0.0.1", port)
@@ -244,15 +279,22 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
                 memory.append(federation.peak_memory(torch.device("cpu")))
 
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            with open_transport(launch, "torch", 600) as transport:
-                approach = federation.prepare(config, transport, launch, write_cache=True)
-                federation.run(approach, transport, False, on_round)
+            with open_transport(launch, "torch", _LIMIT_S) as transport:
+                liveness = Liveness(transport, launch, _LIMIT_S, on_exit)  # a rank that dies takes the others along
+                liveness.start()
+                try:
+                    approach = federation.prepare(config, transport, launch, write_cache=True)
+                    federation.run(approach, transport, False, on_round)
+                except Exception as error:
+                    reason = f"rank 0: {error!r}" if rank == 0 else repr(error)  # the others are named by liveness
+                    liveness.fail(1, reason, symptom=isinstance(error, TransportError))
+                liveness.stop()
             if memory[1:]:  # rank 0 alone is told of every round
                 cpu = statistics.median(b - a for a, b in pairwise(spent[1:]))
                 found = {"cpu_s_of_rank_0": cpu, "memory_of_rank_0": memory[-1] - memory[0]}
                 Path(folder, "rank-0.json").write_text(json.dumps(found))
 
-        _forked(ranks, work)
+        _forked(ranks, work, why)
         found: dict[str, float] = json.loads(Path(folder, "rank-0.json").read_text())
         with h5py.File(Path(folder) / "run" / "results.h5") as file:
             columns = {name: column[2:] for name, column in file["rounds"].items()}
@@ -261,24 +303,37 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
     return {"seconds_outside_training": float(statistics.median(outside)), **found, **wire}
 
 
-def _forked(ranks: int, work: Callable[[int], None]) -> None:
-    """work(rank) in a process per rank; they share what this one has imported."""
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                work(rank)
-                code = 0
-            except Exception:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        raise RuntimeError(f"ranks ended with {codes}")
+def _forked(ranks: int, work: Callable[[int], None], why: Path) -> None:
+    """work(rank) in a process per rank; they share what this one has imported.
+
+    UserError where one of them fails, or together they take too long; none is left then. why: a file in which they may
+    have said what ended them.
+    """
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(ranks)]
+    deadline, failure = time.monotonic() + _LIMIT_S, ""
+    try:
+        for process in processes:
+            process.start()
+        running = {process.sentinel: rank for rank, process in enumerate(processes)}
+        while running:
+            ended = connection.wait(running, max(0.0, deadline - time.monotonic()))
+            if not ended:
+                failure = failure or f"{len(running)} of {ranks} ranks still ran after {_LIMIT_S:.0f} s"
+                break
+            for rank in [running.pop(sentinel) for sentinel in ended]:  # type: ignore[arg-type]
+                processes[rank].join()
+                code = processes[rank].exitcode
+                if code and not failure:
+                    failure = f"rank {rank} " + (f"was killed by signal {-code}" if code < 0 else f"left with {code}")
+                    deadline = time.monotonic() + _PARTING_S
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    if failure:
+        raise UserError(f"{failure}: {why.read_text()}" if why.exists() else failure)
 
 
 def _free_port() -> int:
@@ -287,14 +342,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Columns of Markdown."""
+def _table(row: dict[str, Any], heading: bool) -> str:
+    """A line of a table of Markdown, after its heading if that is asked for."""
 
     def shown(value: Any) -> str:
         return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([shown(v) for v in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [list(row), ["---"] * len(row)] if heading else []
+    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, [shown(value) for value in row.values()]])
 
 
 def _workload(clients: int) -> tuple[Any, Any, Any, Any, Any]:
