@@ -18,7 +18,9 @@ import psutil
 import pytest
 import torch
 
-from fedhpc import aggregation, bench
+from fedhpc import aggregation
+from fedhpc.bench import processes
+from fedhpc.bench.__main__ import interrupted
 from fedhpc.errors import UserError
 from fedhpc.payload import Layout
 from fedhpc.transport.base import LoopbackTransport
@@ -82,22 +84,22 @@ def test_a_rank_of_the_bench_that_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, work: Callable[[int], None], limit_s: float, said: str
 ) -> None:
     """It is named, and none is left."""
-    monkeypatch.setattr(bench, "_LIMIT_S", limit_s)
-    monkeypatch.setattr(bench, "_PARTING_S", 0.3)
+    monkeypatch.setattr(processes, "LIMIT_S", limit_s)
+    monkeypatch.setattr(processes, "PARTING_S", 0.3)
     before = set(psutil.Process().children())
     with pytest.raises(UserError, match=said):
-        bench._forked(2, work, tmp_path / "why")
+        processes.forked(2, work, tmp_path / "why")
     assert set(psutil.Process().children()) == before
 
 
 def test_a_bench_that_is_ended_takes_its_ranks_along(tmp_path: Path) -> None:
     before = set(psutil.Process().children())
-    handler = signal.signal(signal.SIGTERM, bench._interrupted)
+    handler = signal.signal(signal.SIGTERM, interrupted)
     timer = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM))
     timer.start()
     try:
         with pytest.raises(UserError, match="ended by SIGTERM"):
-            bench._forked(2, lambda _: time.sleep(60), tmp_path / "why")
+            processes.forked(2, lambda _: time.sleep(60), tmp_path / "why")
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,232 @@
+"""Local training in one process: blocks of K clients against the same clients one after another, against the loop that
+one would write with PEFT, and against that loop without any federation, at the batch size that suits it best.
+
+All run in this process on one thread, on the GPU where there is one. Seconds are CPU seconds, on a GPU wall seconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedhpc.bench import workloads
+from fedhpc.bench.table import Row, interleaved, ratio, skipped
+from fedhpc.bench.workloads import BATCH, COHORT, LENGTH, W1, W1_BIG, W2, W2_BIG, W3, Workload
+
+_CLIENTS = COHORT // 2  # one worker's share of a round
+_BLOCKS = (1, 4, 8)
+_BARE_BATCHES = (4, 16, 64)
+_STEPS = {"small": 4, "big": 2}  # of a client: enough, for every step costs the same
+
+
+def rows(repeats: int, quick: bool) -> list[Row]:
+    """All figures of this file."""
+    found = []
+    for workload in (W1, W2) if quick else (W1, W2, W1_BIG, W2_BIG):
+        found += _against_loops(workload, repeats)
+    return [*found, *_compiled(), _padding(), _memory()]
+
+
+def _against_loops(workload: Workload, repeats: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        works = {k: Trainer(workload, Path(folder), k) for k in _BLOCKS}
+        loop = _peft_loop(works[1])
+        runs: dict[str, Callable[[], None]] = {f"block {k}": work.train for k, work in works.items()}
+        runs["in turn"] = partial(loop, BATCH, True)
+        runs |= {f"bare {b}": partial(loop, b, False) for b in _BARE_BATCHES}
+        seconds = interleaved(runs, repeats, clock(works[1].base.device))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    block = min((f"block {k}" for k in _BLOCKS), key=lambda name: median[name])
+    bare = min((f"bare {b}" for b in _BARE_BATCHES), key=lambda name: median[name])
+    gpu = works[1].base.device.type == "cuda"
+    tokens = _CLIENTS * _STEPS[workload.size] * BATCH * (LENGTH - 1)
+    gains = {k: ratio(seconds["block 1"], seconds[f"block {k}"]) for k in _BLOCKS[1:]}
+    wanted = 3.0 if gpu else 1.5 if workload.size == "small" else 1.0
+    return [
+        Row(
+            f"{workload.name}: federated over the bare loop at its best batch, tokens/s",
+            ratio(seconds[bare], seconds[block]),
+            0.85 if gpu else 0.95,
+            note=f"{block} {tokens / median[block]:,.0f}/s, {bare} {tokens / median[bare]:,.0f}/s",
+        ),
+        Row(
+            f"{workload.name}: federated over PEFT's loop, client by client", ratio(seconds["in turn"], seconds[block])
+        ),
+        *(
+            Row(
+                f"{workload.name}: block of {k} over one after another",
+                gain,
+                wanted if gain == max(gains.values()) else 1.0,
+            )
+            for k, gain in gains.items()
+        ),
+    ]
+
+
+def _compiled() -> list[Row]:
+    """Whether there is anything to compare under torch.compile."""
+    return [skipped("block over one after another, compiled", "fedhpc does not use torch.compile")]
+
+
+def _padding() -> Row:
+    what = "W3: padding among input tokens"
+    if why := W3.absent():
+        return skipped(what, why)
+    with tempfile.TemporaryDirectory() as folder:
+        returned = Trainer(W3, Path(folder), _CLIENTS).train_once()
+    return Row(what, returned.padded_tokens / returned.input_tokens, 0.10, most=True, unit="%")
+
+
+class Trainer:
+    """One worker's share of a round of `workload`, in blocks of k; what the round loop would ask of the approach."""
+
+    def __init__(self, workload: Workload, folder: Path, k: int, **changes: Any) -> None:
+        import torch
+
+        from fedhpc import federation
+        from fedhpc.runtime import Launch
+        from fedhpc.transport.base import LoopbackTransport
+
+        torch.set_num_threads(1)
+        steps = {"steps": _STEPS[workload.size], "epochs": None} if workload.size else {}
+        device = {"device": "auto", "block_size": k}
+        config = workloads.read(workloads.write(workload, folder, 1, client=steps, runtime=device, **changes))
+        transport, launch = LoopbackTransport(), Launch()
+        from fedhpc.task import visible_gpus
+
+        launch = federation.place_ranks(config, transport, launch, visible_gpus(config))
+        self.approach: Any = federation.prepare(config, transport, launch, write_cache=False)
+        self.base = self.approach.base
+        self.plan = self.approach.plan(1)
+        self.down = self.approach.download(transport, self.approach.state(), self.plan)
+        self.clients, self.k = self.plan.cohort[:_CLIENTS], k
+
+    def train(self) -> None:
+        """Train the clients, k at a time."""
+        for begin in range(0, len(self.clients), self.k):
+            self.approach.local(self.plan, self.clients[begin : begin + self.k], self.down)
+
+    def train_once(self) -> Any:
+        """Train the first k of them; what the round loop gets of it."""
+        return self.approach.local(self.plan, self.clients[: self.k], self.down)
+
+
+def _peft_loop(work: Trainer) -> Callable[[int, bool], None]:
+    """What one would write with PEFT: one model; every client in turn, or all the data as one."""
+    import copy
+
+    import numpy as np
+    import torch
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+
+    options, train = work.approach.config.method, work.approach.data.train
+    peft: Any = (
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.num_virtual_tokens)
+        if options.name == "prefix"
+        else LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=options.alpha, target_modules=options.targets)
+    )
+    model = get_peft_model(copy.deepcopy(work.base.model), peft)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    sequences = work.approach.config.client.steps * BATCH
+    rows = np.concatenate([work.approach.data.population.indices(c)[:sequences] for c in work.clients])
+    ids = torch.from_numpy(np.stack([train.tokens(int(row)) for row in rows])).long().to(work.base.device)
+
+    def loop(batch: int, in_turn: bool) -> None:
+        for part in ids.split(sequences if in_turn else len(ids)):
+            with torch.no_grad():
+                for parameter, value in zip(trained, start, strict=True):
+                    parameter.copy_(value)
+            optimizer = torch.optim.SGD(trained, lr=workloads.LEARNING_RATE)
+            for step in part.split(batch):
+                loss = model(input_ids=step, labels=step).loss
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+    return loop
+
+
+def clock(device: Any) -> Callable[[], float]:
+    """CPU seconds of this process; on a GPU wall seconds once it has done its work."""
+    if device.type != "cuda":
+        return time.process_time
+    import torch
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+_RANK = 64  # many parameters beside few activations
+
+
+def _memory() -> Row:
+    """What a block takes while it trains, beyond the same rows forward and backward through the base alone."""
+    taken = {}
+    for what in ("block", "base"):
+        call = f"from fedhpc.bench import compute; print(*compute.taken_bytes({what!r}))"
+        done = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True)
+        taken[what], size = map(int, done.stdout.split()[-2:])
+    return Row(
+        "memory of a worker beyond base and activations",
+        (taken["block"] - taken["base"]) / 1e6,
+        (16 * size * _CLIENTS + 50e6) / 1e6,
+        most=True,
+        unit="MB",
+        note=f"16 bytes x P = {size:,} x K = {_CLIENTS}, and 50 MB; activations {taken['base'] / 1e6:.0f} MB",
+    )
+
+
+def taken_bytes(what: str) -> tuple[int, int]:
+    """What this process takes, at its peak, to train a block ("block") or its rows on the base alone; and P.
+
+    Of a process of its own: what was freed before is not taken anew.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Trainer(W2, Path(folder), _CLIENTS, method={"rank": _RANK})
+        base, train = work.base, work.approach.data.train
+        rows = work.approach.data.population.indices(work.clients[0])[:1].repeat(_CLIENTS * BATCH)
+        batch: Any = base.kind.batch(base, train, rows)
+
+        def alone() -> None:
+            inputs = base.model.get_input_embeddings()(batch.ids).detach().requires_grad_()
+            hidden = base.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            logits = base.model.get_output_embeddings()(hidden.flatten(0, 1))
+            torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+
+        before = _reset_peak(base.device)
+        for _ in range(2):
+            work.train() if what == "block" else alone()
+        return _peak(base.device) - before, work.approach.method.payload.size
+
+
+def _reset_peak(device: Any) -> int:
+    """Count the peak from here on; what is taken now."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM begins anew
+    return _peak(device)
+
+
+def _peak(device: Any) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(status["VmHWM"].split()[0]) * 1024

@@ -1,0 +1,185 @@
+"""Whole rounds: what they cost beside local training, and what a second worker brings.
+
+Ranks are processes over gloo, forked from this one, which has imported the libraries; one thread each.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhpc.bench import workloads
+from fedhpc.bench.processes import Watched, forked, free_port, quiet
+from fedhpc.bench.table import Row
+from fedhpc.bench.workloads import W1
+
+
+def rows(repeats: int, quick: bool) -> list[Row]:
+    """All figures of this file."""
+    return [*_workers(repeats, 3 if quick else 4), *_zero_work(5 if quick else 11), *_default(), _placed()]
+
+
+def _workers(repeats: int, rounds: int) -> list[Row]:
+    """Two workers against one, and the share of a round that is not local training."""
+    found: dict[int, list[dict[str, np.ndarray]]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        workloads.write(W1, Path(folder), rounds)
+        for _ in range(repeats):
+            for workers, runs in found.items():
+                runs.append(_federation(Path(folder), workers + 1))
+    seconds = {
+        workers: [float(np.median(run["seconds"][1:] - run["seconds_eval"][1:])) for run in runs]
+        for workers, runs in found.items()
+    }
+    outside = [
+        float(1 - (run["seconds_local"].sum() / (run["seconds"] - run["seconds_eval"]).sum())) for run in found[2]
+    ]
+    gain = statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
+    return [
+        Row("W1 small: two workers over one, wall seconds of a round", gain, 1.9, note=f"{os.cpu_count()} cores"),
+        Row("W1 small: share of a round outside local training", statistics.median(outside), 0.03, most=True, unit="%"),
+    ]
+
+
+def _federation(folder: Path, ranks: int) -> dict[str, np.ndarray]:
+    """The columns of /rounds of a run of config.yaml on so many ranks, without row 0."""
+    import h5py
+    import torch
+    import transformers
+
+    from fedhpc import federation
+    from fedhpc.runtime import Launch
+    from fedhpc.transport import open_transport
+
+    config, port = workloads.read(folder / "config.yaml"), free_port()
+    torch.set_num_threads(1)
+    assert transformers.LlamaForCausalLM  # imported once for all ranks
+
+    def work(rank: int) -> None:
+        launch = Launch("torchrun", rank, ranks, rank, ranks, 0, "127.0.0.1", port)
+        with open_transport(launch, "torch", 600) as transport:
+            approach = federation.prepare(config, transport, launch, True)
+            with quiet():
+                federation.run(approach, transport, True, lambda round_: None)
+
+    forked(ranks, work, folder / "why")
+    with h5py.File(folder / "run" / "results.h5") as file:
+        return {name: column[1:] for name, column in file["rounds"].items()}
+
+
+def _zero_work(rounds: int) -> list[Row]:
+    """Rounds of clients that return at once, against the size of the cohort and of the population."""
+    costs = {}
+    for cohort, population in ((32, 10_000), (544, 10_000), (32, 1_000_000)):
+        with tempfile.TemporaryDirectory() as folder:
+            costs[cohort, population] = _idle_round(Path(folder), cohort, population, rounds)
+    each = (costs[544, 10_000] - costs[32, 10_000]) / 512
+    registered = (costs[32, 1_000_000] - costs[32, 10_000]) / 990_000
+    return [
+        Row("a client without work", each * 1e6, 100, most=True, unit="µs", note="CPU seconds, 544 a round over 32"),
+        Row(
+            "a registered client",
+            registered * 1e9,
+            10,
+            most=True,
+            unit="ns",
+            note="a million over 10,000; noise of some ns",
+        ),
+    ]
+
+
+def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> float:
+    """CPU seconds of a round, all but the clients' own training: plan, exact sum, server step, records on the disk."""
+    import torch
+
+    from fedhpc import federation
+    from fedhpc.approaches.averaging import Averaging, Upload
+    from fedhpc.approaches.base import Returned
+    from fedhpc.runtime import Launch
+    from fedhpc.task import load_task
+    from fedhpc.transport.base import LoopbackTransport
+
+    class Idle(Averaging):
+        """Every client sends back what it got."""
+
+        def local(self, plan: Any, clients: Sequence[int], down: Any) -> Returned:
+            nothing = np.zeros(len(clients))
+            counts = nothing.astype(np.int64)
+            updates = torch.zeros(len(clients), self.split.shared.size)
+            return Returned(Upload(updates, None), counts, counts, counts, nothing, nothing, nothing, nothing)
+
+    path = workloads.write(
+        W1,
+        folder,
+        rounds,
+        method={"num_virtual_tokens": 1},
+        partition={"name": "virtual", "num_clients": population, "examples_per_client": 1},
+        federation={"cohort_size": cohort},
+    )
+    task = load_task(workloads.read(path), Launch(), 1, False, Averaging.read)
+    moments: list[float] = []
+    with quiet():
+        federation.run(Idle(task), LoopbackTransport(), True, lambda round_: moments.append(time.process_time()))
+    # The first is the start, and the last round evaluates.
+    return statistics.median(b - a for a, b in pairwise(moments[:-1]))
+
+
+def _default(rounds: int = 4) -> list[Row]:
+    """The embedded default in one process, by its command: start-up and evaluation."""
+    import h5py
+
+    ends: list[float] = []
+
+    def on_line(moment: float, line: str) -> None:
+        if line.startswith("round 1/"):
+            ends.append(moment)
+
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"run.dir={folder}/run", f"federation.rounds={rounds}"]
+        command = [sys.executable, "-m", "fedhpc.main", *overrides]
+        with Watched([(command, os.environ)], Path(folder) / "log", on_line) as watched:
+            watched.wait(600)
+        with h5py.File(Path(folder) / "run" / "results.h5") as file:
+            columns = {name: column[1:] for name, column in file["rounds"].items()}
+    share = columns["seconds_eval"].sum() / columns["seconds"].sum()
+    what = "embedded default, one process"
+    return [
+        Row(f"{what}: evaluation's share of rounds", float(share), 0.10, most=True, unit="%", note="loss, texts, BLEU"),
+        Row(f"{what}: from the command to the first round done", ends[0] - watched.began, unit="s"),
+    ]
+
+
+def _placed(workers: int = 8, rounds: int = 50) -> Row:
+    """The busiest worker's tokens x steps over the mean, on a population of very unequal clients."""
+    from fedhpc import config as configuration
+    from fedhpc.approaches.averaging import Averaging
+    from fedhpc.participation import plan_round, resolve_block_size
+    from fedhpc.runtime import Launch
+    from fedhpc.task import load_task
+
+    overrides = ["partition.name=quantity_skew", "partition.num_clients=200", "federation.cohort_size=64"]
+    config = configuration.load(None, overrides)
+    data = load_task(config, Launch(), 1, False, Averaging.read).data
+    block, busiest = resolve_block_size(config, 64, "cpu"), []
+    for round_ in range(1, rounds + 1):
+        cost = dict.fromkeys(range(1, workers + 1), 0.0)
+        for placed in plan_round(config, data.population, data.train, round_, list(cost), block).blocks:
+            cost[placed.worker] += placed.cost
+        busiest.append(max(cost.values()) / statistics.mean(cost.values()))
+    sizes = data.population.sizes()
+    return Row(
+        f"the busiest of {workers} workers over the mean, 64 unequal clients a round",
+        statistics.median(busiest),
+        1.10,
+        most=True,
+        note=f"{sizes.min()} to {sizes.max()} examples a client, blocks of {block}; worst round {max(busiest):.3g}",
+    )
