@@ -3,6 +3,7 @@
     torchrun --nproc_per_node=8 -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--check] [--where] [--fresh]
     python -m fedhpc.main ... --check ranks=8,64,512     a forecast for so many ranks (fedhpc.planning)
     python -m fedhpc.main ...                  one process
+    python -m fedhpc.main ... --ranks 3        so many processes of this machine, without a launcher
     mpiexec -n 4 python -m fedhpc.main ...     MPI
     srun python -m fedhpc.main ...             Slurm
 
@@ -40,13 +41,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m fedhpc.main",
         description="Federated customization of large models. Without CONFIG: the embedded demo.",
-        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--check] [--where] [--fresh]",
+        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--ranks N] [--check] [--where] [--fresh]",
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG | section.key=value", help="configuration and overrides")
     parser.add_argument(
         "--check",
         action="store_true",
         help="validate everything, print the plan, write nothing; with ranks=8,64 a forecast from the run in run.dir",
+    )
+    parser.add_argument(
+        "--ranks", type=int, dest="forks", metavar="N", help="start N ranks on this machine, which share its memory"
     )
     parser.add_argument("--where", action="store_true", help="print the run directory and leave")
     parser.add_argument("--fresh", action="store_true", help="start over in a directory that holds a run")
@@ -65,6 +69,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not all(count.isascii() and count.isdigit() and int(count) for count in counts.split(",") if counts):
         raise UserError(f"command line: ranks={counts} is not a list of numbers like 8,64,512")
     options.ranks = [int(count) for count in counts.split(",") if counts]
+    if options.forks is not None and options.forks < 1:
+        raise UserError(f"command line: --ranks {options.forks}: at least one is needed")
     return options
 
 
@@ -78,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         speaks = launch.local_rank == 0
         options = parse(sys.argv[1:] if arguments is None else arguments)
         config = configuration.load(options.config, options.overrides)
+        if options.forks is not None and launch.launcher != "single":
+            raise UserError(
+                f"command line: --ranks starts ranks of its own, but {launch.launcher} has started this one"
+            )
     except UserError as error:
         if speaks:
             print(f"fedhpc: error: {error}" if rank == 0 else f"fedhpc: rank {rank}: {error}", file=sys.stderr)
@@ -87,7 +97,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.where:
         print(config.run_dir)
         return DONE
+    if options.forks is not None and options.forks > 1:
+        return _fork(config, launch, options)
     return _run(config, launch, options)
+
+
+def _fork(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:
+    """The ranks of `--ranks`, forked once everything is imported."""
+    from fedhpc import forked
+
+    _environment(config)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA that has begun cannot be forked
+    try:
+        with startup.guarded(launch):
+            from fedhpc import federation, models  # noqa: F401
+
+            models.import_classes(config.model)
+    except UserError as error:
+        print(f"fedhpc: error: {error}", file=sys.stderr)
+        return REFUSED
+    return forked.run(options.forks, lambda launch: leave(_run(config, launch, options)))
 
 
 def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:

@@ -78,6 +78,15 @@ def load_kind(model: Model) -> Kind:
     return kinds.choose(model.task, _load_config(model), model.name)
 
 
+def import_classes(model: Model) -> None:
+    """Import all that `load_base` and `load_tokenizer` will need. UserError where there is no such model."""
+    import transformers
+
+    config, kind = _load_config(model), load_kind(model)
+    with _loading(model, "model"):
+        getattr(transformers, kind.auto_class)._model_mapping[type(config)]  # imports the module that has it
+
+
 def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), seed: int = 0) -> Base:
     """Load the base model onto `device`, in eval mode, without gradients.
 

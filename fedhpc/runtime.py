@@ -20,7 +20,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Launch:
     """This process among the ranks of a launch."""
 
-    launcher: Literal["single", "torchrun", "slurm", "mpi"] = "single"
+    launcher: Literal["single", "forked", "torchrun", "slurm", "mpi"] = "single"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0

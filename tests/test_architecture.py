@@ -103,7 +103,7 @@ LAYERS = [
     {"placement"},
     {"lazy", "registry", "rng", "runtime", "progress", "costs"},
     {"config", "builtin", "payload", "startup", "transport"},
-    {"data", "rundir", "liveness"},
+    {"data", "rundir", "liveness", "forked"},
     {"kinds"},
     {"models"},
     {"store", "methods"},

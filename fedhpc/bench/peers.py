@@ -4,7 +4,8 @@ Peers: Apple's pfl-research on two processes of torchrun, and the loop that one 
 gloo processes, both from the harness that `--peers` names. Every program trains the same sequences in the same steps
 from the same start, and all must arrive at the same parameters, or there is no figure.
 
-fedhpc has a server and two workers, three processes: its server trains nothing, and is counted.
+fedhpc has a server and two workers over gloo, forked from one process (`--ranks 3`). Its server, which trains nothing,
+and the process that waits for the three are counted.
 """
 
 from __future__ import annotations
@@ -133,8 +134,7 @@ def fedhpc(folder: Path, tokens: Sequence[int], workers: int = 2) -> tuple[Run, 
         if line.startswith("round ") and not line.startswith("round 0/"):
             ends.append(moment)
 
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={workers + 1}"]
-    command = [*torchrun, "-m", "fedhpc.main", str(folder / "config.yaml")]
+    command = [sys.executable, "-m", "fedhpc.main", str(folder / "config.yaml"), "--ranks", str(workers + 1)]
     with Watched([(command, _environment(folder))], folder / "fedhpc.log", on_line) as watched:
         watched.wait(_LIMIT_S)
     with h5py.File(folder / "run" / "results.h5") as file:

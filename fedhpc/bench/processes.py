@@ -76,7 +76,7 @@ class Watched:
         self.close()
         if any(codes) or None in codes:
             said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
-            raise RuntimeError(f"{self._commands[0]} ended with {codes} (limit {limit_s:.0f} s): " + " | ".join(said))
+            raise UserError(f"{self._commands[0]} ended with {codes} (limit {limit_s:.0f} s): " + " | ".join(said))
 
     def cpu_at(self, moment: float) -> float:
         """CPU seconds of all processes together until then."""

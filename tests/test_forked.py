@@ -1,0 +1,128 @@
+"""Ranks that are forked from one process: a run like any other, and one that leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+
+from fedhpc import forked, rundir
+from fedhpc.runtime import Launch
+from tests.federations import federate, settings, write_texts
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def tree(folder: Path, rounds: int) -> dict[str, dict[str, object]]:
+    return {
+        "model": {"name": str(folder / "model")},
+        "data": {"source": str(folder), "max_length": 96},
+        "partition": {"name": "iid", "num_clients": 6},
+        "method": {"name": "prefix", "num_virtual_tokens": 2},
+        "federation": {"rounds": rounds, "cohort_size": 4},
+        "client": {"optimizer": "sgd", "lr": 0.1, "batch_size": 4, "steps": 2},
+        "evaluation": {"every": 2, "metrics": ["loss"], "max_examples": 4, "samples": 0},
+    }
+
+
+def started(folder: Path, run: Path, rounds: int, *more: str) -> subprocess.Popen[str]:
+    run.mkdir()
+    path = run / "given.yaml"
+    path.write_text(settings(run / "run", tree(folder, rounds)).to_yaml())
+    command = [sys.executable, "-m", "fedhpc.main", str(path), "--ranks", "3", *more]
+    environment = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def final(run: Path) -> np.ndarray:
+    with h5py.File(run / "results.h5") as file:
+        assert file.attrs["complete"]
+        return np.asarray(file["final/prompt_embeddings"])
+
+
+def test_forked_ranks_end_with_the_bits_of_one(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path)
+    with started(folder, tmp_path / "forked", 2) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, ""), out
+    assert "3 ranks over gloo" in out and out.count("round 2/2") == 1
+    federate(settings(tmp_path / "one", tree(folder, 2)))
+    assert np.array_equal(final(tmp_path / "forked" / "run"), final(tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "state"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGKILL, 1, "failed")]
+)
+def test_what_ends_one_ends_all(tmp_path: Path, number: signal.Signals, code: int, state: str) -> None:
+    """SIGTERM to the process that was started, SIGKILL to one of the ranks."""
+    folder = write_texts(tmp_path)
+    with started(folder, tmp_path / "forked", 100_000) as process:
+        for line in process.stdout or ():
+            if line.startswith("round 2/"):
+                break
+        ranks = psutil.Process(process.pid).children()
+        os.kill(process.pid if number == signal.SIGTERM else ranks[2].pid, number)
+        process.communicate(timeout=30)
+    assert process.returncode == code
+    assert not psutil.wait_procs(ranks, timeout=1)[1]
+    status = rundir.read_status(tmp_path / "forked" / "run")
+    assert status is not None and status.state == state
+
+
+@pytest.mark.slow
+def test_the_death_of_the_one_that_waits_ends_all(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path)
+    with started(folder, tmp_path / "forked", 100_000) as process:
+        for line in process.stdout or ():
+            if line.startswith("round 2/"):
+                break
+        ranks = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
+def leave(launch: Launch) -> None:
+    """Rank 1 goes at once, before there is any liveness; the others would wait for long."""
+    if launch.rank == 1:
+        os._exit(3)
+    time.sleep(60)
+
+
+def test_a_rank_that_leaves_early_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "_PARTING_S", 0.2)
+    handlers = {number: signal.getsignal(number) for number in forked.SIGNALS}
+    before = set(psutil.Process().children())
+    try:
+        assert forked.run(3, leave) == 3
+    finally:
+        gc.unfreeze()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert set(psutil.Process().children()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["--ranks", "0"], {}, "--ranks 0: at least one is needed"),
+        (["--ranks", "3"], {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "torchrun has started this one"),
+        (["--ranks", "3", "model.name=./none"], {}, "'./none' is not a model folder"),
+    ],
+)
+def test_what_is_refused(words: list[str], environment: dict[str, str], said: str) -> None:
+    command = [sys.executable, "-m", "fedhpc.main", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
