@@ -21,6 +21,7 @@ from fedhpc.rng import generator
 from fedhpc.training.local import num_steps
 
 _AUTO_BLOCK = {"cpu": 8, "cuda": 32}  # most clients in one forward with block_size auto
+_UNEVEN = 1.25  # a block costs at most so many times the mean of the blocks of a cohort, unless it is one client
 _AUTO_WORKERS = 8  # with block_size auto there are blocks for so many workers, two clients each or more
 
 
@@ -113,12 +114,23 @@ def resolve_block_size(config: Config, size: int, device: str) -> int:
 
 
 def form_blocks(costs: dict[int, float], block_size: int) -> list[tuple[int, ...]]:
-    """Clients of like cost together, in blocks of at most `block_size` that differ by one client at most."""
+    """Clients of like cost together, in blocks of at most `block_size` that differ by one client at most.
+
+    A block of large clients that would keep its worker when all others are done is halved, whatever their number is.
+    """
     clients = sorted(costs, key=lambda c: (-costs[c], c))
     if not clients:
         return []
     parts = np.array_split(np.array(clients), math.ceil(len(clients) / block_size))
-    return [tuple(int(c) for c in part) for part in parts]
+    most = _UNEVEN * sum(costs.values()) / len(parts)
+    return [block for part in parts for block in _halved(tuple(part.tolist()), costs, most)]
+
+
+def _halved(block: tuple[int, ...], costs: dict[int, float], most: float) -> list[tuple[int, ...]]:
+    half = len(block) // 2
+    if not half or sum(costs[c] for c in block) <= most:
+        return [block]
+    return [part for side in (block[:half], block[half:]) for part in _halved(side, costs, most)]
 
 
 def place(blocks: Sequence[tuple[int, ...]], costs: Sequence[float], workers: Sequence[int]) -> list[Block]:

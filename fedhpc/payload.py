@@ -118,8 +118,8 @@ def grid(exponent: Tensor, num_clients: int, layout: Layout) -> Tensor:
     return torch.repeat_interleave(steps, torch.tensor(layout.sizes))
 
 
-def to_grid(update: Tensor, weight: float, steps: Tensor) -> Tensor:
-    """round(w g / 2^step) as int64 (P,). update (P,), steps int64 (P,)."""
+def to_grid(update: Tensor, weight: float | Tensor, steps: Tensor) -> Tensor:
+    """round(w g / 2^step) as int64. update (P,) or (C, P) with weight (C, 1) float64; steps int64 (P,)."""
     # ldexp in two halves: 2^-step alone may exceed the range of a float64.
     half = torch.div(-steps, 2, rounding_mode="floor")
     value = update.to("cpu", torch.float64) * weight

@@ -39,8 +39,6 @@ def test_every_client_of_the_cohort_is_somewhere_once() -> None:
         assert set(plan.cohort) == set(in_blocks) | plan.dropped | plan.empty
         assert plan.empty <= {3}
         assert all(b.worker in (1, 2, 3) and 1 <= len(b.clients) <= 3 for b in plan.blocks)
-        sizes = [len(b.clients) for b in plan.blocks]
-        assert max(sizes) - min(sizes) <= 1
         seen |= set(plan.cohort)
         assert plan == plan_round(config, population(SIZES), DATA, t, [1, 2, 3], 3)
     assert seen == set(range(12))
@@ -85,12 +83,20 @@ def test_automatic_block_size(size: int, device: str, block: int) -> None:
 
 
 def test_blocks_are_even_and_of_like_cost() -> None:
-    costs = {c: float(c % 7) for c in range(11)}
+    costs = {c: 20.0 + c % 7 for c in range(11)}
     blocks = form_blocks(costs, 4)
     assert [len(b) for b in blocks] == [4, 4, 3]
     means = [np.mean([costs[c] for c in b]) for b in blocks]
     assert means == sorted(means, reverse=True)
     assert form_blocks({}, 4) == []
+
+
+def test_large_clients_do_not_share_a_block_that_others_wait_for() -> None:
+    costs = dict.fromkeys(range(12), 1.0) | {12: 30.0, 13: 10.0, 14: 10.0, 15: 2.0}
+    blocks = form_blocks(costs, 4)
+    assert sorted(c for block in blocks for c in block) == list(range(16))
+    assert blocks[:3] == [(12,), (13,), (14, 15)]  # of four, 16 each on average
+    assert [len(block) for block in blocks[3:]] == [4, 4, 4]
 
 
 def test_a_cohort_larger_than_the_population_is_refused() -> None:
@@ -120,5 +126,5 @@ def test_a_round_of_a_million_virtual_clients_touches_only_its_cohort() -> None:
         drawn.append(client)
         return np.arange(5)
 
-    plan = plan_round(config, Population(1_000_000, 0, 0.0, draw=draw), DATA, 1, [0], 2)
+    plan = plan_round(config, Population(1_000_000, 0, 0.0, draw=draw, drawn=5), DATA, 1, [0], 2)
     assert set(drawn) == set(plan.cohort)

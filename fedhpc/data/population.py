@@ -29,6 +29,7 @@ class Population:
     held_out_fraction: float  # of each client's examples
     assignment: Assignment | None = None
     draw: Callable[[int], Int64] | None = None
+    drawn: int = 0  # examples of every client of a virtual population
     names: list[str] | None = None
 
     @classmethod
@@ -39,8 +40,8 @@ class Population:
         module = registry.load("data/partitioners", options.name, "partition.name")
         if hasattr(module, "draw"):
             draw: Callable[[int], Int64] = partial(module.draw, len(train), options, seed)
-            draw(0)  # raises what would be wrong with every client
-            return cls(options.num_clients, seed, fraction, draw=draw)
+            drawn = len(draw(0))  # raises what would be wrong with every client
+            return cls(options.num_clients, seed, fraction, draw=draw, drawn=drawn)
         indices, offsets = module.partition(len(train), train.labels, train.owners, options, seed)
         names = None
         if options.name == "natural":
@@ -68,8 +69,8 @@ class Population:
 
     def num_examples(self, client: int) -> int:
         """How many examples the client trains on, held-out ones apart."""
-        size = len(self._all(client))
-        return size - int(self._num_held_out(np.array(size)))
+        size = self.drawn if self.draw is not None else len(self._all(client))
+        return size - int(self._num_held_out(np.array(size))) if self.held_out_fraction else size
 
     def sizes(self) -> Int64:
         """int64[N]: num_examples of every client; not for a virtual population."""
@@ -109,6 +110,8 @@ class Population:
 
     def _split(self, client: int) -> tuple[Int64, Int64]:
         mine = self._all(client)
+        if not self.held_out_fraction:
+            return mine, mine[:0]
         count = int(self._num_held_out(np.array(len(mine))))
         chosen = np.zeros(len(mine), bool)
         if count:
