@@ -1,0 +1,145 @@
+"""What a round costs where no machine matters: operators and allocations of a step, collectives and bytes of a round.
+
+Bounds are what it takes today: who makes it cheaper lowers them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedhpc import config as configuration
+from fedhpc import registry
+from fedhpc.data.population import Population
+from fedhpc.data.tokens import Examples, Tokens, examples_from
+from fedhpc.methods.base import Method
+from fedhpc.models import Base
+from fedhpc.participation import plan_round
+from fedhpc.training.block import Work, train_block
+from tests import tiny
+from tests.federations import federate, settings, write_texts
+
+LENGTH, BATCH = 12, 2
+
+
+class Counter(TorchDispatchMode):
+    """Operators that reach a kernel, and those of them that take new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.allocations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs or {}))}
+        result = function(*args, **(kwargs or {}))
+        made = {t.untyped_storage().data_ptr() for t in _tensors(result) if t.numel()}
+        if not function.is_view:
+            self.operators += 1
+            self.allocations += len(made - given)
+        return result
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def equal_examples(count: int) -> Examples:
+    """Rows of one length, so that a step is one forward."""
+    ids = np.random.default_rng(0).integers(3, tiny.VOCABULARY, count * LENGTH).astype(np.int32)
+    return examples_from(Tokens(ids, np.arange(count + 1) * LENGTH, np.full(count, 4, dtype=np.int32)))
+
+
+def made(method: str, **options: Any) -> tuple[Base, Method]:
+    base = tiny.base("llama", torch.float32)
+    module = registry.load("methods", method)
+    return base, module.METHOD(module.Options(**options), base, 0)
+
+
+PREFIX = {"method": "prefix", "num_virtual_tokens": 4, "init": "random"}
+LORA = {"method": "lora", "rank": 2, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+def of_step(setup: dict[str, Any], clients: int, **client: Any) -> np.ndarray:
+    """Operators and allocations of one more step of a block of so many clients."""
+    base, method = made(**setup)
+    examples = equal_examples(clients * BATCH)
+    works = [Work(c, np.arange(c * BATCH, (c + 1) * BATCH)) for c in range(clients)]
+    start = method.payload.flatten(method.initial()).unsqueeze(0)
+    counts = []
+    for steps in (2, 3):
+        given = {"optimizer": "sgd", "lr": 0.1, "batch_size": BATCH, "steps": steps, **client}
+        config = configuration.resolve({"partition": {"name": "iid"}, "client": given})
+        with Counter() as count:
+            train_block(base, method, start, works, examples, config, 1, 1)
+        counts.append(np.array([count.operators, count.allocations]))
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("setup", [PREFIX, LORA], ids=["prefix", "lora"])
+def test_a_step_of_many_clients_has_the_operators_of_a_step_of_few(setup: dict[str, Any]) -> None:
+    assert np.array_equal(of_step(setup, 2), of_step(setup, 8))
+
+
+@pytest.mark.parametrize(
+    ("setup", "client", "operators", "allocations"),
+    [
+        (PREFIX, {}, 270, 249),
+        (LORA, {}, 383, 364),
+        (PREFIX, {"optimizer": "adamw", "clip_norm": 1.0}, 290, 264),
+    ],
+    ids=["prefix", "lora", "prefix adamw"],
+)
+def test_operators_and_allocations_of_a_step(
+    setup: dict[str, Any], client: dict[str, Any], operators: int, allocations: int
+) -> None:
+    found = of_step(setup, 4, **client)
+    assert (found <= (operators, allocations)).all(), found
+
+
+def rounds(folder: Path, run: Path, ranks: int, cohort: int, number: int) -> tuple[int, dict[str, np.ndarray]]:
+    """Collectives of rank 0 in the whole run, and the columns of /rounds."""
+    tree = {
+        "model": {"name": str(folder / "model")},
+        "data": {"source": str(folder), "max_length": 96},
+        "partition": {"name": "virtual", "num_clients": 1000, "examples_per_client": 2},
+        "method": {"name": "prefix", "num_virtual_tokens": 4},
+        "federation": {"rounds": number, "cohort_size": cohort},
+        "client": {"optimizer": "sgd", "lr": 0.1, "batch_size": 2, "steps": 1},
+        "evaluation": {"every": number, "metrics": ["loss"], "max_examples": 2, "samples": 0},
+    }
+    collectives = federate(settings(run, tree), ranks)
+    with h5py.File(run / "results.h5") as file:
+        return collectives, {name: column[1:] for name, column in file["rounds"].items()}
+
+
+def test_collectives_and_bytes_of_a_round(tmp_path: Path) -> None:
+    folder, payload = write_texts(tmp_path), 4 * 2 * 2 * 2 * 8  # tokens, layers, keys and values, heads, head_dim
+    for ranks, cohort in ((2, 3), (3, 6)):
+        few, _ = rounds(folder, tmp_path / f"{ranks}-few", ranks, cohort, 1)
+        many, columns = rounds(folder, tmp_path / f"{ranks}-many", ranks, cohort, 3)
+        # The state down, who is in, the exponents, the sum, the reports.
+        assert many - few <= 2 * 5
+        assert (columns["bytes_down"] == 4 * payload * cohort).all()
+        assert (columns["bytes_up"] == 4 * payload * cohort).all()
+        # 4 bytes a parameter down, 8 up; 8 and 64 a client; one exponent; 40 a rank.
+        assert (columns["wire_bytes"] <= 12 * payload + 72 * cohort + 8 + 40 * ranks).all(), columns["wire_bytes"]
+
+
+def test_a_plan_draws_each_client_once() -> None:
+    drawn: list[int] = []
+
+    def draw(client: int) -> np.ndarray:
+        drawn.append(client)
+        return np.arange(4)
+
+    config = configuration.resolve(
+        {"partition": {"name": "virtual", "num_clients": 1000}, "federation": {"cohort_size": 20}}
+    )
+    plan = plan_round(config, Population(1000, 0, 0.0, draw=draw, drawn=4), equal_examples(4), 1, [0], 8)
+    assert sorted(drawn) == sorted(plan.cohort)
