@@ -305,7 +305,7 @@ class Liveness:
                 _send(peer, b"\n")
         for rank, peer in self._peers.items():
             if now > peer.heard + self._timeout_s:
-                self._lose(rank, f"rank {rank} was silent for {self._timeout_s:g} s: stopped or cut off")
+                self._lose(rank, f"rank {rank} was silent for {self._timeout_s:g} s: stopped or cut off", silent=True)
         if self._launch.launcher != "single" and os.getppid() != self._parent:
             self._accuse(_Evidence(FAILED, "the launcher died"))
 
@@ -335,13 +335,17 @@ class Liveness:
             _send(self._peers[0], _line({"fail": [evidence.code, evidence.reason, evidence.symptom]}))
         self._evidence = evidence
 
-    def _lose(self, rank: int, reason: str) -> None:
+    def _lose(self, rank: int, reason: str, *, silent: bool = False) -> None:
         """A rank is lost. Without rank 0 there is no verdict to wait for, and rank 1 calls on_exit."""
         self._accuse(_Evidence(FAILED, reason))
         if rank == 0:
             assert self._evidence is not None
             if self._rank == 1:
                 self._report(self._evidence)
+            elif silent and self._launch.local_rank == 0:
+                # This host may be the one that is cut off, and what the others say is not in its log.
+                sys.stderr.write(f"fedhpc: error: rank {self._rank}: {self._evidence.reason}\n")
+                sys.stderr.flush()
             self._transport.abort(self._evidence.code)
 
     def _obey(self, verdict: _Evidence) -> NoReturn:

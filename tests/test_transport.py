@@ -44,6 +44,22 @@ def test_contract(launcher: Launcher, n: int, name: str) -> None:
     assert "".join(result.out for result in results).count("contract kept") == n
 
 
+@pytest.mark.slow
+def test_contract_over_nodes() -> None:
+    """Two nodes, one of them with two ranks; with real ones and what crosses between them: cluster/test_hosts.py."""
+    program = """
+import sys
+from fedhpc.transport import torch_dist
+from tests import contract_transport
+torch_dist._node = lambda launch: "other" if launch.rank else "first"
+sys.argv[1:] = ["auto", "gloo"]
+contract_transport.main()
+"""
+    results = run_ranks(3, program, "env")
+    assert [result.code for result in results] == [0] * 3, results
+    assert "".join(result.out for result in results).count("contract kept") == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "name"), [(1, "loopback"), (2, "gloo")])
 def test_contract_on_one_gpu(n: int, name: str) -> None:
@@ -95,6 +111,9 @@ def test_missing_ranks_are_named() -> None:
     store.set("here/2", "yes")
     with pytest.raises(UserError, match=r"ranks \[1\] of 3"):
         torch_dist._arrive(store, launch, 0.2)
+    store.set("here/1", "a host")
+    store.set("here/2", "127.0.0.1")
+    assert torch_dist._arrive(store, launch, 5) == [[0, 2], [1]]
 
 
 def test_a_stale_store_is_not_followed() -> None:

@@ -2,6 +2,9 @@
 
 The only importer of torch.distributed. Ranks find each other through a store of rank 0's own, opened anew in
 every process: with `torchrun --max-restarts` the agent's store still holds the addresses of the dead.
+
+Gloo knows nothing of nodes: its broadcast would send to every rank of another node alone. So each node has a leader,
+its first rank, and what goes from or to rank 0 crosses between leaders once per node. NCCL sees to that by itself.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class TorchTransport(Transport):
         limit_s = arrival_limit_s(timeout_s)
         with connect_deadline(launch, limit_s + 30):
             store = _open_store(launch, limit_s)
-            _arrive(store, launch, limit_s)
+            nodes = _arrive(store, launch, limit_s)
             if "GLOO_SOCKET_IFNAME" not in os.environ:
                 # Gloo would listen on what the host name resolves to, often an address no other host reaches.
                 os.environ["GLOO_SOCKET_IFNAME"] = interface_of(_address(launch))
@@ -51,7 +54,20 @@ class TorchTransport(Transport):
                 timeout=_NO_TIMEOUT,
             )
             self._store = store  # rank 0 serves it: it lives as long as the group
+            self._meet(nodes)
             self.barrier()
+
+    def _meet(self, nodes: list[list[int]]) -> None:
+        """Make the groups of the leaders, and of the ranks of this node; nodes: the ranks of each, ascending."""
+        self._across: dist.ProcessGroup | None = dist.group.WORLD
+        self._within: dist.ProcessGroup | None = None
+        self._leader = self.rank
+        if 1 < len(nodes) < self.world_size:
+            ranks = next(ranks for ranks in nodes if self.rank in ranks)
+            self._leader = ranks[0]
+            # A rank alone on its node has a group too: torch names a group by how many a rank has made before.
+            self._within = _subgroup(ranks)
+            self._across = _subgroup([ranks[0] for ranks in nodes]) if self.rank == self._leader else None
 
     def place(self, placement: Placement) -> None:
         """See the base class. NCCL refuses two ranks on one GPU, and a server without one."""
@@ -65,13 +81,28 @@ class TorchTransport(Transport):
         dist.destroy_process_group()
 
     def _broadcast(self, tensor: Tensor) -> None:
-        dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self._group(tensor))
+        content = tensor.view(-1).view(torch.uint8)
+        across, within = self._groups(tensor)
+        if across:
+            dist.broadcast(content, src=0, group=across)
+        if within:
+            dist.broadcast(content, src=self._leader, group=within)
 
     def _reduce_sum(self, tensor: Tensor) -> None:
-        dist.reduce(tensor, dst=0, op=dist.ReduceOp.SUM, group=self._group(tensor))
+        across, within = self._groups(tensor)
+        if within:
+            dist.reduce(tensor, dst=self._leader, op=dist.ReduceOp.SUM, group=within)
+        if across:
+            dist.reduce(tensor, dst=0, op=dist.ReduceOp.SUM, group=across)
 
     def _all_reduce_max(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group(tensor))
+        across, within = self._groups(tensor)
+        if within:
+            dist.reduce(tensor, dst=self._leader, op=dist.ReduceOp.MAX, group=within)
+        if across:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=across)
+        if within:
+            dist.broadcast(tensor, src=self._leader, group=within)
 
     def _exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> None:
         operations = [dist.P2POp(dist.irecv, buffer, peer, self._group(buffer)) for peer, buffer in receive.items()]
@@ -85,6 +116,15 @@ class TorchTransport(Transport):
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._nccl if tensor.is_cuda else None
+
+    def _groups(self, tensor: Tensor) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Of the leaders, if this rank is one, and of this node, if there are nodes of several ranks."""
+        return (self._nccl, None) if tensor.is_cuda else (self._across, self._within)
+
+
+def _subgroup(ranks: list[int]) -> dist.ProcessGroup:
+    # Known to its members alone: otherwise every rank would wait for every group.
+    return dist.new_group(ranks, backend="gloo", timeout=_NO_TIMEOUT, use_local_synchronization=True)
 
 
 def _address(launch: Launch) -> str:
@@ -137,10 +177,15 @@ def _follow(published: Callable[[], str], limit_s: float) -> Store:
     raise UserError(f"rank 0's store did not answer within {limit_s:.0f} s: did rank 0 start?")
 
 
-def _arrive(store: Store, launch: Launch, limit_s: float) -> None:
-    """Wait for every rank."""
+def _node(launch: Launch) -> str:
+    """The same for the ranks of one machine, and only for these."""
+    return _address(launch)
+
+
+def _arrive(store: Store, launch: Launch, limit_s: float) -> list[list[int]]:
+    """Wait for every rank: the ranks of each node."""
     keys = [f"here/{rank}" for rank in range(launch.world_size)]
-    store.set(keys[launch.rank], "yes")
+    store.set(keys[launch.rank], _node(launch))
     try:
         store.wait(keys, datetime.timedelta(seconds=limit_s))
     except dist.DistStoreError as error:
@@ -149,3 +194,7 @@ def _arrive(store: Store, launch: Launch, limit_s: float) -> None:
             f"ranks {missing} of {launch.world_size} did not arrive within {limit_s:.0f} s: "
             "check that all of them were started"
         ) from error
+    nodes: dict[bytes, list[int]] = {}
+    for rank, node in enumerate(store.multi_get(keys)):
+        nodes.setdefault(node, []).append(rank)
+    return list(nodes.values())
