@@ -18,13 +18,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedhpc.main import main
 from fedhpc.rundir import CHECKPOINT, load_tensors
 from tests.failing_rank import run
 from tests.ranks import REPOSITORY, _clean_environ, free_port
-from tests.test_kill import printed, recorded, same_as, whole_files, write
+from tests.test_kill import HANGS_AFTER_S, complete, kill_somewhere, printed, recorded, same_as, whole_files, write
 
 SERVER, WORKER = 0, 1
 TIMEOUT_S = 3
@@ -54,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Running:
-    """Two ranks of one run, the server and a worker; nothing of them is left at the end of the block."""
+    """Ranks of one run, most often the server and a worker; nothing of them is left at the end of the block."""
 
     def __init__(
         self,
@@ -63,12 +64,14 @@ class Running:
         failing: int | None = None,
         act: str = "",
         moment: str = "",
+        ranks: int = 2,
     ) -> None:
-        self.logs = [path.with_name(f"rank-{rank}") for rank in (SERVER, WORKER)]
+        self.logs = [path.with_name(f"rank-{rank}") for rank in range(ranks)]
         common = {
             **_clean_environ(),
             "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         }  # fmt: skip
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -95,21 +98,28 @@ class Running:
         return code
 
     def out(self, rank: int) -> str:
-        return Path(f"{self.logs[rank]}.out").read_text()
+        path = Path(f"{self.logs[rank]}.out")
+        return path.read_text() if path.exists() else ""  # it may have been killed before
 
     def err(self, rank: int) -> str:
-        return Path(f"{self.logs[rank]}.err").read_text()
+        path = Path(f"{self.logs[rank]}.err")
+        return path.read_text() if path.exists() else ""
 
     def said(self) -> list[str]:
         """The lines of the program on stderr, of all ranks."""
-        return [line for rank in (0, 1) for line in self.err(rank).splitlines() if line.startswith("fedhpc: ")]
+        ranks = range(len(self.logs))
+        return [line for rank in ranks for line in self.err(rank).splitlines() if line.startswith("fedhpc: ")]
 
 
 def resumes(context: multiprocessing.context.ForkServerContext, path: Path, whole: Path) -> None:
-    """The same command goes on, to the same end: payload, rows, c and every c_i."""
+    """The same command goes on, to the same end."""
     with Running(context, path) as running:
         assert [running.wait(rank, 60) for rank in (0, 1)] == [0, 0], running.said()
-    runs = (whole, path.with_suffix(""))
+    same_state(whole, path.with_suffix(""))
+
+
+def same_state(*runs: Path) -> None:
+    """The same bits: payload, rows, c and every c_i."""
     same_as(*runs)
     (one, _), (other, _) = (load_tensors(d / CHECKPOINT) for d in runs)
     assert one["control"].any()
@@ -239,3 +249,81 @@ def test_a_full_disk_where_a_worker_writes(
         resumes(context, path, whole)
     finally:
         subprocess.check_call(["umount", str(clients)])
+
+
+# ---------------------------------------------------------------- at random
+
+
+def kill_at_random(
+    context: multiprocessing.context.ForkServerContext,
+    path: Path,
+    rng: np.random.Generator,
+    lasts_s: float,
+    alone: bool,
+) -> tuple[bool, float]:
+    """Start, kill one of two or three ranks, see all of them end: whether the kill found it running, and how long
+    the others took to end.
+
+    Between the fork and the end of the run, which lasts `lasts_s`, with a launcher that sends SIGTERM to the others; or
+    `alone`, in the first half of that after the start, and liveness has to notice.
+    """
+    ranks = int(rng.integers(2, 4))
+    with Running(context, path, ranks=ranks) as running:
+        while alone and " ranks over " not in running.out(SERVER):
+            assert running.processes[SERVER].is_alive(), running.said()
+            time.sleep(0.005)
+        time.sleep(rng.random() * lasts_s * (0.5 if alone else 1.0))
+        victim = running.processes[int(rng.integers(ranks))]
+        victim.kill()
+        victim.join()
+        began = time.monotonic()
+        if not alone:
+            for process in running.processes:
+                process.terminate()
+        codes = [running.wait(rank, HANGS_AFTER_S) for rank in range(ranks)]
+        took_s = time.monotonic() - began
+        # SIGTERM may come before the program can see it.
+        expected = {0, 1, 75, -signal.SIGKILL} | (set() if alone else {-signal.SIGTERM})
+        assert set(codes) <= expected, (codes, running.said())
+        output = running.out(SERVER)
+    whole_files(path.with_suffix(""))
+    assert recorded(path.with_suffix("")) >= (printed(output) or -1), output
+    return -signal.SIGKILL in codes, took_s
+
+
+@pytest.mark.parametrize("kills", [pytest.param(12, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.soak)])
+def test_killed_at_random_and_resumed(
+    context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path, kills: int
+) -> None:
+    """Every launch goes on where the one before was killed; every twentieth is a real torchrun."""
+    rng = np.random.default_rng(11)
+    path = write(tmp_path, tmp_path / "run", **{**SECTIONS, "runtime": {"timeout_s": 60}})
+    for _ in range(2):  # the first one pays for the imports
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        began = time.monotonic()
+        with Running(context, path) as running:
+            assert [running.wait(rank, 120) for rank in (0, 1)] == [0, 0], running.said()
+        lasts_s = time.monotonic() - began
+    shutil.rmtree(tmp_path / "run")
+    killed = missed = completed = launches = 0
+    slowest_s = 0.0
+    while killed < kills:
+        if complete(tmp_path / "run"):  # begin again: every kill shall hit something
+            completed += 1
+            same_state(whole, tmp_path / "run")
+            shutil.rmtree(tmp_path / "run")
+        launches += 1
+        if launches % 20 == 0:
+            found, took_s = kill_somewhere(path, "torchrun", rng, 2, launches % 40 == 0)
+        else:
+            found, took_s = kill_at_random(context, path, rng, lasts_s, launches % 2 == 0)
+        killed, missed = killed + found, missed + (not found)
+        slowest_s = max(slowest_s, took_s)
+        lasts_s *= 1.05 if found else 0.8  # as the machine is busy
+        # Nothing lost, everything readable, the same bits: or there would be no next line.
+        print(
+            f"{killed} kills, {missed} too late, {completed} runs complete, others gone within {slowest_s:.1f} s, "
+            f"{time.monotonic() - began:.0f} s in all",
+            flush=True,
+        )  # seen with -s
+    resumes(context, path, whole)

@@ -25,6 +25,8 @@ from tests.ranks import Launcher, Ranks
 
 ROUNDS = 12
 GONE_WITHIN_S = 10
+HANGS_AFTER_S = 120  # where the machine may be so busy that 10 s say nothing; torchrun itself waits for 30 s
+STARTS_WITHIN_S = 1800  # the same
 
 
 def write(folder: Path, run_dir: Path, **changes: Any) -> Path:
@@ -117,25 +119,33 @@ def resumes(whole: Path, path: Path, ranks: int = 1) -> None:
 # ---------------------------------------------------------------- SIGKILL
 
 
-def kill_somewhere(path: Path, launcher: Launcher, rng: np.random.Generator, ranks: int, starting: bool) -> bool:
-    """Start, kill a random rank, see everything end and nothing lost; whether the run was complete by then."""
+def kill_somewhere(
+    path: Path, launcher: Launcher, rng: np.random.Generator, ranks: int, starting: bool
+) -> tuple[bool, float]:
+    """Start, kill a random rank, see everything end and nothing lost: whether there was one to kill, and how long the
+    others took to end."""
     run_dir = path.with_suffix("")
     with start(ranks, path, launcher) as running:
         if starting:
-            until(lambda: len(running.rank_processes()) == ranks, 300)
+            until(lambda: len(running.rank_processes()) == ranks, STARTS_WITHIN_S)
         else:
-            running.wait_for(" ranks over ")  # the first line: about to train
+            running.wait_for(" ranks over ", timeout=STARTS_WITHIN_S)  # the first line: about to train
         time.sleep(rng.random() * (4.0 if starting else 1.0))
         victims = running.rank_processes()
         if victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victims[int(rng.choice(sorted(victims)))].kill()
-        left = running.survivors(GONE_WITHIN_S)
-        assert not left, f"{left} live {GONE_WITHIN_S} s after the kill:\n{running.output()}"
+        began = time.monotonic()
+        left = running.survivors(HANGS_AFTER_S)
+        assert not left, f"{left} live {HANGS_AFTER_S} s after the kill:\n{running.output()}"
         output = running.output()
     whole_files(run_dir)
     assert recorded(run_dir) >= (printed(output) or -1), output
-    return "complete: " in output
+    return bool(victims), time.monotonic() - began
+
+
+def complete(run_dir: Path) -> bool:
+    return (run_dir / "status.json").exists() and state(run_dir)["state"] == "complete"
 
 
 def test_a_killed_rank(whole: Path, tmp_path: Path) -> None:
@@ -153,24 +163,14 @@ def test_a_killed_rank(whole: Path, tmp_path: Path) -> None:
     resumes(whole, path)
 
 
-@pytest.mark.parametrize("kills", [pytest.param(6, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.soak)])
-def test_killed_again_and_again_and_resumed(whole: Path, tmp_path: Path, kills: int) -> None:
-    """At moments from start-up to the last write; every launch goes on where the one before was killed."""
+@pytest.mark.slow
+def test_killed_again_and_again_and_resumed(whole: Path, tmp_path: Path) -> None:
+    """Under launchers, while it starts and while it trains; many more kills without them: test_failures.py."""
     rng = np.random.default_rng(7)
     path = write(tmp_path, tmp_path / "run")
-    completed = 0
-    began = time.monotonic()
-    for number in range(kills):
-        # Without a launcher nobody can tell a rank that was killed while it started from one that is late.
-        starting = number % 4 == 0
-        launcher: Launcher = "torchrun" if starting or number % 4 == 2 else "env"
-        if kill_somewhere(path, launcher, rng, 2 + number % 2, starting):  # begin again: every kill shall hit something
-            completed += 1
-            same_as(whole, tmp_path / "run")
-            (tmp_path / "run").rename(tmp_path / f"completed-{completed}")
-        # Nothing lost, everything readable, the same bits: or there would be no next line.
-        said = f"{number + 1} kills, {completed} runs complete meanwhile, {time.monotonic() - began:.0f} s"
-        print(said, flush=True)  # seen with -s
+    # Without a launcher nobody can tell a rank that was killed while it started from one that is late.
+    for number, (launcher, starting) in enumerate((("torchrun", True), ("env", False), ("torchrun", False))):
+        kill_somewhere(path, launcher, rng, 2 + number % 2, starting)
     resumes(whole, path)
 
 
