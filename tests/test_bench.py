@@ -1,0 +1,113 @@
+"""What the bench measures with: the workloads' tokens, processes watched from outside, and how figures are judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from fedhpc.bench import peers, rounds, workloads
+from fedhpc.bench.processes import Watched
+from fedhpc.bench.table import Row, interleaved, markdown, ratio, skipped
+from fedhpc.errors import UserError
+
+
+def test_a_target_is_met_from_its_own_side() -> None:
+    assert Row("a", 1.5, 1.5).verdict == "met" and Row("a", 1.4, 1.5).verdict == "missed"
+    assert Row("a", 0.5, 0.5, most=True).verdict == "met" and Row("a", 0.6, 0.5, most=True).verdict == "missed"
+    assert Row("a", 3.0).verdict == "" and skipped("a", "no GPU").verdict == ""
+    assert skipped("a", "no GPU").json()["measured"] is None
+    lines = markdown([Row("share", 0.0123, 0.03, most=True, unit="%"), skipped("b", "why")]).splitlines()
+    assert lines[2:] == ["| share | 1.23 % | ≤ 3 % | met |  |", "| b | - |  |  | why |"]
+
+
+def test_runs_are_interleaved_and_the_first_is_a_warm_up() -> None:
+    order: list[str] = []
+    ticks = iter(range(100))
+    found = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 2, lambda: float(next(ticks)))
+    assert order == ["a", "b"] * 3 and {name: len(s) for name, s in found.items()} == {"a": 2, "b": 2}
+    assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
+
+
+def test_programs_are_watched_with_all_that_they_start(tmp_path: Path) -> None:
+    burn = "import time\nx = bytearray(30 << 20)\nwhile time.process_time() < 0.4: pass\n"
+    program = (
+        f"import subprocess, sys\nprint('begun', flush=True)\nsubprocess.run([sys.executable, '-c', {burn!r}])\n{burn}"
+    )
+    lines: list[tuple[float, str]] = []
+    with Watched(
+        [([sys.executable, "-c", program], os.environ)], tmp_path / "log", lambda t, line: lines.append((t, line))
+    ) as watched:
+        watched.wait(60)
+    assert [line for _, line in lines] == ["begun\n"]
+    spent = watched.cpu_at(time.time()) - watched.cpu_at(lines[0][0])
+    assert 0.6 < spent < 1.5  # what a process does after the last look at it is not seen
+    assert 30e6 < watched.peak_pss_bytes < 300e6
+
+
+def test_a_program_that_fails_or_takes_too_long_is_an_error_and_none_is_left(tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with (
+        pytest.raises(UserError, match="no good"),
+        Watched([([sys.executable, "-c", "raise SystemExit('no good')"], os.environ)], tmp_path / "log") as watched,
+    ):
+        watched.wait(60)
+    sleeper = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    with (
+        pytest.raises(UserError, match="limit 1 s"),
+        Watched([([sys.executable, "-c", sleeper], os.environ)], tmp_path / "log") as watched,
+    ):
+        watched.wait(1)
+    assert set(psutil.Process().children(recursive=True)) == before
+
+
+def test_fedhpc_and_its_peers_are_given_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path / "elsewhere"))  # put back when the test is over
+    start, tokens = peers.prepare(workloads.W2, tmp_path, 2)
+    work = np.load(tmp_path / "work.npz")
+    shape = (2, workloads.COHORT, workloads.SEQUENCES, workloads.LENGTH)
+    assert work["ids"].shape == shape and work["ids"].min() >= 2 and work["ids"].max() < 2048
+    assert (work["ids"][..., -1] == 2).all()
+    # Nothing stands in front of the first token; all others are predicted.
+    assert (work["labels"][..., 0] == -100).all()
+    assert np.array_equal(work["labels"][..., 1:], work["ids"][..., 1:])
+    assert tokens == [16 * 32 * 47] * 2
+    written = {
+        tuple(int(t[1:]) for t in (row["first"], *row["rest"].split()))
+        for row in map(json.loads, (tmp_path / "data" / "train.jsonl").read_text().splitlines())
+    }
+    trained = [tuple(row) for row in work["ids"][..., :-1].reshape(-1, 47).tolist()]
+    assert set(trained) <= written and len(set(trained)) > 16 * 32  # two cohorts
+    assert start and all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in start)
+
+
+def test_updates_are_compared_from_where_they_start() -> None:
+    start = {"a": np.full(3, 100.0)}
+    assert peers.difference({"a": np.full(3, 101.1)}, {"a": np.full(3, 101.0)}, start) == pytest.approx(0.1)
+    with pytest.raises(UserError, match="other parameters"):
+        peers.difference({"b": np.zeros(3)}, start, start)
+
+
+def test_a_round_without_work_needs_no_training(tmp_path: Path) -> None:
+    assert 0 < rounds._idle_round(tmp_path, 4, 100, 3) < 5
+
+
+def test_the_bench_says_where_the_peers_are_missing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedhpc.bench", "--peers", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "common.py" in done.stderr
+
+
+def test_what_is_absent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(workloads, "SHARED", tmp_path)
+    assert str(workloads.W3.absent()).startswith("there is no ") and workloads.W1.absent() is None
+    assert math.isnan(skipped("W3", str(workloads.W3.absent())).measured)
