@@ -121,6 +121,7 @@ def _fork(config: Config, launch: runtime.Launch, options: argparse.Namespace) -
 
 def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:
     _environment(config)
+    startup.keep_freed_memory()
     reached: list[int] = []  # the last round on disk; empty while nothing was written
     with startup.guarded(launch):
         import torch

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+# Logits that exist at once behind a frozen output layer: on a CPU about what its cache holds.
+_LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
+
 
 def token_losses(logits: Tensor, targets: Tensor, soft: Soft | None) -> Tensor:
     """The loss of each token (S,). logits (S, V), targets int64 (S,).
@@ -35,3 +38,21 @@ def token_losses(logits: Tensor, targets: Tensor, soft: Soft | None) -> Tensor:
     if soft.hard_weight:
         losses = losses + soft.hard_weight * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return losses
+
+
+def frozen_head(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (S,) behind an output layer that is not trained, and its gradient, weighted, by `hidden`: (S, D).
+
+    hidden (S, D), weight (V, D), targets int64 (S,), weights (S,). The gradient of a token's loss by its logits is its
+    softmax less the target (Bridle 1990), so logits are gone again while they are still in the processor's cache.
+    """
+    gradient, losses = torch.empty_like(hidden), hidden.new_empty(len(hidden))
+    size = max(16, _LOGITS_AT_ONCE[hidden.device.type] // len(weight))
+    for start in range(0, len(hidden), size):
+        piece = slice(start, start + size)
+        likely = (hidden[piece] @ weight.mT).log_softmax(dim=-1)
+        target = targets[piece].unsqueeze(1)
+        losses[piece] = -likely.gather(1, target).squeeze(1)
+        scale = weights[piece].unsqueeze(1)
+        torch.mm(likely.exp_().mul_(scale).scatter_add_(1, target, -scale), weight, out=gradient[piece])
+    return losses, gradient

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
-from fedhpc.kinds._loss import token_losses
+from fedhpc.kinds._loss import frozen_head, token_losses
 from fedhpc.kinds.base import Attached, Batch, Int64, Kind, LabelRows, Loaded
 from fedhpc.lazy import lazy
 
@@ -49,6 +49,10 @@ class TokenKind(Kind):
     def logits(self, base: Loaded, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., vocabulary)."""
 
+    def frozen_head(self, base: Loaded) -> Tensor | None:
+        """The weight (V, D) of an output layer that is one product and not trained, in full precision, else None."""
+        return None
+
     @abstractmethod
     def with_answers(
         self, base: Loaded, attached: Attached, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
@@ -76,6 +80,11 @@ class TokenKind(Kind):
         """See the base class. The logits exist for a piece of the tokens at a time."""
         selected = self._selected(base, attached, batch)
         weights = row_weights.index_select(0, batch.row) * scale
+        frozen = self.frozen_head(base) if batch.soft is None else None
+        if frozen is not None:
+            losses, gradient = frozen_head(selected.detach(), frozen, batch.targets, weights)
+            selected.backward(gradient)
+            return losses
         pieces = self._pieces(base, len(selected))
         if len(pieces) == 1:
             losses = self._losses(base, selected, batch, pieces[0])

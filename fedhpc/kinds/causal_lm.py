@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+# Keys of a model's configuration that change its logits behind the output layer.
+_AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+
 
 class CausalLM(TokenKind):
     """See the module.
@@ -143,6 +146,17 @@ class CausalLM(TokenKind):
             logits = (logits / cap).tanh() * cap
         return logits
 
+    def frozen_head(self, base: Loaded) -> Tensor | None:
+        """See the base class."""
+        layer, config = base.model.get_output_embeddings(), base.model.config
+        changed = any(getattr(config, key, None) is not None for key in _AFTER_THE_HEAD)
+        attached = layer._forward_hooks or layer._forward_pre_hooks
+        if type(layer) is not torch.nn.Linear or layer.bias is not None or changed or attached:
+            return None
+        exact = layer.weight.dtype in (torch.float32, torch.float64)
+        frozen = exact and not layer.weight.requires_grad and not torch.is_autocast_enabled(base.device.type)
+        return layer.weight if frozen else None
+
     def check_model(self, base: Loaded) -> None:
         """See the base class."""
         ids = torch.tensor([[1, 2, 3]], device=base.device) % base.model.config.get_text_config().vocab_size
@@ -216,16 +230,19 @@ class CausalLM(TokenKind):
 def hidden_states(base: Loaded, attached: Attached, ids: Tensor) -> Tensor:
     """Last hidden states (B, T, D) of ids (B, T), each row behind its own virtual positions."""
     from fedhpc.kinds._cache import prefix_cache
+    from fedhpc.kinds._llama import last_hidden, written_out
 
+    inputs = base.model.get_input_embeddings()(ids)
     if attached.embeddings is not None:
-        inputs = torch.cat([attached.embeddings, base.model.get_input_embeddings()(ids)], dim=1)
-        whole: Tensor = base.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        return whole[:, attached.virtual_length :]
-    cache = prefix_cache(attached.past) if attached.past else None
-    hidden: Tensor = base.model.base_model(
-        input_ids=ids, past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
-    return hidden
+        inputs = torch.cat([attached.embeddings, inputs], dim=1)
+    if written_out(base.model):
+        hidden = last_hidden(base.model, inputs, attached.past)
+    else:
+        cache = prefix_cache(attached.past) if attached.past else None
+        hidden = base.model.base_model(
+            inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+    return hidden if attached.embeddings is None else hidden[:, attached.virtual_length :]
 
 
 KIND = CausalLM()

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from fedhpc.lazy import lazy
-from fedhpc.methods._linear import features, find_layers, is_conv1d
+from fedhpc.methods._linear import by_row, features, find_layers, is_conv1d
 from fedhpc.methods.base import Attached, Method
 from fedhpc.payload import Layout
 from fedhpc.registry import Section
@@ -223,17 +223,21 @@ class Lora(Method):
         rest: (1 or K, out, in) to be added to the weight, or None. keys: int64 (B,) of the dropout, None for none.
         """
 
-        def per_row(x: Tensor, weight: Tensor) -> Tensor:
-            weight = weight.to(x.dtype)
-            return x @ weight[0].mT if len(weight) == 1 else torch.bmm(x, weight.index_select(0, rows).mT)
+        def plus(output: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+            weight = weight.to(x.dtype).mT
+            if len(weight) == 1:
+                return torch.addmm(output.flatten(0, 1), x.flatten(0, 1), weight[0], alpha=scale).view_as(output)
+            return torch.baddbmm(output, x, weight.index_select(0, rows), alpha=scale)
 
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-            x = inputs[0]  # (B, T, in)
+            x, whole = by_row(inputs[0], rows), by_row(output, rows)  # (B, T, in), (B, T, out)
             if rest is not None:
-                output = output + per_row(x, rest)
+                whole = plus(whole, x, rest)
             if keys is not None:
                 x = x * self.kept(keys, *x.shape[1:]) / (1 - self.options.dropout)
-            return output + self._scale * per_row(per_row(x, a), b)
+            down = a.to(x.dtype).mT
+            inner = x @ down[0] if len(down) == 1 else torch.bmm(x, down.index_select(0, rows))
+            return plus(whole, inner, b, self._scale).view_as(output)
 
         return hook
 

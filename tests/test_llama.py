@@ -1,0 +1,154 @@
+"""The written-out forward of the Llama family against transformers' own, and the frozen output layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from fedhpc.kinds import _llama
+from fedhpc.kinds._cache import prefix_cache
+from fedhpc.kinds._llama import last_hidden, written_out
+from fedhpc.kinds._loss import frozen_head
+from fedhpc.methods import full, ia3, lora, prefix
+from fedhpc.models import checkpoint_layers
+from tests import tiny
+
+FAMILIES = ["llama", "qwen2"]
+
+
+class Exact(torch.nn.Module):
+    """RMSNorm without transformers' detour through float32."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def network(family: str) -> Any:
+    model = tiny.base(family).model
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            model.set_submodule(path, Exact(module))
+    return model
+
+
+def inputs_and_prefix(model: Any, n: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    noise = torch.Generator().manual_seed(7)
+    inputs = torch.randn(3, 11, 32, generator=noise, dtype=torch.float64, requires_grad=True)
+    config = model.config
+    shape = (2, 3, config.num_key_value_heads, n, config.hidden_size // config.num_attention_heads)
+    parts = [torch.randn(shape, generator=noise, dtype=torch.float64) for _ in range(config.num_hidden_layers)]
+    return inputs, [tuple(t.requires_grad_() for t in part.unbind(0)) for part in parts] if n else []  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("stretch", [64, 4])
+@pytest.mark.parametrize("n", [5, 0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_and_gradients_are_those_of_transformers(
+    family: str, n: int, stretch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_llama, "_STRETCH", stretch)
+    model = network(family)
+    inputs, past = inputs_and_prefix(model, n)
+    leaves = [inputs, *(t for pair in past for t in pair)]
+    ours = last_hidden(model, inputs, past)
+    cache = prefix_cache(past) if past else None
+    theirs = model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=bool(past)).last_hidden_state
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for found, wanted in zip(
+        torch.autograd.grad(ours, leaves, direction), torch.autograd.grad(theirs, leaves, direction), strict=True
+    ):
+        assert wanted.abs().max() > 1e-3
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_on_linear_layers_act(family: str) -> None:
+    base = tiny.base(family, torch.float32)
+    rows = torch.tensor([0, 1, 1])
+    ids = torch.randint(3, tiny.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(0))
+    inputs = base.model.get_input_embeddings()(ids)
+    plain = last_hidden(base.model, inputs, ())
+    for module, options in (
+        (lora, {"rank": 2, "targets": ["q_proj", "o_proj", "up_proj"]}),
+        (ia3, {}),
+    ):
+        method = module.METHOD(module.Options.model_validate(options), base, 0)  # type: ignore[attr-defined]
+        noise = torch.Generator().manual_seed(3)
+        state = {name: torch.randn(2, *shape, generator=noise) for name, shape in method.state.shapes.items()}
+        with method.attach(state, state, rows):
+            assert written_out(base.model)
+            ours = last_hidden(base.model, inputs, ())
+            theirs = base.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        assert (ours - plain).abs().max() > 1e-2
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_other_models_and_changed_layers_are_left_to_transformers() -> None:
+    assert written_out(tiny.base("llama", torch.float32).model)
+    assert not written_out(tiny.base("llama", torch.float64).model)
+    assert not written_out(tiny.base("llama", torch.bfloat16).model)
+    for family in sorted(set(tiny.FAMILIES) - set(FAMILIES)):
+        assert not written_out(tiny.base(family, torch.float32).model)
+    again = tiny.base("llama", torch.float32).model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not written_out(again)
+    with again.model.layers[1].mlp.register_forward_hook(lambda *_: None):
+        assert not written_out(again)
+    assert written_out(again)
+    checkpoint_layers(again)
+    assert not written_out(again)
+    windowed = tf.MistralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        sliding_window=4,
+    )
+    assert not written_out(tf.MistralForCausalLM(windowed))
+    windowed.sliding_window = None
+    assert written_out(tf.MistralForCausalLM(windowed).requires_grad_(False))
+
+
+def test_trained_norms_are_left_to_transformers() -> None:
+    base = tiny.base("llama", torch.float32)
+    method = full.METHOD(full.Options(), base, 0)
+    state = {name: t.unsqueeze(0).requires_grad_() for name, t in method.initial().items()}
+    with method.attach(state, state, torch.zeros(1, dtype=torch.int64)):
+        assert not written_out(base.model)
+    assert written_out(base.model)
+
+
+def test_a_padded_row_has_the_states_that_it_has_alone() -> None:
+    base = tiny.base("llama", torch.float32)
+    method = prefix.METHOD(prefix.Options.model_validate({"num_virtual_tokens": 3, "init": "random"}), base, 0)
+    state = {name: t.unsqueeze(0) for name, t in method.initial().items()}
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 0, 0, 0]])
+    embed = base.model.get_input_embeddings()
+    with method.attach(state, state, torch.zeros(2, dtype=torch.int64)) as attached:
+        both = last_hidden(base.model, embed(ids), attached.past)
+    with method.attach(state, state, torch.zeros(1, dtype=torch.int64)) as attached:
+        alone = last_hidden(base.model, embed(ids[1:, :3]), attached.past)
+    torch.testing.assert_close(both[1:, :3], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_frozen_head_gives_the_losses_and_gradients_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedhpc.kinds._loss._LOGITS_AT_ONCE", {"cpu": 16 * 61})
+    noise = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 8, generator=noise, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(61, 8, generator=noise, dtype=torch.float64)
+    targets = torch.randint(61, (37,), generator=noise)
+    weights = torch.rand(37, generator=noise, dtype=torch.float64)
+    losses = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    (wanted,) = torch.autograd.grad((losses * weights).sum(), hidden)
+    found = frozen_head(hidden.detach(), weight, targets, weights)
+    torch.testing.assert_close(found[0], losses.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], wanted, rtol=1e-12, atol=1e-12)
