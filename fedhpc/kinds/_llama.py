@@ -148,12 +148,14 @@ class _Attention(torch.autograd.Function):
         values[:, :, n:] = _split(v, groups, 1).squeeze(3)
         if past_k is not None:
             keys[:, :, :n], values[:, :, :n] = past_k, past_v
-        queries = queries.view(rows * groups, length * shared, head)
+        # Scaled here, where they are few, and not their products.
+        queries = queries.view(rows * groups, length * shared, head).mul_(scale)
         keys, values = (t.view(rows * groups, n + length, head) for t in (keys, values))
         shares, seen = [], torch.empty_like(queries)
         for near, far in _stretches(length):
             own = slice(near * shared, far * shared)
-            scores = torch.baddbmm(_mask(q, near, far, shared, n), queries[:, own], keys[:, : n + far].mT, alpha=scale)
+            scores = torch.bmm(queries[:, own], keys[:, : n + far].mT)
+            scores[:, :, n + near :] += _corner(scores, far - near, shared)
             shares.append(scores.softmax(dim=-1))
             seen[:, own] = torch.bmm(shares[-1], values[:, : n + far])
         ctx.save_for_backward(queries, keys, values, cos, sin, *shares)
@@ -170,7 +172,7 @@ class _Attention(torch.autograd.Function):
         for (near, far), share in zip(_stretches(length), shares, strict=True):
             own, before = slice(near * shared, far * shared), slice(n + far)
             of_share = torch.bmm(of_seen[:, own], values[:, before].mT)
-            of_scores = torch._softmax_backward_data(of_share, share, -1, share.dtype).mul_(scale)
+            of_scores = torch._softmax_backward_data(of_share, share, -1, share.dtype)
             # baddbmm_ on such a slice would be one product after another.
             of_values[:, before] += torch.bmm(share.mT, of_seen[:, own])
             of_keys[:, before] += torch.bmm(of_scores.mT, queries[:, own])
@@ -180,7 +182,7 @@ class _Attention(torch.autograd.Function):
         of_keys, of_values = (t.view(rows, groups, n + length, -1) for t in (of_keys, of_values))
         if ctx.needs_input_grad[0]:
             of_q = torch.empty_like(grad)
-            turned = of_queries.view(rows, groups, length, shared, -1)
+            turned = of_queries.mul_(scale).view(rows, groups, length, shared, -1)
             _rotate(turned, cos.unsqueeze(1), -sin.unsqueeze(1), _split(of_q, groups, shared))
         if ctx.needs_input_grad[1]:
             of_k = grad.new_empty(rows, length, groups * cos.shape[-1])
@@ -201,9 +203,9 @@ def _stretches(length: int) -> list[tuple[int, int]]:
     return [(near, min(near + _STRETCH, length)) for near in range(0, length, _STRETCH)]
 
 
-def _mask(like: Tensor, near: int, far: int, shared: int, n: int) -> Tensor:
-    """What is added to the scores of queries near to far on keys up to far: ((far - near) * shared, n + far)."""
-    hidden = torch.full((far - near, n + far), -torch.inf, dtype=like.dtype, device=like.device).triu_(n + near + 1)
+def _corner(like: Tensor, length: int, shared: int) -> Tensor:
+    """What hides from each query of a stretch the keys behind it: (length * shared, length), to be added to scores."""
+    hidden = torch.full((length, length), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
     return hidden.repeat_interleave(shared, dim=0)
 
 

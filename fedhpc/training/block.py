@@ -40,7 +40,7 @@ else:
     torch = lazy("torch")
 
 # What one more forward costs, in padded tokens: where the rows of a step are cut into micro-forwards.
-_FORWARD_COST_TOKENS = {"cpu": 192, "cuda": 4096}
+_FORWARD_COST_TOKENS = {"cpu": 160, "cuda": 4096}
 _FP16_SCALE = 1024.0  # keeps small gradients of an fp16 forward above its smallest number
 
 
