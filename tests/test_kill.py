@@ -108,12 +108,13 @@ def same_as(whole: Path, run_dir: Path) -> None:
                 np.testing.assert_array_equal(one[column], other[column], err_msg=f"/{name}/{column}")
 
 
-def resumes(whole: Path, path: Path, ranks: int = 1) -> None:
-    """The same command goes on, to the same end."""
-    run_dir = path.with_suffix("")
-    with start(ranks, path, "env") as running:
-        assert {result.code for result in running.wait(120)} == {0}, running.output()
-    same_as(whole, run_dir)
+def resumes(whole: Path, path: Path) -> None:
+    """The same command goes on, in this one process, to the same end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        assert main([str(path)]) == 0
+    same_as(whole, path.with_suffix(""))
 
 
 # ---------------------------------------------------------------- SIGKILL
@@ -253,7 +254,7 @@ def test_a_signal_preempts_and_the_same_command_goes_on(
         seen = printed(running.output())
     assert state(tmp_path / "run")["state"] == "preempted"
     assert state(tmp_path / "run")["round"] == recorded(tmp_path / "run") >= seen
-    resumes(whole, path, ranks=1)
+    resumes(whole, path)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from tests.ranks import BIN, REPOSITORY, _clean_environ
 from tests.test_kill import write
 
 SCRIPTS = SHARED / "scripts"
+LIMIT_S = 400  # that anything may take: .ci/run has other tests beside these, and it is a limit, not a pause
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 
@@ -46,7 +48,7 @@ class Slurm:
         """The output of a Slurm command."""
         done = subprocess.run(
             command, env=self.environ, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=60,
+            timeout=LIMIT_S,
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout.strip()
@@ -65,7 +67,7 @@ class Slurm:
         """What all jobs have written."""
         return "".join(path.read_text() for path in sorted(self.folder.glob("job-*.log")))
 
-    def until(self, true: Callable[[], bool], timeout_s: float = 90) -> None:
+    def until(self, true: Callable[[], bool], timeout_s: float = LIMIT_S) -> None:
         """Wait until `true`; the logs where it takes too long."""
         deadline = time.monotonic() + timeout_s
         while not true():
@@ -73,7 +75,7 @@ class Slurm:
                 raise AssertionError(f"{self('squeue')}\n{self.log()}")
             time.sleep(0.2)
 
-    def ended(self, job: str, timeout_s: float = 90) -> str:
+    def ended(self, job: str, timeout_s: float = LIMIT_S) -> str:
         """The state in which a job ended."""
         self.until(lambda: self.shown(job)["JobState"] in ENDED, timeout_s)
         return self.shown(job)["JobState"]
@@ -87,6 +89,7 @@ def _state() -> Iterator[Path]:
         pytest.skip("the scripts that bring up a private Slurm are not in shared/scripts beside the checkout")
     if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") and not shutil.which("apt-get"):
         pytest.skip("Slurm is not installed, and cannot be without apt-get")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ^C, which takes Slurm down
     state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # munge's socket takes no long path
     environ = {**_clean_environ(), "SLURM_CI_NETNS": "1"}
     try:
@@ -104,7 +107,7 @@ def slurm(_state: Path, tmp_path: Path) -> Iterator[Slurm]:
     client = Slurm(_state, tmp_path)
     yield client
     client("scancel", "--user=root")
-    client.until(lambda: not client("squeue", "-h"), 30)
+    client.until(lambda: not client("squeue", "-h"))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import LIMIT_S
 from tests.ranks import BIN, REPOSITORY, _clean_environ, free_port
 from tests.test_kill import same_as, write
 
@@ -18,7 +19,7 @@ def launched(script: str, path: Path, environ: dict[str, str], *arguments: str) 
     common["PATH"] = os.pathsep.join([str(BIN), common["PATH"]])
     return subprocess.run(
         ["bash", str(REPOSITORY / "launch" / script), path.name, *arguments], cwd=path.parent,
-        env={**common, "PORT": str(free_port()), **environ}, capture_output=True, text=True, timeout=120,
+        env={**common, "PORT": str(free_port()), **environ}, capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -118,4 +119,20 @@ def test_srun_and_mpi(slurm: Slurm, whole: Path) -> None:
     job = slurm.submit(script, str(path), "runtime.transport=mpi")
     assert slurm.ended(job) == "COMPLETED", slurm.log()
     assert "2 ranks over mpi" in slurm.log()
+    same_as(whole, slurm.folder / "run")
+
+
+def test_open_mpi_in_an_allocation(slurm: Slurm, whole: Path, open_mpi: dict[str, str]) -> None:
+    """mpirun starts its daemons through srun, and the ranks on both nodes."""
+    path = write(slurm.folder, slurm.folder / "run")
+    script = slurm.folder / "allocation.sh"
+    exports = "\n".join(
+        f"export {name}={shlex.quote(value)}" for name, value in open_mpi.items() if "rmaps" not in name
+    )
+    launch = f'$MPIEXEC -n 2 hostname\nexec bash {REPOSITORY}/launch/mpirun.sh "$@"'
+    script.write_text(f"#!/bin/bash\n{exports}\nexport RANKS=2\n{launch}\n")
+    job = slurm.submit(script, str(path))
+    assert slurm.ended(job) == "COMPLETED", slurm.log()
+    assert "2 ranks over mpi" in slurm.log()
+    assert {"n1", "n2"} <= set(slurm.log().splitlines()), slurm.log()
     same_as(whole, slurm.folder / "run")
