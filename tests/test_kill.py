@@ -199,9 +199,15 @@ def state(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["import", "training"])
-@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+@pytest.mark.parametrize(
+    ("launcher", "moment"),
+    [
+        pytest.param("torchrun", "training", marks=pytest.mark.slow),
+        pytest.param("mpiexec", "import", marks=pytest.mark.slow),
+        pytest.param("torchrun", "import", marks=pytest.mark.soak),
+        pytest.param("mpiexec", "training", marks=pytest.mark.soak),
+    ],
+)
 def test_a_killed_launcher_leaves_no_orphans(whole: Path, tmp_path: Path, launcher: Launcher, moment: str) -> None:
     path = write(tmp_path, tmp_path / "run")
     with start(2, path, launcher) as running:
@@ -233,9 +239,14 @@ def until(true: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "who"), [("SIGTERM", [0, 1]), ("SIGUSR2", [1]), ("SIGINT", [0, 1]), ("SIGTERM", [0])]
+    ("number", "who"),
+    [
+        pytest.param("SIGTERM", [0, 1], marks=pytest.mark.slow),
+        pytest.param("SIGUSR2", [1], marks=pytest.mark.slow),
+        pytest.param("SIGINT", [0, 1], marks=pytest.mark.soak),
+        pytest.param("SIGTERM", [0], marks=pytest.mark.soak),
+    ],
 )
 def test_a_signal_preempts_and_the_same_command_goes_on(
     whole: Path, tmp_path: Path, number: str, who: list[int]

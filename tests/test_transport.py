@@ -33,8 +33,8 @@ def test_loopback_keeps_the_contract() -> None:
     [
         ("env", 3, "gloo"),
         ("mpiexec", 3, "mpi"),
-        pytest.param("env", 2, "gloo", marks=pytest.mark.slow),
-        pytest.param("mpiexec", 2, "mpi", marks=pytest.mark.slow),
+        pytest.param("env", 2, "gloo", marks=pytest.mark.soak),
+        pytest.param("mpiexec", 2, "mpi", marks=pytest.mark.soak),
         pytest.param("torchrun", 3, "gloo", marks=pytest.mark.slow),
     ],
 )
@@ -67,9 +67,10 @@ def test_contract_on_one_gpu(n: int, name: str) -> None:
     assert [result.code for result in results] == [0] * n, results
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_restarted_ranks_find_each_other() -> None:
-    """torchrun --max-restarts: the second try must not follow the first one's addresses."""
+    """torchrun --max-restarts: the second try must not follow the first one's addresses. With the whole program:
+    test_kill.py."""
     program = """
 import os, torch
 from fedhpc.runtime import detect
