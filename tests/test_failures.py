@@ -28,7 +28,7 @@ from tests.ranks import REPOSITORY, _clean_environ, free_port
 from tests.test_kill import HANGS_AFTER_S, complete, kill_somewhere, printed, recorded, same_as, whole_files, write
 
 SERVER, WORKER = 0, 1
-TIMEOUT_S = 3
+TIMEOUT_S = 5
 # SCAFFOLD, so that workers write too.
 SECTIONS = {
     "client": {"scaffold": True, "optimizer": "sgd", "lr": 2.0},

@@ -89,10 +89,10 @@ def test_sigterm_to_one_rank_preempts_all_while_they_are_blocked(tmp_path: Path)
     ("launcher", "scenario", "timeout_s"),
     [
         ("env", "clean", 60),
-        ("env", "long_work", 1),
-        ("mpiexec", "long_work", 1),
+        ("env", "long_work", 2),
+        ("mpiexec", "long_work", 2),
         ("env", "uneven_end", 1),
-        ("env", "hold_lock", 5),
+        ("env", "hold_lock", 10),
     ],
 )
 def test_what_must_not_end_a_run(tmp_path: Path, launcher: Launcher, scenario: str, timeout_s: float) -> None:
