@@ -23,7 +23,7 @@ from fedhpc.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 where something failed, with one line that says what."""
     parser = argparse.ArgumentParser(prog="python -m fedhpc.bench", description="speed ratios of fedhpc")
-    parser.add_argument("--repeats", type=int, help="interleaved repeats; medians are shown (5, of programs 3)")
+    parser.add_argument("--repeats", type=int, help="interleaved repeats; medians are shown (5; of programs 3)")
     parser.add_argument("--quick", action="store_true", help="the small models alone, and 3 repeats (of programs 1)")
     parser.add_argument("--only", default="", help="with --peers: names of workloads, as 'W1 small,W3'")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder of the peers' harness")
@@ -38,42 +38,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, interrupted)
     try:
-        _measure(options)
+        return _measure(options)
     except UserError as error:
         print(f"fedhpc: error: {error}", file=sys.stderr)
         return 1
-    return 0
+
+
+class EndedError(UserError):
+    """Somebody wants this to end."""
 
 
 def interrupted(*_: object) -> None:
     """What SIGTERM does: nothing that was started is left."""
-    raise UserError("ended by SIGTERM")
+    raise EndedError("ended by SIGTERM")
 
 
-def _measure(options: argparse.Namespace) -> None:
+def _measure(options: argparse.Namespace) -> int:
     if options.scale:
         from fedhpc.bench import scale
 
         for number, row in enumerate(scale.scale(options.quick)):
             print(json.dumps(row) if options.json else scale.markdown(row, heading=number == 0), flush=True)
-        return
+        return 0
     from fedhpc.bench import table
 
     if options.peers:
         from fedhpc.bench import peers
 
         environment = options.environment or Path(os.environ.get("FB_VENVS", ".")) / "venv-pfl"
-        rows = peers.rows(options.peers, environment, options.repeats or (1 if options.quick else 3), options.only)
+        parts = peers.parts(options.peers, environment, options.repeats or (1 if options.quick else 3), options.only)
     else:
         from fedhpc.bench import compute, rounds
 
         repeats = options.repeats or (3 if options.quick else 5)
-        rows = [*compute.rows(repeats, options.quick), *rounds.rows(repeats, options.quick)]
+        parts = [*compute.parts(repeats, options.quick), *rounds.parts(repeats, options.quick)]
+    if not options.json:
+        print(", ".join(f"{name} {value}" for name, value in machine().items()) + f"\n\n{table.HEADING}", flush=True)
+    rows, failures = [], 0
+    for part in parts:  # each is shown at once, and one that fails takes no other along
+        try:
+            found = part()
+        except EndedError:
+            raise
+        except UserError as error:
+            print(f"fedhpc: error: {error}", file=sys.stderr, flush=True)
+            failures += 1
+            continue
+        rows += found
+        if not options.json:
+            print("\n".join(map(table.markdown, found)), flush=True)
     if options.json:
         print(json.dumps({"machine": machine(), "rows": [row.json() for row in rows]}, indent=1))
-    else:
-        print(", ".join(f"{name} {value}" for name, value in machine().items()) + "\n")
-        print(table.markdown(rows))
+    return 1 if failures else 0
 
 
 def machine() -> dict[str, Any]:

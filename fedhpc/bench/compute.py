@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.bench import workloads
-from fedhpc.bench.table import Row, interleaved, ratio, skipped
+from fedhpc.bench.table import Part, Row, interleaved, ratio, skipped
 from fedhpc.bench.workloads import BATCH, COHORT, LENGTH, W1, W1_BIG, W2, W2_BIG, W3, Workload
+from fedhpc.errors import UserError
 
 _CLIENTS = COHORT // 2  # one worker's share of a round
 _BLOCKS = (1, 4, 8)
@@ -26,12 +27,10 @@ _BARE_BATCHES = (4, 16, 64)
 _STEPS = {"small": 4, "big": 2}  # of a client: enough, for every step costs the same
 
 
-def rows(repeats: int, quick: bool) -> list[Row]:
+def parts(repeats: int, quick: bool) -> list[Part]:
     """All figures of this file."""
-    found = []
-    for workload in (W1, W2) if quick else (W1, W2, W1_BIG, W2_BIG):
-        found += _against_loops(workload, repeats)
-    return [*found, *_compiled(), _padding(), _memory()]
+    chosen = (W1, W2) if quick else (W1, W2, W1_BIG, W2_BIG)
+    return [*(partial(_against_loops, workload, repeats) for workload in chosen), _compiled, _padding, _memory]
 
 
 def _against_loops(workload: Workload, repeats: int) -> list[Row]:
@@ -75,13 +74,13 @@ def _compiled() -> list[Row]:
     return [skipped("block over one after another, compiled", "fedhpc does not use torch.compile")]
 
 
-def _padding() -> Row:
+def _padding() -> list[Row]:
     what = "W3: padding among input tokens"
     if why := W3.absent():
-        return skipped(what, why)
+        return [skipped(what, why)]
     with tempfile.TemporaryDirectory() as folder:
         returned = Trainer(W3, Path(folder), _CLIENTS).train_once()
-    return Row(what, returned.padded_tokens / returned.input_tokens, 0.10, most=True, unit="%")
+    return [Row(what, returned.padded_tokens / returned.input_tokens, 0.10, most=True, unit="%")]
 
 
 class Trainer:
@@ -171,14 +170,16 @@ def clock(device: Any) -> Callable[[], float]:
 _RANK = 64  # many parameters beside few activations
 
 
-def _memory() -> Row:
+def _memory() -> list[Row]:
     """What a block takes while it trains, beyond the same rows forward and backward through the base alone."""
     taken = {}
     for what in ("block", "base"):
         call = f"from fedhpc.bench import compute; print(*compute.taken_bytes({what!r}))"
-        done = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", call], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"a process that measures memory ended with {done.returncode}: {done.stderr[-500:]}")
         taken[what], size = map(int, done.stdout.split()[-2:])
-    return Row(
+    row = Row(
         "memory of a worker beyond base and activations",
         (taken["block"] - taken["base"]) / 1e6,
         (16 * size * _CLIENTS + 50e6) / 1e6,
@@ -186,6 +187,7 @@ def _memory() -> Row:
         unit="MB",
         note=f"16 bytes x P = {size:,} x K = {_CLIENTS}, and 50 MB; activations {taken['base'] / 1e6:.0f} MB",
     )
+    return [row]
 
 
 def taken_bytes(what: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ import numpy as np
 
 from fedhpc.bench import workloads
 from fedhpc.bench.processes import Watched, free_port
-from fedhpc.bench.table import Row, ratio, skipped
+from fedhpc.bench.table import Part, Row, ratio, skipped
 from fedhpc.bench.workloads import Workload
-from fedhpc.errors import UserError
+from fedhpc.errors import UserError, nearest
 
 _LIMIT_S = 600.0
-_ROUNDS = {"small": 4, "big": 3, "": 3}  # the first is not counted
+_ROUNDS = {"small": 4, "big": 2, "": 2}  # the first is not counted; those of small take a second or two
 _SAME = 1e-3  # of the update: averages of parameters near 1 round to 1e-7, an update is a thousandth of them
 # How many times fewer CPU seconds than pfl a round shall take.
 _CPU = {"W1 small": 1.6, "W2 small": 1.6, "W1 big": 1.1, "W2 big": 1.35, "W3": 2.0}
@@ -45,33 +46,39 @@ class Run:
     cpu_s: float  # a round, without the first
     wall_s: float  # a round, without the first
     first_round_s: float  # from the command to its end
+    first_cpu_s: float  # until then
     pss_bytes: int  # peak
 
     def __str__(self) -> str:
         return (
-            f"{self.cpu_s:.2f} CPU s and {self.wall_s:.2f} s a round, first done after {self.first_round_s:.1f} s, "
+            f"{self.cpu_s:.2f} CPU s and {self.wall_s:.2f} s a round, first done after {self.first_round_s:.1f} s "
+            f"({self.first_cpu_s:.1f} CPU s), "
             f"{self.pss_bytes / 2**20:,.0f} MiB"
         )
 
 
-def rows(harness: Path, environment: Path, repeats: int, only: str) -> list[Row]:
+def parts(harness: Path, environment: Path, repeats: int, only: str) -> list[Part]:
     """All figures of this file. harness, environment: of the peers. only: names of workloads, or all."""
     python = environment / "bin" / "python"
     for needed in (harness / "common.py", python):
         if not needed.exists():
             raise UserError(f"there is no {needed}: --peers and --environment say where the peers are")
-    chosen = [workload for workload in workloads.ALL if not only or workload.name in only.split(",")]
-    found = []
-    for workload in chosen:
-        if why := workload.absent():
-            found.append(skipped(workload.name, why))
-            continue
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            found += _compare(workload, Path(folder), harness, python, repeats)
-    return found
+    names = {workload.name: workload for workload in workloads.ALL}
+    for name in only.split(",") if only else []:
+        if name not in names:
+            raise UserError(f"--only: there is no workload '{name}'; {nearest(name, list(names))}")
+    chosen = [names[name] for name in (only.split(",") if only else names)]
+    return [partial(_compare, workload, harness, python, repeats) for workload in chosen]
 
 
-def _compare(workload: Workload, folder: Path, harness: Path, python: Path, repeats: int) -> list[Row]:
+def _compare(workload: Workload, harness: Path, python: Path, repeats: int) -> list[Row]:
+    if why := workload.absent():
+        return [skipped(workload.name, why)]
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        return _compared(workload, Path(folder), harness, python, repeats)
+
+
+def _compared(workload: Workload, folder: Path, harness: Path, python: Path, repeats: int) -> list[Row]:
     start, tokens = prepare(workload, folder, _ROUNDS[workload.size])
     runs: dict[str, list[Run]] = {"fedhpc": [], "pfl": [], "PEFT loop": []}
     apart: dict[str, float] = {}
@@ -79,6 +86,8 @@ def _compare(workload: Workload, folder: Path, harness: Path, python: Path, repe
         run, reached = fedhpc(folder, tokens)
         runs["fedhpc"].append(run)
         for name, of_peer in (("pfl", python), ("PEFT loop", Path(sys.executable))):
+            if name != "pfl" and runs[name]:
+                continue  # once, for the whole to take ten minutes: it only says what is between pfl and bare PEFT
             run, other = peer(name, folder, of_peer, harness, workload)
             runs[name].append(run)
             apart[name] = difference(other, reached, start)
@@ -88,7 +97,8 @@ def _compare(workload: Workload, folder: Path, harness: Path, python: Path, repe
         print(f"{workload.name}, {name}: {_middle(of_program)}", file=sys.stderr, flush=True)
 
     def over(above: str, below: str, figure: str) -> float:
-        return ratio(*([getattr(run, figure) for run in runs[name]] for name in (above, below)))
+        pairs = min(len(runs[above]), len(runs[below]))
+        return ratio(*([getattr(run, figure) for run in runs[name][:pairs]] for name in (above, below)))
 
     target, note = _CPU[workload.name], f"fedhpc {_middle(runs['fedhpc'])}; pfl {_middle(runs['pfl'])}"
     same = f"updates differ by {apart['pfl']:.0e} and {apart['PEFT loop']:.0e}"
@@ -111,6 +121,7 @@ def _compare(workload: Workload, folder: Path, harness: Path, python: Path, repe
             _FIRST,
             most=True,
         ),
+        Row(f"{workload.name}: CPU seconds to it, fedhpc over pfl", over("fedhpc", "pfl", "first_cpu_s")),
         Row(f"{workload.name}: peak memory, fedhpc over pfl", over("fedhpc", "pfl", "pss_bytes"), _MEMORY, most=True),
     ]
 
@@ -240,6 +251,7 @@ def _run(watched: Watched, ends: Sequence[float]) -> Run:
         cpu_s=cpu / (len(ends) - 1),
         wall_s=(ends[-1] - ends[0]) / (len(ends) - 1),
         first_round_s=ends[0] - watched.began,
+        first_cpu_s=watched.cpu_at(ends[0]),
         pss_bytes=watched.peak_pss_bytes,
     )
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ import numpy as np
 
 from fedhpc.bench import workloads
 from fedhpc.bench.processes import Watched, forked, free_port, quiet
-from fedhpc.bench.table import Row
+from fedhpc.bench.table import Part, Row
 from fedhpc.bench.workloads import W1
 
 
-def rows(repeats: int, quick: bool) -> list[Row]:
+def parts(repeats: int, quick: bool) -> list[Part]:
     """All figures of this file."""
-    return [*_workers(repeats, 3 if quick else 4), *_zero_work(5 if quick else 11), *_default(), *_placed()]
+    return [partial(_workers, repeats, 3 if quick else 4), partial(_zero_work, 5 if quick else 11), _default, _placed]
 
 
 def _workers(repeats: int, rounds: int) -> list[Row]:

@@ -33,6 +33,10 @@ class Row:
         return {**asdict(self), "measured": measured, "verdict": self.verdict}
 
 
+#: A measurement, when it is called.
+Part = Callable[[], list[Row]]
+
+
 def skipped(what: str, why: str) -> Row:
     """A figure that cannot be had here."""
     return Row(what, math.nan, note=why)
@@ -57,14 +61,14 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table."""
-    lines = [["", "measured", "target", "", ""], ["---"] * 5]
-    for row in rows:
-        bound = "" if row.target is None else f"{'≤' if row.most else '≥'} {_shown(row.target, row.unit)}"
-        measured = "-" if math.isnan(row.measured) else _shown(row.measured, row.unit)
-        lines.append([row.what, measured, bound, row.verdict, row.note])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+HEADING = "|  | measured | target |  |  |\n| --- | --- | --- | --- | --- |"
+
+
+def markdown(row: Row) -> str:
+    """A line of the table under `HEADING`."""
+    bound = "" if row.target is None else f"{'≤' if row.most else '≥'} {_shown(row.target, row.unit)}"
+    measured = "-" if math.isnan(row.measured) else _shown(row.measured, row.unit)
+    return "| " + " | ".join([row.what, measured, bound, row.verdict, row.note]) + " |"
 
 
 def _shown(value: float, unit: str) -> str:
