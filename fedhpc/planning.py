@@ -4,7 +4,8 @@ The pilot's measurements are scaled, term by term:
 
 - local training: the pilot's seconds per token of the busiest worker, times the tokens of the busiest worker once the
   same blocks are placed on N - 1 workers. There are never more workers at work than blocks.
-- exchange: a tree, so ceil(log2 N) steps in place of the pilot's; unknown where the pilot had one rank.
+- exchange: a tree, so ceil(log2 N) steps in place of the pilot's; unknown where the pilot had one rank. In it is what
+  the workers add up of their own clients' updates, which many workers share: too long from a pilot with one worker.
 - evaluation: the batches of the busiest rank.
 - server: as in the pilot.
 - memory of a rank: the pilot's, less the updates that its busiest worker held, plus those of the new one. So the
