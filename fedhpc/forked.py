@@ -33,8 +33,8 @@ def run(ranks: int, work: Callable[[Launch], None]) -> int:
     launches = [Launch("forked", rank, ranks, rank, ranks, 0, "127.0.0.1", port) for rank in range(ranks)]
     processes = [context.Process(target=work, args=(launch,)) for launch in launches]
     # A collection in a child would write to every object, and so copy what is shared.
-    gc.collect()
     gc.freeze()
+    gc.enable()
     for process in processes:
         process.start()
 

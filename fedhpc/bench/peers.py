@@ -258,8 +258,9 @@ def _run(watched: Watched, ends: Sequence[float]) -> Run:
 
 def _environment(folder: Path) -> dict[str, str]:
     """The same for everybody: one thread per process, nothing from a network, files of the run in its folder."""
+    # Modules are compiled once and not at every start, as anywhere else.
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
