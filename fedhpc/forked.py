@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import connection
 
+from fedhpc.errors import UserError
 from fedhpc.runtime import Launch
 from fedhpc.startup import FAILED, SIGNALS
 
@@ -24,7 +25,8 @@ _PARTING_S = 20.0  # that the others may take to end once one has failed; livene
 def run(ranks: int, work: Callable[[Launch], None]) -> int:
     """work(launch) in a process of its own for each of `ranks`; it ends its process. The exit code of them all.
 
-    Signals of a preemption are passed on. No other thread may run in this process.
+    Signals of a preemption are passed on. No other thread may run in this process. UserError where a rank cannot be
+    started; none is left then.
     """
     context = multiprocessing.get_context("fork")
     with socket.socket() as probe:
@@ -32,19 +34,32 @@ def run(ranks: int, work: Callable[[Launch], None]) -> int:
         port = int(probe.getsockname()[1])
     launches = [Launch("forked", rank, ranks, rank, ranks, 0, "127.0.0.1", port) for rank in range(ranks)]
     processes = [context.Process(target=work, args=(launch,)) for launch in launches]
-    # A collection in a child would write to every object, and so copy what is shared.
-    gc.freeze()
-    gc.enable()
-    for process in processes:
-        process.start()
 
     def forward(number: int, _: object) -> None:
         for process in processes:
             if process.pid is not None and process.exitcode is None:
                 os.kill(process.pid, number)
 
-    for number in SIGNALS:
-        signal.signal(number, forward)
+    # Until there is somebody to act on them: here `forward`, in a rank startup.guarded.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        # A collection in a child would write to every object, and so copy what is shared.
+        gc.freeze()
+        gc.enable()
+        for process in processes:
+            process.start()
+        for number in SIGNALS:
+            signal.signal(number, forward)
+    except OSError as error:
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.kill()
+            process.join()
+        raise UserError(
+            f"command line: --ranks {ranks}: rank {len(started)} cannot be started ({error.strerror})"
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     deadline, running = None, {process.sentinel: process for process in processes}
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())

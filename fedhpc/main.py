@@ -84,11 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # All ranks read the same files and find the same mistake; one of each host says it.
         speaks = launch.local_rank == 0
         options = parse(sys.argv[1:] if arguments is None else arguments)
+        # The configuration imports numpy, whose OpenBLAS would start a thread per core in every rank.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         config = configuration.load(options.config, options.overrides)
         if options.forks is not None and launch.launcher != "single":
             raise UserError(
                 f"command line: --ranks starts ranks of its own, but {launch.launcher} has started this one"
             )
+        if options.forks is not None and options.forks > 1 and config.runtime.transport == "mpi":
+            raise UserError("runtime.transport: mpi: --ranks has no MPI between its ranks; use auto, or mpiexec")
     except UserError as error:
         if speaks:
             print(f"fedhpc: error: {error}" if rank == 0 else f"fedhpc: rank {rank}: {error}", file=sys.stderr)
@@ -115,10 +119,10 @@ def _fork(config: Config, launch: runtime.Launch, options: argparse.Namespace) -
             from fedhpc import federation, models  # noqa: F401
 
             models.import_classes(config.model)
+        return forked.run(options.forks, lambda launch: leave(_run(config, launch, options)))
     except UserError as error:
         print(f"fedhpc: error: {error}", file=sys.stderr)
         return REFUSED
-    return forked.run(options.forks, lambda launch: leave(_run(config, launch, options)))
 
 
 def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:

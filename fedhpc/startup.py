@@ -35,7 +35,8 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        if not mallopt(_M_MMAP_THRESHOLD, 2**30):
+            mallopt(_M_MMAP_THRESHOLD, 2**25)  # older versions take no more, and no longer raise it by themselves
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
@@ -69,6 +70,7 @@ def guarded(launch: Launch) -> Iterator[None]:
     handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     thread = threading.Thread(target=watch, name="startup", daemon=True)
     thread.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # fedhpc.forked holds them back while it starts a rank
     try:
         yield
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -15,7 +18,8 @@ import numpy as np
 import psutil
 import pytest
 
-from fedhpc import forked, rundir
+from fedhpc import forked, rundir, startup
+from fedhpc.errors import UserError
 from fedhpc.runtime import Launch
 from tests.federations import federate, settings, write_texts
 
@@ -100,17 +104,62 @@ def leave(launch: Launch) -> None:
     time.sleep(60)
 
 
-def test_a_rank_that_leaves_early_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forked, "_PARTING_S", 0.2)
+@pytest.fixture
+def unchanged() -> Iterator[None]:
+    """`forked.run` leaves no process behind; what else it changes in this one is put back."""
     handlers = {number: signal.getsignal(number) for number in forked.SIGNALS}
     before = set(psutil.Process().children())
-    try:
-        assert forked.run(3, leave) == 3
-    finally:
-        gc.unfreeze()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    yield
+    gc.unfreeze()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert set(psutil.Process().children()) == before
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_rank_that_leaves_early_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "_PARTING_S", 0.2)
+    assert forked.run(3, leave) == 3
+
+
+def starting(launch: Launch) -> None:
+    with startup.guarded(launch):
+        time.sleep(20)
+    os._exit(0)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_signal_between_two_forks_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fork = os.fork
+
+    def forked_and_ended() -> int:
+        if pid := fork():
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # libraries have threads in a test
+        return pid
+
+    monkeypatch.setattr(os, "fork", forked_and_ended)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # lost, not the death of the tests
+    assert forked.run(3, starting) == startup.PREEMPTED
+    assert capfd.readouterr().err == "fedhpc: preempted by SIGTERM while starting; nothing was changed\n"
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_rank_that_cannot_be_started_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, forks = os.fork, 0
+
+    def forked_once() -> int:
+        nonlocal forks
+        forks += 1
+        if forks == 2:
+            raise BlockingIOError(errno.EAGAIN, "no more processes")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", forked_once)
+    with pytest.raises(UserError, match=r"--ranks 3: rank 1 cannot be started \(no more processes\)"):
+        forked.run(3, starting)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +167,7 @@ def test_a_rank_that_leaves_early_takes_the_others_along(monkeypatch: pytest.Mon
     [
         (["--ranks", "0"], {}, "--ranks 0: at least one is needed"),
         (["--ranks", "3"], {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "torchrun has started this one"),
+        (["--ranks", "3", "runtime.transport=mpi"], {}, "runtime.transport: mpi: --ranks has no MPI"),
         (["--ranks", "3", "model.name=./none"], {}, "'./none' is not a model folder"),
     ],
 )

@@ -100,11 +100,17 @@ def test_other_models_and_changed_layers_are_left_to_transformers() -> None:
     again = tiny.base("llama", torch.float32).model
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not written_out(again)
-    with again.model.layers[1].mlp.register_forward_hook(lambda *_: None):
-        assert not written_out(again)
+    for part in (again.model.layers[1].mlp, again.model.norm, again.model):
+        with part.register_forward_hook(lambda *_: None):
+            assert not written_out(again)
+        with part.register_forward_pre_hook(lambda *_: None):
+            assert not written_out(again)
     assert written_out(again)
     checkpoint_layers(again)
     assert not written_out(again)
+    own = tiny.base("llama", torch.float32).model
+    own.model.__class__ = type("LlamaModel", (type(own.model),), {"__module__": "modeling_of_its_own"})
+    assert not written_out(own)
     windowed = tf.MistralConfig(
         vocab_size=61,
         hidden_size=32,

@@ -17,32 +17,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _STRETCH = 64  # queries at a time
-_TYPES = frozenset({"llama", "mistral", "qwen2"})
+# By module, not by the configuration's model_type: code that comes with a model may call itself llama too.
+_DECODERS = frozenset(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2"))
 
 
 def written_out(network: Any) -> bool:
     """Whether `last_hidden` computes what this transformers model does, as it is attached to now."""
     config, decoder = network.config, network.base_model
     return (
-        config.model_type in _TYPES
+        type(decoder).__module__ in _DECODERS
         and config.hidden_act == "silu"
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
         and getattr(config, "sliding_window", None) is None
         and network.dtype == torch.float32
         and network.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and all(_plain(layer) for layer in decoder.layers)
-        and not (decoder._forward_hooks or decoder.norm._forward_hooks or decoder.norm.weight.requires_grad)
+        and _plain(decoder)
     )
 
 
-def _plain(layer: Any) -> bool:
+def _plain(decoder: Any) -> bool:
     """Whether nothing but linear layers was changed or is trained."""
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    parts = (layer, layer.self_attn, layer.mlp, *norms)
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts
-    ) and not any(norm.weight.requires_grad for norm in norms)
+    norms, others = [decoder.norm], [decoder]
+    for layer in decoder.layers:
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        others += [layer, layer.self_attn, layer.mlp]
+    return not any(norm.weight.requires_grad for norm in norms) and not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in (*norms, *others)
+    )
 
 
 def last_hidden(network: Any, inputs: Tensor, past: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

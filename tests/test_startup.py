@@ -1,0 +1,37 @@
+"""What a process does before it imports torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from fedhpc import startup
+
+
+@pytest.mark.parametrize("most", [2**30, 2**25])
+def test_any_glibc_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Before 2.35 it refuses a threshold above 32 MiB."""
+    taken: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        if option == startup._M_MMAP_THRESHOLD and value > most:
+            return 0
+        taken[option] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    startup.keep_freed_memory()
+    assert taken == {startup._M_MMAP_THRESHOLD: most, startup._M_TRIM_THRESHOLD: -1}
+
+
+def test_the_configuration_starts_no_threads() -> None:
+    """Else a signal could find one that does not hold it back while ranks are forked."""
+    program = "import os; from fedhpc.main import main; main(['--where']); print(len(os.listdir('/proc/self/task')))"
+    environment = {name: v for name, v in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split()[-1] == "1"
