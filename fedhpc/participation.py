@@ -114,7 +114,7 @@ def resolve_block_size(config: Config, size: int, device: str) -> int:
 
 
 def form_blocks(costs: dict[int, float], block_size: int) -> list[tuple[int, ...]]:
-    """Clients of like cost together, in blocks of at most `block_size` that differ by one client at most.
+    """Clients of like cost together, in blocks of at most `block_size`, which differ by one client at most at first.
 
     A block of large clients that would keep its worker when all others are done is halved, whatever their number is.
     """

@@ -33,10 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", action="store_true", help="rounds against ranks, cohort and population instead")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table, with --scale one object per row")
     options = parser.parse_args(arguments)
+    if options.repeats is not None and options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least one is needed")
+    if options.scale and options.peers:
+        parser.error("--scale and --peers are two measurements: run one after the other")
+    if options.only and not options.peers:
+        parser.error("--only chooses workloads of --peers")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     try:
         return _measure(options)
     except UserError as error:
@@ -48,9 +55,9 @@ class EndedError(UserError):
     """Somebody wants this to end."""
 
 
-def interrupted(*_: object) -> None:
-    """What SIGTERM does: nothing that was started is left."""
-    raise EndedError("ended by SIGTERM")
+def interrupted(number: int, _: object) -> None:
+    """What SIGTERM and ^C do: nothing that was started is left."""
+    raise EndedError(f"ended by {signal.Signals(number).name}")
 
 
 def _measure(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -63,6 +64,8 @@ def parts(harness: Path, environment: Path, repeats: int, only: str) -> list[Par
     for needed in (harness / "common.py", python):
         if not needed.exists():
             raise UserError(f"there is no {needed}: --peers and --environment say where the peers are")
+    if subprocess.run([str(python), "-c", "import pfl, torch, peft"], capture_output=True, check=False).returncode:
+        raise UserError(f"{python} cannot import pfl, torch and peft: --environment says where pfl is installed")
     names = {workload.name: workload for workload in workloads.ALL}
     for name in only.split(",") if only else []:
         if name not in names:
