@@ -277,7 +277,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert "[section.key=value ...] [--check] [--where] [--fresh]" in capsys.readouterr().out
+    assert "[section.key=value ...] [--ranks N] [--check] [--where] [--fresh]" in capsys.readouterr().out
 
 
 def test_where_names_the_run_directory_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

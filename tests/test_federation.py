@@ -371,7 +371,9 @@ def test_ended_by_a_signal_and_the_same_command_again(
 @pytest.mark.slow
 def test_a_mistake_that_shows_on_a_worker_is_a_failure_of_the_run(tmp_path: Path, texts: Path) -> None:
     """Not one of the command, although a person can mend it: files were written."""
-    config = settings(tmp_path / "run", mode(texts, "local", client={"optimizer": "sgd", "lr": 1e30, "steps": 4}))
+    config = settings(
+        tmp_path / "run", mode(texts, "local", client={"optimizer": "sgd", "lr": 1e30, "weight_decay": 1.0, "steps": 4})
+    )
     (tmp_path / "start.yaml").write_text(config.to_yaml())
     results = run_ranks(2, ["-m", "fedhpc.main", str(tmp_path / "start.yaml")])
     assert [result.code for result in results] == [1, 1]
@@ -519,7 +521,7 @@ def unequal(tmp_path: Path, texts: Path) -> dict[str, Any]:
         texts,
         data={"source": str(folder), "where": {"kept": ["yes"]}, "label": None},
         federation={"rounds": 1, "cohort_size": 4},
-        client={"lr": 1e30, "batch_size": 4, "steps": None, "epochs": 1},
+        client={"lr": 1e30, "weight_decay": 1.0, "batch_size": 4, "steps": None, "epochs": 1},
         transforms=[{"name": "clip", "norm": 0.1}],
     ) | {"partition": {"name": "natural"}}
 

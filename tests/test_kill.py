@@ -298,7 +298,11 @@ def test_ctrl_c_on_one_process(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["env", "mpiexec"])
 def test_a_mistake_that_a_worker_finds(tmp_path: Path, launcher: Launcher) -> None:
     path = write(
-        tmp_path, tmp_path / "run", mode="local", client={"lr": 1e38, "optimizer": "sgd"}, federation={"dropout": 0.0}
+        tmp_path,
+        tmp_path / "run",
+        mode="local",
+        client={"lr": 1e30, "weight_decay": 1.0, "optimizer": "sgd"},
+        federation={"dropout": 0.0},
     )
     with start(2, path, launcher) as running:
         results = running.wait(60)
