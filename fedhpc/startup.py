@@ -30,8 +30,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones.
 
-    Otherwise every large one is mapped, cleared page by page by the kernel and unmapped again in each step, a tenth of
-    the time of local training on a CPU. Other C libraries have no such call.
+    Otherwise every large one is mapped, cleared page by page by the kernel and unmapped again in each step, up to a
+    tenth of the time of local training on a CPU. Other C libraries have no such call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

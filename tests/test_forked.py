@@ -64,6 +64,13 @@ def test_forked_ranks_end_with_the_bits_of_one(tmp_path: Path) -> None:
     assert np.array_equal(final(tmp_path / "forked" / "run"), final(tmp_path / "one"))
 
 
+def ranks_after_two_rounds(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    for line in process.stdout or ():
+        if line.startswith("round 2/"):
+            break
+    return psutil.Process(process.pid).children()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "state"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGKILL, 1, "failed")]
@@ -72,10 +79,7 @@ def test_what_ends_one_ends_all(tmp_path: Path, number: signal.Signals, code: in
     """SIGTERM to the process that was started, SIGKILL to one of the ranks."""
     folder = write_texts(tmp_path)
     with started(folder, tmp_path / "forked", 100_000) as process:
-        for line in process.stdout or ():
-            if line.startswith("round 2/"):
-                break
-        ranks = psutil.Process(process.pid).children()
+        ranks = ranks_after_two_rounds(process)
         os.kill(process.pid if number == signal.SIGTERM else ranks[2].pid, number)
         process.communicate(timeout=30)
     assert process.returncode == code
@@ -88,10 +92,7 @@ def test_what_ends_one_ends_all(tmp_path: Path, number: signal.Signals, code: in
 def test_the_death_of_the_one_that_waits_ends_all(tmp_path: Path) -> None:
     folder = write_texts(tmp_path)
     with started(folder, tmp_path / "forked", 100_000) as process:
-        for line in process.stdout or ():
-            if line.startswith("round 2/"):
-                break
-        ranks = psutil.Process(process.pid).children()
+        ranks = ranks_after_two_rounds(process)
         process.kill()
         process.wait()
         assert not psutil.wait_procs(ranks, timeout=10)[1]
