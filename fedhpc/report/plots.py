@@ -135,8 +135,9 @@ def seconds_of_rounds(run: Run) -> Any:
 
 
 def compared_loss(groups: Sequence[Group]) -> Any:
-    """Validation loss by round of every group."""
-    canvas, (axis,) = _axes(width=7.5, height=4.2)
+    """Validation loss by round of every group; of more groups than colours the means alone."""
+    crowded = len(groups) > len(COLOURS)
+    canvas, (axis,) = _axes(width=9.5 if crowded else 7.5, height=4.2)
     for i, g in enumerate(groups):
         tables = [run.rounds for run in g.runs]
         common = sorted(set.intersection(*(set(t["round"][~np.isnan(t["eval_loss"])].tolist()) for t in tables)))
@@ -144,12 +145,15 @@ def compared_loss(groups: Sequence[Group]) -> Any:
         means, halves = np.array([mean_and_half_width(values[:, j]) for j in range(len(common))]).reshape(-1, 2).T
         colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
         axis.plot(common, means, style, color=colour, marker="o", markersize=4, label=g.label, clip_on=False)
-        if len(g.runs) > 1:
+        if len(g.runs) > 1 and not crowded:
             axis.fill_between(common, means - halves, means + halves, color=colour, alpha=0.2, linewidth=0)
     _by_round(axis, max(run.results.num_rounds for g in groups for run in g.runs))
     axis.set_ylabel("validation loss [nats per token]")
-    axis.set_title("Validation loss by round", loc="left")
-    axis.legend(frameon=False)
+    axis.set_title("Validation loss by round" + (", means" if crowded else ""), loc="left")
+    if crowded:
+        canvas.legend(frameon=False, fontsize=8, handlelength=3.5, loc="outside right upper")
+    else:
+        axis.legend(frameon=False)
     return canvas
 
 
