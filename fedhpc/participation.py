@@ -21,7 +21,7 @@ from fedhpc.rng import generator
 from fedhpc.training.local import num_steps
 
 _AUTO_BLOCK = {"cpu": 8, "cuda": 32}  # most clients in one forward with block_size auto
-_UNEVEN = 1.25  # a block costs at most so many times the mean of the blocks of a cohort, unless it is one client
+_UNEVEN = 1.1  # the busiest worker has at most so many times the mean to do, unless with a single client
 _AUTO_WORKERS = 8  # with block_size auto there are blocks for so many workers, two clients each or more
 
 
@@ -116,21 +116,28 @@ def resolve_block_size(config: Config, size: int, device: str) -> int:
 def form_blocks(costs: dict[int, float], block_size: int) -> list[tuple[int, ...]]:
     """Clients of like cost together, in blocks of at most `block_size`, which differ by one client at most at first.
 
-    A block of large clients that would keep its worker when all others are done is halved, whatever their number is.
+    Where the busiest of as many workers as there are blocks, but of no more than 8, would keep all others waiting, its
+    costliest block is halved, and so on. The workers that there are have no say in it.
     """
     clients = sorted(costs, key=lambda c: (-costs[c], c))
     if not clients:
         return []
     parts = np.array_split(np.array(clients), math.ceil(len(clients) / block_size))
-    most = _UNEVEN * sum(costs.values()) / len(parts)
-    return [block for part in parts for block in _halved(tuple(part.tolist()), costs, most)]
-
-
-def _halved(block: tuple[int, ...], costs: dict[int, float], most: float) -> list[tuple[int, ...]]:
-    half = len(block) // 2
-    if not half or sum(costs[c] for c in block) <= most:
-        return [block]
-    return [part for side in (block[:half], block[half:]) for part in _halved(side, costs, most)]
+    blocks = [tuple(part.tolist()) for part in parts]
+    workers = range(min(_AUTO_WORKERS, len(blocks)))
+    most = _UNEVEN * sum(costs.values()) / len(workers)
+    while True:
+        load = [0.0] * len(workers)
+        placed = place(blocks, [sum(costs[c] for c in block) for block in blocks], workers)
+        for block in placed:
+            load[block.worker] += block.cost
+        busiest = load.index(max(load))
+        halvable = [b for b in placed if b.worker == busiest and len(b.clients) > 1]
+        if load[busiest] <= most or not halvable:
+            return blocks
+        large = max(halvable, key=lambda block: block.cost).clients
+        at, half = blocks.index(large), len(large) // 2
+        blocks[at : at + 1] = [large[:half], large[half:]]
 
 
 def place(blocks: Sequence[tuple[int, ...]], costs: Sequence[float], workers: Sequence[int]) -> list[Block]:
