@@ -89,9 +89,9 @@ def test_a_step_of_many_clients_has_the_operators_of_a_step_of_few(setup: dict[s
 @pytest.mark.parametrize(
     ("setup", "client", "operators", "allocations"),
     [
-        (PREFIX, {}, 272, 155),
-        (LORA, {}, 425, 287),
-        (PREFIX, {"optimizer": "adamw", "clip_norm": 1.0}, 292, 170),
+        (PREFIX, {}, 314, 183),
+        (LORA, {}, 449, 291),
+        (PREFIX, {"optimizer": "adamw", "clip_norm": 1.0}, 334, 198),
     ],
     ids=["prefix", "lora", "prefix adamw"],
 )

@@ -10,7 +10,7 @@ import transformers as tf
 
 from fedhpc.kinds import _llama
 from fedhpc.kinds._cache import prefix_cache
-from fedhpc.kinds._llama import last_hidden, written_out
+from fedhpc.kinds._llama import hidden_at, last_hidden, written_out
 from fedhpc.kinds._loss import frozen_head
 from fedhpc.methods import full, ia3, lora, prefix
 from fedhpc.models import checkpoint_layers
@@ -47,19 +47,23 @@ def inputs_and_prefix(model: Any, n: int) -> tuple[torch.Tensor, list[tuple[torc
     return inputs, [tuple(t.requires_grad_() for t in part.unbind(0)) for part in parts] if n else []  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("stretch", [64, 4])
 @pytest.mark.parametrize("n", [5, 0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_and_gradients_are_those_of_transformers(
-    family: str, n: int, stretch: int, monkeypatch: pytest.MonkeyPatch
+    family: str, n: int, stretch: int, some: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_llama, "_STRETCH", stretch)
     model = network(family)
     inputs, past = inputs_and_prefix(model, n)
     leaves = [inputs, *(t for pair in past for t in pair)]
-    ours = last_hidden(model, inputs, past)
+    wanted = torch.tensor([[7, 8, 9, 10], [2, 3, 4, 5], [5, 0, 3, 10]]) if some else None
+    ours = last_hidden(model, inputs, past, wanted)
     cache = prefix_cache(past) if past else None
     theirs = model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=bool(past)).last_hidden_state
+    if wanted is not None:
+        theirs = theirs.gather(1, wanted.unsqueeze(2).expand(-1, -1, theirs.shape[2]))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for found, wanted in zip(
@@ -67,6 +71,21 @@ def test_states_and_gradients_are_those_of_transformers(
     ):
         assert wanted.abs().max() > 1e-3
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("most", [0.75, 0.1])
+def test_states_are_those_at_the_positions_asked_for(
+    everywhere: bool, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_llama, "_MOST_WANTED", most)
+    model = network("llama")
+    inputs, past = inputs_and_prefix(model, 5)
+    rows, positions = torch.tensor([0, 0, 0, 2]), torch.tensor([8, 9, 10, 0])  # none of row 1
+    with torch.no_grad():
+        whole = last_hidden(model, inputs, past)
+        found = hidden_at(model, inputs, past, rows, positions, everywhere)
+    torch.testing.assert_close(found, whole[rows, positions], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,20 @@ def test_any_glibc_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch, most: int
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     startup.keep_freed_memory()
     assert taken == {startup._M_MMAP_THRESHOLD: most, startup._M_TRIM_THRESHOLD: -1}
+
+
+def test_tensors_lie_in_huge_pages_and_unused_ones_take_no_memory() -> None:
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not mode.exists() or "[never]" in mode.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    program = (
+        "import numpy, torch; from fedhpc import startup; startup.keep_freed_memory(); "
+        "kept = [torch.ones(2**20) for _ in range(16)]; print(open('/proc/self/smaps_rollup').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kib = {words[0]: int(words[1]) for words in map(str.split, done.stdout.splitlines()[1:]) if len(words) > 1}
+    assert kib["AnonHugePages:"] >= 48 * 2**10  # of 64 MiB
+    assert kib["Rss:"] < 700 * 2**10  # torch's own are half of it
 
 
 def test_the_configuration_starts_no_threads() -> None:

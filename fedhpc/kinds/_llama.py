@@ -4,7 +4,8 @@ transformers' own forward computes the same; there every norm, rotation, mask an
 with a pass through memory and a node for autograd. Here a step of a layer is one node with its gradient by hand. Linear
 layers are called as the modules that they are, so hooks on them (LoRA, IA3, adapters) act as everywhere else.
 
-Shapes: B rows, T positions, D hidden size, H query heads, G key and value heads, d head size, n virtual positions.
+Shapes: B rows, T positions, W of them wanted, D hidden size, H query heads, G key and value heads, d head size, n
+virtual positions.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedhpc.kernels import product
+
 _STRETCH = 64  # queries at a time
+_MOST_WANTED = 0.75  # share of the positions: if the last layer can leave out fewer, leaving them out costs more
 # By module, not by the configuration's model_type: code that comes with a model may call itself llama too.
 _DECODERS = frozenset(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2"))
 
 
 def written_out(network: Any) -> bool:
-    """Whether `last_hidden` computes what this transformers model does, as it is attached to now."""
+    """Whether `hidden_at` computes what this transformers model does, as it is attached to now."""
     config, decoder = network.config, network.base_model
     return (
         type(decoder).__module__ in _DECODERS
@@ -47,29 +51,61 @@ def _plain(decoder: Any) -> bool:
     )
 
 
-def last_hidden(network: Any, inputs: Tensor, past: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Last hidden states (B, T, D) of embedded `inputs` (B, T, D), right-padded.
+def hidden_at(
+    network: Any,
+    inputs: Tensor,
+    past: Sequence[tuple[Tensor, Tensor]],
+    rows: Tensor,
+    positions: Tensor,
+    everywhere: bool = False,
+) -> Tensor:
+    """Last hidden states (S, D) at `positions` (S,) of `rows` (S,), of embedded inputs (B, T, D).
 
-    past: per layer (key, value), each (B, G, n, d), in front of the layer's own, or empty.
+    A row's positions follow one another. past: as for `last_hidden`. everywhere: every layer must see all positions.
+    """
+    batch, length = inputs.shape[:2]
+    first = positions.new_full((batch,), length).scatter_reduce_(0, rows, positions, "amin")
+    width = int((positions - first.index_select(0, rows)).max()) + 1
+    if everywhere or width > _MOST_WANTED * length:
+        return last_hidden(network, inputs, past).flatten(0, 1).index_select(0, rows * length + positions)
+    first.clamp_(max=length - width)
+    wanted = first.unsqueeze(1) + torch.arange(width, device=inputs.device)
+    states = last_hidden(network, inputs, past, wanted)
+    return states.flatten(0, 1).index_select(0, rows * width + positions - first.index_select(0, rows))
+
+
+def last_hidden(
+    network: Any, inputs: Tensor, past: Sequence[tuple[Tensor, Tensor]], wanted: Tensor | None = None
+) -> Tensor:
+    """Last hidden states (B, W, D) of embedded `inputs` (B, T, D), right-padded.
+
+    past: per layer (key, value), each (B, G, n, d), in front of the layer's own, or empty. wanted: W different
+    positions of each row (B, W), or None for all: of the last layer only keys and values are computed at others.
     """
     decoder = network.base_model
     n, length = (past[0][0].shape[2] if past else 0), inputs.shape[1]
     positions = torch.arange(n, n + length, device=inputs.device).unsqueeze(0)
     cos, sin = (table[0] for table in decoder.rotary_emb(inputs, position_ids=positions))
+    last = len(decoder.layers) - 1
 
     hidden = inputs
     change: Tensor | None = None  # what the last sublayer adds; its norm and the sum are one step
     for i, layer in enumerate(decoder.layers):
         hidden, normed = _norm(hidden, change, layer.input_layernorm)
         attention = layer.self_attn
+        key, value = attention.k_proj(normed), attention.v_proj(normed)
+        of_layer = wanted if i == last else None
+        if of_layer is not None:
+            hidden, normed = _Take.apply(hidden, of_layer), _Take.apply(normed, of_layer)
         heads = _Attention.apply(
             attention.q_proj(normed),
-            attention.k_proj(normed),
-            attention.v_proj(normed),
+            key,
+            value,
             *(past[i] if past else (None, None)),
             cos,
             sin,
             attention.scaling,
+            of_layer,
         )
         hidden, normed = _norm(hidden, attention.o_proj(heads), layer.post_attention_layernorm)
         mlp = layer.mlp
@@ -81,6 +117,26 @@ def _norm(hidden: Tensor, change: Tensor | None, module: Any) -> tuple[Tensor, T
     """hidden + change, and its norm."""
     summed, normed = _AddNorm.apply(hidden, change, module.weight, module.variance_epsilon)
     return summed, normed
+
+
+class _Take(torch.autograd.Function):
+    """x (B, T, D) at the positions wanted (B, W), which differ within a row: (B, W, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wanted: Tensor) -> Tensor:
+        flat = (wanted + x.shape[1] * torch.arange(len(x), device=x.device).unsqueeze(1)).flatten()
+        ctx.save_for_backward(flat)
+        ctx.shape = x.shape
+        return x.flatten(0, 1).index_select(0, flat).view(*wanted.shape, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (flat,) = ctx.saved_tensors
+        # Adding them up, as index_select's own gradient does, takes as long as a product.
+        whole = grad.new_zeros(ctx.shape)
+        whole.flatten(0, 1)[flat] = grad.flatten(0, 1)
+        return whole, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -116,83 +172,95 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        share = gate.sigmoid()
+        silu = gate * share
+        out = silu * up
+        if any(ctx.needs_input_grad):
+            # silu' = s + x s (1 - s), while its parts are in the cache: later it would take the exponential again.
+            slope = share.addcmul_(silu, share, value=-1.0).add_(silu)
+            ctx.save_for_backward(silu, slope, up)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        of_up = torch.nn.functional.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), of_up
+        silu, slope, up = ctx.saved_tensors
+        return slope.mul_(up).mul_(grad), silu.mul_(grad)
 
 
 class _Attention(torch.autograd.Function):
     """Rotated queries on rotated keys behind a prefix (Vaswani et al. 2017, equation 1; Su et al. 2021).
 
-    q (B, T, H * d); k, v (B, T, G * d); prefix of keys and values (B, G, n, d) or None; cos, sin (T, d).
-    Returns (B, T, H * d). A stretch of queries at a time looks at the keys up to its own end, and the H / G query heads
-    of a key head look at the same ones: but for corners nothing is computed that is masked away, and no key repeated.
+    q (B, W, H * d); k, v (B, T, G * d); prefix of keys and values (B, G, n, d) or None; cos, sin (T, d). Returns
+    (B, W, H * d). wanted (B, W): positions of the queries; None where each position has one, and W is T: then a stretch
+    of queries at a time looks at the keys up to its own end, so but for corners nothing is computed to be masked away.
+    The H / G query heads of a key head look at the same keys: none is repeated.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None,
-        cos: Tensor, sin: Tensor, scale: float,
+        cos: Tensor, sin: Tensor, scale: float, wanted: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        rows, length, head = len(q), q.shape[1], cos.shape[-1]
+        rows, width, length, head = len(q), q.shape[1], k.shape[1], cos.shape[-1]
         groups, shared = k.shape[-1] // head, q.shape[-1] // k.shape[-1]
         n = 0 if past_k is None else past_k.shape[2]
-        queries = q.new_empty(rows, groups, length, shared, head)
+        queries = q.new_empty(rows, groups, width, shared, head)
         keys, values = k.new_empty(2, rows, groups, n + length, head)
-        _rotate(_split(q, groups, shared), cos.unsqueeze(1), sin.unsqueeze(1), queries)
+        cos_q, sin_q = _of_queries(cos, wanted), _of_queries(sin, wanted)
+        _rotate(_split(q, groups, shared), cos_q, sin_q, queries)
         _rotate(_split(k, groups, 1).squeeze(3), cos, sin, keys[:, :, n:])
         values[:, :, n:] = _split(v, groups, 1).squeeze(3)
         if past_k is not None:
             keys[:, :, :n], values[:, :, :n] = past_k, past_v
         # Scaled here, where they are few, and not their products.
-        queries = queries.view(rows * groups, length * shared, head).mul_(scale)
+        queries = queries.view(rows * groups, width * shared, head).mul_(scale)
         keys, values = (t.view(rows * groups, n + length, head) for t in (keys, values))
         shares, seen = [], torch.empty_like(queries)
-        for near, far in _stretches(length):
+        stretches = _stretches(width) if wanted is None else [(0, width, length)]
+        for near, far, end in stretches:
             own = slice(near * shared, far * shared)
-            scores = torch.bmm(queries[:, own], keys[:, : n + far].mT)
-            scores[:, :, n + near :] += _corner(scores, far - near, shared)
+            scores = torch.bmm(queries[:, own], keys[:, : n + end].mT)
+            if wanted is None:
+                scores[:, :, n + near :] += _corner(scores, far - near, shared)
+            else:
+                scores.view(rows, groups, width, shared, -1)[..., n:] += _behind(scores, wanted, length)
             shares.append(scores.softmax(dim=-1))
-            seen[:, own] = torch.bmm(shares[-1], values[:, : n + far])
-        ctx.save_for_backward(queries, keys, values, cos, sin, *shares)
-        ctx.sizes = rows, length, groups, shared, n, scale
-        return seen.view(rows, groups, length, shared, head).transpose(1, 2).reshape(q.shape)
+            seen[:, own] = product(shares[-1], values[:, : n + end])
+        ctx.save_for_backward(queries, keys, values, cos, sin, cos_q, sin_q, *shares)
+        ctx.sizes = rows, width, length, groups, shared, n, scale
+        ctx.stretches = stretches
+        return seen.view(rows, groups, width, shared, head).transpose(1, 2).reshape(q.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, cos, sin, *shares = ctx.saved_tensors
-        rows, length, groups, shared, n, scale = ctx.sizes
+        queries, keys, values, cos, sin, cos_q, sin_q, *shares = ctx.saved_tensors
+        rows, width, length, groups, shared, n, scale = ctx.sizes
         of_seen = _split(grad, groups, shared).reshape(queries.shape)
         of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for (near, far), share in zip(_stretches(length), shares, strict=True):
-            own, before = slice(near * shared, far * shared), slice(n + far)
+        for (near, far, end), share in zip(ctx.stretches, shares, strict=True):
+            own, before = slice(near * shared, far * shared), slice(n + end)
             of_share = torch.bmm(of_seen[:, own], values[:, before].mT)
             of_scores = torch._softmax_backward_data(of_share, share, -1, share.dtype)
             # baddbmm_ on such a slice would be one product after another.
-            of_values[:, before] += torch.bmm(share.mT, of_seen[:, own])
-            of_keys[:, before] += torch.bmm(of_scores.mT, queries[:, own])
+            of_values[:, before] += product(share.mT, of_seen[:, own])
+            of_keys[:, before] += product(of_scores.mT, queries[:, own])
             if ctx.needs_input_grad[0]:
-                of_queries[:, own] = torch.bmm(of_scores, keys[:, before])
+                of_queries[:, own] = product(of_scores, keys[:, before])
         of_q = of_k = of_v = None
         of_keys, of_values = (t.view(rows, groups, n + length, -1) for t in (of_keys, of_values))
         if ctx.needs_input_grad[0]:
             of_q = torch.empty_like(grad)
-            turned = of_queries.mul_(scale).view(rows, groups, length, shared, -1)
-            _rotate(turned, cos.unsqueeze(1), -sin.unsqueeze(1), _split(of_q, groups, shared))
+            turned = of_queries.mul_(scale).view(rows, groups, width, shared, -1)
+            _rotate(turned, cos_q, -sin_q, _split(of_q, groups, shared))
         if ctx.needs_input_grad[1]:
             of_k = grad.new_empty(rows, length, groups * cos.shape[-1])
             _rotate(of_keys[:, :, n:], cos, -sin, _split(of_k, groups, 1).squeeze(3))
         if ctx.needs_input_grad[2]:
             of_v = of_values[:, :, n:].transpose(1, 2).reshape(rows, length, -1)
         prefix = (of_keys[:, :, :n], of_values[:, :, :n]) if ctx.needs_input_grad[3] else (None, None)
-        return of_q, of_k, of_v, *prefix, None, None, None
+        return of_q, of_k, of_v, *prefix, None, None, None, None
 
 
 def _split(x: Tensor, groups: int, shared: int) -> Tensor:
@@ -200,9 +268,15 @@ def _split(x: Tensor, groups: int, shared: int) -> Tensor:
     return x.view(*x.shape[:2], groups, shared, -1).transpose(1, 2)
 
 
-def _stretches(length: int) -> list[tuple[int, int]]:
-    """Bounds of the stretches of queries."""
-    return [(near, min(near + _STRETCH, length)) for near in range(0, length, _STRETCH)]
+def _of_queries(table: Tensor, wanted: Tensor | None) -> Tensor:
+    """table (T, d) for queries as _split has them: (T, 1, d), or (B, 1, W, 1, d) for those at the positions wanted."""
+    return table.unsqueeze(1) if wanted is None else table[wanted].unsqueeze(1).unsqueeze(3)
+
+
+def _stretches(length: int) -> list[tuple[int, int, int]]:
+    """Bounds of the stretches of queries, and where the keys that they see end."""
+    ends = [min(near + _STRETCH, length) for near in range(0, length, _STRETCH)]
+    return [(near, end, end) for near, end in zip(range(0, length, _STRETCH), ends, strict=True)]
 
 
 def _corner(like: Tensor, length: int, shared: int) -> Tensor:
@@ -211,8 +285,14 @@ def _corner(like: Tensor, length: int, shared: int) -> Tensor:
     return hidden.repeat_interleave(shared, dim=0)
 
 
+def _behind(like: Tensor, wanted: Tensor, length: int) -> Tensor:
+    """What hides the keys behind each query at the positions wanted: (B, 1, W, 1, length), to be added to scores."""
+    hidden = torch.arange(length, device=like.device) > wanted.unsqueeze(2)
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1).unsqueeze(3)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate the two halves of the last dimension into each other, by angles (T, d); with -sin, back again."""
+    """Rotate the two halves of the last dimension into each other, by angles (..., T, d); with -sin, back again."""
     half = x.shape[-1] // 2
     torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1.0)

@@ -50,9 +50,12 @@ def frozen_head(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
     size = max(16, _LOGITS_AT_ONCE[hidden.device.type] // len(weight))
     for start in range(0, len(hidden), size):
         piece = slice(start, start + size)
-        likely = (hidden[piece] @ weight.mT).log_softmax(dim=-1)
+        logits = hidden[piece] @ weight.mT
+        logits.sub_(logits.amax(dim=-1, keepdim=True))
         target = targets[piece].unsqueeze(1)
-        losses[piece] = -likely.gather(1, target).squeeze(1)
+        of_target = logits.gather(1, target)
+        total = logits.exp_().sum(dim=-1, keepdim=True)
+        losses[piece] = (total.log() - of_target).squeeze(1)
         scale = weights[piece].unsqueeze(1)
-        torch.mm(likely.exp_().mul_(scale).scatter_add_(1, target, -scale), weight, out=gradient[piece])
+        torch.mm(logits.mul_(scale / total).scatter_add_(1, target, -scale), weight, out=gradient[piece])
     return losses, gradient

@@ -43,7 +43,10 @@ class TokenKind(Kind):
 
     @abstractmethod
     def hidden(self, base: Loaded, attached: Attached, batch: Any) -> Tensor:
-        """Last hidden states (B, T, D) of the tokens that predict, each row behind its own virtual positions."""
+        """Last hidden states (S, D) of the tokens that predict the supervised ones.
+
+        Each row stands behind its own virtual positions.
+        """
 
     @abstractmethod
     def logits(self, base: Loaded, hidden: Tensor) -> Tensor:
@@ -65,20 +68,20 @@ class TokenKind(Kind):
 
     def predictions(self, base: Loaded, attached: Attached, batch: TokenBatch) -> Iterator[Tensor]:
         """See the base class."""
-        selected = self._selected(base, attached, batch)
+        selected = self.hidden(base, attached, batch)
         for piece in self._pieces(base, len(selected)):
             yield self._exact_logits(base, selected[piece])
 
     def losses(self, base: Loaded, attached: Attached, batch: TokenBatch) -> Tensor:
         """See the base class."""
-        selected = self._selected(base, attached, batch)
+        selected = self.hidden(base, attached, batch)
         return torch.cat([self._losses(base, selected, batch, piece) for piece in self._pieces(base, len(selected))])
 
     def backward(
         self, base: Loaded, attached: Attached, batch: TokenBatch, row_weights: Tensor, scale: float = 1.0
     ) -> Tensor:
         """See the base class. The logits exist for a piece of the tokens at a time."""
-        selected = self._selected(base, attached, batch)
+        selected = self.hidden(base, attached, batch)
         weights = row_weights.index_select(0, batch.row) * scale
         frozen = self.frozen_head(base) if batch.soft is None else None
         if frozen is not None:
@@ -123,11 +126,6 @@ class TokenKind(Kind):
         plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in targets]
         return [np.array(self.answer_ids(tokenizer, ids), np.int32) for ids in plain]
 
-    def _selected(self, base: Loaded, attached: Attached, batch: TokenBatch) -> Tensor:
-        """Hidden states (S, D) of the tokens that predict the supervised ones."""
-        hidden = self.hidden(base, attached, batch)
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
-
     def _pieces(self, base: Loaded, tokens: int) -> list[slice]:
         """So many tokens in pieces whose logits can exist at once."""
         size = max(1, _LOGITS_AT_ONCE // self.num_classes(base))
@@ -150,6 +148,11 @@ class TokenKind(Kind):
                 f"model.name: '{base.name}' ({base.model.config.model_type}) changes its logits after the output "
                 "layer in a way that fedhpc does not know"
             )
+
+
+def at(states: Tensor, positions: Tensor) -> Tensor:
+    """Those of states (B, T, D) at `positions`, b * T + t, (S,): (S, D)."""
+    return states.flatten(0, 1).index_select(0, positions)
 
 
 def joined(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> Examples:

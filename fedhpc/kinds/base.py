@@ -30,12 +30,14 @@ class Attached:
     past: per layer (key, value), each (B, kv_heads, n, head_dim), or empty.
     embeddings: (B, n, D) in front of the embedded text, or None.
     projection: (K, D, D) of the vectors of questions, or (1, D, D) for all, with rows (B,), the client of each row.
+    by_position: hooks on layers tell the positions of a row apart, so a layer must be given all of them.
     """
 
     past: tuple[tuple[Tensor, Tensor], ...] = ()
     embeddings: Tensor | None = None
     projection: Tensor | None = None
     rows: Tensor | None = None
+    by_position: bool = False
 
     @property
     def virtual_length(self) -> int:

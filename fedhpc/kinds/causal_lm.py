@@ -13,7 +13,7 @@ import numpy as np
 
 from fedhpc.data.tokens import Examples, Join
 from fedhpc.errors import UserError
-from fedhpc.kinds._tokens import TokenBatch, TokenKind, joined, require_eos
+from fedhpc.kinds._tokens import TokenBatch, TokenKind, at, joined, require_eos
 from fedhpc.kinds.base import Attached, Int64, Loaded, Sizes, in_mapping, pad_id, soft_targets
 from fedhpc.lazy import lazy
 
@@ -175,7 +175,22 @@ class CausalLM(TokenKind):
 
     def hidden(self, base: Loaded, attached: Attached, batch: TokenBatch) -> Tensor:
         """See the base class."""
-        return hidden_states(base, attached, batch.ids)
+        from fedhpc.kinds._cache import prefix_cache
+        from fedhpc.kinds._llama import hidden_at, written_out
+
+        inputs = base.model.get_input_embeddings()(batch.ids)
+        if attached.embeddings is not None:
+            inputs = torch.cat([attached.embeddings, inputs], dim=1)
+        # Positions of a row of inputs: behind virtual embeddings.
+        rows, length = batch.row, batch.ids.shape[1]
+        positions = batch.positions - rows * length + inputs.shape[1] - length
+        if written_out(base.model):
+            return hidden_at(base.model, inputs, attached.past, rows, positions, attached.by_position)
+        cache = prefix_cache(attached.past) if attached.past else None
+        hidden = base.model.base_model(
+            inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+        return at(hidden, rows * inputs.shape[1] + positions)
 
     # ---- answers
 
@@ -225,24 +240,6 @@ class CausalLM(TokenKind):
             ids = chosen.unsqueeze(1)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         return generated
-
-
-def hidden_states(base: Loaded, attached: Attached, ids: Tensor) -> Tensor:
-    """Last hidden states (B, T, D) of ids (B, T), each row behind its own virtual positions."""
-    from fedhpc.kinds._cache import prefix_cache
-    from fedhpc.kinds._llama import last_hidden, written_out
-
-    inputs = base.model.get_input_embeddings()(ids)
-    if attached.embeddings is not None:
-        inputs = torch.cat([attached.embeddings, inputs], dim=1)
-    if written_out(base.model):
-        hidden = last_hidden(base.model, inputs, attached.past)
-    else:
-        cache = prefix_cache(attached.past) if attached.past else None
-        hidden = base.model.base_model(
-            inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
-    return hidden if attached.embeddings is None else hidden[:, attached.virtual_length :]
 
 
 KIND = CausalLM()

@@ -19,7 +19,7 @@ import numpy as np
 
 from fedhpc.data.tokens import Examples, Join
 from fedhpc.errors import UserError
-from fedhpc.kinds._tokens import TokenBatch, TokenKind, joined, require_eos
+from fedhpc.kinds._tokens import TokenBatch, TokenKind, at, joined, require_eos
 from fedhpc.kinds.base import Attached, Int64, Loaded, Sizes, in_mapping, pad_id, padded, soft_targets, special_ids
 from fedhpc.lazy import lazy
 
@@ -169,7 +169,8 @@ class Seq2Seq(TokenKind):
         from fedhpc.kinds._cache import decoder_cache
 
         states, mask = self._encode(base, attached, batch.source, batch.mask)
-        return self._decode(base, batch.ids, states, mask, decoder_cache(attached.past) if attached.past else None)
+        cache = decoder_cache(attached.past) if attached.past else None
+        return at(self._decode(base, batch.ids, states, mask, cache), batch.positions)
 
     def _encode(self, base: Loaded, attached: Attached, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's states (B, n + U, D) and their mask; n is 0 for a prefix, which is the decoder's."""

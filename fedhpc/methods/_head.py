@@ -20,8 +20,10 @@ from fedhpc.payload import Layout
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 
 def with_head(method: Method) -> Method:
@@ -127,10 +129,10 @@ def _own_layers(weight: Tensor | None, bias: Tensor | None, rows: Tensor) -> Cal
         b = None if b is None else b.to(x.dtype)
         if len(w) == 1 and (b is None or len(b) == 1):
             return torch.nn.functional.linear(x, w[0], None if b is None else b[0])
-        own = (w if len(w) == 1 else w.index_select(0, rows)).expand(len(x), -1, -1)
+        own = (w if len(w) == 1 else kernels.of_rows(w, rows)).expand(len(x), -1, -1)
         y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), own.mT)
         if b is not None:
-            y = y + (b if len(b) == 1 else b.index_select(0, rows)).unsqueeze(1)
+            y = y + (b if len(b) == 1 else kernels.of_rows(b, rows)).unsqueeze(1)
         return y.view(*x.shape[:-1], -1)
 
     return hook

@@ -33,8 +33,10 @@ from fedhpc.rng import torch_seed
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 FORMAT = "fedhpc-adapter"
 # By model_type: the output projections of attention (self and cross) and of the feed-forward.
@@ -126,7 +128,7 @@ class Adapter(Method):
             weight, bias = (parts[f"{name}.{kind}"].to(x.dtype) for kind in ("weight", "bias"))
             if len(weight) == 1:
                 return torch.nn.functional.linear(x, weight[0], bias[0])
-            return torch.baddbmm(bias.index_select(0, rows).unsqueeze(1), x, weight.index_select(0, rows).mT)
+            return torch.baddbmm(kernels.of_rows(bias, rows).unsqueeze(1), x, kernels.of_rows(weight, rows).mT)
 
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
             h = by_row(output, rows)  # (B, T, D)

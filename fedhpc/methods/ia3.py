@@ -23,8 +23,10 @@ from fedhpc.registry import Section
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 # By model_type: layers whose output is rescaled, and layers whose input is.
 _LAYERS = {
@@ -81,7 +83,7 @@ class IA3(Method):
         hooks = []
         for path, (module, is_input) in self._modules.items():
             vectors = state[f"{path}.ia3_l"].flatten(1)  # (K, width)
-            per_row = (vectors if len(vectors) == 1 else vectors.index_select(0, rows)).unsqueeze(1)
+            per_row = (vectors if len(vectors) == 1 else kernels.of_rows(vectors, rows)).unsqueeze(1)
             if is_input:
                 hooks.append(module.register_forward_pre_hook(lambda _, xs, v=per_row: (_scaled(xs[0], v, rows),)))
             else:

@@ -40,8 +40,10 @@ from fedhpc.rng import bits, torch_seed
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 # The attention projections that the paper adapts (section 4.2), by model_type.
 _TARGETS = {
@@ -210,7 +212,7 @@ class Lora(Method):
             term = self._term(factors[_a(path)], factors[_b(path)], rest, rows, keys)
             hooks.append(module.register_forward_hook(term))
         try:
-            yield Attached()
+            yield Attached(by_position=noise is not None and self.options.dropout > 0)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -223,21 +225,24 @@ class Lora(Method):
         rest: (1 or K, out, in) to be added to the weight, or None. keys: int64 (B,) of the dropout, None for none.
         """
 
-        def plus(output: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-            weight = weight.to(x.dtype).mT
-            if len(weight) == 1:
-                return torch.addmm(output.flatten(0, 1), x.flatten(0, 1), weight[0], alpha=scale).view_as(output)
-            return torch.baddbmm(output, x, weight.index_select(0, rows), alpha=scale)
+        shared = len(a) == len(b) == 1  # one A and one B for all rows
+
+        def of_rows(factor: Tensor, dtype: torch.dtype) -> Tensor:
+            factor = factor.to(dtype)
+            return factor if shared else kernels.of_rows(factor.expand(max(len(a), len(b)), -1, -1), rows)
 
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
             x, whole = by_row(inputs[0], rows), by_row(output, rows)  # (B, T, in), (B, T, out)
+            # What the layer computes in: under autocast its inputs are not in it yet.
+            x, dtype = x.to(output.dtype), output.dtype
             if rest is not None:
-                whole = plus(whole, x, rest)
+                gained = rest.to(dtype)
+                whole = whole + x @ (gained if len(rest) == 1 else kernels.of_rows(gained, rows)).mT
             if keys is not None:
                 x = x * self.kept(keys, *x.shape[1:]) / (1 - self.options.dropout)
-            down = a.to(x.dtype).mT
-            inner = x @ down[0] if len(down) == 1 else torch.bmm(x, down.index_select(0, rows))
-            return plus(whole, inner, b, self._scale).view_as(output)
+            if shared:
+                x, whole = x.flatten(0, 1).unsqueeze(0), whole.flatten(0, 1).unsqueeze(0)
+            return kernels.add_low_rank(whole, x, of_rows(a, dtype), of_rows(b, dtype), self._scale).view_as(output)
 
         return hook
 
