@@ -153,7 +153,9 @@ def test_methods_and_rules_know_nothing_of_a_run() -> None:
     edges = graph(only_at_run_time=False, group=top)
     leaves = ("methods", "aggregators", "transforms", "client_optimizers", "server_optimizers")
     for family in leaves:
-        assert edges[family] <= {"errors", "lazy", "registry", "rng", "payload", "models", "kinds", "kernels", ""}, family
+        assert edges[family] <= {"errors", "lazy", "registry", "rng", "payload", "models", "kinds", "kernels", ""}, (
+            family
+        )
     assert not edges["training"] & {"transport", "store", "rundir", "participation", "server"}
     assert not edges["data"] & {"kinds", "models", "methods", "training", "transport", "store"}
     assert {part for part in edges if "federation" in edges[part]} <= {"main", "bench"}
