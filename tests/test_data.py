@@ -249,7 +249,7 @@ def test_what_is_wrong_with_the_data_section_is_named(folder, options, message):
         ("train.jsonl", b'{"q": "x", "a": null}\n' * 3, r"train\.jsonl:\d: data\.target is empty"),
         ("train.jsonl", b'{"q": "x", "a": "y"}\n', r"train\.jsonl: too few rows"),
         ("train.jsonl.gz", b"plain text", r"train\.jsonl\.gz: cannot be read"),
-        ("train.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], r"train\.jsonl\.gz: cannot be read"),
+        ("train.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:-9], r"train\.jsonl\.gz: cannot be read"),
         ("train.csv", b'q,a\n"x\ny",b\nx\n', r"train\.csv:4: 1 cells, but 2 columns"),
         ("train.csv", b'q,a\nx,"b\n', r"train\.csv:2: not valid CSV"),
         ("train.csv", b"q,a\nx,b\n\xe9,b\n", r"train\.csv:3: not UTF-8"),
