@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ def test_a_block_equals_its_clients_alone(name: str, family: str, count: int) ->
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: str, tmp_path: Path) -> None:
-    from fedhpc.kinds.causal_lm import KIND, hidden_states
+    from fedhpc.kinds.causal_lm import KIND
 
     base = tiny.base(family)
     method = make(name, base)
@@ -149,8 +150,9 @@ def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: s
     ids = torch.randint(3, tiny.VOCABULARY, (2, 9))
     plain = base.model(input_ids=ids).logits
     views = method.payload.views(start)
+    batch: Any = SimpleNamespace(ids=ids, row=torch.arange(2).repeat_interleave(9), positions=torch.arange(18))
     with torch.no_grad(), method.attach(views, views, torch.zeros(2, dtype=torch.int64)) as attached:
-        ours = KIND.logits(base, hidden_states(base, attached, ids))
+        ours = KIND.logits(base, KIND.hidden(base, attached, batch)).view(2, 9, -1)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).double()
     theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -9:]
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
