@@ -276,6 +276,38 @@ def test_a_run_stopped_anywhere_and_resumed_equals_one_that_was_not(
     same_results(tmp_path / "whole", tmp_path / "stopped", ("rounds", "clients"))
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "prefix-mlp": {"name": "prefix", "num_virtual_tokens": 3, "exchange": "mlp", "hidden_size": 8},
+    "prefix-materialised": {"name": "prefix", "num_virtual_tokens": 3, "exchange": "materialised", "hidden_size": 8},
+    "prompt": {"name": "prompt", "num_virtual_tokens": 3},
+    "p_tuning": {"name": "p_tuning", "num_virtual_tokens": 3},
+    "ia3": {"name": "ia3"},
+    "adapter": {"name": "adapter"},
+    "full": {"name": "full"},
+    "last-layers": {"name": "full", "last_layers": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_same_bits_on_any_ranks_and_resumed(tmp_path: Path, texts: Path, method: str) -> None:
+    """FedKSeed and the rules of LoRA have tests of their own."""
+    client = {"optimizer": "adamw", "lr": 0.05}
+    raw = tree(texts, method=METHODS[method], client=client, federation={"rounds": 3, "cohort_size": 3})
+    raw["method"] = METHODS[method]
+    collectives = federate(settings(tmp_path / "1", raw))
+    for ranks in (2, 3, 4):
+        collectives = federate(settings(tmp_path / str(ranks), raw), ranks)
+        same_results(tmp_path / "1", tmp_path / str(ranks))
+    stopped = settings(tmp_path / "stopped", raw)
+    for share, ranks in ((0.4, 4), (0.45, 2)):
+        with pytest.raises(Interrupted):
+            federate(stopped, ranks, stop_at=int(share * collectives))
+    federate(stopped, ranks=3)
+    same_results(tmp_path / "1", tmp_path / "stopped", ("rounds", "clients"))
+    assert set(table(tmp_path / "stopped", "events")["kind"]) == {"resumed"}
+
+
 def test_no_rank_removes_what_the_checkpoint_still_needs(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
