@@ -281,6 +281,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix-materialised": {"name": "prefix", "num_virtual_tokens": 3, "exchange": "materialised", "hidden_size": 8},
     "prompt": {"name": "prompt", "num_virtual_tokens": 3},
     "p_tuning": {"name": "p_tuning", "num_virtual_tokens": 3},
+    "lora": {"name": "lora"},
     "ia3": {"name": "ia3"},
     "adapter": {"name": "adapter"},
     "full": {"name": "full"},
@@ -291,7 +292,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_same_bits_on_any_ranks_and_resumed(tmp_path: Path, texts: Path, method: str) -> None:
-    """FedKSeed and the rules of LoRA have tests of their own."""
+    """FedKSeed and the other rules of LoRA have tests of their own."""
     client = {"optimizer": "adamw", "lr": 0.05}
     raw = tree(texts, method=METHODS[method], client=client, federation={"rounds": 3, "cohort_size": 3})
     raw["method"] = METHODS[method]
