@@ -13,6 +13,7 @@ from fedhpc import costs
 from fedhpc.config import load as load_config
 from fedhpc.progress import Progress, duration, line
 from fedhpc.report.__main__ import main
+from fedhpc.report.plots import compared_loss
 from fedhpc.report.runs import Run, along, grouped, load_run
 from fedhpc.report.text import mean_and_half_width, t_975
 from fedhpc.rundir import write_status
@@ -174,6 +175,18 @@ def test_comparison_groups_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row["group"] for row in rows] == ["fed", "fed", "fed", "fed-fast", "central"]
     assert float(rows[2]["test_bleu"]) == 30 and rows[0]["base_loss"] == "4.2"
     assert "29.00 ± 2.48 " in capsys.readouterr().out
+
+
+def test_curves_of_many_groups_have_no_bands_and_their_names_outside(tmp_path: Path) -> None:
+    runs = [
+        load_run(make_run(tmp_path / f"{i}-s{seed}", f"{i}-s{seed}", seed, rounds=5, lr=0.01 * (i + 1)))
+        for i in range(8)
+        for seed in (0, 1)
+    ]
+    few, many = compared_loss(grouped(runs[:14])), compared_loss(grouped(runs))
+    assert len(few.axes[0].collections) == len(few.axes[0].get_legend().get_texts()) == 7 and not few.legends
+    assert len(many.axes[0].collections) == 0 and many.axes[0].get_legend() is None
+    assert len(many.legends[0].get_texts()) == 8
 
 
 def test_paired_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
