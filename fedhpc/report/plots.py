@@ -143,7 +143,7 @@ def compared_loss(groups: Sequence[Group]) -> Any:
         common = sorted(set.intersection(*(set(t["round"][~np.isnan(t["eval_loss"])].tolist()) for t in tables)))
         values = np.array([[t["eval_loss"][t["round"] == x][0] for x in common] for t in tables])
         means, halves = np.array([mean_and_half_width(values[:, j]) for j in range(len(common))]).reshape(-1, 2).T
-        colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
+        colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
         axis.plot(common, means, style, color=colour, marker="o", markersize=4, label=g.label, clip_on=False)
         if len(g.runs) > 1 and not crowded:
             axis.fill_between(common, means - halves, means + halves, color=colour, alpha=0.2, linewidth=0)
