@@ -21,7 +21,7 @@ from fedhpc.rng import generator
 from fedhpc.training.local import num_steps
 
 _AUTO_BLOCK = {"cpu": 8, "cuda": 32}  # most clients in one forward with block_size auto
-_UNEVEN = 1.1  # the busiest worker has at most so many times the mean to do, unless with a single client
+_UNEVEN = 1.1  # the busiest worker has at most so many times what it must have, whole clients given
 _AUTO_WORKERS = 8  # with block_size auto there are blocks for so many workers, two clients each or more
 
 
@@ -116,16 +116,18 @@ def resolve_block_size(config: Config, size: int, device: str) -> int:
 def form_blocks(costs: dict[int, float], block_size: int) -> list[tuple[int, ...]]:
     """Clients of like cost together, in blocks of at most `block_size`, which differ by one client at most at first.
 
-    Where the busiest of as many workers as there are blocks, but of no more than 8, would keep all others waiting, its
-    costliest block is halved, and so on. The workers that there are have no say in it.
+    Where the busiest of as many workers as there are blocks, but of no more than 8, would keep all others waiting for
+    longer than it must, its costliest block is halved, and so on. The workers that there are have no say in it.
     """
     clients = sorted(costs, key=lambda c: (-costs[c], c))
     if not clients:
         return []
-    parts = np.array_split(np.array(clients), math.ceil(len(clients) / block_size))
-    blocks = [tuple(part.tolist()) for part in parts]
+    number = math.ceil(len(clients) / block_size)
+    if number > _AUTO_WORKERS:  # as many for each of them
+        number = min(len(clients), math.ceil(number / _AUTO_WORKERS) * _AUTO_WORKERS)
+    blocks = [tuple(part.tolist()) for part in np.array_split(np.array(clients), number)]
     workers = range(min(_AUTO_WORKERS, len(blocks)))
-    most = _UNEVEN * sum(costs.values()) / len(workers)
+    most = _UNEVEN * _least([costs[c] for c in clients], len(workers))
     while True:
         load = [0.0] * len(workers)
         placed = place(blocks, [sum(costs[c] for c in block) for block in blocks], workers)
@@ -138,6 +140,12 @@ def form_blocks(costs: dict[int, float], block_size: int) -> list[tuple[int, ...
         large = max(halvable, key=lambda block: block.cost).clients
         at, half = blocks.index(large), len(large) // 2
         blocks[at : at + 1] = [large[:half], large[half:]]
+
+
+def _least(costs: Sequence[float], workers: int) -> float:
+    """What the busiest worker has at least: the mean, or of any costs, descending, those that must share a worker."""
+    together = [costs[j * workers - j : j * workers + 1] for j in range((len(costs) - 1) // workers + 1)]
+    return max(sum(costs) / workers, *map(sum, together))
 
 
 def place(blocks: Sequence[tuple[int, ...]], costs: Sequence[float], workers: Sequence[int]) -> list[Block]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ SIGNALS = {
 _TICK_S = 0.5
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 _MADV_HUGEPAGE = 14  # of Linux's madvise(2)
+_ADDRESSES = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 _HUGE = 2**21
 _HEAP = 2**30 - _HUGE  # below what is mapped by itself
 
@@ -51,13 +53,15 @@ def _ask_for_huge_pages() -> None:
     advice holds for mapped memory alone, so the heap is grown at once; what is not used of it takes no memory.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "madvise"):
+    # Where addresses are rationed they are for libraries.
+    rationed = any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in _ADDRESSES)
+    if rationed or not hasattr(libc, "madvise"):
         return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     start = libc.malloc(_HEAP)
-    if start:  # a limit on the address space may forbid it
+    if start:
         first, end = (start + _HUGE - 1) // _HUGE * _HUGE, (start + _HEAP) // _HUGE * _HUGE
         libc.madvise(first, end - first, _MADV_HUGEPAGE)  # a kernel without them says no, and all stays as it is
         libc.free(start)

@@ -99,6 +99,15 @@ def test_large_clients_do_not_share_a_block_that_others_wait_for() -> None:
     assert [len(block) for block in blocks if 12 not in block] == [1, 2, 4, 4, 4]
 
 
+@pytest.mark.parametrize(("clients", "blocks"), [(9, 5), (36, 8), (50, 8), (64, 8), (65, 16), (72, 16), (200, 32)])
+def test_clients_that_cost_the_same_stay_together(clients: int, blocks: int) -> None:
+    """Where 50 clients are on 8 workers, one has 7 of them, in whatever blocks."""
+    size = resolve_block_size(settings(), clients, "cpu")
+    assert len(form_blocks(dict.fromkeys(range(clients), 1.0), size)) == blocks
+    noise = np.random.default_rng(0)
+    assert len(form_blocks({c: noise.normal(1.0, 0.02) for c in range(clients)}, size)) <= blocks + 2
+
+
 @pytest.mark.parametrize("clients", [64, 200, 1000])
 def test_the_busiest_of_eight_workers_is_within_a_tenth_of_the_mean(clients: int) -> None:
     sizes = np.random.default_rng(0).dirichlet(np.full(clients, 3.0)) * 1e5

@@ -176,8 +176,8 @@ class _Gate(torch.autograd.Function):
         silu = gate * share
         out = silu * up
         if any(ctx.needs_input_grad):
-            # silu' = s + x s (1 - s), while its parts are in the cache: later it would take the exponential again.
-            slope = share.addcmul_(silu, share, value=-1.0).add_(silu)
+            # silu' = s (1 + x - x s), while its parts are in the cache: later it would take the exponential again.
+            slope = (gate - silu).add_(1.0).mul_(share)
             ctx.save_for_backward(silu, slope, up)
         return out
 
