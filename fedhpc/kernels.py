@@ -48,8 +48,8 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def of_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (K, ...) of the client of each row, rows (B,): (B, ...)."""
-    selected: Tensor = _OfRows.apply(x, rows)
+    """x (K, ...) of the client of each row, rows (B,), or x (1, ...), which all share: (B, ...)."""
+    selected: Tensor = x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else _OfRows.apply(x, rows)
     return selected
 
 

@@ -44,4 +44,5 @@ def test_rows_give_their_gradient_to_their_client_alone() -> None:
     (gradient,) = torch.autograd.grad(found, x, along.mT.contiguous().mT)  # laid out as a permuted one
     assert gradient[1].isnan().all()
     torch.testing.assert_close(gradient[2], along[[0, 2, 4]].sum(0), rtol=1e-13, atol=1e-13)
+    assert torch.equal(of_rows(x[:1], rows), x[[0] * 5])  # one that all share
     assert torch.equal(gradient[0], along[1]) and torch.equal(gradient[3], torch.zeros(2, 3, dtype=x.dtype))

@@ -275,8 +275,7 @@ def _of_queries(table: Tensor, wanted: Tensor | None) -> Tensor:
 
 def _stretches(length: int) -> list[tuple[int, int, int]]:
     """Bounds of the stretches of queries, and where the keys that they see end."""
-    ends = [min(near + _STRETCH, length) for near in range(0, length, _STRETCH)]
-    return [(near, end, end) for near, end in zip(range(0, length, _STRETCH), ends, strict=True)]
+    return [(near, end := min(near + _STRETCH, length), end) for near in range(0, length, _STRETCH)]
 
 
 def _corner(like: Tensor, length: int, shared: int) -> Tensor:

@@ -129,10 +129,10 @@ def _own_layers(weight: Tensor | None, bias: Tensor | None, rows: Tensor) -> Cal
         b = None if b is None else b.to(x.dtype)
         if len(w) == 1 and (b is None or len(b) == 1):
             return torch.nn.functional.linear(x, w[0], None if b is None else b[0])
-        own = (w if len(w) == 1 else kernels.of_rows(w, rows)).expand(len(x), -1, -1)
+        own = kernels.of_rows(w, rows)
         y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), own.mT)
         if b is not None:
-            y = y + (b if len(b) == 1 else kernels.of_rows(b, rows)).unsqueeze(1)
+            y = y + kernels.of_rows(b, rows).unsqueeze(1)
         return y.view(*x.shape[:-1], -1)
 
     return hook

@@ -83,7 +83,7 @@ class IA3(Method):
         hooks = []
         for path, (module, is_input) in self._modules.items():
             vectors = state[f"{path}.ia3_l"].flatten(1)  # (K, width)
-            per_row = (vectors if len(vectors) == 1 else kernels.of_rows(vectors, rows)).unsqueeze(1)
+            per_row = kernels.of_rows(vectors, rows).unsqueeze(1)
             if is_input:
                 hooks.append(module.register_forward_pre_hook(lambda _, xs, v=per_row: (_scaled(xs[0], v, rows),)))
             else:

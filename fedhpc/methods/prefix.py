@@ -128,7 +128,7 @@ class Prefix(Method):
         clients, n, _ = prefix.shape
         # (K, n, 2L, H, d) -> one tensor (B, H, n, d) per layer's keys and values.
         prefix = prefix.view(clients, n, 2 * self.base.num_layers, self.base.num_kv_heads, self.base.head_dim)
-        per_row = prefix.expand(len(rows), -1, -1, -1, -1) if clients == 1 else kernels.of_rows(prefix, rows)
+        per_row = kernels.of_rows(prefix, rows)
         parts = per_row.permute(2, 0, 3, 1, 4).unbind(0)
         yield Attached(past=tuple(zip(parts[0::2], parts[1::2], strict=True)))
 

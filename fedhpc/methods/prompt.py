@@ -59,7 +59,7 @@ class Prompt(Method):
         self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
     ) -> Iterator[Attached]:
         prompts = state[PROMPT].to(self.base.dtype)
-        per_row = prompts.expand(len(rows), -1, -1) if len(prompts) == 1 else kernels.of_rows(prompts, rows)
+        per_row = kernels.of_rows(prompts, rows)
         yield Attached(embeddings=per_row)
 
     def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
