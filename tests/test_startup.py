@@ -50,3 +50,17 @@ def test_the_configuration_starts_no_threads() -> None:
     environment = {name: v for name, v in os.environ.items() if not name.endswith("_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split()[-1] == "1"
+
+
+def test_what_transformers_would_import_unasked_stays_out_until_it_is_asked_for(tmp_path: Path) -> None:
+    for name in ("scipy", "sklearn"):
+        (tmp_path / f"{name}.py").write_text("")  # installed as far as Python can see, and of no use to transformers
+    program = (
+        "import sys; import torch; from fedhpc.config import Model; from fedhpc.models import load_base\n"
+        "load_base(Model(), torch.device('cpu'))\n"
+        "print(*{'scipy', 'sklearn', 'jinja2'} & set(sys.modules))\n"
+        "import scipy, jinja2; print(scipy.__file__, jinja2.__name__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines() == ["", f"{tmp_path}/scipy.py jinja2"]

@@ -19,7 +19,7 @@ from types import TracebackType
 from fedhpc.errors import UserError
 
 _TICK_S = 0.05
-_EVERY = 4  # ticks between two looks at the memory
+_EVERY = 12  # ticks between two looks at the memory, for which the kernel walks all pages
 LIMIT_S = 900.0  # that forked ranks may take
 PARTING_S = 10.0  # that they may take to end once one of them has failed
 _HERTZ = os.sysconf("SC_CLK_TCK")
