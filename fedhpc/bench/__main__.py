@@ -3,6 +3,7 @@
 python -m fedhpc.bench [--repeats 5] [--quick] [--json]           all ratios that need nothing but this machine
 python -m fedhpc.bench --peers DIR [--environment DIR] [...]      fedhpc beside its peers, as whole programs
 python -m fedhpc.bench --scale [--quick] [--json]                 a round against ranks, cohort and population
+python -m fedhpc.bench --gpu [--only PART,...] [--quick] [--json] blocks and runs on a GPU
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fedhpc.bench", description="speed ratios of fedhpc")
     parser.add_argument("--repeats", type=int, help="interleaved repeats; medians are shown (5; of programs 3)")
     parser.add_argument("--quick", action="store_true", help="the small models alone, and 3 repeats (of programs 1)")
-    parser.add_argument("--only", default="", help="with --peers: names of workloads, as 'W1 small,W3'")
+    parser.add_argument("--only", default="", help="with --peers workloads, as 'W1 small,W3'; with --gpu parts")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder of the peers' harness")
     parser.add_argument(
         "--environment", type=Path, metavar="DIR", help="virtual environment of pfl (FB_VENVS/venv-pfl)"
     )
     parser.add_argument("--scale", action="store_true", help="rounds against ranks, cohort and population instead")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table, with --scale one object per row")
+    parser.add_argument("--gpu", action="store_true", help="blocks and runs on this machine's GPU instead")
+    parser.add_argument(
+        "--json", action="store_true", help="JSON instead of a table, with --scale and --gpu one object per row"
+    )
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least one is needed")
-    if options.scale and options.peers:
-        parser.error("--scale and --peers are two measurements: run one after the other")
-    if options.only and not options.peers:
-        parser.error("--only chooses workloads of --peers")
+    if bool(options.scale) + bool(options.peers) + bool(options.gpu) > 1:
+        parser.error("--scale, --peers and --gpu are different measurements: run one after the other")
+    if options.only and not (options.peers or options.gpu):
+        parser.error("--only chooses workloads of --peers or parts of --gpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -74,6 +78,10 @@ def _measure(options: argparse.Namespace) -> int:
 
         environment = options.environment or Path(os.environ.get("FB_VENVS", ".")) / "venv-pfl"
         parts = peers.parts(options.peers, environment, options.repeats or (1 if options.quick else 3), options.only)
+    elif options.gpu:
+        from fedhpc.bench import gpu
+
+        parts = gpu.parts(options.only, options.quick, options.repeats or 3)
     else:
         from fedhpc.bench import compute, rounds
 
@@ -81,20 +89,24 @@ def _measure(options: argparse.Namespace) -> int:
         parts = [*compute.parts(repeats, options.quick), *rounds.parts(repeats, options.quick)]
     if not options.json:
         print(", ".join(f"{name} {value}" for name, value in machine().items()) + f"\n\n{table.HEADING}", flush=True)
-    rows, failures = [], 0
+    elif options.gpu:
+        print(json.dumps(machine()), flush=True)
+    rows: list[table.Row] = []
+    failures = 0
     for part in parts:  # each is shown at once, and one that fails takes no other along
         try:
-            found = part()
+            for figure in part():
+                rows.append(figure)
+                if options.gpu and options.json:  # at once: who lends a GPU may end this before its end
+                    print(json.dumps(figure.json()), flush=True)
+                elif not options.json:
+                    print(table.markdown(figure), flush=True)
         except EndedError:
             raise
         except UserError as error:
             print(f"fedhpc: error: {error}", file=sys.stderr, flush=True)
             failures += 1
-            continue
-        rows += found
-        if not options.json:
-            print("\n".join(map(table.markdown, found)), flush=True)
-    if options.json:
+    if options.json and not options.gpu:
         print(json.dumps({"machine": machine(), "rows": [row.json() for row in rows]}, indent=1))
     return 1 if failures else 0
 

@@ -6,6 +6,7 @@ All run in this process on one thread, on the GPU where there is one. Seconds ar
 
 from __future__ import annotations
 
+import gc
 import statistics
 import subprocess
 import sys
@@ -34,12 +35,19 @@ def parts(repeats: int, quick: bool) -> list[Part]:
 
 
 def _against_loops(workload: Workload, repeats: int) -> list[Row]:
+    import numpy as np
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
         works = {k: Trainer(workload, Path(folder), k) for k in _BLOCKS}
-        loop = _peft_loop(works[1])
+        work = works[1]
+        train, sequences = work.approach.data.train, work.approach.config.client.steps * BATCH
+        rows = np.concatenate([work.approach.data.population.indices(c)[:sequences] for c in work.clients])
+        texts = torch.from_numpy(np.stack([train.tokens(int(row)) for row in rows])).long().to(work.base.device)
+        loop = peft_loop(work.base.model, work.approach.config.method)
         runs: dict[str, Callable[[], None]] = {f"block {k}": work.train for k, work in works.items()}
-        runs["in turn"] = partial(loop, BATCH, True)
-        runs |= {f"bare {b}": partial(loop, b, False) for b in _BARE_BATCHES}
+        runs["in turn"] = partial(loop, texts.view(_CLIENTS, sequences, -1), BATCH)
+        runs |= {f"bare {b}": partial(loop, texts.unsqueeze(0), b) for b in _BARE_BATCHES}
         seconds = interleaved(runs, repeats, clock(works[1].base.device))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     block = min((f"block {k}" for k in _BLOCKS), key=lambda name: median[name])
@@ -118,35 +126,41 @@ class Trainer:
         return self.approach.local(self.plan, self.clients[: self.k], self.down)
 
 
-def _peft_loop(work: Trainer) -> Callable[[int, bool], None]:
-    """What one would write with PEFT: one model; every client in turn, or all the data as one."""
+def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any, int], None]:
+    """What one would write with PEFT, for a copy of `model` and the `options` of prefix or lora.
+
+    loop(texts, batch): every client in turn, each from the same start. texts: int64 (clients, sequences, length); all
+    as one client is the loop without any federation. compiled: by torch.compile, when it is first called.
+    """
     import copy
 
-    import numpy as np
     import torch
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
-    options, train = work.approach.config.method, work.approach.data.train
     peft: Any = (
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.num_virtual_tokens)
         if options.name == "prefix"
-        else LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=options.alpha, target_modules=options.targets)
+        else LoraConfig(
+            task_type="CAUSAL_LM",
+            r=options.rank,
+            lora_alpha=options.alpha,
+            target_modules=options.targets,
+            fan_in_fan_out=model.config.model_type == "gpt2",
+        )
     )
-    model = get_peft_model(copy.deepcopy(work.base.model), peft)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapted = get_peft_model(copy.deepcopy(model), peft)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in trained]
-    sequences = work.approach.config.client.steps * BATCH
-    rows = np.concatenate([work.approach.data.population.indices(c)[:sequences] for c in work.clients])
-    ids = torch.from_numpy(np.stack([train.tokens(int(row)) for row in rows])).long().to(work.base.device)
+    forward = torch.compile(adapted) if compiled else adapted
 
-    def loop(batch: int, in_turn: bool) -> None:
-        for part in ids.split(sequences if in_turn else len(ids)):
+    def loop(texts: Any, batch: int) -> None:
+        for of_client in texts:
             with torch.no_grad():
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.copy_(value)
             optimizer = torch.optim.SGD(trained, lr=workloads.LEARNING_RATE)
-            for step in part.split(batch):
-                loss = model(input_ids=step, labels=step).loss
+            for step in of_client.split(batch):
+                loss = forward(input_ids=step, labels=step).loss
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -209,13 +223,13 @@ def taken_bytes(what: str) -> tuple[int, int]:
             logits = base.model.get_output_embeddings()(hidden.flatten(0, 1))
             torch.nn.functional.cross_entropy(logits, batch.targets).backward()
 
-        before = _reset_peak(base.device)
+        before = reset_peak(base.device)
         for _ in range(2):
             work.train() if what == "block" else alone()
-        return _peak(base.device) - before, work.approach.method.payload.size
+        return peak_bytes(base.device) - before, work.approach.method.payload.size
 
 
-def _reset_peak(device: Any) -> int:
+def reset_peak(device: Any) -> int:
     """Count the peak from here on; what is taken now."""
     import torch
 
@@ -223,13 +237,23 @@ def _reset_peak(device: Any) -> int:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM begins anew
-    return _peak(device)
+    return peak_bytes(device)
 
 
-def _peak(device: Any) -> int:
+def peak_bytes(device: Any) -> int:
+    """The most that was taken since `reset_peak`: allocated on a GPU, else resident in memory."""
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(status["VmHWM"].split()[0]) * 1024
+
+
+def free(device: Any) -> None:
+    """Give back what nothing refers to any more, also what the allocator of a GPU keeps."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class Row:
         return {**asdict(self), "measured": measured, "verdict": self.verdict}
 
 
-#: A measurement, when it is called.
-Part = Callable[[], list[Row]]
+#: A measurement, when it is called; rows may come one by one.
+Part = Callable[[], Iterable[Row]]
 
 
 def skipped(what: str, why: str) -> Row:

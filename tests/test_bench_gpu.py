@@ -1,0 +1,116 @@
+"""The GPU's bench, on a CPU with tiny models: every part runs, and its figures are what they say."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedhpc.bench import gpu
+from fedhpc.bench.table import Row
+from fedhpc.errors import UserError
+from tests import tiny
+
+CPU = torch.device("cpu")
+SIZES = gpu.Sizes(
+    {name: lambda name=name: tiny.FAMILIES[name]().config for name in ("gpt2", "llama")},
+    cells=[(2, 8), (1, 6)], blocks=(1, 2), bare=(2,), square=64, repeats=1, profiled=2,
+)  # fmt: skip
+
+
+def figures(rows: Any) -> dict[str, Row]:
+    return {row.what: row for row in rows}
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["prefix", "lora"])
+def test_a_grid_has_four_figures_a_cell(model: str, method: str) -> None:
+    rows = figures(gpu.grid(model, method, CPU, SIZES))
+    assert len(rows) == 8 and all(row.measured > 0 for row in rows.values())
+    at = f"{model} {method}, batch 2, 8 tokens"
+    assert "1: " in next(row.note for what, row in rows.items() if what.startswith(f"{at}: block of"))
+    assert f"{at}: over the bare loop at its best batch" in rows
+
+
+def test_a_grid_says_what_it_leaves_out() -> None:
+    (row,) = gpu.grid("llama", "lora", CPU, replace(SIZES, seconds=0.0))
+    assert row.what.startswith("llama lora, batch 2, 8 tokens and the 1 cells after it") and "were over" in row.note
+
+
+def test_flops_are_four_for_each_weight_that_multiplies() -> None:
+    bed = gpu.Bed("llama", "lora", CPU, SIZES)
+    h, kv, inner, layers = 32, 16, 48, 2
+    assert bed.flops == 4 * (layers * (2 * h * h + 2 * h * kv + 3 * h * inner) + h * tiny.VOCABULARY)
+    assert bed.base.dtype == torch.bfloat16 and bed.start.dtype == torch.float32
+
+
+def test_a_ladder_ends_where_memory_does_or_where_it_gets_no_faster() -> None:
+    def short(size: int) -> tuple[float, int]:
+        if size > 4:
+            raise torch.OutOfMemoryError("full")
+        return 10.0 * size, size
+
+    found = gpu.ladder([1, 2, 4, 8, 16], short, CPU)
+    assert (found.best, found.rate, str(found)) == (4, 40.0, "tokens/s 1: 10, 2: 20, 4: 40; 8 does not fit in memory")
+    flat = gpu.ladder([1, 2, 4, 8], lambda size: (min(10.0 * size, 20.1), 0), CPU)
+    assert (flat.best, list(flat.found), flat.end) == (4, [1, 2, 4], "no faster")
+    with pytest.raises(UserError, match="8 does not fit"):
+        gpu.ladder([8], short, CPU)
+
+
+def test_a_timeline_counts_what_overlaps_once() -> None:
+    spans = [(0.0, 10.0, "a"), (5.0, 12.0, "b"), (20.0, 28.0, "a")]
+    rows = figures(gpu.timeline("x", spans, 40e-6))
+    assert rows["x: GPU busy"].measured == pytest.approx(0.5)
+    assert rows["x: gaps under the profiler"].measured == pytest.approx(8 / 28)
+    assert rows["x: a"].measured == pytest.approx(18 / 25) and rows["x: kernels and copies a step"].measured == 3 / 4
+
+
+def test_a_profile_names_what_takes_most() -> None:
+    rows = list(gpu.profile("llama", "lora", CPU, SIZES))
+    assert len(rows) == 13 and sum(row.measured for row in rows[3:]) < 1.01
+    assert rows[1].measured > 0 and rows[0].measured > 10
+
+
+def test_the_peak_is_a_product_and_says_what_runs() -> None:
+    (row,) = gpu.peak(CPU, SIZES)
+    assert row.measured > 0 and "driver" in row.note and row.unit == "TFLOP/s"
+
+
+def test_parts_are_chosen_by_name_and_one_that_fails_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert len(gpu.parts("grid", False, 3)) == 4 and len(gpu.parts("grid-llama,peak", False, 3)) == 3
+    with pytest.raises(UserError, match="there is no part 'gird'"):
+        gpu.parts("gird", False, 3)
+
+    def broken() -> Any:
+        yield Row("first", 1.0)
+        raise RuntimeError("CUDA error")
+
+    rows = gpu._guarded("grid", broken, CPU)
+    assert next(rows).what == "first"
+    with pytest.raises(UserError, match="grid: RuntimeError: CUDA error"):
+        next(rows)
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_one_line() -> None:
+    command = [sys.executable, "-m", "fedhpc.bench", "--gpu", "--only", "peak"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "--gpu: torch sees no NVIDIA GPU" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_loop_is_compared() -> None:
+    (row,) = gpu.compiled("llama", "lora", CPU, SIZES)
+    assert row.measured > 0 and "its first 4 steps" in row.note
