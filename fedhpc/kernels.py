@@ -1,14 +1,25 @@
-"""Operations, with their gradients, that torch and its BLAS leave slow at the sizes that clients have."""
+"""Operations, with their gradients, that torch and its BLAS leave slow at the sizes that clients have; and copies."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _NARROW = 12  # columns
+
+
+def on_device(array: np.ndarray[Any, Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The array as a tensor on `device`: on a CPU in its own memory, unless `dtype` is another.
+
+    A copy from pageable memory to a GPU waits for all that the GPU still has to do; one from pinned memory does not,
+    and torch keeps that memory until the copy is done.
+    """
+    tensor = torch.from_numpy(array).to(dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

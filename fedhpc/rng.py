@@ -54,7 +54,7 @@ def normals(key: int, count: int, dtype: torch.dtype, device: torch.device) -> T
     """
     import torch
 
-    draws = bits(torch.tensor(key, device=device), torch.arange((count + 1) // 2, device=device))
+    draws = bits(torch.full((), key, device=device), torch.arange((count + 1) // 2, device=device))
     # Half a step keeps the logarithm away from 0.
     radius = (-2 * ((_shift(draws, 32).to(dtype) + 0.5) * 2**-32).log()).sqrt()
     angle = (draws & (2**32 - 1)).to(dtype) * (2 * math.pi * 2**-32)

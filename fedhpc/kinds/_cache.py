@@ -30,16 +30,20 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
-def prefix_cache(past: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-    """A cache that holds `past`, per layer (key, value), and nothing else whatever the model does."""
-    return Cache(layers=[_FixedLayer(keys, values) for keys, values in past])
-
-
 class _PassingLayer(DynamicLayer):  # type: ignore[misc]
     """Keeps nothing: keys and values come back as they are."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
+
+
+def prefix_cache(past: Sequence[tuple[Tensor, Tensor]], num_layers: int = 0) -> Cache:
+    """A cache that holds `past`, per layer (key, value), and nothing else whatever the model does.
+
+    num_layers: of the model, where `past` may be empty. Without any cache transformers reads the positions back, to see
+    whether a row holds several texts, and a GPU would have to be waited for.
+    """
+    return Cache(layers=[_FixedLayer(*pair) for pair in past] or [_PassingLayer() for _ in range(num_layers)])
 
 
 class _Forgetful(dict[int, bool]):

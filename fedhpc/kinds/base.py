@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 
 from fedhpc.config import Config
 from fedhpc.data.tokens import Examples, Join
+from fedhpc.lazy import lazy
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
+else:
+    kernels = lazy("fedhpc.kernels")
 
 Int64 = NDArray[np.int64]
 
@@ -216,14 +221,12 @@ class Kind(ABC):
 
 def soft_targets(base: Loaded, examples: Examples, indices: Int64) -> Soft | None:
     """What the teachers of `examples` say of the examples `indices`, in their order; None where there are none."""
-    import torch
-
     soft = examples.soft
     if soft is None:
         return None
     rows = np.concatenate([np.arange(soft.offsets[i], soft.offsets[i + 1]) for i in indices])
-    index = torch.from_numpy(soft.index[rows].astype(np.int64)).to(base.device, non_blocking=True)
-    probability = torch.from_numpy(soft.probability[rows]).to(base.device, non_blocking=True)
+    index = kernels.on_device(soft.index[rows].astype(np.int64), base.device)
+    probability = kernels.on_device(soft.probability[rows], base.device)
     return Soft(index, probability, soft.temperature, soft.hard_weight)
 
 

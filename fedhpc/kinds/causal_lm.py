@@ -20,8 +20,10 @@ from fedhpc.lazy import lazy
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 # Keys of a model's configuration that change its logits behind the output layer.
 _AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -94,10 +96,10 @@ class CausalLM(TokenKind):
         row = np.repeat(np.arange(len(indices)), supervised)
         device = base.device
         return TokenBatch(
-            ids=torch.from_numpy(ids).to(device, non_blocking=True),
-            positions=torch.from_numpy(np.concatenate(positions)).to(device, non_blocking=True),
-            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device, non_blocking=True),
-            row=torch.from_numpy(row).to(device, non_blocking=True),
+            ids=kernels.on_device(ids, device),
+            positions=kernels.on_device(np.concatenate(positions), device),
+            targets=kernels.on_device(np.concatenate(targets).astype(np.int64), device),
+            row=kernels.on_device(row, device),
             supervised=supervised,
             tokens=int(ids.size),
             real_tokens=int((lengths - 1).sum()),
@@ -186,10 +188,8 @@ class CausalLM(TokenKind):
         positions = batch.positions - rows * length + inputs.shape[1] - length
         if written_out(base.model):
             return hidden_at(base.model, inputs, attached.past, rows, positions, attached.by_position)
-        cache = prefix_cache(attached.past) if attached.past else None
-        hidden = base.model.base_model(
-            inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        cache = prefix_cache(attached.past, self.sizes(base.model.config).num_layers)
+        hidden = base.model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
         return at(hidden, rows * inputs.shape[1] + positions)
 
     # ---- answers
@@ -213,7 +213,7 @@ class CausalLM(TokenKind):
             ids_[b, padding[b] :] = prompt
             mask_[b, n : n + padding[b]] = 0
         positions_ = n + (np.arange(width) - padding[:, None]).clip(min=0)
-        ids, mask, positions = (torch.from_numpy(array).to(device) for array in (ids_, mask_, positions_))
+        ids, mask, positions = (kernels.on_device(array, device) for array in (ids_, mask_, positions_))
 
         limit = self.max_positions(base)
         cache = DynamicCache(list(attached.past)) if attached.past else DynamicCache()

@@ -40,8 +40,10 @@ from fedhpc.lazy import lazy
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,7 @@ class Classification(Kind):
             raise ValueError("a classifier needs labelled examples")
         ids, mask = padded([examples.tokens(int(i)) for i in indices], pad_id(base))
         labels, rows = examples.labels[indices].astype(np.int64), np.arange(len(indices))
-        on_device = (torch.from_numpy(a).to(base.device, non_blocking=True) for a in (ids, mask, labels, rows))
-        ids_, mask_, labels_, rows_ = on_device
+        ids_, mask_, labels_, rows_ = (kernels.on_device(a, base.device) for a in (ids, mask, labels, rows))
         return TextBatch(
             ids=ids_,
             mask=mask_,
@@ -176,13 +177,15 @@ class Classification(Kind):
 
     def logits(self, base: Loaded, attached: Attached, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, T) -> logits (B, classes), each row behind its own virtual positions, which all can see."""
+        from fedhpc.kinds._masks import padding
+
         inputs = {"input_ids": ids}
         if attached.embeddings is not None:
             inputs = {"inputs_embeds": torch.cat([attached.embeddings, base.model.get_input_embeddings()(ids)], dim=1)}
         if n := attached.virtual_length:
             mask = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
         with _past(base, attached):
-            logits: Tensor = base.model(**inputs, attention_mask=mask).logits
+            logits: Tensor = base.model(**inputs, attention_mask=padding(base.model, mask)).logits
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     # ---- training

@@ -41,8 +41,10 @@ from fedhpc.lazy import lazy
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 _KEPT_BYTES = 2**29  # of vectors that are kept, on every rank
 TEMPERATURE = 0.05  # as all-MiniLM and its like were trained (scale 20)
@@ -114,7 +116,7 @@ class Embedding(Kind):
         return Pairs(
             questions=_kept(base, questions),
             passages=_kept(base, passages),
-            same=torch.from_numpy(text[:, None] == text[None, :]).to(base.device),
+            same=kernels.on_device(text[:, None] == text[None, :], base.device),
             row=rows,
             supervised=np.ones(len(indices), np.int64),
             tokens=tokens,
@@ -195,7 +197,7 @@ def embed(base: Loaded, ids: Sequence[np.ndarray]) -> Tensor:
     takes_types = "token_type_ids" in signature(base.model.forward).parameters
     with torch.no_grad():
         for one in ids:
-            text = torch.from_numpy(np.asarray(one, np.int64)).unsqueeze(0).to(base.device)
+            text = kernels.on_device(np.asarray(one, np.int64), base.device).unsqueeze(0)
             types = {"token_type_ids": torch.zeros_like(text)} if takes_types else {}
             hidden = base.model(input_ids=text, attention_mask=torch.ones_like(text), **types).last_hidden_state
             found.append(torch.nn.functional.normalize(hidden[0].mean(dim=0), dim=0))
@@ -218,7 +220,7 @@ def _kept(base: Loaded, ids: Sequence[np.ndarray]) -> Tensor:
         most = _KEPT_BYTES // made[0].nbytes
         for key in list(islice(base.kept, max(0, len(base.kept) - most))):
             del base.kept[key]
-    return torch.stack([found[key] for key in keys]).to(base.device)
+    return kernels.on_device(torch.stack([found[key] for key in keys]).numpy(), base.device)
 
 
 KIND = Embedding()

@@ -26,8 +26,10 @@ from fedhpc.lazy import lazy
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Seq2Seq(TokenKind):
             "row": np.repeat(np.arange(len(indices)), supervised),
         }
         return PairBatch(
-            **{name: torch.from_numpy(a).to(base.device, non_blocking=True) for name, a in arrays.items()},
+            **{name: kernels.on_device(a, base.device) for name, a in arrays.items()},
             supervised=supervised,
             tokens=int(ids.size + source.size),
             real_tokens=int(seen.sum() + mask.sum()),
@@ -167,23 +169,32 @@ class Seq2Seq(TokenKind):
     def hidden(self, base: Loaded, attached: Attached, batch: PairBatch) -> Tensor:
         """See the base class."""
         from fedhpc.kinds._cache import decoder_cache
+        from fedhpc.kinds._masks import causal
 
         states, mask = self._encode(base, attached, batch.source, batch.mask)
         cache = decoder_cache(attached.past) if attached.past else None
-        return at(self._decode(base, batch.ids, states, mask, cache), batch.positions)
+        own = None if cache else causal(base.model, batch.ids.shape[1], base.device)
+        return at(self._decode(base, batch.ids, states, mask, cache, own), batch.positions)
 
     def _encode(self, base: Loaded, attached: Attached, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's states (B, n + U, D) and their mask; n is 0 for a prefix, which is the decoder's."""
+        from fedhpc.kinds._masks import padding
+
         encoder = base.model.get_encoder()
         if attached.embeddings is None:
+            mask = padding(base.model, mask)
             return encoder(input_ids=source, attention_mask=mask).last_hidden_state, mask
         inputs = torch.cat([attached.embeddings, base.model.get_input_embeddings()(source)], dim=1)
-        mask = torch.cat([mask.new_ones(len(mask), attached.virtual_length), mask], dim=1)
+        mask = padding(base.model, torch.cat([mask.new_ones(len(mask), attached.virtual_length), mask], dim=1))
         return encoder(inputs_embeds=inputs, attention_mask=mask).last_hidden_state, mask
 
-    def _decode(self, base: Loaded, ids: Tensor, states: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    def _decode(
+        self, base: Loaded, ids: Tensor, states: Tensor, mask: Tensor, cache: Any, own: Tensor | None = None
+    ) -> Tensor:
+        """The decoder's states (B, T, D). mask: of the encoder's; own: of its self-attention, where it is given one."""
         hidden: Tensor = base.model.get_decoder()(
             input_ids=ids,
+            attention_mask=own,
             encoder_hidden_states=states,
             encoder_attention_mask=mask,
             past_key_values=cache,
@@ -196,7 +207,7 @@ class Seq2Seq(TokenKind):
     def generate(self, base: Loaded, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
         """See the base class. All rows start in the same column of the decoder, so only the encoder needs a mask."""
         device = base.device
-        source, mask = (torch.from_numpy(array).to(device) for array in padded(prompts, pad_id(base)))
+        source, mask = (kernels.on_device(array, device) for array in padded(prompts, pad_id(base)))
         states, mask = self._encode(base, attached, source, mask)
         cache, limit = _cache(attached), self.max_positions(base)
         taken = attached.virtual_length if attached.past else 0

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,7 +119,7 @@ class Prefix(Method):
         out = torch.baddbmm(state["transform.2.bias"].unsqueeze(1), hidden, state["transform.2.weight"].mT)
         if self.options.exchange == "materialised":
             return payload[PREFIX] + out
-        return out + self._anchor.to(out) if self.options.init == "text" else out
+        return out + self._anchor_on_device.to(out) if self.options.init == "text" else out
 
     @contextmanager
     def attach(
@@ -171,6 +172,10 @@ class Prefix(Method):
         if not hasattr(self, "_anchor_cache"):
             self._anchor_cache = self._activations()
         return self._anchor_cache
+
+    @cached_property
+    def _anchor_on_device(self) -> Tensor:
+        return self._anchor.to(self.base.device)
 
     def _activations(self) -> Tensor:
         n = self.options.num_virtual_tokens

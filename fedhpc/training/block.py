@@ -36,8 +36,10 @@ from fedhpc.training.local import batches, learning_rates
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fedhpc import kernels
 else:
-    torch = lazy("torch")
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 # What one more forward costs, in padded tokens: where the rows of a step are cut into micro-forwards.
 _FORWARD_COST_TOKENS = {"cpu": 160, "cuda": 4096}
@@ -110,7 +112,7 @@ def train_block(
     clients = len(works)
 
     payloads = payloads.to(device)
-    start = payloads if len(payloads) == 1 else payloads[torch.from_numpy(order).to(device)]
+    start = payloads if len(payloads) == 1 else payloads[kernels.on_device(order, device)]
     lead = method.payload.views(start)
     began = method.start(lead, round_, [works[i].client_id for i in order])
     theta = method.state.flatten({name: t.expand(clients, *t.shape[1:]) for name, t in began.items()}).clone()
@@ -123,16 +125,12 @@ def train_block(
     buffers = {name: torch.zeros_like(gradient) for name in rule.state_names(options)}
     count = np.zeros(clients, dtype=np.int64)
     if memories is not None:
-        for i, which in enumerate(order):
-            count[i] = memories[which].count
-            for name, buffer in memories[which].buffers.items():
-                buffers[name][i].copy_(buffer)
+        count[:] = [memories[i].count for i in order]
+        for name, buffer in buffers.items():
+            buffer.copy_(torch.stack([memories[i].buffers[name] for i in order]))
 
-    keys = torch.tensor(
-        [torch_seed(config.run.seed, "noise", round_, works[i].client_id) for i in order],
-        dtype=torch.int64,
-        device=device,
-    )
+    seeds = [torch_seed(config.run.seed, "noise", round_, works[i].client_id) for i in order]
+    keys = kernels.on_device(np.array(seeds, dtype=np.int64), device)
     loss_sum = torch.zeros(clients, dtype=torch.float64, device=device)
     first, last = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
     tokens = np.zeros(clients, dtype=np.int64)
@@ -143,13 +141,13 @@ def train_block(
         active = int((steps > s).sum())
         picked = [works[order[i]].indices[plans[order[i]][s]] for i in range(active)]
         step_tokens = np.array([base.kind.supervised(examples, rows).sum() for rows in picked], dtype=np.int64)
-        counts = torch.from_numpy(np.maximum(step_tokens, 1)).to(device)
+        counts = kernels.on_device(np.maximum(step_tokens, 1), device)
         parts = []
         for batch, owner, place in _micro_batches(base, examples, picked):
-            rows = torch.from_numpy(owner).to(device)
+            rows = kernels.on_device(owner, device)
             # A row's draws follow from its client, the step and its place in the client's step alone.
-            noise = bits(keys.index_select(0, rows), torch.from_numpy(place + (s << 32)).to(device))
-            row_weights = torch.from_numpy(1.0 / np.maximum(step_tokens, 1)[owner]).to(device, theta.dtype)
+            noise = bits(keys.index_select(0, rows), kernels.on_device(place + (s << 32), device))
+            row_weights = kernels.on_device(1.0 / np.maximum(step_tokens, 1)[owner], device, theta.dtype)
             parts.append(_Part(batch, rows, noise, row_weights))
             padded_tokens += passes * (batch.tokens - batch.real_tokens)
             input_tokens += passes * batch.tokens
@@ -163,7 +161,7 @@ def train_block(
                 generator(config.run.seed, "direction", round_, works[order[i]].client_id, s).integers(theta.shape[1])
                 for i in range(active)
             ]
-            along = torch.tensor(drawn, device=device).unsqueeze(1)
+            along = kernels.on_device(np.array(drawn), device).unsqueeze(1)
             away = torch.zeros_like(live).scatter_(1, along, method.probe)
             with torch.no_grad():
                 ahead = _losses(base, method, theta[:active] + away, lead, parts, active, config, None)
@@ -181,14 +179,15 @@ def train_block(
         if drift is not None:
             live.add_(drift[:active])
         count[:active] += 1
-        now = [rates[order[i]][s] for i in range(active)]
+        now = np.array([rates[order[i]][s] for i in range(active)])
+        taken, rate = kernels.on_device(np.stack([count[:active], now]), device, theta.dtype).unsqueeze(2)
         with torch.no_grad():
             rule.step(
                 theta[:active],
                 live,
                 {name: buffer[:active] for name, buffer in buffers.items()},
-                torch.from_numpy(count[:active, None]).to(device, theta.dtype),
-                torch.tensor(now, device=device, dtype=theta.dtype).unsqueeze(1),
+                taken,
+                rate,
                 options,
             )
         mean = step_loss / counts
@@ -201,6 +200,7 @@ def train_block(
     with torch.no_grad():
         reached = method.payload.flatten(method.finish(method.state.views(theta), lead))
         updates = (start - reached).to("cpu")
+    kept = {name: buffer.to("cpu") for name, buffer in buffers.items()} if memories is not None else {}
     back = np.argsort(order)
     ordered = torch.from_numpy(back)
     return Trained(
@@ -214,9 +214,7 @@ def train_block(
         loss_last=last.cpu().numpy()[back],
         input_tokens=input_tokens,
         padded_tokens=padded_tokens,
-        memories=[
-            Memory({name: buffer[i].cpu().clone() for name, buffer in buffers.items()}, int(count[i])) for i in back
-        ]
+        memories=[Memory({name: buffer[i].clone() for name, buffer in kept.items()}, int(count[i])) for i in back]
         if memories is not None
         else [],
         seconds=time.perf_counter() - started,

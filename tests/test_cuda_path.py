@@ -1,0 +1,235 @@
+"""The CUDA path without a GPU: devices and dtypes that fit, and a step that never waits (tests/fake_gpu.py)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedhpc import config as configuration
+from fedhpc import kernels, registry
+from fedhpc.evaluation.evaluate import evaluate
+from fedhpc.kinds import _loss
+from fedhpc.methods._head import with_head
+from fedhpc.methods.base import Method
+from fedhpc.models import Base
+from fedhpc.training.block import Memory, train_block
+from fedhpc.transport.base import LoopbackTransport
+from tests import tiny
+from tests.fake_gpu import GPU, PAGEABLE, READ, fake_gpu
+from tests.test_block import works
+from tests.test_methods import make
+
+BLOCK = {READ: 4, PAGEABLE: 1}  # what a block brings back: updates and three kinds of losses; and the payload down
+ADAMW = {"optimizer": "adamw", "lr": 0.1, "clip_norm": 1.0, "proximal": 0.1, "weight_decay": 0.01}
+SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
+
+
+def settings(steps: int, precision: str, client: dict[str, Any]) -> configuration.Config:
+    tree = {
+        "partition": {"name": "iid"},
+        "client": {"batch_size": 2, "steps": steps, **client},
+        "runtime": {"precision": precision},
+    }
+    return configuration.resolve(tree)
+
+
+def data_of(family: str) -> Any:
+    return tiny.labelled() if family in tiny.ENCODERS else tiny.examples()
+
+
+def start_of(method: Method) -> torch.Tensor:
+    return torch.zeros(1, method.payload.size)
+
+
+def waits(
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    name: str,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
+    client: dict[str, Any] = ADAMW,
+    remember: bool = False,
+) -> list[Counter[tuple[str, str]]]:
+    """What a block waits for the GPU with one step and with three."""
+    found = []
+    with fake_gpu(monkeypatch) as gpu:
+        base = tiny.base(family, dtype, device="cuda:0")
+        method = with_head(make(name, base, **options))
+        group = works(3 if method.shares_base else 1)
+        rule: Any = registry.load("client_optimizers", client["optimizer"])
+        names = rule.state_names(settings(1, precision, client).client)
+        for steps in (1, 3):
+            gpu.waits.clear()
+            memories = [Memory.fresh(names, method.state.size, torch.float32) for _ in group] if remember else None
+            config = settings(steps, precision, client)
+            trained = train_block(base, method, start_of(method), group, data_of(family), config, 1, 1, memories)
+            assert trained.updates.shape == (len(group), method.payload.size)
+            assert trained.updates.dtype == torch.float32
+            found.append(gpu.waits.copy())
+    return found
+
+
+def of_kind(counted: Counter[tuple[str, str]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for (why, _), count in counted.items():
+        total[why] += count
+    return dict(total)
+
+
+# ---------------------------------------------------------------- the fake GPU itself
+
+
+def test_the_fake_gpu_refuses_and_counts_what_a_real_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_gpu(monkeypatch) as gpu:
+        there, here = torch.ones(3, device=GPU), torch.ones(3)
+        assert not isinstance(here, type(there)) and there.device == GPU
+        for wrong in (
+            lambda: there + here,
+            lambda: there.index_select(0, torch.zeros(1, dtype=torch.int64)),
+            lambda: torch.mm(there[None], there.half()[:, None]),
+            lambda: there.nonzero(),
+        ):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                wrong()
+        assert not gpu.waits
+        copies = [here.to(GPU), here.to(GPU, non_blocking=True), torch.tensor([1, 2], device=GPU), there.copy_(here)]
+        assert of_kind(gpu.waits) == {PAGEABLE: len(copies)}
+        gpu.waits.clear()
+        reads = [there.sum().item(), bool(there.any()), there.cpu().numpy(), here.copy_(there), there.to("cpu").sum()]
+        assert of_kind(gpu.waits) == {READ: len(reads)}
+        gpu.waits.clear()
+        assert here.pin_memory().to(GPU, non_blocking=True).device == GPU
+        assert not gpu.waits
+        weight, label = torch.ones(3, 3, device=GPU, requires_grad=True), torch.full((), 1, device=GPU)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            product = there @ weight
+            loss = torch.nn.functional.cross_entropy(product, label)
+        loss.backward()
+        assert (product.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+        assert weight.grad is not None and (weight.grad.dtype, weight.grad.device) == (torch.float32, GPU)
+        assert not gpu.waits
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_an_array_is_pinned_for_a_gpu_and_stays_where_it_is_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.arange(6)
+    kernels.on_device(array, torch.device("cpu"))[0] = 7
+    assert array[0] == 7
+    assert kernels.on_device(array / 3, torch.device("cpu"), torch.float32).dtype == torch.float32
+    with fake_gpu(monkeypatch) as gpu:
+        there = kernels.on_device(array / 3, GPU, torch.float32)
+        assert (there.device, there.dtype, len(gpu.pinned)) == (GPU, torch.float32, 1)
+        assert not gpu.waits
+
+
+# ---------------------------------------------------------------- steps
+
+B16 = torch.bfloat16
+QUICK: list[tuple[Any, ...]] = [
+    ("llama", "prefix", {}),
+    ("llama", "lora", {"dropout": 0.1}, B16),
+    ("gpt2", "prompt", {}, torch.float32, "float16", SGD),
+    ("bert", "lora", {}),
+    ("bart", "prefix", {}),
+]
+LORA = [{"aggregation": "exact"}, {"aggregation": "ffa"}]
+EVERY = ["prefix", "lora", "prompt", "p_tuning", "ia3", "adapter", "full"]
+SLOW: list[tuple[Any, ...]] = [
+    *[("llama", name, {}, dtype) for name in EVERY for dtype in (torch.float32, B16)],
+    *[("llama", name, {}, torch.float32, "bfloat16") for name in EVERY],
+    *[("gpt2", name, {}, torch.float32, "float16", SGD) for name in EVERY],
+    *[("llama", "lora", options) for options in LORA],
+    *[("llama", "prefix", {"exchange": exchange}) for exchange in ("mlp", "materialised")],
+    *[("llama", "full", {"last_layers": 1}), ("gpt2", "full", {"parameters": "bias"})],
+    *[(family, name, {}) for family in ("bert", "t5", "bart") for name in ("prefix", "lora", "prompt", "full")],
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*QUICK, *[pytest.param(case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK]], ids=str
+)
+def test_no_step_waits_for_the_gpu(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, three = waits(monkeypatch, *case)
+    assert three - one == Counter()
+    drawn = 5 if case[2].get("exchange") == "materialised" else 0  # an MLP of five tensors for every block
+    assert of_kind(three) == {**BLOCK, PAGEABLE: BLOCK[PAGEABLE] + drawn}
+
+
+def test_clients_with_memory_bring_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, three = waits(monkeypatch, "llama", "prefix", {}, remember=True)
+    assert one == three
+    assert of_kind(one) == {READ: BLOCK[READ] + 2, PAGEABLE: BLOCK[PAGEABLE] + 2}  # mean and square of all clients
+
+
+def test_fedkseed_reads_its_coefficients_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice a step, which draws the whole model three times: where the working copy is moved to."""
+    client = {"optimizer": "sgd", "lr": 0.1}
+    one, three = waits(monkeypatch, "llama", "fedkseed", {"num_seeds": 16}, client=client)
+    assert sum((three - one).values()) == 4
+    assert {line.split(":")[0] for _, line in three - one} == {"methods/fedkseed.py"}
+
+
+def test_a_frozen_head_in_pieces_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_loss._LOGITS_AT_ONCE, "cuda", 20 * tiny.VOCABULARY)
+    one, three = waits(monkeypatch, "llama", "prefix", {})
+    assert three - one == Counter()
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def outcome(base: Base, method: Method, family: str, metrics: list[str], precision: str) -> None:
+    data, options = data_of(family), settings(1, precision, SGD).evaluation.model_copy(update={"batch_size": 6})
+    payloads = torch.zeros(2, method.payload.size, device=GPU)
+    targets = ["a", "bb", "ccc"] if "accuracy" in metrics else None
+    chosen = np.arange(9)
+    found = evaluate(
+        base, method, payloads, data, chosen, metrics, options, precision, LoopbackTransport(), label_targets=targets
+    )
+    assert found is not None and set(found.metrics) == set(metrics)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "metrics", "dtype"),
+    [
+        ("llama", "lora", ["loss"], B16),
+        pytest.param("llama", "prefix", ["loss"], torch.float32, marks=pytest.mark.slow),
+        pytest.param("bert", "prefix", ["loss", "accuracy"], torch.float32, marks=pytest.mark.slow),
+        pytest.param("bart", "prompt", ["loss"], torch.float32, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_evaluation_reads_once_a_batch(
+    family: str, name: str, metrics: list[str], dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_gpu(monkeypatch) as gpu:
+        base = tiny.base(family, dtype, device="cuda:0")
+        method = with_head(make(name, base))
+        outcome(base, method, family, metrics, precision)
+        read = of_kind(gpu.waits)[READ]
+    # Two payloads with 9 examples each, in batches of 6; for accuracy 9 rows of both together.
+    assert read == (4 if metrics == ["loss"] else 6)
+
+
+# ---------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "lora"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5", "bart"])
+def test_masks_that_are_not_read_hide_the_same(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.base(family)
+    method = with_head(make(name, base))
+    start = start_of(method).double() + 0.1
+    updates = []
+    for _ in range(2):
+        updates.append(train_block(base, method, start, works(3), data_of(family), settings(2, "float32", SGD), 1, 1))
+        monkeypatch.setattr("fedhpc.kinds._masks._READ_FOR_NOTHING", ())
+    plain, made = (trained.updates for trained in updates)
+    assert float((plain - made).norm() / plain.norm()) < 1e-9
