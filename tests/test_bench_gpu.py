@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from fedhpc.bench import gpu
+from fedhpc.approaches import averaging
+from fedhpc.bench import gpu, gpu_runs, workloads
+from fedhpc.bench.bed import Bed, Sizes, ladder
 from fedhpc.bench.table import Row
 from fedhpc.errors import UserError
+from fedhpc.training.block import train_block
 from tests import tiny
 
 CPU = torch.device("cpu")
-SIZES = gpu.Sizes(
+SIZES = Sizes(
     {name: lambda name=name: tiny.FAMILIES[name]().config for name in ("gpt2", "llama")},
     cells=[(2, 8), (1, 6)], blocks=(1, 2), bare=(2,), square=64, repeats=1, profiled=2,
 )  # fmt: skip
@@ -43,7 +46,7 @@ def test_a_grid_says_what_it_leaves_out() -> None:
 
 
 def test_flops_are_four_for_each_weight_that_multiplies() -> None:
-    bed = gpu.Bed("llama", "lora", CPU, SIZES)
+    bed = Bed("llama", "lora", CPU, SIZES)
     h, kv, inner, layers = 32, 16, 48, 2
     assert bed.flops == 4 * (layers * (2 * h * h + 2 * h * kv + 3 * h * inner) + h * tiny.VOCABULARY)
     assert bed.base.dtype == torch.bfloat16 and bed.start.dtype == torch.float32
@@ -55,12 +58,12 @@ def test_a_ladder_ends_where_memory_does_or_where_it_gets_no_faster() -> None:
             raise torch.OutOfMemoryError("full")
         return 10.0 * size, size
 
-    found = gpu.ladder([1, 2, 4, 8, 16], short, CPU)
+    found = ladder([1, 2, 4, 8, 16], short, CPU)
     assert (found.best, found.rate, str(found)) == (4, 40.0, "tokens/s 1: 10, 2: 20, 4: 40; 8 does not fit in memory")
-    flat = gpu.ladder([1, 2, 4, 8], lambda size: (min(10.0 * size, 20.1), 0), CPU)
+    flat = ladder([1, 2, 4, 8], lambda size: (min(10.0 * size, 20.1), 0), CPU)
     assert (flat.best, list(flat.found), flat.end) == (4, [1, 2, 4], "no faster")
     with pytest.raises(UserError, match="8 does not fit"):
-        gpu.ladder([8], short, CPU)
+        ladder([8], short, CPU)
 
 
 def test_a_timeline_counts_what_overlaps_once() -> None:
@@ -107,6 +110,52 @@ def test_without_a_gpu_there_is_one_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "--gpu: torch sees no NVIDIA GPU" in done.stderr
+
+
+def test_auto_is_compared_with_the_best_that_a_cohort_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {1: (10.0, 0), 2: (18.0, 0), 4: (30.0, 0), 32: (60.0, 0), 64: (80.0, 0)}
+    monkeypatch.setattr(Bed, "blocks", lambda self, ks, *of: ladder(ks, lambda k: rates.get(k, (40.0, 0)), CPU))
+    rows = list(gpu.auto("llama", "lora", CPU, replace(SIZES, blocks=(1, 2, 4, 32, 64))))
+    assert [row.measured for row in rows] == [pytest.approx(x) for x in (18 / 30, 40 / 80, 40 / 80)]
+    assert [row.what.rpartition(": ")[2] for row in rows] == [
+        f"block_size auto for a cohort of {cohort}, {k}, over the best, {best}"
+        for cohort, k, best in ((16, 2, 4), (64, 8, 64), (256, 8, 64))
+    ]
+
+
+@pytest.mark.parametrize("fits", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_run_without_memory_for_its_block_is_told(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
+    limits: list[Any] = []
+
+    def train(base: Any, method: Any, start: Any, works: Any, *about: Any) -> Any:
+        if limits and len(works) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
+        return train_block(base, method, start, works, *about)
+
+    monkeypatch.setattr(averaging, "train_block", train)
+    monkeypatch.setattr(gpu_runs, "limit_memory", lambda device, size: limits.append(size))
+    (row,) = gpu_runs.scarce(CPU, "small")
+    assert row.measured == float(fits == 8) and row.what.startswith("block_size auto (8) with 70% of a block's ")
+    assert row.note == ("it ran to its end" if fits == 8 else "OutOfMemoryError: CUDA out of memory")
+    assert limits[0] > 0 and limits[1:] == [None]
+
+
+@pytest.mark.slow
+def test_programs_of_one_process_and_of_two_ranks_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "SEQUENCES", 4)  # one step a client
+    rows = figures(gpu_runs.programs("lora", "small", "cpu", rounds=3))
+    for name in ("one process", "torchrun, 2 ranks", "--ranks 2"):
+        outside = rows[f"lora, {name}: share of a round outside local training"]
+        assert 0 < outside.measured < 1 and f"{1 if name == 'one process' else 2} ranks over" in outside.note
+        assert rows[f"lora, {name}: from the command to the first round done"].measured > 1
+    assert 0 < rows["lora: a round of one process over torchrun, 2 ranks"].measured < 10
+
+
+@pytest.mark.slow
+def test_bits_are_compared_over_runs_ranks_and_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "SEQUENCES", 4)
+    rows = list(gpu_runs.bits("prefix", "small", "cpu", rounds=4))
+    assert [row.verdict for row in rows] == ["met"] * 3 and "killed and resumed" in rows[2].what
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from fedhpc.errors import UserError
 _CLIENTS = COHORT // 2  # one worker's share of a round
 _BLOCKS = (1, 4, 8)
 _BARE_BATCHES = (4, 16, 64)
-_STEPS = {"small": 4, "big": 2}  # of a client: enough, for every step costs the same
+_STEPS = {"small": 4, "big": 2, "large": 2}  # of a client: enough, for every step costs the same
 
 
 def parts(repeats: int, quick: bool) -> list[Part]:
@@ -92,9 +92,9 @@ def _padding() -> list[Row]:
 
 
 class Trainer:
-    """One worker's share of a round of `workload`, in blocks of k; what the round loop would ask of the approach."""
+    """One worker's share of a round of `workload`, in blocks of k or "auto"; what the loop asks of the approach."""
 
-    def __init__(self, workload: Workload, folder: Path, k: int, **changes: Any) -> None:
+    def __init__(self, workload: Workload, folder: Path, k: int | str, **changes: Any) -> None:
         import torch
 
         from fedhpc import federation, startup
@@ -114,7 +114,7 @@ class Trainer:
         self.base = self.approach.base
         self.plan = self.approach.plan(1)
         self.down = self.approach.download(transport, self.approach.state(), self.plan)
-        self.clients, self.k = self.plan.cohort[:_CLIENTS], k
+        self.clients, self.k = self.plan.cohort[:_CLIENTS], self.approach.block_size
 
     def train(self) -> None:
         """Train the clients, k at a time."""
@@ -257,3 +257,11 @@ def free(device: Any) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def limit_memory(device: Any, size: int | None) -> None:
+    """Let this process take so many bytes of a GPU; all of them with None."""
+    import torch
+
+    share = 1.0 if size is None else size / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(share, device)

@@ -3,9 +3,9 @@
 64 clients, 16 a round, 32 sequences each, batches of 4, one local epoch of plain SGD, FedAvg.
 
 W1, W2: a Llama with random weights and 48 random tokens a sequence; a prefix of 16 (W1), LoRA of rank 8 on q, k, v and
-o (W2). small: hidden 128, 4 layers, vocabulary 2048; big: 288, 6 layers, 4096. The data are texts: a word per token,
-`t17` for token 17. So all goes the way of any data, and everybody else can be given the very same tokens. The last
-token of a sequence is the end of text, which a language model's rows end with.
+o (W2). small: hidden 128, 4 layers, vocabulary 2048; big: 288, 6 layers, 4096; large, for a GPU: 768, 12, 32000. The
+data are texts: a word per token, `t17` for token 17. So all goes the way of any data, and everybody else can be given
+the very same tokens. The last token of a sequence is the end of text, which a language model's rows end with.
 
 W3: real text. A prefix of 16 on tinystories-260k, E2E (`shared/` beside the checkout), lengths as they are, the loss
 on the target alone.
@@ -44,6 +44,13 @@ _SIZES: dict[str, dict[str, int]] = {
         "num_attention_heads": 6,
         "intermediate_size": 768,
         "vocab_size": 4096,
+    },
+    "large": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 2048,
+        "vocab_size": 32000,
     },
 }
 _PREFIX = {"name": "prefix", "num_virtual_tokens": 16, "init": "random"}

@@ -1,0 +1,170 @@
+"""Whole runs on one GPU: what a round costs beside training, the same bits again, and what happens without memory.
+
+Programs as anybody starts them: one process, in which rank 0 hosts the clients itself, or a server on the CPU and a
+worker on the GPU, over gloo. W1 or W2 with a base of 134 million parameters in bfloat16, a cohort of 16 in one block.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhpc.bench import workloads
+from fedhpc.bench.compute import Trainer, free, limit_memory, peak_bytes, reset_peak
+from fedhpc.bench.processes import Watched, quiet
+from fedhpc.bench.table import Row
+from fedhpc.bench.workloads import COHORT, W1, W2, Workload
+from fedhpc.errors import UserError
+
+_LIMIT_S = 150.0
+_MAIN = ["-m", "fedhpc.main"]
+_Launch = tuple[list[str], list[str]]  # what is before and behind the configuration's name in a command
+_ONE: _Launch = ([sys.executable, *_MAIN], [])
+_FORKED: _Launch = ([sys.executable, *_MAIN], ["--ranks", "2"])
+_TORCHRUN: _Launch = (
+    [str(Path(sysconfig.get_path("scripts"), "torchrun")), "--standalone", "--nproc_per_node=2", *_MAIN],
+    [],
+)
+_SCARCE = 0.7  # of what a block takes: enough for half of it
+
+
+class _Runs:
+    """Runs of one configuration, each in a directory of its own; a context manager that leaves nothing behind."""
+
+    def __init__(self, method: str, size: str, device: str, rounds: int, **runtime: Any) -> None:
+        workload = {workload.method["name"]: Workload(workload.name, workload.method, size) for workload in (W1, W2)}
+        self._temporary = tempfile.TemporaryDirectory(prefix="bench-")
+        self.folder = Path(self._temporary.name)
+        self.config = workloads.write(
+            workload[method], self.folder, rounds, model={"dtype": "bfloat16"},
+            runtime={"device": device, "block_size": COHORT, **runtime},
+        )  # fmt: skip
+
+    def __enter__(self) -> _Runs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+    def watched(self, launch: _Launch, name: str, on_line: Callable[[float, str], None]) -> Watched:
+        """The run `name`, begun or gone on with. on_line: told what rank 0 prints."""
+        before, behind = launch
+        command = [*before, str(self.config), f"run.dir={self.folder / name}", *behind]
+        environment = {**os.environ, "FEDHPC_CACHE": str(self.folder / "cache")}
+        return Watched([(command, environment)], self.folder / f"{name}.log", on_line)
+
+    def done(self, launch: _Launch, name: str) -> tuple[float, str]:
+        """The run to its end: seconds from the command to the end of the first round, and what it says of itself."""
+        first: list[float] = []
+        said = ""
+
+        def on_line(moment: float, line: str) -> None:
+            nonlocal said
+            if " a round in blocks of " in line:
+                said = line.partition(" a round in ")[2].strip()
+            if line.startswith("round 1/"):
+                first.append(moment)
+
+        with self.watched(launch, name, on_line) as watched:
+            watched.wait(_LIMIT_S)
+        return (first[0] - watched.began if first else float("nan")), said
+
+    def read(self, name: str, group: str) -> dict[str, np.ndarray]:
+        """A group of results.h5 of the run `name`."""
+        import h5py
+
+        with h5py.File(self.folder / name / "results.h5") as file:
+            return {key: column[()] for key, column in file[group].items()}
+
+
+def programs(method: str, size: str = "large", device: str = "auto", rounds: int = 6) -> Iterator[Row]:
+    """A round of one process, and of a server and a worker started in two ways; the first round is not counted."""
+    seconds = {}
+    with _Runs(method, size, device, rounds) as runs:
+        for name, launch in {"one process": _ONE, "torchrun, 2 ranks": _TORCHRUN, "--ranks 2": _FORKED}.items():
+            first_s, said = runs.done(launch, name)
+            column = {key: values[2:] for key, values in runs.read(name, "rounds").items()}
+            spent = column["seconds"] - column["seconds_eval"]
+            seconds[name] = float(np.median(spent))
+            outside = 1 - float(column["seconds_local"].sum() / spent.sum())
+            parts = ", ".join(
+                f"{part} {statistics.median(column[f'seconds_{part}']) * 1e3:.1f}"
+                for part in ("broadcast", "local", "reduce", "server")
+            )
+            what = f"{method}, {name}"
+            yield Row(f"{what}: share of a round outside local training", outside, 0.03, most=True, unit="%",
+                      note=f"ms: {parts}; {said}")  # fmt: skip
+            yield Row(f"{what}: from the command to the first round done", first_s, unit="s")
+    for name in list(seconds)[1:]:
+        yield Row(f"{method}: a round of one process over {name}", seconds["one process"] / seconds[name])
+
+
+def bits(method: str, size: str = "large", device: str = "auto", rounds: int = 4) -> Iterator[Row]:
+    """Whether /final of runtime.deterministic is the same: again, on two ranks, killed after two rounds and resumed."""
+    with _Runs(method, size, device, rounds, deterministic=True) as runs:
+        for name, launch in {"first": _ONE, "again": _ONE, "on two ranks": _TORCHRUN}.items():
+            runs.done(launch, name)
+        _kill(runs, "killed and resumed", after=2)
+        runs.done(_ONE, "killed and resumed")
+        wanted = runs.read("first", "final")
+        for name in ("again", "on two ranks", "killed and resumed"):
+            found = runs.read(name, "final")
+            same = wanted.keys() == found.keys() and all(
+                wanted[key].tobytes() == found[key].tobytes() for key in wanted
+            )
+            apart = max(float(np.abs(wanted[key] - found[key]).max()) for key in wanted)
+            yield Row(f"{method}: /final has the same bits {name}", float(same), 1.0, note=f"differs by {apart:.1e}")
+
+
+def _kill(runs: _Runs, name: str, after: int) -> None:
+    """Begin the run `name` and kill it once it has reported the round `after`. UserError where it had ended."""
+    from fedhpc import rundir
+
+    reported = threading.Event()
+
+    def on_line(_: float, line: str) -> None:
+        if line.startswith(f"round {after}/"):
+            reported.set()
+
+    with runs.watched(_ONE, name, on_line):
+        if not reported.wait(_LIMIT_S):
+            raise UserError(f"{name}: round {after} was not reported within {_LIMIT_S:.0f} s")
+    status = rundir.read_status(runs.folder / name)
+    if status is None or status.state != "running":
+        raise UserError(f"{name}: it was not killed in time: {status}")
+
+
+def scarce(device: Any, size: str = "large") -> Iterator[Row]:
+    """A round with block_size auto where the GPU's memory is not enough for a block, but for half of one."""
+    import torch
+
+    from fedhpc import federation
+    from fedhpc.transport.base import LoopbackTransport
+
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        changes = {"model": {"dtype": "bfloat16"}, "federation": {"cohort_size": 64}}
+        work = Trainer(Workload(W2.name, W2.method, size), Path(folder), "auto", **changes)
+        before = reset_peak(device)
+        work.train_once()
+        taken = peak_bytes(device) - before
+        free(device)
+        limit_memory(device, before + int(_SCARCE * taken))
+        ended = "it ran to its end"
+        try:
+            with quiet():
+                federation.run(work.approach, LoopbackTransport(), True, lambda round_: None)
+        except torch.OutOfMemoryError as error:
+            ended = f"OutOfMemoryError: {str(error).partition('. ')[0]}"
+        finally:
+            limit_memory(device, None)
+        what = f"block_size auto ({work.k}) with {_SCARCE:.0%} of a block's {taken / 2**20:,.0f} MiB: the run ends well"
+        yield Row(what, float(ended == "it ran to its end"), 1.0, note=ended)
