@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from fedhpc.approaches import averaging
-from fedhpc.bench import gpu, gpu_runs, workloads
+from fedhpc.bench import __main__, gpu, gpu_runs, workloads
 from fedhpc.bench.bed import Bed, Sizes, ladder
 from fedhpc.bench.table import Row
 from fedhpc.errors import UserError
@@ -83,6 +85,23 @@ def test_a_profile_names_what_takes_most() -> None:
 def test_the_peak_is_a_product_and_says_what_runs() -> None:
     (row,) = gpu.peak(CPU, SIZES)
     assert row.measured > 0 and "driver" in row.note and row.unit == "TFLOP/s"
+
+
+def test_rows_come_at_once_as_json_and_the_other_parts_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> Any:
+        yield Row("a", 1.0)
+        raise UserError("no more")
+
+    monkeypatch.setattr(gpu, "parts", lambda only, quick, repeats: [fails, lambda: [Row("b", 2.0, 3.0)]])
+    options = argparse.Namespace(scale=False, peers=None, gpu=True, only="", quick=False, repeats=None, json=True)
+    assert __main__._measure(options) == 1
+    said = capsys.readouterr()
+    machine, *rows = map(json.loads, said.out.splitlines())
+    assert machine["torch"] == torch.__version__
+    assert [(row["what"], row["verdict"]) for row in rows] == [("a", ""), ("b", "missed")]
+    assert said.err == "fedhpc: error: no more\n"
 
 
 def test_parts_are_chosen_by_name_and_one_that_fails_is_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import kernels, registry
+from fedhpc.bench import bed
 from fedhpc.evaluation.evaluate import evaluate
 from fedhpc.kinds import _loss
 from fedhpc.methods._head import with_head
@@ -20,6 +22,7 @@ from fedhpc.training.block import Memory, train_block
 from fedhpc.transport.base import LoopbackTransport
 from tests import tiny
 from tests.fake_gpu import GPU, PAGEABLE, READ, fake_gpu
+from tests.test_bench_gpu import SIZES
 from tests.test_block import works
 from tests.test_methods import make
 
@@ -233,3 +236,17 @@ def test_masks_that_are_not_read_hide_the_same(family: str, name: str, monkeypat
         monkeypatch.setattr("fedhpc.kinds._masks._READ_FOR_NOTHING", ())
     plain, made = (trained.updates for trained in updates)
     assert float((plain - made).norm() / plain.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["prefix", "lora"])
+def test_the_bench_of_a_gpu_trains_there(monkeypatch: pytest.MonkeyPatch, model: str, method: str) -> None:
+    monkeypatch.setattr(bed, "clock", lambda _: time.perf_counter)
+    for name in ("reset_peak", "peak_bytes"):
+        monkeypatch.setattr(bed, name, lambda _: 0)
+    with fake_gpu(monkeypatch) as gpu:
+        made = bed.Bed(model, method, GPU, SIZES)
+        assert made.base.device == GPU and made.texts(2, 8).device == GPU
+        gpu.operators = 0
+        assert made.blocks([2], 2, 8).best == 2
+        assert gpu.operators > 500

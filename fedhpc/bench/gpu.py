@@ -165,6 +165,8 @@ def profile(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]
     events = [event for event in profiler.events() if event.device_type.name == kind]
     spans = [(event.time_range.start, event.time_range.end, event.name) for event in events]
     what = f"{model} {method}, block of {k}, batch {batch}, {length} tokens"
+    if not spans:
+        raise UserError(f"{what}: torch's profiler saw no kernel")
     yield from timeline(what, spans, seconds)
 
 
