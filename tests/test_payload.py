@@ -55,6 +55,21 @@ def test_the_sum_has_the_same_bits_in_any_order_on_any_number_of_workers(clients
         assert torch.equal(total(values, weights, order, min(split, clients)), reference)
 
 
+def test_values_are_brought_to_the_grid_to_the_last_bit() -> None:
+    """As ldexp does it, at either end of what float64 can hold, and zeros at any exponent."""
+    steps = torch.arange(-1130, 960)
+    values = torch.randn(3, len(steps), dtype=torch.float64).clamp(-1.9, 1.9)
+    values = torch.ldexp(torch.ldexp(values, steps // 2), steps - steps // 2 + 40)
+    half = (-steps) // 2
+    wanted = torch.ldexp(torch.ldexp(values * 0.75, half), -steps - half).round_().to(torch.int64)
+    found = to_grid(values, 0.75, steps)
+    assert torch.equal(found, wanted) and found.abs().max() > 2**40
+    back = torch.ldexp(torch.ldexp(wanted.double(), steps // 2), steps - steps // 2)
+    assert torch.equal(from_grid(found, steps), back)
+    beyond = torch.tensor([-(2**20), 2**20])
+    assert not to_grid(torch.zeros(2, 2), 1.0, beyond).any() and not from_grid(torch.zeros(2), beyond).any()
+
+
 def test_the_sum_is_accurate_for_every_tensor() -> None:
     values, weights = updates(50)
     found = total(values, weights, list(range(50)), 3)
