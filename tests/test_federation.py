@@ -22,6 +22,7 @@ from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.runtime import Launch
 from fedhpc.store import CLIENTS, EVENTS, ROUNDS
+from fedhpc.training import block
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.local import batches
 from fedhpc.transport.base import LoopbackTransport
@@ -584,6 +585,24 @@ def test_a_client_that_overflows_or_has_no_data_is_rejected(
     ]
     task = federation.prepare(config, LoopbackTransport(), Launch(), False)
     np.testing.assert_allclose(flat(final(tmp_path / "run"), task), by_hand(config, task)[1], rtol=0, atol=1e-6)
+
+
+def test_a_block_that_had_to_be_cut_is_told(
+    tmp_path: Path, unequal: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = block._train
+
+    def limited(base: Any, method: Any, payloads: Any, works: Any, *about: Any) -> Any:
+        if len(works) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(base, method, payloads, works, *about)
+
+    monkeypatch.setattr(block, "_train", limited)
+    federate(settings(tmp_path / "run", {**unequal, "runtime": {"block_size": 4}, "client": {"lr": 0.01}}))
+    events = table(tmp_path / "run", "events")
+    told = "rank 0: memory for no more than 1 clients in one forward; blocks train in parts"
+    assert list(events["message"][events["kind"] == "memory"]) == [told]  # once, whatever the rounds
+    assert capsys.readouterr().out.count(told) == 1
 
 
 def test_a_round_with_too_few_clients_changes_nothing(tmp_path: Path, unequal: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class Returned:
     norms: np.ndarray  # float64 (K,): L2 norm of what is sent
     input_tokens: int = 0
     padded_tokens: int = 0
+    fits: int = 0  # clients whose forward fits in memory, where more were tried in this block
 
 
 @dataclass(frozen=True)

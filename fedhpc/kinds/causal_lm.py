@@ -85,21 +85,17 @@ class CausalLM(TokenKind):
         lengths = (ends - starts).astype(np.int64)
         # Nothing stands in front of the first token, so it cannot be predicted even if there is no prompt.
         first = np.maximum(examples.prompt_lengths[indices].astype(np.int64), 1)
-        width = max(int(lengths.max()) - 1, 1)
-        ids = np.full((len(indices), width), pad_id(base), dtype=np.int64)
-        positions, targets, supervised = [], [], lengths - first
-        for b in range(len(indices)):
-            tokens = examples.ids[starts[b] : ends[b]]
-            ids[b, : lengths[b] - 1] = tokens[:-1]
-            positions.append(np.arange(first[b] - 1, lengths[b] - 1) + b * width)
-            targets.append(tokens[first[b] :])
-        row = np.repeat(np.arange(len(indices)), supervised)
-        device = base.device
+        columns = np.arange(max(int(lengths.max()) - 1, 1))
+        places = starts[:, None] + columns
+        inside = columns < (lengths - 1)[:, None]
+        ids = np.where(inside, examples.ids[np.where(inside, places, 0)], pad_id(base)).astype(np.int64)
+        chosen = inside & (columns >= (first - 1)[:, None])
+        supervised, device = lengths - first, base.device
         return TokenBatch(
             ids=kernels.on_device(ids, device),
-            positions=kernels.on_device(np.concatenate(positions), device),
-            targets=kernels.on_device(np.concatenate(targets).astype(np.int64), device),
-            row=kernels.on_device(row, device),
+            positions=kernels.on_device(np.flatnonzero(chosen), device),
+            targets=kernels.on_device(examples.ids[places[chosen] + 1].astype(np.int64), device),
+            row=kernels.on_device(np.repeat(np.arange(len(indices)), supervised), device),
             supervised=supervised,
             tokens=int(ids.size),
             real_tokens=int((lengths - 1).sum()),
