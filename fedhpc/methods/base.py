@@ -31,11 +31,11 @@ class Method(ABC):
 
     #: Clients of a block can share one forward; False: clients train in turn.
     shares_base = True
-    #: The most clients whose forward fits in memory, once one with more did not (training/block.py).
-    together: int | None = None
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
         self.options, self.base, self.seed = options, base, seed
+        #: The most clients whose forward fits in memory, once one with more did not (training/block.py).
+        self.together: int | None = None
 
     @property
     @abstractmethod
