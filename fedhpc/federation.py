@@ -7,6 +7,7 @@ the same for all of them and for every mode.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 
 from fedhpc import planning, registry, rundir
-from fedhpc.approaches.base import Approach
+from fedhpc.approaches.base import Approach, Returned
 from fedhpc.book import Book, attributes, new_results
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import over_clients
+from fedhpc.participation import Block, Plan
 from fedhpc.placement import Placement, place
 from fedhpc.progress import Progress
 from fedhpc.runtime import Launch
@@ -242,8 +244,9 @@ def _round(
     plan = approach.plan(round_)
     down = approach.download(transport, state, plan)
     sent = time.perf_counter()
+    fitted = approach.fits
     returned = [
-        (block, approach.local(plan, block.clients, down)) for block in plan.blocks if block.worker == transport.rank
+        done for block in plan.blocks if block.worker == transport.rank for done in _local(approach, plan, block, down)
     ]
     trained = time.perf_counter()
 
@@ -273,7 +276,7 @@ def _round(
         trained - sent,
         peak_memory(approach.base.device),
         wire,
-        min((back.fits for _, back in returned if back.fits), default=0),
+        approach.fits if approach.fits != fitted and approach.fits else 0,
     )
     both = torch.from_numpy(np.concatenate([report.ravel(), rank_report.ravel()]))
     transport.reduce_sum(both)  # every rank fills its own places, so the sum is exact in any order
@@ -295,7 +298,7 @@ def _round(
     ]
     ranks = {name: rank_report[:, i] for i, name in enumerate(_RANK_REPORT)}
     events += [
-        ("memory", f"rank {rank}: memory for no more than {fits:.0f} clients in one forward; blocks train in parts")
+        ("memory", f"rank {rank}: its memory is enough for {fits:.0f} clients at a time; larger blocks train in parts")
         for rank, fits in enumerate(ranks["fits"])
         if fits
     ]
@@ -351,6 +354,28 @@ def _round(
         "block": np.array([where.get(c, (-1, -1))[1] for c in plan.cohort]),
     }
     return row, clients, events
+
+
+def _local(approach: Approach, plan: Plan, block: Block, down: Any) -> list[tuple[Block, Returned]]:
+    """What the block's clients do; in halves, from now on, where that takes more memory than the GPU has.
+
+    A block that failed has changed nothing: what clients keep is a file of this round, written again.
+    """
+    clients = block.clients
+    if approach.fits is None or len(clients) <= approach.fits:
+        try:
+            return [(block, approach.local(plan, clients, down))]
+        except torch.OutOfMemoryError as error:
+            if len(clients) == 1:
+                raise UserError(
+                    f"client {clients[0]} alone takes more memory than the GPU has: lower client.batch_size or "
+                    "data.max_length, or set model.gradient_checkpointing"
+                ) from error
+        torch.cuda.empty_cache()  # not above, where the exception still holds the tensors
+        approach.fits = math.ceil(len(clients) / 2)
+    half = math.ceil(len(clients) / 2)
+    parts = [replace(block, clients=of_half) for of_half in (clients[:half], clients[half:])]
+    return [done for part in parts for done in _local(approach, plan, part, down)]
 
 
 def _finish(

@@ -2,14 +2,14 @@
 
 `plan_round` is a pure function of the configuration, the population and the round, so every rank computes the same
 plan alone and no command messages are needed. Blocks are formed from the whole cohort before they are placed, so what
-is computed does not depend on the number of workers; only where it is computed does.
+is computed does not depend on the number of workers; only where it is computed does (but see `most_together`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -111,6 +111,28 @@ def resolve_block_size(config: Config, size: int, device: str) -> int:
     if config.runtime.block_size != "auto":
         return int(config.runtime.block_size)
     return max(min(2, size), min(_AUTO_BLOCK[device], math.ceil(size / _AUTO_WORKERS)))
+
+
+def most_together(config: Config, block_size: int, device: str) -> int:
+    """Clients of one worker that train in one forward at most.
+
+    With auto a GPU takes more than one block: few clients do not fill it, and there the same bits on any number of
+    workers are promised with runtime.deterministic alone.
+    """
+    joins = device == "cuda" and config.runtime.block_size == "auto" and not config.runtime.deterministic
+    return max(block_size, _AUTO_BLOCK[device]) if joins else block_size
+
+
+def joined(plan: Plan, most: int) -> Plan:
+    """The plan with the blocks of each worker put together, as they come, to at most `most` clients each."""
+    blocks: list[Block] = []
+    for block in sorted(plan.blocks, key=lambda block: block.worker):
+        last = blocks[-1] if blocks else None
+        if last and last.worker == block.worker and len(last.clients) + len(block.clients) <= most:
+            blocks[-1] = Block(last.clients + block.clients, block.worker, last.cost + block.cost)
+        else:
+            blocks.append(block)
+    return replace(plan, blocks=tuple(blocks))
 
 
 def form_blocks(costs: dict[int, float], block_size: int) -> list[tuple[int, ...]]:

@@ -12,7 +12,6 @@ from peft import PrefixTuningConfig, get_peft_model
 
 from fedhpc import config as configuration
 from fedhpc import registry
-from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
 from fedhpc.training.block import Memory, Work, cut_by_length, train_block
 from fedhpc.training.local import batches, learning_rate
@@ -256,59 +255,3 @@ def test_cuts_by_length_are_the_cheapest() -> None:
     every = [[0, *inner, 9] for r in range(9) for inner in itertools.combinations(range(1, 9), r)]
     assert cost(cut_by_length(lengths, 40)) == min(cost(c) for c in every)
     assert cut_by_length(lengths, 10**9) == [0, 9]
-
-
-# ---------------------------------------------------------------- memory
-
-
-def scarce(monkeypatch: pytest.MonkeyPatch, base: Any, rows: int) -> list[int]:
-    """Let no forward have more than so many rows; the rows of each that was tried."""
-    tried, backward = [], type(base.kind).backward
-
-    def limited(self: Any, base: Any, attached: Any, batch: Any, *about: Any) -> Any:
-        tried.append(len(batch.supervised))
-        if tried[-1] > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return backward(self, base, attached, batch, *about)
-
-    monkeypatch.setattr(type(base.kind), "backward", limited)
-    return tried
-
-
-@pytest.mark.parametrize("own", [False, True], ids=["one start", "starts, memories and corrections of their own"])
-def test_a_block_too_large_for_memory_trains_in_parts(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, data, config = tiny.base("llama"), tiny.examples(), settings(optimizer="adamw", lr=0.05)
-    method, group = make(base), works(7)
-    start = start_of(method, torch.float64)
-    about: list[Any] = [config, 1, 1]
-    if own:
-        start = start * torch.linspace(0.9, 1.1, 7, dtype=torch.float64).unsqueeze(1)
-        buffers = {name: torch.full((method.state.size,), 0.01, dtype=torch.float64) for name in ("mean", "square")}
-        about += [[Memory(dict(buffers), i) for i in range(7)], torch.linspace(-1, 1, 7).double()[:, None] * start]
-    whole = train_block(base, method, start, group, data, *about)
-    assert whole.fits == 0 and method.together is None
-    monkeypatch.setattr("fedhpc.training.block._FORWARD_COST_TOKENS", {"cpu": 10**9})  # one forward a step
-    tried = scarce(monkeypatch, base, rows=9)  # 4 of a client, 3 of one: two clients fit, four do not
-    parts = train_block(base, method, start, group, data, *about)
-    assert (parts.fits, method.together) == (2, 2)
-    assert [rows for rows in tried if rows > 9] == [27, 16]
-    torch.testing.assert_close(parts.updates, whole.updates, rtol=1e-8, atol=1e-10)
-    for name in ("num_examples", "steps", "tokens"):
-        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
-    for name in ("loss_sum", "loss_first", "loss_last", "distance"):
-        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-9)
-    assert parts.input_tokens - parts.padded_tokens == whole.input_tokens - whole.padded_tokens
-    assert len(parts.memories) == (7 if own else 0)
-    for one, other in zip(parts.memories, whole.memories, strict=True):
-        assert one.count == other.count
-        torch.testing.assert_close(one.buffers["mean"], other.buffers["mean"], rtol=1e-8, atol=1e-10)
-    tried.clear()
-    assert train_block(base, method, start, group, data, *about).fits == 0 and max(tried) <= 9
-
-
-def test_a_client_too_large_for_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny.base("llama")
-    method = make(base)
-    scarce(monkeypatch, base, rows=3)
-    with pytest.raises(UserError, match=r"its memory is not enough for client 10 alone: lower client.batch_size"):
-        train_block(base, method, start_of(method, torch.float64), works(3), tiny.examples(), settings(), 1, 1)

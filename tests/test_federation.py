@@ -20,9 +20,9 @@ from fedhpc import federation, rundir
 from fedhpc.approaches.averaging import Averaging
 from fedhpc.config import Config
 from fedhpc.errors import UserError
+from fedhpc.placement import Placement
 from fedhpc.runtime import Launch
 from fedhpc.store import CLIENTS, EVENTS, ROUNDS
-from fedhpc.training import block
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.local import batches
 from fedhpc.transport.base import LoopbackTransport
@@ -587,24 +587,6 @@ def test_a_client_that_overflows_or_has_no_data_is_rejected(
     np.testing.assert_allclose(flat(final(tmp_path / "run"), task), by_hand(config, task)[1], rtol=0, atol=1e-6)
 
 
-def test_a_block_that_had_to_be_cut_is_told(
-    tmp_path: Path, unequal: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train = block._train
-
-    def limited(base: Any, method: Any, payloads: Any, works: Any, *about: Any) -> Any:
-        if len(works) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return train(base, method, payloads, works, *about)
-
-    monkeypatch.setattr(block, "_train", limited)
-    federate(settings(tmp_path / "run", {**unequal, "runtime": {"block_size": 4}, "client": {"lr": 0.01}}))
-    events = table(tmp_path / "run", "events")
-    told = "rank 0: memory for no more than 1 clients in one forward; blocks train in parts"
-    assert list(events["message"][events["kind"] == "memory"]) == [told]  # once, whatever the rounds
-    assert capsys.readouterr().out.count(told) == 1
-
-
 def test_a_round_with_too_few_clients_changes_nothing(tmp_path: Path, unequal: dict[str, Any]) -> None:
     raw = {**unequal, "federation": {"rounds": 2, "cohort_size": 4, "min_cohort": 3}}
     federate(settings(tmp_path / "void", raw), ranks=2)
@@ -699,3 +681,57 @@ def test_local_results_have_a_client_axis(tmp_path: Path, texts: Path) -> None:
     assert len(trained) == 5
     assert final(tmp_path)["prompt_embeddings"].shape[0] == 5
     assert sorted(int(folder.name) for folder in (tmp_path / "adapter").iterdir()) == trained
+
+
+# ---------------------------------------------------------------- what a GPU takes
+
+
+def crowded(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[int]:
+    """Let blocks of more than `fits` clients run out of memory; the sizes that were tried."""
+    tried: list[int] = []
+
+    def train(base: Any, method: Any, start: Any, works: Any, *about: Any, **more: Any) -> Any:
+        tried.append(len(works))
+        if len(works) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train_block(base, method, start, works, *about, **more)
+
+    monkeypatch.setattr("fedhpc.approaches.averaging.train_block", train)
+    return tried
+
+
+@pytest.mark.parametrize("client", [{}, {"scaffold": True, "optimizer": "sgd", "lr": 2.0}])
+def test_a_block_without_memory_is_halved_for_good(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], client: Any
+) -> None:
+    changes = {"client": client, "federation": {"rounds": 2, "cohort_size": 5}, "runtime": {"block_size": 5}}
+    federate(settings(tmp_path / "whole", tree(texts, **changes)))
+    tried = crowded(monkeypatch, 2)
+    federate(settings(tmp_path / "halved", tree(texts, **changes)))
+    assert tried == [5, 3, 2, 1, 2, 2, 1, 2]
+    told = "rank 0: its memory is enough for 2 clients at a time; larger blocks train in parts"
+    events = table(tmp_path / "halved", "events")
+    assert list(events["message"][events["kind"] == "memory"]) == [told]  # once, whatever the rounds
+    assert capsys.readouterr().out.count(told) == 1
+    whole, halved = final(tmp_path / "whole"), final(tmp_path / "halved")
+    for name in whole:
+        np.testing.assert_allclose(halved[name], whole[name], rtol=0, atol=1e-6)
+
+
+def test_a_client_that_fits_nowhere_is_named(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crowded(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"client \d+ alone takes more memory .* client.batch_size"):
+        federate(settings(tmp_path, tree(texts)))
+
+
+def test_blocks_of_one_gpu_train_together(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"federation": {"rounds": 2, "cohort_size": 5}, "runtime": {"block_size": "auto"}}
+    federate(settings(tmp_path / "apart", tree(texts, **changes)))
+    monkeypatch.setattr(Placement, "trains_on", "cuda")
+    monkeypatch.setattr(Placement, "describe", lambda self: "1 GPU")
+    tried = crowded(monkeypatch, 5)
+    federate(settings(tmp_path / "together", tree(texts, **changes)))
+    assert tried == [5, 5]
+    apart, together = final(tmp_path / "apart"), final(tmp_path / "together")
+    for name in apart:
+        np.testing.assert_allclose(together[name], apart[name], rtol=0, atol=1e-6)

@@ -11,7 +11,16 @@ from fedhpc import config as configuration
 from fedhpc.data.partitioners.base import Assignment
 from fedhpc.data.population import Population
 from fedhpc.errors import UserError
-from fedhpc.participation import cohort_size, form_blocks, num_rounds, place, plan_round, resolve_block_size
+from fedhpc.participation import (
+    cohort_size,
+    form_blocks,
+    joined,
+    most_together,
+    num_rounds,
+    place,
+    plan_round,
+    resolve_block_size,
+)
 from tests import tiny
 
 
@@ -80,6 +89,28 @@ def test_placement_is_longest_first() -> None:
 def test_automatic_block_size(size: int, device: str, block: int) -> None:
     assert resolve_block_size(settings(), size, device) == block
     assert resolve_block_size(settings(runtime={"block_size": 5}), size, device) == 5
+
+
+@pytest.mark.parametrize(("changes", "most"), [({}, 32), ({"block_size": 5}, 5), ({"deterministic": True}, 8)])
+def test_a_gpu_takes_more_than_one_block_of_auto(changes: dict[str, Any], most: int) -> None:
+    config = settings(runtime=changes)
+    size = resolve_block_size(config, 64, "cuda")
+    assert most_together(config, size, "cuda") == most
+    assert most_together(config, size, "cpu") == size
+
+
+def test_joined_blocks_stay_with_their_worker() -> None:
+    config = settings(federation={"cohort_size": 11})
+    plan = plan_round(config, population(SIZES), DATA, 1, [1, 2], 2)
+    together = joined(plan, 4)
+    homes = [{c: block.worker for block in of.blocks for c in block.clients} for of in (plan, together)]
+    assert homes[0] == homes[1] and max(len(block.clients) for block in together.blocks) == 4
+    assert len(together.blocks) < len(plan.blocks)
+    for worker in (1, 2):
+        cost = [sum(b.cost for b in of.blocks if b.worker == worker) for of in (plan, together)]
+        assert cost[0] == pytest.approx(cost[1])
+    one = joined(plan_round(config, population(SIZES), DATA, 1, [0], 2), 32)
+    assert [len(block.clients) for block in one.blocks] == [10]  # one has no data
 
 
 def test_blocks_are_even_and_of_like_cost() -> None:

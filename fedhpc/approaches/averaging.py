@@ -167,7 +167,6 @@ class Averaging(Approach):
             norms=torch.linalg.vector_norm(updates.double(), dim=1).numpy(),
             input_tokens=trained.input_tokens,
             padded_tokens=trained.padded_tokens,
-            fits=trained.fits,
         )
 
     def _kept(self, client: int, versions: Mapping[int, int]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
 from fedhpc.kinds.base import Kind
-from fedhpc.participation import Block, Plan, cohort_size, plan_round, resolve_block_size
+from fedhpc.participation import Block, Plan, cohort_size, joined, most_together, plan_round, resolve_block_size
 from fedhpc.server import State
 from fedhpc.task import Task
 from fedhpc.training.local import num_steps
@@ -42,7 +42,6 @@ class Returned:
     norms: np.ndarray  # float64 (K,): L2 norm of what is sent
     input_tokens: int = 0
     padded_tokens: int = 0
-    fits: int = 0  # clients whose forward fits in memory, where more were tried in this block
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class Approach(ABC):
                 )
         self.rounds, self.workers, self.label_targets = task.rounds, task.workers, task.label_targets
         self.placement = task.placement
+        self.fits: int | None = None  # clients that this rank has memory for at a time, once more were too many
 
     @classmethod
     def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> Data:
@@ -93,6 +93,11 @@ class Approach(ABC):
     def block_size(self) -> int:
         """Clients that work together, the same on every rank."""
         return resolve_block_size(self.config, cohort_size(self.config, self.data.population), self.placement.trains_on)
+
+    @property
+    def together(self) -> int:
+        """Clients of one worker that work together at most."""
+        return most_together(self.config, self.block_size, self.placement.trains_on)
 
     @property
     def exchanges(self) -> bool:
@@ -111,7 +116,8 @@ class Approach(ABC):
 
     def plan(self, round_: int) -> Plan:
         """Who does what in a round; pure."""
-        return plan_round(self.config, self.data.population, self.data.train, round_, self.workers, self.block_size)
+        found = plan_round(self.config, self.data.population, self.data.train, round_, self.workers, self.block_size)
+        return joined(found, self.together) if self.together > self.block_size else found
 
     # ---- a round
 
@@ -177,10 +183,11 @@ class Approach(ABC):
     def headline(self, world_size: int, transport: str) -> str:
         """What is about to run, in one line."""
         config, population = self.config, self.data.population
+        more = f" (up to {self.together} on one GPU)" if self.together > self.block_size else ""
         return (
             f"{config.run.name}: {config.mode} {config.method.name} of {self.base.name} "
             f"({self.summary()}), {population.num_clients:,} clients, "
-            f"{cohort_size(config, population)} a round in blocks of {self.block_size}, {world_size} ranks over "
+            f"{cohort_size(config, population)} a round in blocks of {self.block_size}{more}, {world_size} ranks over "
             f"{transport} on {self.placement.describe()}"
         )
 

@@ -138,13 +138,14 @@ def compiled(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row
 
 
 def auto(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]:
-    """The block size that `auto` chooses against the fastest that a cohort has room for, in the first cell."""
-    from fedhpc.participation import resolve_block_size
+    """What `auto` has one worker train at a time, against the fastest that a cohort has room for, in the first cell."""
+    from fedhpc.participation import most_together, resolve_block_size
 
     bed, (batch, length) = Bed(model, method, device, sizes), sizes.cells[0]
     tried = bed.blocks(sizes.blocks, batch, length)
     for cohort in _COHORTS:
-        k = resolve_block_size(bed.config(batch), cohort, device.type)
+        config = bed.config(batch)
+        k = min(cohort, most_together(config, resolve_block_size(config, cohort, device.type), device.type))
         best = Ladder({size: of for size, of in tried.found.items() if size <= cohort}, "")
         rate = tried.found[k][0] if k in tried.found else bed.blocks([k], batch, length).rate
         what = f"{model} {method}, batch {batch}, {length} tokens: block_size auto for a cohort of {cohort}, {k}"

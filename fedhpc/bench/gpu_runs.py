@@ -162,8 +162,8 @@ def scarce(device: Any, size: str = "large") -> Iterator[Row]:
         try:
             with quiet():
                 federation.run(work.approach, LoopbackTransport(), True, lambda round_: None)
-        except torch.OutOfMemoryError as error:
-            ended = f"OutOfMemoryError: {str(error).partition('. ')[0]}"
+        except (torch.OutOfMemoryError, UserError) as error:  # of the evaluation, of a client alone
+            ended = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         finally:
             limit_memory(device, None)
         what = f"block_size auto ({work.k}) with {_SCARCE:.0%} of a block's {taken / 2**20:,.0f} MiB: the run ends well"

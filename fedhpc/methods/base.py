@@ -34,8 +34,6 @@ class Method(ABC):
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
         self.options, self.base, self.seed = options, base, seed
-        #: The most clients whose forward fits in memory, once one with more did not (training/block.py).
-        self.together: int | None = None
 
     @property
     @abstractmethod

@@ -18,7 +18,7 @@ import importlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,6 @@ import numpy as np
 
 from fedhpc.config import Config
 from fedhpc.data.tokens import Examples
-from fedhpc.errors import UserError
 from fedhpc.kinds.base import Batch
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
@@ -84,7 +83,6 @@ class Trained:
     padded_tokens: int
     memories: list[Memory]
     seconds: float
-    fits: int = 0  # the clients that had to be enough for one forward, where in this call memory ended with more
 
 
 def train_block(
@@ -104,78 +102,7 @@ def train_block(
     payloads (1, P) for one start that all share, or (K, P). rounds: of the whole
     run, for the schedule. memories: optimizer buffers to go on with; fresh ones where None, as FedAvg has it.
     corrections (K, T): added to every gradient of a client (fedhpc.training.scaffold).
-
-    Where the memory of a GPU is not enough for the block it trains in halves, and so on, and later ones in parts of
-    that size. UserError where it is not enough for one client.
     """
-    started = time.perf_counter()
-    parts: list[Trained] = []
-    begin = fits = 0
-    while begin < len(works):
-        most = min(len(works) - begin, method.together or len(works))
-        part = slice(begin, begin + most)
-        try:
-            trained = _train(
-                base,
-                method,
-                payloads if len(payloads) == 1 else payloads[part],
-                works[part],
-                examples,
-                config,
-                round_,
-                rounds,
-                None if memories is None else memories[part],
-                None if corrections is None else corrections[part],
-            )
-        except torch.OutOfMemoryError as error:
-            if most == 1:
-                raise UserError(
-                    f"runtime.device: its memory is not enough for client {works[begin].client_id} alone: lower "
-                    "client.batch_size or data.max_length, or set model.gradient_checkpointing=true"
-                ) from error
-            trained = None
-        # Out here nothing holds on to what was computed.
-        if trained is None:
-            fits = method.together = (most + 1) // 2
-        else:
-            parts.append(trained)
-            begin += most
-    return replace(_joined(parts), seconds=time.perf_counter() - started, fits=fits)
-
-
-def _joined(parts: Sequence[Trained]) -> Trained:
-    """The outcomes of the parts of a block in one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Trained(
-        updates=torch.cat([part.updates for part in parts]),
-        num_examples=np.concatenate([part.num_examples for part in parts]),
-        steps=np.concatenate([part.steps for part in parts]),
-        distance=torch.cat([part.distance for part in parts]),
-        tokens=np.concatenate([part.tokens for part in parts]),
-        loss_sum=np.concatenate([part.loss_sum for part in parts]),
-        loss_first=np.concatenate([part.loss_first for part in parts]),
-        loss_last=np.concatenate([part.loss_last for part in parts]),
-        input_tokens=sum(part.input_tokens for part in parts),
-        padded_tokens=sum(part.padded_tokens for part in parts),
-        memories=[memory for part in parts for memory in part.memories],
-        seconds=sum(part.seconds for part in parts),
-    )
-
-
-def _train(
-    base: Base,
-    method: Method,
-    payloads: Tensor,
-    works: Sequence[Work],
-    examples: Examples,
-    config: Config,
-    round_: int,
-    rounds: int,
-    memories: Sequence[Memory] | None,
-    corrections: Tensor | None,
-) -> Trained:
-    """`train_block`, all clients in one forward."""
     started = time.perf_counter()
     options, device = config.client, base.device
     plans = [batches(len(w.indices), options, config.run.seed, round_, w.client_id) for w in works]
