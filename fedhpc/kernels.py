@@ -65,7 +65,10 @@ def of_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 class _OfRows(torch.autograd.Function):
-    """index_select, whose own gradient is scattered number by number: up to ten times as long as row by row."""
+    """index_select, whose own gradient is scattered number by number: up to ten times as long as row by row.
+
+    Gradients of 16 bits are added up in 32, as where all rows share x: a GPU would add them one by one in 16.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -78,4 +81,5 @@ class _OfRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         flat = grad.flatten(1)
-        return flat.new_zeros(ctx.clients, flat.shape[1]).index_add_(0, rows, flat).view(-1, *grad.shape[1:]), None
+        exact = flat.float() if flat.dtype.itemsize == 2 else flat
+        return exact.new_zeros(ctx.clients, flat.shape[1]).index_add_(0, rows, exact).view(-1, *grad.shape[1:]), None

@@ -46,3 +46,13 @@ def test_rows_give_their_gradient_to_their_client_alone() -> None:
     torch.testing.assert_close(gradient[2], along[[0, 2, 4]].sum(0), rtol=1e-13, atol=1e-13)
     assert torch.equal(of_rows(x[:1], rows), x[[0] * 5])  # one that all share
     assert torch.equal(gradient[0], along[1]) and torch.equal(gradient[3], torch.zeros(2, 3, dtype=x.dtype))
+
+
+def test_gradients_of_16_bits_are_added_up_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1000 ones a GPU's sum in 16 bits is 256; a CPU's is not, so what it is asked for is looked at."""
+    dtypes, add = [], torch.Tensor.index_add_
+    monkeypatch.setattr(torch.Tensor, "index_add_", lambda x, *about: (dtypes.append(x.dtype), add(x, *about))[1])
+    x = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    of_rows(x, torch.zeros(1000, dtype=torch.int64)).sum().backward()
+    assert x.grad is not None and dtypes == [torch.float32]
+    assert x.grad.dtype == torch.bfloat16 and torch.equal(x.grad[0].float(), torch.full((3,), 1000.0))
