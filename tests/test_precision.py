@@ -33,7 +33,7 @@ TRAINED = [
 def test_every_method_trains_a_base_in_16_bits(name: str, dtype: torch.dtype) -> None:
     """The payload stays in float32, and the loss falls: every step sees the same rows."""
     base, data = tiny.base("llama", dtype, scale=1.0), tiny.examples()
-    rate = {"full": 0.3, "fedkseed": 1e-3, "adapter": 0.3}.get(name, 0.5)
+    rate = {"full": 0.3, "fedkseed": 1e-3, "adapter": 0.3, "ia3": 50.0}.get(name, 0.5)
     config = settings(optimizer="sgd", lr=rate, steps=12, batch_size=SIZES[0])
     method = make(name, base, **({"num_seeds": 64, "eps": 0.02} if name == "fedkseed" else {}))
     trained = train_block(base, method, start_of(method, torch.float32), works(1), data, config, 1, 1)
