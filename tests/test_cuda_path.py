@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,21 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import kernels, registry
+from fedhpc import federation, kernels, registry, rundir
 from fedhpc.bench import bed
 from fedhpc.evaluation.evaluate import evaluate
-from fedhpc.kinds import _loss
+from fedhpc.kinds import _loss, causal_lm
 from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
+from fedhpc.placement import Placement
+from fedhpc.runtime import Launch
 from fedhpc.training.block import Memory, train_block
 from fedhpc.transport.base import LoopbackTransport
 from tests import tiny
 from tests.fake_gpu import GPU, PAGEABLE, READ, fake_gpu
+from tests.federations import settings as settings_of
+from tests.federations import write_texts
 from tests.test_bench_gpu import SIZES
 from tests.test_block import works
 from tests.test_methods import make
@@ -250,3 +255,56 @@ def test_the_bench_of_a_gpu_trains_there(monkeypatch: pytest.MonkeyPatch, model:
         gpu.operators = 0
         assert made.blocks([2], 2, 8).best == 2
         assert gpu.operators > 500
+
+
+# ---------------------------------------------------------------- whole runs
+
+STEP = {"optimizer": "sgd", "lr": 0.1, "batch_size": 2, "steps": 1}
+EVALUATION = {"every": 1, "metrics": ["loss"], "max_examples": 4, "samples": 1, "max_new_tokens": 2}
+RUNS: list[dict[str, Any]] = [
+    {"method": {"name": "full"}},
+    {"method": {"name": "prefix", "exchange": "mlp"}},
+    {"method": {"name": "lora", "aggregation": "ffa"}},
+    {"method": {"name": "lora", "aggregation": "exact"}},
+    {"method": {"name": "lora", "aggregation": "stack"}},
+    *[{"method": {"name": name}} for name in ("prefix", "prompt", "p_tuning", "ia3", "adapter")],
+    {"method": {"name": "fedkseed", "num_seeds": 8}, "client": STEP},
+    {"method": {"name": "lora"}, "client": {**STEP, "scaffold": True}},
+    {"method": {"name": "lora"}, "mode": "local"},
+    {"method": {"name": "lora"}, "mode": "centralized"},
+    {
+        "method": {"name": "lora"},
+        "personalization": {"finetune_steps": 1},
+        "evaluation": {**EVALUATION, "client_fraction": 0.3},
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.mark.parametrize("case", [RUNS[0], *[pytest.param(run, marks=pytest.mark.slow) for run in RUNS[1:]]], ids=str)
+def test_a_run_ends_well(case: dict[str, Any], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the model's weights to the export, with `block_size: auto` for a GPU and a text written."""
+    tree = {
+        "model": {"name": str(texts / "model")},
+        "data": {"source": str(texts), "max_length": 96},
+        "partition": {"name": "iid", "num_clients": 3},
+        "federation": {"rounds": 1, "cohort_size": 3},
+        "client": STEP,
+        "evaluation": EVALUATION,
+        **case,
+    }
+    launch = Launch(placement=Placement(("a GPU",), 1))
+    monkeypatch.setattr("fedhpc.task.device_of", lambda launch: GPU)
+    monkeypatch.setattr("fedhpc.federation.peak_memory", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(type(causal_lm.KIND), "require_same_logits", lambda *_: None)  # whose numbers there are not
+    with fake_gpu(monkeypatch) as gpu:
+        approach = federation.prepare(settings_of(tmp_path / "run", tree), LoopbackTransport(), launch, False)
+        assert approach.base.device == GPU
+        federation.run(approach, LoopbackTransport(), True, lambda round_: None)
+        assert gpu.operators > 500
+    assert rundir.read_status(tmp_path / "run").state == "complete"

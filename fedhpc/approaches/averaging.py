@@ -78,6 +78,11 @@ class Averaging(Approach):
         return super().block_size if self.method.shares_base else 1
 
     @property
+    def together(self) -> int:
+        """See the base class."""
+        return super().together if self.method.shares_base else 1
+
+    @property
     def exchanges(self) -> bool:
         """See the base class; in mode local every client goes its own way."""
         return self.config.mode != "local"
