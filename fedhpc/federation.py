@@ -246,7 +246,7 @@ def _round(
     sent = time.perf_counter()
     fitted = approach.fits
     returned = [
-        done for block in plan.blocks if block.worker == transport.rank for done in _local(approach, plan, block, down)
+        done for block in approach.blocks_of(plan, transport.rank) for done in _local(approach, plan, block, down)
     ]
     trained = time.perf_counter()
 

@@ -2,14 +2,14 @@
 
 `plan_round` is a pure function of the configuration, the population and the round, so every rank computes the same
 plan alone and no command messages are needed. Blocks are formed from the whole cohort before they are placed, so what
-is computed does not depend on the number of workers; only where it is computed does (but see `most_together`).
+is computed does not depend on the number of workers; only where it is computed does (but see `joined`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -123,16 +123,16 @@ def most_together(config: Config, block_size: int, device: str) -> int:
     return max(block_size, _AUTO_BLOCK[device]) if joins else block_size
 
 
-def joined(plan: Plan, most: int) -> Plan:
-    """The plan with the blocks of each worker put together, as they come, to at most `most` clients each."""
-    blocks: list[Block] = []
-    for block in sorted(plan.blocks, key=lambda block: block.worker):
-        last = blocks[-1] if blocks else None
-        if last and last.worker == block.worker and len(last.clients) + len(block.clients) <= most:
-            blocks[-1] = Block(last.clients + block.clients, block.worker, last.cost + block.cost)
+def joined(blocks: Sequence[Block], most: int) -> list[Block]:
+    """The blocks of one worker put together, as they come, to at most `most` clients each."""
+    together: list[Block] = []
+    for block in blocks:
+        last = together[-1] if together else None
+        if last and len(last.clients) + len(block.clients) <= most:
+            together[-1] = Block(last.clients + block.clients, block.worker, last.cost + block.cost)
         else:
-            blocks.append(block)
-    return replace(plan, blocks=tuple(blocks))
+            together.append(block)
+    return together
 
 
 def form_blocks(costs: dict[int, float], block_size: int) -> list[tuple[int, ...]]:

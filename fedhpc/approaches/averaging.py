@@ -479,7 +479,7 @@ class Averaging(Approach):
         base_bytes = sum(p.numel() * p.element_size() for p in self.base.model.parameters())
         rule: Any = importlib.import_module(f"fedhpc.client_optimizers.{config.client.optimizer}")
         copies = 2 + len(rule.state_names(config.client))
-        largest = max((len(b.clients) for b in plan.blocks), default=0)
+        largest = max((len(b.clients) for w in self.workers for b in self.blocks_of(plan, w)), default=0)
         held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
         update = self.split.shared.size * item * (2 if config.corrects_drift else 1)
         stays = f"personal: {personal.size:,} parameters in {len(personal.shapes)} tensors stay on each client"

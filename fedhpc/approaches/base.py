@@ -116,8 +116,12 @@ class Approach(ABC):
 
     def plan(self, round_: int) -> Plan:
         """Who does what in a round; pure."""
-        found = plan_round(self.config, self.data.population, self.data.train, round_, self.workers, self.block_size)
-        return joined(found, self.together) if self.together > self.block_size else found
+        return plan_round(self.config, self.data.population, self.data.train, round_, self.workers, self.block_size)
+
+    def blocks_of(self, plan: Plan, worker: int) -> list[Block]:
+        """What a worker trains, a forward each."""
+        blocks = [block for block in plan.blocks if block.worker == worker]
+        return joined(blocks, self.together) if self.together > self.block_size else blocks
 
     # ---- a round
 
