@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedhpc import clientstate, rundir
 from fedhpc.approaches.base import Approach
 from fedhpc.evaluation.evaluate import Outcome
-from fedhpc.server import State
-from fedhpc.store import Results
+from fedhpc.results import run_directory
+from fedhpc.results.results_file import Results
+from fedhpc.server.state import State
+from fedhpc.training import client_state
 
 
 class Book:
@@ -41,10 +42,10 @@ class Book:
             "rows": meta_rows,
         }
         rows = {f"rows/{name}": array for name, array in arrays.items()}
-        rundir.save_checkpoint(directory, {**state.tensors(), **rows}, meta)
+        run_directory.save_checkpoint(directory, {**state.tensors(), **rows}, meta)
         # Only now is what it no longer names of no use.
         for client in state.renewed:
-            clientstate.prune(directory, client, state.versions[client])
+            client_state.prune(directory, client, state.versions[client])
         state.renewed.clear()
         now = time.perf_counter()
         # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
@@ -53,7 +54,7 @@ class Book:
             self.results.write(directory / "results.h5", complete)
             self._written_at = time.perf_counter()
             self._write_s = self._written_at - now
-        rundir.write_status(directory, "running", round_)
+        run_directory.write_status(directory, "running", round_)
 
 
 def attributes(approach: Approach, world_size: int, transport: str) -> dict[str, Any]:

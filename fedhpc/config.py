@@ -22,9 +22,9 @@ from fedhpc.registry import Choice, Section
 
 EMBEDDED = Path(__file__).parent / "default.yaml"
 
-# Section -> the keys whose value is the name of a file, with the folder it is in.
+# Section -> the keys whose value is the name of a file, with its family.
 CHOICES: dict[str, dict[str, str]] = {
-    "partition": {"name": "data/partitioners"},
+    "partition": {"name": "partitioners"},
     "method": {"name": "methods"},
     "client": {"optimizer": "client_optimizers"},
     "server": {"aggregator": "aggregators", "optimizer": "server_optimizers"},
@@ -96,7 +96,7 @@ class Federation(Section):
 
 
 class Client(Section):
-    optimizer: str = Field("adamw", description="rule of the local steps (client_optimizers/)")
+    optimizer: str = Field("adamw", description="rule of the local steps (training/optimizers/)")
     lr: float = Field(0.01, ge=0, description="learning rate of the clients")
     batch_size: int = Field(8, ge=1, description="examples per local step")
     epochs: int | None = Field(None, ge=1, description="passes over the client's data per round; default 1")
@@ -112,8 +112,8 @@ class Client(Section):
 
 
 class Server(Section):
-    aggregator: str = Field("mean", description="how updates combine (aggregators/)")
-    optimizer: str = Field("sgd", description="how the server steps (server_optimizers/); sgd, lr 1.0: FedAvg")
+    aggregator: str = Field("mean", description="how updates combine (server/aggregators/)")
+    optimizer: str = Field("sgd", description="how the server steps (server/optimizers/); sgd, lr 1.0: FedAvg")
     lr: float = Field(1.0, ge=0, description="learning rate of the server")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in the mean")
 
@@ -200,7 +200,7 @@ class Config(Section):
 
     @property
     def keeps_client_state(self) -> bool:
-        """Whether clients keep something from round to round (fedhpc.clientstate)."""
+        """Whether clients keep something from round to round (fedhpc.training.client_state)."""
         return self.mode != "federated" or self.corrects_drift or bool(self.personalization.parts)
 
     def to_yaml(self) -> str:
@@ -272,7 +272,7 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
         values["client"] = values["client"].model_copy(update={"epochs": 1})
     for key in ("metrics", "test_metrics"):
         for name in getattr(values["evaluation"], key) or []:
-            registry.load("evaluation/metrics", name, f"{where}: evaluation.{key}")
+            registry.load("metrics", name, f"{where}: evaluation.{key}")
     config = Config.model_construct(**values)
     _cross_check(config, where)
     return config

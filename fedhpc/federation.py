@@ -19,20 +19,21 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fedhpc import planning, registry, rundir
+from fedhpc import planning, registry
 from fedhpc.approaches.base import Approach, Returned
 from fedhpc.book import Book, attributes, new_results
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import over_clients
 from fedhpc.participation import Block, Plan
-from fedhpc.placement import Placement, place
-from fedhpc.progress import Progress
-from fedhpc.runtime import Launch
-from fedhpc.server import State
-from fedhpc.store import Results
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.placement import Placement, place
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.results import run_directory
+from fedhpc.results.progress import Progress
+from fedhpc.results.results_file import Results
+from fedhpc.server.state import State
 from fedhpc.task import device_of, load_task
-from fedhpc.transport.base import Transport
 
 OK, DROPPED, REJECTED = 0, 1, 2
 # What a client reports beside its update: one row of float64 per place in the cohort (64 bytes).
@@ -81,7 +82,7 @@ def prepare(config: Config, transport: Transport, launch: Launch, write_cache: b
     """Load and check everything that needs no run directory; rank 0 first, so that mistakes are said once."""
     method = registry.load("methods", config.method.name)
     # Most methods say what is averaged; the others name what they do instead.
-    kind: type[Approach] = registry.load("approaches", getattr(method, "APPROACH", "averaging")).APPROACH
+    kind: type[Approach] = registry.approach(method)
 
     def make() -> Approach:
         return kind(load_task(config, launch, transport.world_size, write_cache, kind.read))
@@ -99,7 +100,7 @@ def prepare(config: Config, transport: Transport, launch: Launch, write_cache: b
 def forecast(approach: Approach, counts: Sequence[int]) -> list[str]:
     """Lines of --check on other numbers of ranks, from the times of the run in the run directory, if there is one."""
     config, path = approach.config, approach.config.run_dir / "results.h5"
-    rundir.decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)
+    run_directory.decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)
     if not path.exists():
         return planning.lines(approach, counts, None, 1)
     pilot = Results.read(path)
@@ -108,7 +109,7 @@ def forecast(approach: Approach, counts: Sequence[int]) -> list[str]:
 
 def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
     """Whether the run directory holds this very run, complete; says so. RefusedError where it holds another one."""
-    finished = on_server(transport, lambda: rundir.decide(config, config.run_dir, fresh) == "finished")
+    finished = on_server(transport, lambda: run_directory.decide(config, config.run_dir, fresh) == "finished")
     if finished and transport.rank == 0:
         longer = "" if config.method.fixes_rounds else ", a larger federation.rounds extends it"
         print(f"{config.run_dir}: this run is finished; --fresh starts it over{longer}")
@@ -126,7 +127,7 @@ def run(
 
     `writing` is held while rank 0 writes its files: who holds it for good keeps the run directory as it is.
     """
-    held: list[rundir.Lock] = []
+    held: list[run_directory.Lock] = []
     try:
         _run(approach, transport, fresh, on_round, writing or nullcontext(), held)
     finally:
@@ -140,28 +141,28 @@ def _run(
     fresh: bool,
     on_round: Callable[[int], None],
     writing: AbstractContextManager[object],
-    held: list[rundir.Lock],
+    held: list[run_directory.Lock],
 ) -> None:
     """`run` without its clean-up; rank 0 puts the lock of the run directory into `held`."""
     config, directory = approach.config, approach.config.run_dir
     is_server = transport.rank == 0
 
     def claim() -> str:
-        before = rundir.read_status(directory)
-        found = rundir.decide(config, directory, fresh, approach.data.fingerprint, approach.fingerprint)
-        held.append(rundir.lock(directory))
-        if rundir.read_status(directory) != before:
+        before = run_directory.read_status(directory)
+        found = run_directory.decide(config, directory, fresh, approach.data.fingerprint, approach.fingerprint)
+        held.append(run_directory.lock(directory))
+        if run_directory.read_status(directory) != before:
             raise UserError(f"{directory}: another run began or ended in it just now; give the same command again")
         return found
 
     def take() -> None:
         if decision == "fresh":
-            rundir.begin(directory)
+            run_directory.begin(directory)
         else:
-            rundir.sweep(directory)
+            run_directory.sweep(directory)
             # Before the new configuration: a finished run that is being extended must not look finished any more.
-            rundir.write_status(directory, "running", round_)
-        rundir.write_config(directory, config)
+            run_directory.write_status(directory, "running", round_)
+        run_directory.write_config(directory, config)
 
     decision = on_server(transport, claim)
     round_, state, book = _begin(approach, transport, decision == "resume")  # first: a damaged run is left as it is
@@ -216,7 +217,7 @@ def _begin(approach: Approach, transport: Transport, resume: bool) -> tuple[int,
         state, round_ = approach.state(), 0
         results = new_results(approach, world_size, name)
         if resume:
-            loaded = rundir.load_checkpoint(approach.config.run_dir)
+            loaded = run_directory.load_checkpoint(approach.config.run_dir)
             if loaded is not None:
                 tensors, meta = loaded
                 path = approach.config.run_dir / "results.h5"
@@ -401,7 +402,7 @@ def _finish(
     results.set_tables(final.tables)
     with writing:
         book.save(state, approach.rounds, complete=True)
-        rundir.write_status(config.run_dir, "complete", approach.rounds)
+        run_directory.write_status(config.run_dir, "complete", approach.rounds)
     progress.close()
     for name, value in final.test.items():
         print(f"test {name} {value:.4f}" + (f" (untouched base {final.base[name]:.4f})" if name in final.base else ""))

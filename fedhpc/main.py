@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from typing import Literal, NoReturn
 
 from fedhpc import config as configuration
-from fedhpc import runtime, startup
 from fedhpc.config import Config
 from fedhpc.errors import UserError
+from fedhpc.ranks import startup
+from fedhpc.ranks.launch import Launch, detect
 
 DONE, FAILED, REFUSED = 0, 1, 2
 _SPEAKER_FIRST_S = 5.0  # a launcher that sees one rank leave ends the others: the one that says why goes first
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """One rank, from the command line to its exit code."""
     rank, speaks = 0, True
     try:
-        launch = runtime.detect(os.environ)
+        launch = detect(os.environ)
         rank = launch.rank
         # All ranks read the same files and find the same mistake; one of each host says it.
         speaks = launch.local_rank == 0
@@ -107,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(config, launch, options)
 
 
-def _fork(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:
+def _fork(config: Config, launch: Launch, options: argparse.Namespace) -> int:
     """The ranks of `--ranks`, forked once everything is imported."""
-    from fedhpc import forked
+    from fedhpc.ranks import fork
 
     _environment(config)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA that has begun cannot be forked
@@ -119,23 +120,24 @@ def _fork(config: Config, launch: runtime.Launch, options: argparse.Namespace) -
             from fedhpc import federation, models  # noqa: F401
 
             models.import_classes(config.model)
-        return forked.run(options.forks, lambda launch: leave(_run(config, launch, options)))
+        return fork.run(options.forks, lambda launch: leave(_run(config, launch, options)))
     except UserError as error:
         print(f"fedhpc: error: {error}", file=sys.stderr)
         return REFUSED
 
 
-def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) -> int:
+def _run(config: Config, launch: Launch, options: argparse.Namespace) -> int:
     _environment(config)
     startup.keep_freed_memory()
     reached: list[int] = []  # the last round on disk; empty while nothing was written
     with startup.guarded(launch):
         import torch
 
-        from fedhpc import federation, rundir
-        from fedhpc.liveness import Liveness
+        from fedhpc import federation
+        from fedhpc.ranks.liveness import Liveness
+        from fedhpc.ranks.transport import TransportError, open_transport
+        from fedhpc.results import run_directory
         from fedhpc.task import visible_gpus
-        from fedhpc.transport import TransportError, open_transport
 
         torch.set_num_threads(1 if config.runtime.threads == "auto" else config.runtime.threads)
         if config.runtime.deterministic:
@@ -156,7 +158,7 @@ def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) ->
         writing.acquire(timeout=1)  # and never released: what it says of the run directory stays true
         if reached and transport.rank > 0:  # it speaks for a lost rank 0, and knows only where that began
             with contextlib.suppress(UserError):
-                status = rundir.read_status(config.run_dir)
+                status = run_directory.read_status(config.run_dir)
                 reached.extend([status.round] if status else [])
         kept = f"; {reached[-1]} rounds are kept, the same command goes on from there" if reached else ""
         say = f"{reason}{kept}" if code == startup.PREEMPTED else f"error: {reason}"
@@ -165,7 +167,7 @@ def _run(config: Config, launch: runtime.Launch, options: argparse.Namespace) ->
             # On a full disk the line above, which says so, is all there can be.
             with contextlib.suppress(UserError):
                 state: Literal["preempted", "failed"] = "preempted" if code == startup.PREEMPTED else "failed"
-                rundir.write_status(config.run_dir, state, reached[-1], reason)
+                run_directory.write_status(config.run_dir, state, reached[-1], reason)
 
     # Whose failure it is; ranks above 0 are named by liveness.
     here = "rank 0: " if transport.rank == 0 and transport.world_size > 1 else ""

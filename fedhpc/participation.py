@@ -18,7 +18,7 @@ from fedhpc.data.population import Population
 from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.rng import generator
-from fedhpc.training.local import num_steps
+from fedhpc.training.schedule import num_steps
 
 _AUTO_BLOCK = {"cpu": 8, "cuda": 32}  # most clients in one forward with block_size auto
 _UNEVEN = 1.1  # the busiest worker has at most so many times what it must have, whole clients given

@@ -1,7 +1,8 @@
 """Names in the configuration are names of files: `method: {name: lora}` is fedhpc/methods/lora.py.
 
-A family is a folder; every file in it that is not `base` or private is a choice. Each has a class `Options`
-(its keys in the configuration) and what its family asks for. Adding a choice is adding one file.
+A family is a folder; every file in it that is not `base` or private is a choice. An approach is a folder of its own,
+whose options.py is the choice. Each has a class `Options` (its keys in the configuration) and what its family asks
+for. Adding a choice is adding one file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,19 @@ from pydantic import BaseModel, ConfigDict
 from fedhpc.errors import UserError, nearest
 
 ROOT = Path(__file__).parent
+
+#: family -> its files, as patterns below the package; the part for * is the name of the choice.
+FAMILIES = {
+    "aggregators": ["server/aggregators/*.py"],
+    "client_optimizers": ["training/optimizers/*.py"],
+    "kinds": ["kinds/*.py"],
+    "methods": ["methods/*.py", "approaches/*/options.py"],
+    "metrics": ["evaluation/metrics/*.py"],
+    "partitioners": ["data/partitioners/*.py"],
+    "proposers": ["approaches/prompt_search/proposers/*.py"],
+    "server_optimizers": ["server/optimizers/*.py"],
+    "transforms": ["updates/transforms/*.py"],
+}
 
 
 class Section(BaseModel):
@@ -40,18 +54,34 @@ class Choice:
     default: str
 
 
+def files(family: str) -> dict[str, Path]:
+    """The choices of a family and their files, relative to the package, by name."""
+    found = {}
+    for pattern in FAMILIES[family]:
+        for file in ROOT.glob(pattern):
+            name = file.relative_to(ROOT).parts[len(Path(pattern.partition("*")[0]).parts)].removesuffix(".py")
+            if not name.startswith("_") and name != "base":
+                found[name] = file.relative_to(ROOT)
+    return dict(sorted(found.items()))
+
+
 def names(family: str) -> list[str]:
-    """The choices of a family, e.g. names("methods") or names("data/partitioners")."""
-    files = (ROOT / family).glob("*.py")
-    return sorted(f.stem for f in files if not f.stem.startswith("_") and f.stem != "base")
+    """The choices of a family, e.g. names("methods") or names("partitioners")."""
+    return list(files(family))
 
 
 def load(family: str, name: str, key: str = "name") -> ModuleType:
     """The module of one choice; UserError with the valid names where there is none."""
-    valid = names(family)
+    valid = files(family)
     if name not in valid:
-        raise UserError(f"{key}: unknown value '{name}'; {nearest(str(name), valid)}")
-    return importlib.import_module(f"fedhpc.{family.replace('/', '.')}.{name}")
+        raise UserError(f"{key}: unknown value '{name}'; {nearest(str(name), list(valid))}")
+    return importlib.import_module(".".join(["fedhpc", *valid[name].with_suffix("").parts]))
+
+
+def approach(method: ModuleType) -> Any:
+    """The class of approaches/ that runs a method; most methods say what is averaged, the others name what they do."""
+    name = getattr(method, "APPROACH", "averaging")
+    return importlib.import_module(f"fedhpc.approaches.{name}.approach").APPROACH
 
 
 def options(family: str, name: str, key: str = "name") -> type[Section]:

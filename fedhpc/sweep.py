@@ -43,15 +43,16 @@ from typing import Any
 from pydantic import Field
 
 from fedhpc import config as configuration
-from fedhpc import rundir, runtime
 from fedhpc.config import Config
 from fedhpc.errors import UserError, nearest
-from fedhpc.progress import duration
+from fedhpc.ranks.launch import detect
+from fedhpc.ranks.startup import FAILED, PREEMPTED, SIGNALS
 from fedhpc.registry import Section
 from fedhpc.report.compare import compare
 from fedhpc.report.runs import load_run
 from fedhpc.report.text import console
-from fedhpc.startup import FAILED, PREEMPTED, SIGNALS
+from fedhpc.results import run_directory
+from fedhpc.results.progress import duration
 
 DONE, REFUSED = 0, 2
 COMPLETE, IN_USE, STOPPED = "complete", "in use", "preempted"
@@ -225,8 +226,8 @@ class _Runner:
         """Run one cell: COMPLETE, IN_USE, STOPPED, or why it failed."""
         directory = cell.config.run_dir
         directory.parent.mkdir(parents=True, exist_ok=True)
-        rundir.atomic_write(cell.file, cell.config.to_yaml().encode())
-        before = rundir.read_status(directory)
+        run_directory.atomic_write(cell.file, cell.config.to_yaml().encode())
+        before = run_directory.read_status(directory)
         if self.signals:
             return STOPPED
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through us.
@@ -234,7 +235,7 @@ class _Runner:
         if self.signals:
             self._end()
         code = self.process.wait()
-        status = rundir.read_status(directory)
+        status = run_directory.read_status(directory)
         said = status if status != before else None  # torchrun turns every code into 1: the status tells
         if self.signals or code == PREEMPTED or (code and said and said.state == "preempted"):
             return STOPPED
@@ -250,9 +251,9 @@ def state(cell: Cell) -> str:
     UserError where its directory holds something else.
     """
     try:
-        decision = rundir.decide(cell.config, cell.config.run_dir, fresh=False, wait_s=0.0)
-        status = rundir.read_status(cell.config.run_dir)
-    except rundir.InUseError:
+        decision = run_directory.decide(cell.config, cell.config.run_dir, fresh=False, wait_s=0.0)
+        status = run_directory.read_status(cell.config.run_dir)
+    except run_directory.InUseError:
         return IN_USE
     except UserError as error:
         raise UserError(f"{error} (for a sweep: remove that folder, or give another sweep.dir)") from None
@@ -306,7 +307,7 @@ def _close(cells: Sequence[Cell], chosen: Sequence[int], failed: Mapping[int, st
 
 
 def _command(launch: str) -> list[str]:
-    if runtime.detect(os.environ).world_size > 1:
+    if detect(os.environ).world_size > 1:
         raise UserError("a sweep is one process that launches others: give torchrun, mpiexec or srun as sweep.launch")
     try:
         words = shlex.split(launch)

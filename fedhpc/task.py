@@ -15,9 +15,9 @@ from fedhpc.errors import UserError
 from fedhpc.kinds.base import Kind
 from fedhpc.models import Base, check_length, load_base, load_kind, load_tokenizer
 from fedhpc.participation import cohort_size, num_rounds
-from fedhpc.placement import Placement
-from fedhpc.runtime import Launch
-from fedhpc.training.local import num_steps
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.placement import Placement
+from fedhpc.training.schedule import num_steps
 
 
 @dataclass(frozen=True)

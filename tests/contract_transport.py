@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from fedhpc.runtime import detect
-from fedhpc.transport import Transport, base, open_transport
+from fedhpc.ranks.launch import detect
+from fedhpc.ranks.transport import Transport, base, open_transport
 
 
 def raises(kind: type[Exception], call, *args: object) -> None:

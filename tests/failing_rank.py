@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM  # noqa: F401  imported once, here
 
-from fedhpc import clientstate, federation, main, rundir
-from fedhpc.approaches.averaging import Averaging
-from fedhpc.liveness import Liveness  # noqa: F401
-from fedhpc.transport import torch_dist
+from fedhpc import federation, main
+from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.ranks.liveness import Liveness  # noqa: F401
+from fedhpc.ranks.transport import torch_dist
+from fedhpc.results import run_directory
+from fedhpc.training import client_state
 
 
 def _raise() -> None:
@@ -38,8 +40,8 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "local training": (Averaging, "local", 8),
     "collective": (torch_dist.TorchTransport, "_reduce_sum", 7),
     "server step": (Averaging, "step", 3),
-    "checkpoint": (rundir, "_fsync", 30),
-    "client state": (clientstate, "save", 8),
+    "checkpoint": (run_directory, "_fsync", 30),
+    "client state": (client_state, "save", 8),
 }
 
 

@@ -23,8 +23,8 @@ from fedhpc import federation
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config
 from fedhpc.models import BUILTIN
-from fedhpc.runtime import Launch
-from fedhpc.transport.base import LoopbackTransport, Transport
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 
 
 class Interrupted(Exception):  # noqa: N818  not an error of the program

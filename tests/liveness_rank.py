@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from fedhpc.liveness import Liveness
-from fedhpc.runtime import detect
-from fedhpc.transport import Transport, TransportError, open_transport
+from fedhpc.ranks.launch import detect
+from fedhpc.ranks.liveness import Liveness
+from fedhpc.ranks.transport import Transport, TransportError, open_transport
 
 
 def say(text: str) -> None:

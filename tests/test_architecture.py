@@ -19,8 +19,7 @@ from fedhpc.registry import Section
 
 PACKAGE = Path(configuration.__file__).parent
 FAMILIES = sorted(
-    {family for keys in configuration.CHOICES.values() for family in keys.values()}
-    | {"evaluation/metrics", "proposers"}
+    {family for keys in configuration.CHOICES.values() for family in keys.values()} | {"metrics", "proposers"}
 )
 CHOICES = [(family, name) for family in FAMILIES for name in registry.names(family)]
 
@@ -100,17 +99,16 @@ def test_imports_run_one_way() -> None:
 # From the bottom: what a part may build on.
 LAYERS = [
     {"", "errors"},
-    {"placement"},
-    {"lazy", "registry", "rng", "runtime", "progress", "costs", "kernels"},
-    {"config", "builtin", "payload", "startup", "transport"},
-    {"data", "rundir", "liveness", "forked"},
+    {"lazy", "registry", "rng", "kernels"},
+    {"config", "builtin", "ranks"},
+    {"data", "results"},
     {"kinds"},
     {"models"},
-    {"store", "methods"},
-    {"aggregators", "transforms", "client_optimizers", "server_optimizers", "server"},
-    {"training", "aggregation", "report"},
-    {"participation", "evaluation", "clientstate", "distillation", "retrieval", "search"},
-    {"task", "proposers"},
+    {"updates"},
+    {"methods"},
+    {"server", "training", "report"},
+    {"participation", "evaluation"},
+    {"task"},
     {"approaches"},
     {"book", "planning"},
     {"federation"},
@@ -129,10 +127,10 @@ def test_every_part_has_its_layer_and_imports_only_from_below() -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("torch.distributed", {"transport.torch_dist"}),
-        ("mpi4py", {"transport.mpi"}),
+        ("torch.distributed", {"ranks.transport.torch_dist"}),
+        ("mpi4py", {"ranks.transport.mpi"}),
         ("yaml", {"config"}),
-        ("h5py", {"store", "report", "bench.gpu_runs", "bench.peers", "bench.rounds", "bench.scale"}),
+        ("h5py", {"results.results_file", "report", "bench.gpu_runs", "bench.peers", "bench.rounds", "bench.scale"}),
         # A reference to compare with, and the format of the export, not a part.
         ("peft", {"bench.compute", "bench.peer_program"}),
         ("datasets", {"data.sources"}),
@@ -151,13 +149,18 @@ def test_who_may_import_what(library: str, allowed: set[str]) -> None:
 
 def test_methods_and_rules_know_nothing_of_a_run() -> None:
     edges = graph(only_at_run_time=False, group=top)
-    leaves = ("methods", "aggregators", "transforms", "client_optimizers", "server_optimizers")
-    for family in leaves:
-        assert edges[family] <= {"errors", "lazy", "registry", "rng", "payload", "models", "kinds", "kernels", ""}, (
-            family
-        )
-    assert not edges["training"] & {"transport", "store", "rundir", "participation", "server"}
-    assert not edges["data"] & {"kinds", "models", "methods", "training", "transport", "store"}
+    leaves = ("server.aggregators", "updates.transforms", "training.optimizers", "server.optimizers", "methods")
+    allowed = {"errors", "lazy", "registry", "rng", "updates", "models", "kinds", "kernels", "", "methods"}
+    for module in modules():
+        if module.removeprefix("fedhpc.").startswith(leaves):
+            inside = {
+                name
+                for name in imported(module)
+                if name in modules() and not name.startswith(tuple(f"fedhpc.{leaf}" for leaf in leaves))
+            }
+            assert {top(name) for name in inside} <= allowed, module
+    assert not edges["training"] & {"participation", "server"}
+    assert not edges["data"] & {"kinds", "models", "methods", "training", "ranks", "results"}
     assert {part for part in edges if "federation" in edges[part]} <= {"main", "bench"}
 
 
@@ -165,8 +168,8 @@ def test_only_these_files_tell_rank_0_from_the_rest() -> None:
     """The collectives themselves, their results that only rank 0 has, and who speaks."""
     compares = re.compile(r"\brank (==|!=|<|>|<=|>=) \d|\d (==|<|<=) (\w+\.)*rank\b")
     found = {m.removeprefix("fedhpc.") for m, tree in modules().items() if compares.search(ast.unparse(tree))}
-    transports = {"transport.base", "transport.mpi", "transport.torch_dist", "runtime", "liveness", "startup"}
-    assert found <= {"federation", "main", "aggregation", "evaluation.evaluate"} | transports
+    outside = {name for name in found if not name.startswith("ranks.")}
+    assert outside <= {"federation", "main", "updates.cohort", "evaluation.evaluate"}
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -225,7 +228,7 @@ def test_modules_and_public_functions_say_what_they_do(module: str) -> None:
         and not ast.get_docstring(node)
         and not (isinstance(node, ast.ClassDef) and _is_section(node))
     ]
-    if module.removeprefix("fedhpc.").split(".")[0] in ("client_optimizers", "server_optimizers", "evaluation"):
+    if module.removeprefix("fedhpc.").split(".")[0] in ("training", "server", "evaluation"):
         missing = [name for name in missing if name not in ("compute", "step")]
     assert [name for name in missing if name != "main"] == []
 
@@ -250,14 +253,14 @@ def test_a_choice_is_complete(family: str, name: str) -> None:
         "client_optimizers": ("state_names", "step"),
         "server_optimizers": ("initial_state", "step"),
         "transforms": ("on_client",),
-        "evaluation/metrics": ("NEEDS", "compute"),
+        "metrics": ("NEEDS", "compute"),
         "proposers": ("PROPOSER",),
     }
     for attribute in needed.get(family, ()):
         assert hasattr(module, attribute), f"{family}/{name} has no {attribute}"
     if family == "methods":
-        assert hasattr(module, "METHOD") or hasattr(registry.load("approaches", module.APPROACH), "APPROACH")
-    if family == "data/partitioners":
+        assert hasattr(module, "METHOD") or registry.approach(module)
+    if family == "partitioners":
         assert hasattr(module, "partition") or hasattr(module, "draw")
     if family == "aggregators":
         assert hasattr(module, "weights" if module.LINEAR else "combine")
@@ -269,7 +272,7 @@ def raw_of(family: str, name: str) -> dict[str, Any]:
     raw: dict[str, Any] = {"data": {"label": "label", "client": "client"}, "client": {"optimizer": "sgd"}}
     if family == "proposers":
         return {**raw, "method": {"name": "prompt_search", "proposers": [{"name": name}]}}
-    if family == "evaluation/metrics":
+    if family == "metrics":
         return {**raw, "evaluation": {"metrics": [name]}}
     section, key = next((s, k) for s, keys in configuration.CHOICES.items() for k, f in keys.items() if f == family)
     return {**raw, section: [{key: name}] if section == "transforms" else {key: name}}

@@ -17,7 +17,7 @@ import yaml
 
 from fedhpc.main import main
 from fedhpc.models import BUILTIN
-from fedhpc.rundir import CHECKPOINT
+from fedhpc.results.run_directory import CHECKPOINT
 from tests.ranks import Launcher, Result, run_ranks
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -570,9 +570,9 @@ def test_directories_that_cannot_be_used(capfd: pytest.CaptureFixture[str], monk
 
 
 def test_a_directory_in_use(finished: str, capfd: pytest.CaptureFixture[str]) -> None:
-    from fedhpc import rundir
+    from fedhpc.results import run_directory
 
-    held = rundir.lock(Path("run"))
+    held = run_directory.lock(Path("run"))
     try:
         for extra in ([], ["--fresh"], ["federation.rounds=2"]):
             says(refused(capfd, [finished, *extra]), "run: in use by a live run", str(os.getpid()), "another run.dir")

@@ -14,7 +14,7 @@ from fedhpc import config as configuration
 from fedhpc import registry
 from fedhpc.methods.base import Method
 from fedhpc.training.block import Memory, Work, cut_by_length, train_block
-from fedhpc.training.local import batches, learning_rate
+from fedhpc.training.schedule import batches, learning_rate
 from tests import tiny
 
 SIZES = [17, 5, 24, 9, 12, 3, 20, 8]

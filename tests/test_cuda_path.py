@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import federation, kernels, registry, rundir
+from fedhpc import federation, kernels, registry
 from fedhpc.bench import bed
 from fedhpc.evaluation.evaluate import evaluate
 from fedhpc.kinds import _loss, causal_lm
 from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
-from fedhpc.placement import Placement
-from fedhpc.runtime import Launch
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.results import run_directory
 from fedhpc.training.block import Memory, train_block
-from fedhpc.transport.base import LoopbackTransport
 from tests import tiny
 from tests.fake_gpu import GPU, PAGEABLE, READ, fake_gpu
 from tests.federations import settings as settings_of
@@ -307,4 +308,4 @@ def test_a_run_ends_well(case: dict[str, Any], texts: Path, tmp_path: Path, monk
         assert approach.base.device == GPU
         federation.run(approach, LoopbackTransport(), True, lambda round_: None)
         assert gpu.operators > 500
-    assert rundir.read_status(tmp_path / "run").state == "complete"
+    assert run_directory.read_status(tmp_path / "run").state == "complete"

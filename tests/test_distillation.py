@@ -12,10 +12,9 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import federation
-from fedhpc.data.tokens import Examples, SoftTargets, Tokens, examples_from
-from fedhpc.distillation.alignment import Alignment, Vocabularies, edit_distance, matched
-from fedhpc.distillation.ensemble import exchange, mean
-from fedhpc.distillation.knowledge import (
+from fedhpc.approaches.distillation.alignment import Alignment, Vocabularies, edit_distance, matched
+from fedhpc.approaches.distillation.ensemble import exchange, mean
+from fedhpc.approaches.distillation.knowledge import (
     Format,
     Knowledge,
     likeliest,
@@ -27,14 +26,15 @@ from fedhpc.distillation.knowledge import (
     token_texts,
     where_known,
 )
+from fedhpc.data.tokens import Examples, SoftTargets, Tokens, examples_from
 from fedhpc.kinds import causal_lm
 from fedhpc.kinds._loss import token_losses
 from fedhpc.kinds.base import Attached, Soft
 from fedhpc.methods import lora
 from fedhpc.methods._head import with_head
-from fedhpc.runtime import Launch
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.block import Work, train_block
-from fedhpc.transport.base import LoopbackTransport
 from tests import tiny
 from tests.federations import on_threads
 
@@ -277,7 +277,7 @@ def test_nobody_knows_anything_of_a_position() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_exchange_has_the_same_bits_on_any_number_of_ranks(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedhpc.distillation.ensemble._ENTRIES", 7 * 4 * 5)  # several chunks
+    monkeypatch.setattr("fedhpc.approaches.distillation.ensemble._ENTRIES", 7 * 4 * 5)  # several chunks
     rng = np.random.default_rng(6)
     clients = [random_knowledge(rng, 41, 50, 4, weighted) for _ in range(7)]
     weights = rng.integers(1, 100, 7)

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from fedhpc import clientstate, federation
 from fedhpc import config as configuration
-from fedhpc.approaches import distillation
-from fedhpc.approaches.distillation import Distillation
-from fedhpc.distillation import learner
-from fedhpc.distillation.ensemble import mean
-from fedhpc.distillation.knowledge import Knowledge, position_offsets, predict, soft_targets
-from fedhpc.distillation.learner import Group, group_of
+from fedhpc import federation
+from fedhpc.approaches.distillation import approach, learner
+from fedhpc.approaches.distillation.approach import Distillation
+from fedhpc.approaches.distillation.ensemble import mean
+from fedhpc.approaches.distillation.knowledge import Knowledge, position_offsets, predict, soft_targets
+from fedhpc.approaches.distillation.learner import Group, group_of
 from fedhpc.errors import UserError
 from fedhpc.federation import RefusedError
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.results.run_directory import load_checkpoint
 from fedhpc.rng import torch_seed
-from fedhpc.rundir import load_checkpoint
-from fedhpc.runtime import Launch
+from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block
-from fedhpc.transport.base import LoopbackTransport
 from tests.federations import (
     Interrupted,
     federate,
@@ -180,7 +180,7 @@ def test_a_run_is_the_algorithm_by_hand_on_any_number_of_ranks(tmp_path: Path, t
     assert max(np.abs(tensor - initial[name].numpy()).max() for name, tensor in found.items()) > 1e-2
     for client, payload in own.items():
         (file,) = (tmp_path / "1" / "clients" / str(client)).iterdir()
-        kept = clientstate.load(tmp_path / "1", client, int(file.stem))
+        kept = client_state.load(tmp_path / "1", client, int(file.stem))
         assert list(kept) == ["theta"]
         np.testing.assert_allclose(kept["theta"], payload, rtol=0, atol=1e-6)
 
@@ -266,7 +266,7 @@ def test_confidence_and_uniform_weights(tmp_path: Path, texts: Path) -> None:
     approach = prepared(config)
     group, total, whole = approach.groups[0], 0.0, 0.0
     for client in approach.plan(1).cohort:
-        theta = clientstate.load(tmp_path, client, 1)["theta"][None]
+        theta = client_state.load(tmp_path, client, 1)["theta"][None]
         classes = len(group.base.tokenizer)
         about = (group.public, classes, 5, 1.0, 32, "float32")
         (known,) = predict(group.base, group.method, theta, *about, confident=True)
@@ -358,7 +358,7 @@ def test_classifiers_need_no_alignment(tmp_path: Path, encoders: Path) -> None:
 def test_a_client_that_says_nothing_finite_is_rejected(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, value: float, reason: str
 ) -> None:
-    train = distillation.train_block
+    train = approach.train_block
 
     def spoilt(base: Any, method: Any, payloads: Any, works: Any, *rest: Any) -> Any:
         trained = train(base, method, payloads, works, *rest)
@@ -369,7 +369,7 @@ def test_a_client_that_says_nothing_finite_is_rejected(
 
     raw = distilled(texts, federation={"rounds": 2, "cohort_size": 8})
     bad = next(c for c in range(8) if group_of([2.0, 1.0], 0, c) == 0)
-    monkeypatch.setattr(distillation, "train_block", spoilt)
+    monkeypatch.setattr(approach, "train_block", spoilt)
     federate(settings(tmp_path, raw), ranks=2)
     rows = table(tmp_path, "clients")
     assert [c for c, s in zip(rows["client_id"], rows["status"], strict=True) if s == 2] == [bad, bad]

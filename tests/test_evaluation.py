@@ -21,8 +21,8 @@ from fedhpc.evaluation.evaluate import Outcome, _Work, client_evaluation, evalua
 from fedhpc.kinds import causal_lm
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models import Base
-from fedhpc.placement import Placement
-from fedhpc.transport.base import LoopbackTransport, Transport
+from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from tests import tiny
 
 METRICS = ["loss", "perplexity", "accuracy", "macro_f1", "bleu", "chrf", "rouge_l"]

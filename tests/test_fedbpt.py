@@ -13,15 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from fedhpc import federation
-from fedhpc.approaches.fedbpt import FedBPT, aggregate
+from fedhpc.approaches.fedbpt.approach import FedBPT, aggregate, cmaes
+from fedhpc.approaches.fedbpt.cmaes import Key, Moments
 from fedhpc.errors import UserError
 from fedhpc.kinds.base import Attached
 from fedhpc.methods.prompt import PROMPT
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.rng import generator
-from fedhpc.runtime import Launch
-from fedhpc.search import cmaes
-from fedhpc.search.cmaes import Key, Moments
-from fedhpc.transport.base import LoopbackTransport
 from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
 from tests.test_federation import same_results
 

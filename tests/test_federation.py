@@ -16,16 +16,17 @@ import pandas
 import pytest
 import torch
 
-from fedhpc import federation, rundir
-from fedhpc.approaches.averaging import Averaging
+from fedhpc import federation
+from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.config import Config
 from fedhpc.errors import UserError
-from fedhpc.placement import Placement
-from fedhpc.runtime import Launch
-from fedhpc.store import CLIENTS, EVENTS, ROUNDS
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.results import run_directory
+from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS
 from fedhpc.training.block import Work, train_block
-from fedhpc.training.local import batches
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.training.schedule import batches
 from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
 from tests.ranks import Launcher, Ranks, run_ranks
 
@@ -314,7 +315,7 @@ def test_no_rank_removes_what_the_checkpoint_still_needs(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a slow disk: workers without anything to wait for must not run ahead of the checkpoint."""
-    save, done = rundir.save_checkpoint, [0]
+    save, done = run_directory.save_checkpoint, [0]
 
     def slowly(directory: Path, tensors: Any, meta: Any) -> None:
         time.sleep(0.3)
@@ -324,7 +325,7 @@ def test_no_rank_removes_what_the_checkpoint_still_needs(
         save(directory, tensors, meta)
         done.append(meta["round"])
 
-    monkeypatch.setattr(rundir, "save_checkpoint", slowly)
+    monkeypatch.setattr(run_directory, "save_checkpoint", slowly)
     raw = mode(texts, "local", federation={"rounds": 6}, evaluation={"every": 100})
     federate(settings(tmp_path, raw), ranks=3)
     assert done == [0, 0, 1, 2, 3, 4, 4]
@@ -696,7 +697,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return train_block(base, method, start, works, *about, **more)
 
-    monkeypatch.setattr("fedhpc.approaches.averaging.train_block", train)
+    monkeypatch.setattr("fedhpc.approaches.averaging.approach.train_block", train)
     return tried
 
 

@@ -13,7 +13,7 @@ import transformers as tf
 
 from fedhpc.rng import generator, normals
 from fedhpc.training.block import train_block
-from fedhpc.training.local import batches, learning_rate
+from fedhpc.training.schedule import batches, learning_rate
 from tests import tiny
 from tests.federations import (
     Interrupted,

@@ -18,9 +18,10 @@ import numpy as np
 import psutil
 import pytest
 
-from fedhpc import forked, rundir, startup
 from fedhpc.errors import UserError
-from fedhpc.runtime import Launch
+from fedhpc.ranks import fork, startup
+from fedhpc.ranks.launch import Launch
+from fedhpc.results import run_directory
 from tests.federations import federate, settings, write_texts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ def test_what_ends_one_ends_all(tmp_path: Path, number: signal.Signals, code: in
         process.communicate(timeout=30)
     assert process.returncode == code
     assert not psutil.wait_procs(ranks, timeout=1)[1]
-    status = rundir.read_status(tmp_path / "forked" / "run")
+    status = run_directory.read_status(tmp_path / "forked" / "run")
     assert status is not None and status.state == state
 
 
@@ -107,8 +108,8 @@ def leave(launch: Launch) -> None:
 
 @pytest.fixture
 def unchanged() -> Iterator[None]:
-    """`forked.run` leaves no process behind; what else it changes in this one is put back."""
-    handlers = {number: signal.getsignal(number) for number in forked.SIGNALS}
+    """`fork.run` leaves no process behind; what else it changes in this one is put back."""
+    handlers = {number: signal.getsignal(number) for number in fork.SIGNALS}
     before = set(psutil.Process().children())
     yield
     gc.unfreeze()
@@ -120,8 +121,8 @@ def unchanged() -> Iterator[None]:
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_rank_that_leaves_early_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forked, "_PARTING_S", 0.2)
-    assert forked.run(3, leave) == 3
+    monkeypatch.setattr(fork, "_PARTING_S", 0.2)
+    assert fork.run(3, leave) == 3
 
 
 def starting(launch: Launch) -> None:
@@ -143,7 +144,7 @@ def test_a_signal_between_two_forks_is_not_lost(
 
     monkeypatch.setattr(os, "fork", forked_and_ended)
     signal.signal(signal.SIGTERM, lambda *_: None)  # lost, not the death of the tests
-    assert forked.run(3, starting) == startup.PREEMPTED
+    assert fork.run(3, starting) == startup.PREEMPTED
     assert capfd.readouterr().err == "fedhpc: preempted by SIGTERM while starting; nothing was changed\n"
 
 
@@ -160,7 +161,7 @@ def test_a_rank_that_cannot_be_started_takes_the_others_along(monkeypatch: pytes
 
     monkeypatch.setattr(os, "fork", forked_once)
     with pytest.raises(UserError, match=r"--ranks 3: rank 1 cannot be started \(no more processes\)"):
-        forked.run(3, starting)
+        fork.run(3, starting)
 
 
 @pytest.mark.parametrize(

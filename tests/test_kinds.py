@@ -23,9 +23,9 @@ from fedhpc.kinds import seq2seq
 from fedhpc.methods._head import WithHead, with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.block import train_block
-from fedhpc.training.local import batches
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.training.schedule import batches
 from tests import federations, tiny
 from tests.federations import Interrupted, federate, final, table, tree, write_texts
 from tests.test_block import relative, settings, start_of, works
@@ -616,8 +616,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_one_line(texts: Path, tmp_path: Path, case: str) -> None:
     from fedhpc.federation import RefusedError, prepare
-    from fedhpc.runtime import Launch
-    from fedhpc.transport.base import LoopbackTransport
+    from fedhpc.ranks.launch import Launch
+    from fedhpc.ranks.transport.base import LoopbackTransport
 
     changes, words = WRONG[case]
     raw = classifying(texts, **changes) | {"partition": {"name": "iid", "num_clients": 4}}

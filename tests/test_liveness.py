@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from fedhpc.liveness import Liveness
-from fedhpc.runtime import Launch
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.liveness import Liveness
+from fedhpc.ranks.transport.base import LoopbackTransport
 from tests.ranks import Launcher, Ranks
 
 # The recorder's abort ends the side thread with SystemExit, where a real one ends the process.

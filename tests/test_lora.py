@@ -21,11 +21,11 @@ from fedhpc import federation
 from fedhpc.errors import UserError
 from fedhpc.methods._head import with_head
 from fedhpc.methods.lora import Lora
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.rng import bits, torch_seed
-from fedhpc.runtime import Launch
 from fedhpc.training.block import train_block
-from fedhpc.training.local import batches
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.training.schedule import batches
 from tests import tiny
 from tests.federations import Interrupted, federate, final, table, tree, write_texts
 from tests.federations import settings as run_settings

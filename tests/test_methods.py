@@ -18,7 +18,7 @@ from fedhpc.errors import UserError
 from fedhpc.methods.adapter import load
 from fedhpc.methods.base import Method
 from fedhpc.training.block import train_block
-from fedhpc.training.local import batches
+from fedhpc.training.schedule import batches
 from tests import tiny
 from tests.test_block import relative, settings, start_of, works
 

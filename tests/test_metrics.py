@@ -12,7 +12,7 @@ import pytest
 from fedhpc import registry
 from fedhpc.evaluation.metrics.base import Outputs
 
-FAMILY = "evaluation/metrics"
+FAMILY = "metrics"
 EVERY = Outputs(
     nll_sum=3.0,
     tokens=4,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedhpc import config as configuration
-from fedhpc.aggregators import fednova
+from fedhpc.server.aggregators import fednova
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])

@@ -13,7 +13,7 @@ from fedhpc import registry
 from fedhpc.data.partitioners.base import limited, raised
 from fedhpc.errors import UserError
 
-FAMILY = "data/partitioners"
+FAMILY = "partitioners"
 NAMES = registry.names(FAMILY)
 DIVIDING = [n for n in NAMES if hasattr(registry.load(FAMILY, n), "partition")]
 DRAWING = [n for n in NAMES if hasattr(registry.load(FAMILY, n), "draw")]

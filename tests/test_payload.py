@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedhpc.payload import Layout, exponents, from_grid, grid, to_grid
+from fedhpc.updates.layout import Layout, exponents, from_grid, grid, to_grid
 
 LAYOUT = Layout({"a": (3, 4), "b": (), "tiny": (5,), "zero": (2,)})
 

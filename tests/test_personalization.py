@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from fedhpc import clientstate, federation
 from fedhpc import config as configuration
-from fedhpc.approaches.averaging import Averaging
+from fedhpc import federation
+from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import client_evaluation, over_clients
-from fedhpc.payload import Layout, Split
-from fedhpc.runtime import Launch
-from fedhpc.store import Results
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.results.results_file import Results
+from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.updates.layout import Layout, Split
 from tests.federations import Interrupted, federate, final, save_random_bert, settings, table, tree, write_texts
 
 LORA = {"name": "lora", "rank": 2}
@@ -91,7 +92,7 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path) -> None:
     for client, mine in own.items():
         assert min(float(tensor.norm()) for tensor in mine.values()) > 1e-3
         (file,) = (tmp_path / "clients" / str(client)).iterdir()
-        state = clientstate.load(tmp_path, client, int(file.stem))
+        state = client_state.load(tmp_path, client, int(file.stem))
         assert list(state) == ["personal"]
         np.testing.assert_allclose(state["personal"], task.split.personal.flatten(mine), rtol=0, atol=1e-12)
 

@@ -8,9 +8,9 @@ import torch
 from fedhpc import config as configuration
 from fedhpc import federation
 from fedhpc.errors import UserError
-from fedhpc.placement import Placement, place
-from fedhpc.runtime import Launch
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.placement import Placement, place
+from fedhpc.ranks.transport.base import LoopbackTransport
 
 EIGHT = [f"a{i}" for i in range(8)]
 OTHER = [f"b{i}" for i in range(8)]

@@ -11,8 +11,8 @@ from fedhpc import federation
 from fedhpc.approaches.base import Approach
 from fedhpc.main import main
 from fedhpc.planning import forecast
-from fedhpc.runtime import Launch
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from tests.federations import federate, settings, table, tree, write_texts
 
 ROUNDS = 4

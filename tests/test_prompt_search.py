@@ -12,23 +12,22 @@ import pytest
 import torch
 
 from fedhpc import federation, registry
-from fedhpc.approaches import prompt_search
-from fedhpc.approaches.prompt_search import PromptSearch
+from fedhpc.approaches.prompt_search.approach import PromptSearch
+from fedhpc.approaches.prompt_search.halving import rungs
+from fedhpc.approaches.prompt_search.sampling import continuations
+from fedhpc.approaches.scoring import likelihoods
+from fedhpc.approaches.scoring.likelihoods import Spent
+from fedhpc.approaches.scoring.objective import row_losses
+from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space, Writer
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config, load
 from fedhpc.data.templates import parse
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import evaluate
 from fedhpc.kinds.base import Attached
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.rng import generator
-from fedhpc.runtime import Launch
-from fedhpc.search import scoring
-from fedhpc.search.halving import rungs
-from fedhpc.search.objective import row_losses
-from fedhpc.search.prompts import Candidate, Shared, Space, Writer
-from fedhpc.search.sampling import continuations
-from fedhpc.search.scoring import Spent
-from fedhpc.transport.base import LoopbackTransport
 from tests import tiny
 from tests.federations import Interrupted, federate, settings, table, tree, write_texts
 from tests.ranks import Ranks, run_ranks
@@ -101,11 +100,11 @@ def test_shared_prefixes_and_rows_score_as_each_row_alone(family: str) -> None:
             wanted[b, i] = likely[np.arange(len(ids) - len(answer) - 1, len(ids) - 1), answer].sum()
     spent = Spent()
     with torch.no_grad():
-        shared = scoring.of_texts(base, prefixes, spent)
-        together = scoring.log_likelihoods(base, shared, which, texts, [answers] * 24, spent)
-        one = scoring.log_likelihoods(base, shared, which, texts, [[answers[1]]] * 24, Spent())
-        none = scoring.of_texts(base, [some(0)], Spent())
-        bare = scoring.log_likelihoods(base, none, np.zeros(24, int), texts, [answers] * 24, Spent())
+        shared = likelihoods.of_texts(base, prefixes, spent)
+        together = likelihoods.log_likelihoods(base, shared, which, texts, [answers] * 24, spent)
+        one = likelihoods.log_likelihoods(base, shared, which, texts, [[answers[1]]] * 24, Spent())
+        none = likelihoods.of_texts(base, [some(0)], Spent())
+        bare = likelihoods.log_likelihoods(base, none, np.zeros(24, int), texts, [answers] * 24, Spent())
     np.testing.assert_allclose(together, wanted, rtol=0, atol=1e-9)
     np.testing.assert_allclose(one[:, 0], wanted[:, 1], rtol=0, atol=1e-9)
     np.testing.assert_allclose(bare[which == 0], wanted[which == 0], rtol=0, atol=1e-9)
@@ -126,9 +125,9 @@ def test_soft_prompts_score_as_an_attached_prompt_does() -> None:
         batch: Any = base.kind.batch(base, examples, every)
         losses = base.kind.losses(base, Attached(embeddings=prompts[which]), batch)
         wanted = -np.bincount(np.repeat(every, batch.supervised), weights=losses.numpy())
-        found = scoring.log_likelihoods(
+        found = likelihoods.log_likelihoods(
             base,
-            scoring.of_embeddings(base, prompts, Spent()),
+            likelihoods.of_embeddings(base, prompts, Spent()),
             which,
             [examples.prompt(e) for e in every],
             [[examples.tokens(e)[examples.prompt_lengths[e] :]] for e in every],
@@ -351,7 +350,7 @@ def test_examples_leave_a_client_only_where_it_is_allowed(tmp_path: Path, texts:
 def test_the_bytes_are_those_of_the_texts_and_a_number_for_each(tmp_path: Path, texts: Path) -> None:
     federate(settings(tmp_path, search(texts, federation={"rounds": 1})))
     approach = made(tmp_path / "again", search(texts))
-    text = prompt_search._encoded(0, approach._first)
+    text = approach._encoded(0, approach._first)
     assert [Candidate.from_tree(one) for one in json.loads(text)["candidates"]] == approach._first
     found = table(tmp_path, "rounds")
     assert (found["bytes_down"][1], found["bytes_up"][1]) == (4 * len(text), 4 * 8 * 6)

@@ -20,18 +20,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedhpc import federation, rundir
-from fedhpc.approaches.averaging import Averaging
+from fedhpc import federation
+from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.data import Data, Examples, Population
 from fedhpc.data.partitioners.base import Assignment
 from fedhpc.data.tokens import Tokens, examples_from
 from fedhpc.kinds.base import Attached, Batch, Kind
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
-from fedhpc.payload import Layout
-from fedhpc.placement import Placement
+from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.results import run_directory
 from fedhpc.task import Task
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.updates.layout import Layout
 from tests.federations import settings, table
 
 SIZE = 5  # of x
@@ -153,7 +154,7 @@ def federated(folder: Path, **sections: Any) -> list[dict[str, np.ndarray]]:
 
     def on_round(round_: int) -> None:
         if round_:
-            found = rundir.load_checkpoint(folder)
+            found = run_directory.load_checkpoint(folder)
             assert found is not None and found[1]["round"] == round_
             states.append({name: found[0][name] for name in ("theta", "control") if name in found[0]})
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc.approaches.rag import Rag
+from fedhpc.approaches.rag.approach import Rag
+from fedhpc.approaches.rag.chunks import chunks
+from fedhpc.approaches.rag.encoder import Encoder
+from fedhpc.approaches.rag.passages import number_of
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config
-from fedhpc.data.passages import number_of
 from fedhpc.errors import UserError
 from fedhpc.federation import RefusedError, prepare
-from fedhpc.retrieval.chunks import chunks
-from fedhpc.retrieval.encoder import Encoder
-from fedhpc.rundir import decide
-from fedhpc.runtime import Launch
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.results.run_directory import decide
 from tests.federations import Interrupted, federate, final, save_random_bert, settings, table
 
 _PASSAGES, _QUESTIONS = 60, 24
@@ -304,7 +304,7 @@ def test_the_end_needs_no_json_of_texts_and_no_index_and_rounds_stay(
 
     monkeypatch.setattr(Rag, "_answered", answered)
     wanted = run(world, tmp_path / "one", **changes)
-    monkeypatch.setattr("fedhpc.transport.base.JSON_LIMIT_BYTES", 600)
+    monkeypatch.setattr("fedhpc.ranks.transport.base.JSON_LIMIT_BYTES", 600)
     directory = run(world, tmp_path / "run", 2, **changes)
     same_lists(directory, wanted)
     assert table(directory, "test") == table(wanted, "test")

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedhpc import costs
 from fedhpc.config import load as load_config
-from fedhpc.progress import Progress, duration, line
+from fedhpc.report import costs
 from fedhpc.report.__main__ import main
 from fedhpc.report.plots import compared_loss
 from fedhpc.report.runs import Run, along, grouped, load_run
 from fedhpc.report.text import mean_and_half_width, t_975
-from fedhpc.rundir import write_status
-from fedhpc.store import CLIENTS, ROUNDS, Results
+from fedhpc.results.progress import Progress, duration, line
+from fedhpc.results.results_file import CLIENTS, ROUNDS, Results
+from fedhpc.results.run_directory import write_status
 
 
 def make_run(

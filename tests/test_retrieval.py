@@ -14,15 +14,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fedhpc.aggregation import fetch, share, tree_merge
-from fedhpc.builtin import base_path, rows
-from fedhpc.data.templates import parse
-from fedhpc.retrieval import lexical
-from fedhpc.retrieval.chunks import chunks
-from fedhpc.retrieval.context import context
-from fedhpc.retrieval.dense import Dense, on_grid, products
-from fedhpc.retrieval.lexical import Lexical, Statistics, terms
-from fedhpc.retrieval.ranking import (
+from fedhpc.approaches.rag import lexical
+from fedhpc.approaches.rag.chunks import chunks
+from fedhpc.approaches.rag.context import context
+from fedhpc.approaches.rag.dense import Dense, on_grid, products
+from fedhpc.approaches.rag.lexical import Lexical, Statistics, terms
+from fedhpc.approaches.rag.ranking import (
     CLIENT,
     KEY,
     ORDER,
@@ -36,7 +33,10 @@ from fedhpc.retrieval.ranking import (
     reciprocal_ranks,
     top,
 )
-from fedhpc.retrieval.routing import centroids, closeness
+from fedhpc.approaches.rag.routing import centroids, closeness
+from fedhpc.builtin import base_path, rows
+from fedhpc.data.templates import parse
+from fedhpc.updates.cohort import fetch, share, tree_merge
 from tests.federations import ThreadTransport, _Group
 
 rng = np.random.default_rng(0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedhpc import models
+from fedhpc.approaches.rag.encoder import Encoder
 from fedhpc.builtin import rows
 from fedhpc.config import Model
 from fedhpc.data import load_data
@@ -20,11 +21,10 @@ from fedhpc.federation import RefusedError, prepare
 from fedhpc.kinds import embedding
 from fedhpc.kinds.embedding import TEMPERATURE
 from fedhpc.methods.retriever import PROJECTION, Options, Retriever, load
-from fedhpc.retrieval.encoder import Encoder
-from fedhpc.runtime import Launch
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.block import Work, train_block
-from fedhpc.training.local import batches
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.training.schedule import batches
 from tests.federations import federate, final, save_random_bert, settings, table
 from tests.test_block import relative
 
@@ -175,7 +175,7 @@ def test_vectors_are_kept_on_disk_by_who_made_them_and_in_memory_up_to_a_limit(
         return torch.zeros(len(ids), 32)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedhpc.retrieval.encoder.embed", counted)
+        patch.setattr("fedhpc.approaches.rag.encoder.embed", counted)
         assert np.array_equal(search.passages(texts)[0], wanted) and not made
         patch.setattr(search, "base", replace(search.base, device=torch.device("cuda")))
         assert not search.passages(texts)[0].any()

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedhpc import rundir
 from fedhpc.config import Config, load
 from fedhpc.errors import UserError
-from fedhpc.rundir import (
+from fedhpc.results import run_directory
+from fedhpc.results.run_directory import (
     CHECKPOINT,
     atomic_write,
     begin,
@@ -162,7 +162,7 @@ def test_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     child = textwrap.dedent(f"""
         from pathlib import Path
         import numpy as np
-        from fedhpc.rundir import save_checkpoint
+        from fedhpc.results.run_directory import save_checkpoint
         for t in range(10**9):
             save_checkpoint(Path({str(tmp_path)!r}), {{"w": np.full(1 << 17, t)}}, {{"round": t}})
             print(t, flush=True)
@@ -192,12 +192,12 @@ def test_status(tmp_path: Path) -> None:
 
 
 def test_lock_holds_until_the_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rundir, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(run_directory, "LOCK_WAIT_S", 0.2)
     directory = tmp_path / "a" / "run"
     child = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from fedhpc.rundir import lock
+        from fedhpc.results.run_directory import lock
         held = lock(Path({str(directory)!r}))
         print(held.held, flush=True)
         sys.stdin.read()
@@ -220,14 +220,14 @@ def test_lock_waits_for_a_dying_predecessor_and_says_when_there_are_no_locks(
     child = f"""
 import time
 from pathlib import Path
-from fedhpc.rundir import lock
+from fedhpc.results.run_directory import lock
 held = lock(Path({str(tmp_path)!r}))
 print("held", flush=True)
 time.sleep(0.5)
 """
     process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    monkeypatch.setattr(rundir, "LOCK_WAIT_S", 30.0)
+    monkeypatch.setattr(run_directory, "LOCK_WAIT_S", 30.0)
     lock(tmp_path).close()
     process.communicate()
 

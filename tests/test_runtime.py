@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from fedhpc.errors import UserError
-from fedhpc.runtime import Launch, detect, first_host
+from fedhpc.ranks.launch import Launch, detect, first_host
 
 TORCHRUN = {
     "GROUP_RANK": "0",
@@ -241,5 +241,5 @@ def test_first_host(nodelist: str, host: str) -> None:
 
 
 def test_light() -> None:
-    code = "import sys, fedhpc.runtime; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, fedhpc.ranks.launch; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

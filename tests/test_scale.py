@@ -18,17 +18,17 @@ import psutil
 import pytest
 import torch
 
-from fedhpc import aggregation
 from fedhpc.bench import processes
 from fedhpc.bench.__main__ import interrupted
 from fedhpc.errors import UserError
-from fedhpc.payload import Layout
-from fedhpc.transport.base import LoopbackTransport
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.updates import cohort
+from fedhpc.updates.layout import Layout
 
 
 def test_a_robust_rule_never_sees_many_values_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many clients and coordinates there are, and with the same result."""
-    monkeypatch.setattr(aggregation, "_VALUES", 1000)
+    monkeypatch.setattr(cohort, "_VALUES", 1000)
     updates = torch.randn(64, 1001, generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -36,7 +36,7 @@ def test_a_robust_rule_never_sees_many_values_at_once(monkeypatch: pytest.Monkey
         seen.append(values.numel())
         return values.median(dim=0).values
 
-    found = aggregation.sharded(
+    found = cohort.sharded(
         LoopbackTransport(), np.arange(64), updates, [0] * 64, np.ones(64), Layout({"a": (1001,)}), median
     )
     assert torch.equal(found, updates.double().median(dim=0).values)

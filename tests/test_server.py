@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc.server import Server, State
+from fedhpc.server.state import Server, State
 
 
 def paper(name: str, options: dict[str, float], theta: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:

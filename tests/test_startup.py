@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedhpc import startup
+from fedhpc.ranks import startup
 
 
 @pytest.mark.parametrize("most", [2**30, 2**25])

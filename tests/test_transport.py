@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from fedhpc.errors import UserError
-from fedhpc.runtime import Launch
-from fedhpc.transport import open_transport, torch_dist
-from fedhpc.transport.network import interface_of, own_address
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport import open_transport, torch_dist
+from fedhpc.ranks.transport.network import interface_of, own_address
 from tests.contract_transport import run_all
 from tests.ranks import Launcher, Ranks, free_port, run_ranks
 
@@ -49,7 +49,7 @@ def test_contract_over_nodes() -> None:
     """Two nodes, one of them with two ranks; with real ones and what crosses between them: cluster/test_hosts.py."""
     program = """
 import sys
-from fedhpc.transport import torch_dist
+from fedhpc.ranks.transport import torch_dist
 from tests import contract_transport
 torch_dist._node = lambda launch: "other" if launch.rank else "first"
 sys.argv[1:] = ["auto", "gloo"]
@@ -73,8 +73,8 @@ def test_restarted_ranks_find_each_other() -> None:
     test_kill.py."""
     program = """
 import os, torch
-from fedhpc.runtime import detect
-from fedhpc.transport import open_transport
+from fedhpc.ranks.launch import detect
+from fedhpc.ranks.transport import open_transport
 launch = detect(os.environ)
 with open_transport(launch, "auto", 60) as transport:
     transport.reduce_sum(torch.ones(3))
@@ -135,8 +135,8 @@ def test_a_rank_that_never_comes_ends_the_others() -> None:
     """The watchdog of the connect phase, where no liveness is there yet."""
     program = """
 import time
-from fedhpc.runtime import Launch
-from fedhpc.transport.base import connect_deadline
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import connect_deadline
 with connect_deadline(Launch("torchrun", 1, 2), 0.2):
     time.sleep(60)
 """

@@ -22,10 +22,10 @@ from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
 from fedhpc.kinds.base import Kind
 from fedhpc.participation import Block, Plan, cohort_size, joined, most_together, plan_round, resolve_block_size
-from fedhpc.server import State
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.server.state import State
 from fedhpc.task import Task
-from fedhpc.training.local import num_steps
-from fedhpc.transport.base import Transport
+from fedhpc.training.schedule import num_steps
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Approach(ABC):
     def __init__(self, task: Task) -> None:
         self.config, self.base, self.data = task.config, task.base, task.data
         for name in (*task.config.evaluation.metrics, *task.config.evaluation.metrics_of_test):
-            needed = registry.load("evaluation/metrics", name).NEEDS
+            needed = registry.load("metrics", name).NEEDS
             if needed not in self.base.kind.answers | self.answers:
                 raise UserError(
                     f"evaluation.metrics: {name} is of {needed}, which method.name {task.config.method.name} of "
@@ -111,7 +111,7 @@ class Approach(ABC):
 
     @property
     def keeps_client_state(self) -> bool:
-        """Whether clients keep something from round to round (fedhpc.clientstate)."""
+        """Whether clients keep something from round to round (fedhpc.training.client_state)."""
         return False
 
     def plan(self, round_: int) -> Plan:
@@ -135,7 +135,7 @@ class Approach(ABC):
 
     @abstractmethod
     def local(self, plan: Plan, clients: Sequence[int], down: Any) -> Returned:
-        """What a block of clients does. No collectives; files of the clients' own (fedhpc.clientstate) alone."""
+        """What a block of clients does. No collectives, no files but the clients' own."""
 
     @abstractmethod
     def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Any:

@@ -97,9 +97,10 @@ class Trainer:
     def __init__(self, workload: Workload, folder: Path, k: int | str, **changes: Any) -> None:
         import torch
 
-        from fedhpc import federation, startup
-        from fedhpc.runtime import Launch
-        from fedhpc.transport.base import LoopbackTransport
+        from fedhpc import federation
+        from fedhpc.ranks import startup
+        from fedhpc.ranks.launch import Launch
+        from fedhpc.ranks.transport.base import LoopbackTransport
 
         torch.set_num_threads(1)
         startup.keep_freed_memory()  # as a rank does; the loops that it is compared with run here and gain by it too

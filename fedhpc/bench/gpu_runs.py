@@ -127,7 +127,7 @@ def bits(method: str, size: str = "large", device: str = "auto", rounds: int = 4
 
 def _kill(runs: _Runs, name: str, after: int) -> None:
     """Begin the run `name` and kill it once it has reported the round `after`. UserError where it had ended."""
-    from fedhpc import rundir
+    from fedhpc.results import run_directory
 
     reported = threading.Event()
 
@@ -138,7 +138,7 @@ def _kill(runs: _Runs, name: str, after: int) -> None:
     with runs.watched(_ONE, name, on_line):
         if not reported.wait(_LIMIT_S):
             raise UserError(f"{name}: round {after} was not reported within {_LIMIT_S:.0f} s")
-    status = rundir.read_status(runs.folder / name)
+    status = run_directory.read_status(runs.folder / name)
     if status is None or status.state != "running":
         raise UserError(f"{name}: it was not killed in time: {status}")
 
@@ -148,7 +148,7 @@ def scarce(device: Any, size: str = "large") -> Iterator[Row]:
     import torch
 
     from fedhpc import federation
-    from fedhpc.transport.base import LoopbackTransport
+    from fedhpc.ranks.transport.base import LoopbackTransport
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         changes = {"model": {"dtype": "bfloat16"}, "federation": {"cohort_size": 64}}

@@ -198,10 +198,10 @@ def prepare(workload: Workload, folder: Path, rounds: int) -> tuple[dict[str, np
     tokens filled, as its peers find theirs.
     """
     from fedhpc import federation
-    from fedhpc.approaches.averaging import Averaging
-    from fedhpc.runtime import Launch
-    from fedhpc.training.local import batches
-    from fedhpc.transport.base import LoopbackTransport
+    from fedhpc.approaches.averaging.approach import Averaging
+    from fedhpc.ranks.launch import Launch
+    from fedhpc.ranks.transport.base import LoopbackTransport
+    from fedhpc.training.schedule import batches
 
     config = workloads.read(workloads.write(workload, folder, rounds))
     os.environ["FEDHPC_CACHE"] = _environment(folder)["FEDHPC_CACHE"]

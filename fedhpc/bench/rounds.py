@@ -58,8 +58,8 @@ def _federation(folder: Path, ranks: int) -> dict[str, np.ndarray]:
     import transformers
 
     from fedhpc import federation
-    from fedhpc.runtime import Launch
-    from fedhpc.transport import open_transport
+    from fedhpc.ranks.launch import Launch
+    from fedhpc.ranks.transport import open_transport
 
     config, port = workloads.read(folder / "config.yaml"), free_port()
     torch.set_num_threads(1)
@@ -103,11 +103,11 @@ def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> floa
     import torch
 
     from fedhpc import federation
-    from fedhpc.approaches.averaging import Averaging, Upload
+    from fedhpc.approaches.averaging.approach import Averaging, Upload
     from fedhpc.approaches.base import Returned
-    from fedhpc.runtime import Launch
+    from fedhpc.ranks.launch import Launch
+    from fedhpc.ranks.transport.base import LoopbackTransport
     from fedhpc.task import load_task
-    from fedhpc.transport.base import LoopbackTransport
 
     class Idle(Averaging):
         """Every client sends back what it got."""
@@ -162,9 +162,9 @@ def _default(rounds: int = 4) -> list[Row]:
 def _placed(rounds: int = 50) -> list[Row]:
     """The busiest worker's tokens x steps over the mean, on a population of very unequal clients."""
     from fedhpc import config as configuration
-    from fedhpc.approaches.averaging import Averaging
+    from fedhpc.approaches.averaging.approach import Averaging
     from fedhpc.participation import plan_round, resolve_block_size
-    from fedhpc.runtime import Launch
+    from fedhpc.ranks.launch import Launch
     from fedhpc.task import load_task
 
     overrides = ["partition.name=quantity_skew", "partition.num_clients=200", "federation.cohort_size=64"]

@@ -49,10 +49,10 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
 
     from fedhpc import config as configuration
     from fedhpc import federation
-    from fedhpc.liveness import Liveness
     from fedhpc.models import BUILTIN
-    from fedhpc.runtime import Launch
-    from fedhpc.transport import TransportError, open_transport
+    from fedhpc.ranks.launch import Launch
+    from fedhpc.ranks.liveness import Liveness
+    from fedhpc.ranks.transport import TransportError, open_transport
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()

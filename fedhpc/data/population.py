@@ -37,7 +37,7 @@ class Population:
         """The population that `partition` makes of the training data; UserError where it cannot."""
         options, seed = settings.partition, settings.run.seed
         fraction = settings.evaluation.client_fraction
-        module = registry.load("data/partitioners", options.name, "partition.name")
+        module = registry.load("partitioners", options.name, "partition.name")
         if hasattr(module, "draw"):
             draw: Callable[[int], Int64] = partial(module.draw, len(train), options, seed)
             drawn = len(draw(0))  # raises what would be wrong with every client

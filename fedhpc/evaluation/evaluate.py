@@ -25,8 +25,8 @@ from fedhpc.evaluation.metrics.base import Outputs
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models import Base, autocast
+from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.rng import EVALUATION, generator
-from fedhpc.transport.base import LoopbackTransport, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def evaluate(
     metrics on labels. Classifiers write no texts, so no samples.
     """
     started = time.perf_counter()
-    modules = {name: registry.load("evaluation/metrics", name, "evaluation.metrics") for name in metrics}
+    modules = {name: registry.load("metrics", name, "evaluation.metrics") for name in metrics}
     needs = {module.NEEDS for module in modules.values()}
     count = 1 if method is None else len(payloads)
     work = _Work(base, method, payloads, options.batch_size, precision, transport)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedhpc.lazy import lazy
 from fedhpc.methods._weights import places, swapped
 from fedhpc.methods.base import Attached, Method
-from fedhpc.payload import Layout
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     import torch

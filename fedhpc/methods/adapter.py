@@ -26,9 +26,9 @@ from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
 from fedhpc.methods._linear import by_row, features, find_layers
 from fedhpc.methods.base import Attached, Method
-from fedhpc.payload import Layout
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     import torch

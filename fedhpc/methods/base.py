@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.kinds.base import Attached as Attached
-from fedhpc.payload import Layout
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor

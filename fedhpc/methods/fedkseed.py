@@ -29,9 +29,9 @@ from pydantic import Field
 from fedhpc.lazy import lazy
 from fedhpc.methods._weights import places, quantized, save_model, swapped
 from fedhpc.methods.base import Attached, Method
-from fedhpc.payload import Layout
 from fedhpc.registry import Section
 from fedhpc.rng import normals, torch_seed
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     import torch

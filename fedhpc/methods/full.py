@@ -23,8 +23,8 @@ from fedhpc.lazy import lazy
 from fedhpc.methods._weights import places, quantized, save_model, swapped
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models import layer_stacks
-from fedhpc.payload import Layout
 from fedhpc.registry import Section
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     import torch

@@ -33,9 +33,9 @@ from pydantic import Field
 from fedhpc.lazy import lazy
 from fedhpc.methods._linear import by_row, features, find_layers, is_conv1d
 from fedhpc.methods.base import Attached, Method
-from fedhpc.payload import Layout
 from fedhpc.registry import Section
 from fedhpc.rng import bits, torch_seed
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     import torch

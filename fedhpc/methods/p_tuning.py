@@ -15,9 +15,9 @@ from pydantic import Field
 
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Attached, Method
-from fedhpc.payload import Layout
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Attached, Method
-from fedhpc.payload import Layout
 from fedhpc.registry import Section
+from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     import torch

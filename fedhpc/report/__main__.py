@@ -8,7 +8,7 @@ of the 95 % confidence interval of the mean (Student's t). Groups with seeds in 
 well: what the seeds share, like the split of the data, drops out of the differences.
 
 --target-loss adds what each group spent until its validation loss was at most X, and a projection of its bytes to
-slower links (fedhpc/costs.py). --axis, which can be given several times, adds test results along a configuration key:
+slower links (report/costs.py). --axis, which can be given several times, adds test results along a configuration key:
 a line for each set of runs that differ in it alone, and the changes from the reference, the value that most runs have.
 """
 

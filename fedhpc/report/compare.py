@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fedhpc import costs
+from fedhpc.report import costs
 from fedhpc.report.plots import compared_loss, compared_test, plotted_axes
 from fedhpc.report.runs import (
     Group,

@@ -15,8 +15,8 @@ import numpy as np
 from fedhpc.config import parse_yaml
 from fedhpc.errors import UserError, nearest
 from fedhpc.report.text import NONE, in_order
-from fedhpc.rundir import read_status
-from fedhpc.store import Results
+from fedhpc.results.results_file import Results
+from fedhpc.results.run_directory import read_status
 
 
 @dataclass(frozen=True)

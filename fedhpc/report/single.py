@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from fedhpc.progress import duration
 from fedhpc.report.plots import client_loss, learning_curve, metric_curves, seconds_of_rounds, traffic
 from fedhpc.report.runs import Group, Run
 from fedhpc.report.text import (
@@ -23,6 +22,7 @@ from fedhpc.report.text import (
     title_of,
     write_text,
 )
+from fedhpc.results.progress import duration
 
 _TABLE_ROWS, _TABLE_COLUMNS = 12, 12  # of what is shown of an approach's own tables
 

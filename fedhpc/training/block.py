@@ -14,7 +14,6 @@ T is the size of the method's state, P that of its payload; they differ where a 
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedhpc import registry
 from fedhpc.config import Config
 from fedhpc.data.tokens import Examples
 from fedhpc.kinds.base import Batch
@@ -31,7 +31,7 @@ from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
 from fedhpc.models import Base, autocast
 from fedhpc.rng import bits, generator, torch_seed
-from fedhpc.training.local import batches, learning_rates
+from fedhpc.training.schedule import batches, learning_rates
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ def train_block(
 
     payloads (1, P) for one start that all share, or (K, P). rounds: of the whole
     run, for the schedule. memories: optimizer buffers to go on with; fresh ones where None, as FedAvg has it.
-    corrections (K, T): added to every gradient of a client (fedhpc.training.scaffold).
+    corrections (K, T): added to every gradient of a client (fedhpc.training.rules.scaffold).
     """
     started = time.perf_counter()
     options, device = config.client, base.device
@@ -121,7 +121,7 @@ def train_block(
     drift = corrections[torch.from_numpy(order)].to(device) if corrections is not None else None
     theta.requires_grad_()
     theta.grad = gradient  # backward adds to it in place
-    rule = importlib.import_module(f"fedhpc.client_optimizers.{options.optimizer}")
+    rule = registry.load("client_optimizers", options.optimizer)
     buffers = {name: torch.zeros_like(gradient) for name in rule.state_names(options)}
     count = np.zeros(clients, dtype=np.int64)
     if memories is not None:

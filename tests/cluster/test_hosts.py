@@ -146,8 +146,8 @@ def test_a_host_cut_off_in_mid_run(hosts: None, whole: Path, tmp_path: Path) -> 
 
 PROGRAM = """
 import json, os, time, torch
-from fedhpc.runtime import detect
-from fedhpc.transport import open_transport
+from fedhpc.ranks.launch import detect
+from fedhpc.ranks.transport import open_transport
 
 def crossed():
     return [int(open(f"/sys/class/net/eth0/statistics/{way}_bytes").read()) for way in ("tx", "rx")]

@@ -1,0 +1,515 @@
+"""Knowledge distillation: models teach each other on a public set; parameters stay where they are.
+
+A round, after FedMD (Li and Wang 2019, arXiv 1910.03581, algorithm 1, whose words digest and revisit are):
+
+- down: what the ensemble of the last round (FedMD), or the server's own model (FedMKT, Fan et al. 2024, arXiv
+  2406.02224; FedCoLLM, arXiv 2411.11707), holds likely at every supervised position of the public set;
+- a client learns from that (digest), then from its private data (revisit), and sends what it holds likely itself. It
+  keeps its own parameters from round to round: clients may have different bases and methods (`groups`);
+- the server's ensemble is the weighted mean (ensemble.py), from which its student learns, as in FedDF
+  (Lin et al. 2020, arXiv 2006.07242, algorithm 1). FedDF starts that from an average of the clients'
+  parameters, of every architecture its own; here the student goes on from where it was, so no parameters travel.
+
+Bytes each way: positions of the public set times a record of `top_k` classes (knowledge.Format), whatever the models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhpc import data
+from fedhpc.approaches.base import Approach, Final, Returned, accepted_slots, broadcast_versions
+from fedhpc.approaches.distillation.ensemble import MOST_EXAMPLES, exchange
+from fedhpc.approaches.distillation.knowledge import Format, Knowledge, num_classes, own_targets, where_known
+from fedhpc.approaches.distillation.learner import Group, Learner, group_of
+from fedhpc.config import Config
+from fedhpc.data import Data
+from fedhpc.data.tokens import tokenizer_content
+from fedhpc.errors import UserError
+from fedhpc.evaluation.evaluate import Outcome, evaluate, mixed_probabilities, subset
+from fedhpc.kinds.base import Kind
+from fedhpc.methods.base import Method
+from fedhpc.models import load_kind, load_tokenizer
+from fedhpc.participation import Block, Plan
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.rng import generator
+from fedhpc.server.state import State
+from fedhpc.task import Task
+from fedhpc.training import client_state
+from fedhpc.training.block import Work, train_block
+from fedhpc.updates.cohort import accepted_places
+
+
+@dataclass(frozen=True)
+class GroupedData(Data):
+    """The data of a run, and the same in the tokens of every group, None where those are the same."""
+
+    groups: tuple[Data | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Download:
+    """What clients know of the server when a round begins."""
+
+    knowledge: Knowledge | None  # None where there is nothing to learn from yet
+    versions: Mapping[int, int]
+
+
+class StudentState(State):
+    """The student's payload, and the knowledge that goes down next."""
+
+    def __init__(self, theta: Tensor) -> None:
+        """theta: (P,), on the CPU."""
+        super().__init__()
+        self.theta = theta
+        self.knowledge: Knowledge | None = None
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """See the base class."""
+        known = self.knowledge
+        kept: dict[str, np.ndarray] = {"theta": self.theta.numpy()}
+        if known is not None:
+            kept |= {"knowledge.index": known.index, "knowledge.probability": known.probability}
+        return {**kept, **super().tensors()}
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """See the base class."""
+        super().load(tensors)
+        self.theta = torch.from_numpy(tensors["theta"].copy())
+        if "knowledge.index" in tensors:
+            self.knowledge = Knowledge(tensors["knowledge.index"].copy(), tensors["knowledge.probability"].copy())
+
+
+class Distillation(Approach):
+    """See the module."""
+
+    reasons: ClassVar[tuple[str, ...]] = (
+        "",
+        "its parameters are not finite",
+        "what it holds likely on the public set is not finite",
+    )
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        options, grouped = self.config.method, self.data
+        assert isinstance(grouped, GroupedData)
+        self.student = Learner(self.config, options.student, grouped, self.base)
+        listed = [(_model(self.config, group.model), group.method, group.share) for group in options.groups]
+        listed = listed or [(self.config.model, options.student, 1.0)]  # read() has None for it
+        self.groups = [
+            Group(self.config, model, method, own, self.student)
+            for (model, method, _), own in zip(listed, grouped.groups, strict=True)
+        ]
+        for learner in (self.student, *(group for group in self.groups if group.model == self.config.model)):
+            learner.method  # noqa: B018  what cannot be trained is said before the run
+        self._shares = [share for _, _, share in listed]
+        classes = num_classes(self.base)
+        k = classes if options.top_k is None else min(options.top_k, classes)
+        weighted = options.aggregation == "entropy" or any(group.aligned for group in self.groups)
+        self._up, self._down = Format(classes, k, weighted), Format(classes, k, weighted=False)
+        self._targets = own_targets(self.base.kind, self.student.public)
+
+    @classmethod
+    def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> GroupedData:
+        """The splits and the public set in the tokens of the server and of every group."""
+        own = data.load_data(config, tokenizer, kind, write_cache, config.method.public)
+        groups: list[Data | None] = []
+        found: dict[str, Data] = {}
+        for i, group in enumerate(config.method.groups):
+            model = _model(config, group.model)
+            groups.append(None)
+            if model == config.model:
+                continue
+            key = f"method.groups[{i}].model"
+            try:
+                theirs, their_kind = load_tokenizer(model), load_kind(model)
+            except UserError as error:
+                raise UserError(f"{key}: {str(error).removeprefix('model.name: ')}") from error
+            if their_kind.name != kind.name:
+                raise UserError(
+                    f"{key}: '{model.name}' is trained as {their_kind.name} and the server's model as {kind.name}: "
+                    "they answer different questions; choose models of one kind"
+                )
+            content = tokenizer_content(theirs)
+            if content == tokenizer_content(tokenizer):
+                continue
+            if content not in found:
+                changed = config.model_copy(update={"model": model})
+                found[content] = data.load_data(changed, theirs, kind, write_cache, config.method.public)
+            same = kind.has_target and _speak_alike(tokenizer, own, theirs, found[content])
+            if kind.has_target and not same and config.method.align == "none":
+                raise UserError(
+                    f"{key}: '{model.name}' has other tokens than '{config.model.name}', so what one holds likely "
+                    "means nothing to the other; method.align edit_distance maps the one to the other"
+                )
+            groups[-1] = None if same else found[content]
+        whole = hashlib.sha256("".join(d.fingerprint for d in (own, *found.values())).encode()).hexdigest()
+        parts = {field.name: getattr(own, field.name) for field in fields(own)}
+        return GroupedData(**{**parts, "fingerprint": whole}, groups=tuple(groups) or (None,))
+
+    @property
+    def keeps_client_state(self) -> bool:
+        """See the base class: its own parameters."""
+        return True
+
+    # ---- a round
+
+    def state(self) -> StudentState:
+        """See the base class."""
+        return StudentState(self.student.initial)
+
+    def download(self, transport: Transport, state: State | None, plan: Plan) -> Download:
+        """See the base class."""
+        return Download(self._known(transport, state), broadcast_versions(transport, state, plan.cohort))
+
+    def _known(self, transport: Transport, state: State | None) -> Knowledge | None:
+        if self.config.method.down == "none":
+            return None
+        known = _student(state).knowledge if state else None
+        there = torch.tensor([known is not None], dtype=torch.uint8)
+        transport.broadcast(there)
+        if not there:
+            return None
+        size = (len(self._targets), self._down.record_bytes)
+        records = torch.empty(size, dtype=torch.uint8) if known is None else self._down.pack(known)
+        transport.broadcast(records)
+        return self._down.unpack(records)
+
+    def local(self, plan: Plan, clients: Sequence[int], down: Download) -> Returned:
+        """Learn from what comes down, train on private data, say what is likely on the public set."""
+        count = len(clients)
+        reason, tokens, steps = (np.zeros(count, np.int64) for _ in range(3))
+        loss_sum, first, last, norms = (np.zeros(count) for _ in range(4))
+        upload = torch.zeros(count, len(self._targets), self._up.record_bytes, dtype=torch.uint8)
+        input_tokens = padded_tokens = 0
+        for group, places in self._parts(clients):
+            own = [clients[i] for i in places]
+            start = self._own_payloads(group, own, down.versions)
+            payloads, options = start, self.config.method
+            if down.knowledge is not None:
+                knowledge = group.digestible(down.knowledge)
+                learnt = group.learn(payloads, own, knowledge, options.digest, plan.round, self.rounds)
+                payloads = payloads - learnt.updates
+                input_tokens += learnt.input_tokens
+                padded_tokens += learnt.padded_tokens
+            works = [Work(c, self.data.population.indices(c)) for c in own]
+            about = (works, group.data.train, self.config, plan.round, self.rounds)
+            trained = train_block(group.base, group.method, payloads, *about)
+            payloads = payloads - trained.updates
+            finite = torch.isfinite(payloads).all(dim=1).tolist()
+            for i, payload, sound, opinion in zip(
+                places, payloads, finite, group.opinions(payloads, self._up.k), strict=True
+            ):
+                reason[i] = 1 if not sound else 2 if opinion is None else 0
+                if not reason[i]:
+                    assert opinion is not None
+                    upload[i] = self._up.pack(opinion)
+                    client_state.save(self.config.run_dir, clients[i], plan.round, {"theta": payload.clone()})
+            tokens[places], steps[places] = trained.tokens, trained.steps
+            loss_sum[places], first[places], last[places] = trained.loss_sum, trained.loss_first, trained.loss_last
+            norms[places] = torch.linalg.vector_norm((start - payloads).double(), dim=1).numpy()
+            input_tokens += trained.input_tokens
+            padded_tokens += trained.padded_tokens
+        return Returned(upload, reason, tokens, steps, loss_sum, first, last, norms, input_tokens, padded_tokens)
+
+    def _parts(self, clients: Sequence[int]) -> Iterator[tuple[Group, list[int]]]:
+        """The places of the clients that can train together, by group."""
+        of = [group_of(self._shares, self.config.run.seed, client) for client in clients]
+        for number, group in enumerate(self.groups):
+            places = [i for i, chosen in enumerate(of) if chosen == number]
+            size = len(places) if places and group.method.shares_base else 1
+            for start in range(0, len(places), size):
+                yield group, places[start : start + size]
+
+    def _own_payloads(self, group: Group, clients: Sequence[int], versions: Mapping[int, int]) -> Tensor:
+        """What each client has kept (K, P), the initial payload of one that was never sampled."""
+        rows = [
+            client_state.load(self.config.run_dir, c, versions[c])["theta"] if versions[c] else group.initial
+            for c in clients
+        ]
+        return torch.stack(rows)
+
+    def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Knowledge | None:
+        """The ensemble of the accepted clients."""
+        slots = accepted_slots(plan, returned)
+        accepted = accepted_places(transport, slots, len(plan.cohort))
+        if not len(accepted):
+            return None
+        none = torch.empty(0, len(self._targets), self._up.record_bytes, dtype=torch.uint8)
+        records = torch.cat([none, *(back.upload[torch.from_numpy(back.reason == 0)] for _, back in returned)])
+        owner = {c: b.worker for b in plan.blocks for c in b.clients}
+        cohort = [plan.cohort[i] for i in accepted]
+        weights = self._weights(cohort)
+        if weights.sum() > MOST_EXAMPLES:
+            raise UserError(
+                f"server.weighting: the cohort has {weights.sum():,} examples and weights are exact up to "
+                f"{MOST_EXAMPLES:,}: use uniform"
+            )
+        return exchange(transport, slots, records, [owner[c] for c in cohort], weights, self._up, self._down.k)
+
+    def _weights(self, clients: Sequence[int]) -> np.ndarray:
+        """n_i of each client: int64 (C,)."""
+        if self.config.server.weighting == "uniform":
+            return np.ones(len(clients), np.int64)
+        return np.array([self.data.population.num_examples(c) for c in clients], np.int64)
+
+    def step(self, state: Any, plan: Plan, combined: Any) -> float:
+        """The student learns from the ensemble."""
+        before, options = state.theta, self.config.method
+        knowledge = where_known(combined, self._targets)
+        state.theta = self._taught(before, knowledge, plan.round)
+        state.knowledge = knowledge
+        if options.down == "server":
+            (state.knowledge,) = self.student.knowledge(state.theta[None])
+        if not bool(torch.isfinite(state.theta).all()) or state.knowledge is None:
+            raise UserError(
+                f"the server's model diverged in round {plan.round} (it is not finite): lower method.distil.lr"
+            )
+        return float(torch.linalg.vector_norm(state.theta.double() - before.double()))
+
+    def _taught(self, theta: Tensor, knowledge: Knowledge | None, round_: int) -> Tensor:
+        """The student's payload (P,) after a round on the public set."""
+        nobody = self.data.population.num_clients  # the server draws as a client that there is not
+        learning = self.config.method.distil
+        trained = self.student.learn(theta[None], [nobody], knowledge, learning, round_, self.rounds)
+        return theta - trained.updates[0]
+
+    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
+        """Records of all positions. Nothing goes down before there was a first ensemble."""
+        nothing = self.config.method.down == "none" or (down is not None and down.knowledge is None)
+        each = [0 if nothing else self._down.record_bytes, self._up.record_bytes]
+        down_bytes, up_bytes = (len(self._targets) * record for record in each)
+        return down_bytes * len(plan.cohort), up_bytes * len(plan.training)
+
+    # ---- results
+
+    def _theta(self, transport: Transport, state: State | None) -> Tensor:
+        """The student's payload (1, P) on the device of every rank."""
+        theta = _student(state).theta.clone() if state else torch.empty_like(self.student.initial)
+        transport.broadcast(theta)
+        return theta[None].to(self.base.device)
+
+    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+        """Of the student."""
+        config, examples = self.config, self.data.validation
+        return evaluate(
+            self.base,
+            self.student.method,
+            self._theta(transport, state),
+            examples,
+            subset(len(examples), config.evaluation.max_examples),
+            config.evaluation.metrics,
+            config.evaluation,
+            config.runtime.precision,
+            transport,
+            label_targets=self.label_targets,
+        )
+
+    def finish(self, transport: Transport, state: State | None) -> Final | None:
+        """Test of the student, of what it is compared with, and export."""
+        config, method = self.config, self.student.method
+        theta = self._theta(transport, state)
+        outcomes = {"student": self._test(transport, method, theta, config.evaluation.samples)}
+        outcomes["base"] = self._test(transport, None, theta, 0)
+        if config.method.alone:
+            alone = StudentState(self._trained_alone()) if state else None
+            outcomes["alone"] = self._test(transport, method, self._theta(transport, alone), 0)
+        ensemble = self._test_ensemble(transport, state)
+        if state is None or ensemble is None:
+            return None
+        tested = {name: outcome.metrics for name, outcome in outcomes.items() if outcome} | {"ensemble": ensemble}
+        views = method.payload.views(_student(state).theta)
+        method.export(views, config.run_dir / "adapter")
+        student = outcomes["student"]
+        assert student is not None
+        return Final(
+            test=tested["student"],
+            base=tested["base"],
+            samples=student.samples,
+            tensors={name: view.numpy() for name, view in views.items()},
+            tables={"comparison": _columns(tested)},
+            lines=[*_lines(tested), self._bytes_line()],
+        )
+
+    def _test(self, transport: Transport, method: Method | None, payloads: Tensor, samples: int) -> Outcome | None:
+        config, test = self.config, self.data.test
+        return evaluate(
+            self.base,
+            method,
+            payloads,
+            test,
+            self._tested(),
+            config.evaluation.metrics_of_test,
+            config.evaluation,
+            config.runtime.precision,
+            transport,
+            samples=samples,
+            label_targets=self.label_targets,
+        )
+
+    def _tested(self) -> np.ndarray:
+        evaluation = self.config.evaluation
+        return subset(len(self.data.test), evaluation.test_max_examples or evaluation.max_examples)
+
+    def _trained_alone(self) -> Tensor:
+        """The student's payload after as many steps on the public set's own targets."""
+        theta = self.student.initial
+        for round_ in range(1, self.rounds + 1):
+            theta = self._taught(theta, None, round_)
+        return theta
+
+    def _test_ensemble(self, transport: Transport, state: State | None) -> dict[str, float] | None:
+        """Loss, where all have the server's tokens, and accuracy of the clients' mean; on rank 0. Collective.
+
+        Of the clients that have ever been sampled, a seeded sample of many; by their weights at each token, or label.
+        """
+        n, limit = self.data.population.num_clients, self.config.evaluation.max_clients
+        rng = generator(self.config.run.seed, "evaluated clients")
+        chosen = range(n) if n <= limit else sorted(rng.choice(n, limit, replace=False).tolist())
+        versions = broadcast_versions(transport, state, chosen)
+        clients = [c for c in chosen if versions[c]]
+        weights = self._weights(clients)
+        targets = self.label_targets if "accuracy" in self.config.evaluation.metrics_of_test else None
+        indices, test = self._tested(), self.data.test
+        spoken = not any(group.aligned for group in self.groups)
+        # Each block has slots of its own, so the sums do not depend on the number of ranks.
+        blocks = [clients[begin : begin + self.block_size] for begin in range(0, len(clients), self.block_size)]
+        tokens = int(self.base.kind.supervised(test, indices).sum()) if spoken else 0
+        of_tokens = torch.zeros(len(blocks), tokens, dtype=torch.float64)
+        of_labels = torch.zeros(len(blocks), len(indices), len(targets or ()), dtype=torch.float64)
+        for number, block in enumerate(blocks):
+            if transport.evaluator(number) != transport.rank:
+                continue
+            for group, places in self._parts(block):
+                own = [block[i] for i in places]
+                found, labels = mixed_probabilities(
+                    group.base,
+                    group.method,
+                    self._own_payloads(group, own, versions).to(group.base.device),
+                    self._weights(own) / weights.sum(),
+                    group.data.test,
+                    indices,
+                    self.config.evaluation,
+                    self.config.runtime.precision,
+                    label_targets=targets,
+                )
+                if spoken:
+                    of_tokens[number] += torch.from_numpy(found)
+                if labels is not None:
+                    of_labels[number] += torch.from_numpy(labels)
+        transport.reduce_sum(of_tokens)
+        transport.reduce_sum(of_labels)
+        if state is None:
+            return None
+        metrics = {}
+        if tokens and clients:
+            metrics["loss"] = float(-of_tokens.sum(dim=0).log().mean())
+        if targets is not None and clients and test.labels is not None:
+            right = of_labels.sum(dim=0).argmax(dim=1).numpy() == test.labels[indices]
+            metrics["accuracy"] = float(right.mean())
+        return metrics
+
+    # ---- what is said of it
+
+    def attributes(self) -> dict[str, Any]:
+        """See the base class: what a client sends is `public_positions` records of `record_bytes`."""
+        return {
+            "payload_parameters": self.student.method.payload.size,
+            "trainable_parameters": self.student.method.state.size,
+            "public_examples": len(self.student.public),
+            "public_positions": len(self._targets),
+            "record_bytes": self._up.record_bytes,
+        }
+
+    def summary(self) -> str:
+        """See the base class."""
+        student = self.config.method.student.name
+        return f"{self.student.method.payload.size:,} parameters of a student by {student}, taught by {self._who()}"
+
+    def _who(self) -> str:
+        described = self.config.method.groups or [None]
+        named = [
+            f"{self.config.method.student.name} of {self.config.model.name}"
+            if group is None
+            else f"{group.method.name} of {group.model or self.config.model.name}"
+            for group in described
+        ]
+        total = sum(self._shares)
+        return " and ".join(f"{s / total:.0%} {name}" for s, name in zip(self._shares, named, strict=True))
+
+    def details(self, plan: Plan) -> list[str]:
+        """See the base class."""
+        sent = "all" if self._up.whole else f"{self._up.k} of"
+        held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
+        each = self._up.record_bytes * len(self._targets)
+        return [
+            f"public set: {len(self.student.public):,} examples, {len(self._targets):,} positions, {sent} "
+            f"{self._up.classes:,} classes each: {self._up.record_bytes} bytes a position, {each / 2**20:.2f} MiB a "
+            "client",
+            f"memory per worker without models: {held * each / 2**20:.1f} MiB of what its clients send",
+        ]
+
+    def _bytes_line(self) -> str:
+        up = self._up.record_bytes * len(self._targets)
+        averaged = self.student.initial.numel() * self.student.initial.element_size()
+        return (
+            f"bytes that a client sends in a round: {up:,}; averaging the student's parameters would be {averaged:,} "
+            f"({up / averaged:.3g} times as many are sent)"
+        )
+
+
+def _model(config: Config, name: str | None) -> Any:
+    """`model` with another name; a revision and the trust in a model's own code are of one model alone."""
+    if name is None or name == config.model.name:
+        return config.model
+    return config.model.model_copy(update={"name": name, "revision": None, "trust_remote_code": False})
+
+
+def _speak_alike(one: Any, own: Data, other: Any, theirs: Data) -> bool:
+    """Whether two tokenizers that are written differently have the same tokens and make the same of the public set."""
+    if one.get_vocab() != other.get_vocab() or own.public is None or theirs.public is None:
+        return False
+    pairs = zip((own.public, own.train, own.test), (theirs.public, theirs.train, theirs.test), strict=True)
+    return all(np.array_equal(a.ids, b.ids) and np.array_equal(a.offsets, b.offsets) for a, b in pairs)
+
+
+def _student(state: State) -> StudentState:
+    assert isinstance(state, StudentState)
+    return state
+
+
+_ARMS = {
+    "student": "student",
+    "ensemble": "the clients' ensemble",
+    "alone": "the same student on the public set's targets alone",
+    "base": "untouched base",
+}
+
+
+def _columns(tested: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]:
+    """/tables/comparison: a row for each model, NaN for what it was not tested in."""
+    arms = [arm for arm in _ARMS if arm in tested]
+    metrics = list(tested["student"])
+    return {
+        "model": np.array(arms),
+        **{metric: np.array([tested[arm].get(metric, np.nan) for arm in arms]) for metric in metrics},
+    }
+
+
+def _lines(tested: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """One for each metric that the ensemble has too, or the student alone."""
+    return [
+        f"test {metric}: "
+        + ", ".join(f"{name} {tested[arm][metric]:.4f}" for arm, name in _ARMS.items() if metric in tested.get(arm, {}))
+        for metric in tested["student"]
+    ]
+
+
+APPROACH = Distillation

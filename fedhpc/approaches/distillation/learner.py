@@ -1,0 +1,167 @@
+"""A model that learns from knowledge and has some: the server's student, or that of a group of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhpc import registry
+from fedhpc.approaches.distillation.alignment import Alignment
+from fedhpc.approaches.distillation.knowledge import (
+    Knowledge,
+    num_classes,
+    position_offsets,
+    predict,
+    soft_targets,
+    token_texts,
+)
+from fedhpc.config import Config, Model
+from fedhpc.data import Data
+from fedhpc.data.tokens import Examples
+from fedhpc.methods._head import with_head
+from fedhpc.methods.base import Method
+from fedhpc.models import Base, check_length, load_base
+from fedhpc.rng import generator, torch_seed
+from fedhpc.training.block import Trained, Work, train_block
+
+_GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
+
+
+class Learner:
+    """A base, the method by which it is trained, and the public set in its tokens."""
+
+    def __init__(self, config: Config, method: Any, data: Data, base: Base) -> None:
+        """config: of the run; method: the options of the learner's own."""
+        self.config, self.data, self._method, self._base = config, data, method, base
+
+    @property
+    def base(self) -> Base:
+        """The frozen base."""
+        return self._base
+
+    @cached_property
+    def method(self) -> Method:
+        """What is trained."""
+        options, base = self._method, self.base
+        check_length(base, self.config.data.max_length, int(getattr(options, "num_virtual_tokens", 0)))
+        return with_head(registry.load("methods", options.name).METHOD(options, base, self.config.run.seed))
+
+    @property
+    def public(self) -> Examples:
+        """The public set."""
+        assert self.data.public is not None
+        return self.data.public
+
+    @cached_property
+    def initial(self) -> Tensor:
+        """The payload before any training (P,), on the CPU."""
+        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        return self.method.payload.flatten({name: t.to(dtype) for name, t in self.method.initial().items()})
+
+    def learn(
+        self,
+        payloads: Tensor,
+        clients: Sequence[int],
+        knowledge: Knowledge | None,
+        learning: Any,
+        round_: int,
+        rounds: int,
+    ) -> Trained:
+        """Train from `payloads` (K, P) on the public set: on `knowledge`, or where it is None on its own targets.
+
+        learning: `distil` or `digest` of the method's options. clients: whose draws these are.
+        """
+        options, client, examples = self.config.method, self.config.client, self.public
+        if knowledge is not None:
+            offsets = position_offsets(self.base.kind, examples)
+            soft = soft_targets(knowledge, offsets, options.temperature, options.hard_weight)
+            examples = replace(examples, soft=soft)
+        changes = {
+            "lr": client.lr if learning.lr is None else learning.lr,
+            "batch_size": learning.batch_size or client.batch_size,
+            "epochs": learning.epochs,
+            "steps": None,
+        }
+        seed = torch_seed(self.config.run.seed, "public set")  # other draws than those on private data
+        config = self.config.model_copy(
+            update={
+                "client": client.model_copy(update=changes),
+                "run": self.config.run.model_copy(update={"seed": seed}),
+            }
+        )
+        works = [Work(c, np.arange(len(examples))) for c in clients]
+        return train_block(self.base, self.method, payloads, works, examples, config, round_, rounds)
+
+    def knowledge(self, payloads: Tensor) -> list[Knowledge | None]:
+        """What the models `payloads` (K, P) hold likely on the public set; None where it is not finite."""
+        options, classes = self.config.method, num_classes(self.base)
+        return predict(
+            self.base,
+            self.method,
+            payloads,
+            self.public,
+            classes,
+            classes if options.top_k is None else min(options.top_k, classes),
+            options.temperature,
+            self.config.evaluation.batch_size,
+            self.config.runtime.precision,
+            confident=options.aggregation == "entropy",
+        )
+
+
+class Group(Learner):
+    """Clients with the same base and method. A base of its own is loaded when a client of the group needs it."""
+
+    def __init__(self, config: Config, model: Model, method: Any, data: Data | None, server: Learner) -> None:
+        """data: in the group's own tokens, None where they are the server's, whose base it shares if `model` is the
+        run's."""
+        super().__init__(config, method, data or server.data, server.base)
+        self.model, self.server = model, server
+        #: Whether its knowledge is of other tokens than the server's; labels are the same for all.
+        self.aligned = data is not None and server.base.kind.has_target
+
+    @cached_property
+    def base(self) -> Base:
+        """See the base class."""
+        if self.model == self.config.model:
+            return self.server.base
+        names = self.data.train.label_names
+        return load_base(self.model, self.server.base.device, names, self.config.run.seed)
+
+    @cached_property
+    def upwards(self) -> Alignment:
+        """From the group's tokens to the server's."""
+        kind, own, theirs = self.server.base.kind, *self._texts
+        return Alignment(kind, self.public, own, self.server.public, theirs)
+
+    @cached_property
+    def downwards(self) -> Alignment:
+        """From the server's tokens to the group's."""
+        kind, own, theirs = self.server.base.kind, *self._texts
+        return Alignment(kind, self.server.public, theirs, self.public, own)
+
+    @property
+    def _texts(self) -> tuple[list[str], list[str]]:
+        return token_texts(self.base.tokenizer), token_texts(self.server.base.tokenizer)
+
+    def digestible(self, knowledge: Knowledge) -> Knowledge:
+        """The server's knowledge in the group's tokens."""
+        return self.downwards(knowledge, knowledge.index.shape[1]) if self.aligned else knowledge
+
+    def opinions(self, payloads: Tensor, k: int) -> list[Knowledge | None]:
+        """`knowledge` in the server's tokens, k classes per position."""
+        found = self.knowledge(payloads)
+        return [None if o is None else self.upwards(o, k) for o in found] if self.aligned else found
+
+
+def group_of(shares: Sequence[float], seed: int, client: int) -> int:
+    """The group of a client. Groups have their shares of any run of clients, up to one or two."""
+    place = (generator(seed, "groups").random() + client * _GOLDEN) % 1.0
+    bounds = np.cumsum(shares) / np.sum(shares)
+    return min(int(np.searchsorted(bounds, place, side="right")), len(shares) - 1)

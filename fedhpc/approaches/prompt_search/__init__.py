@@ -1,0 +1,1 @@
+"""Prompt engineering: a search for the best words."""

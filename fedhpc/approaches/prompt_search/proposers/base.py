@@ -1,0 +1,31 @@
+"""What a proposer of prompts has to say: new candidates, from those that did best."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space
+
+if TYPE_CHECKING:
+    from fedhpc.models import Base
+
+
+class Proposer(ABC):
+    """Runs on the server. It sees no data but what clients have shared."""
+
+    def __init__(self, options: Any, space: Space, base: Base) -> None:
+        self.options, self.space, self.base = options, space, base
+
+    @abstractmethod
+    def propose(
+        self, parents: Sequence[Candidate], shared: Sequence[Shared], count: int, draws: np.random.Generator
+    ) -> list[Candidate]:
+        """At most `count` candidates, from at least one parent, the best first.
+
+        shared: examples that clients have sent. draws: the only randomness. Candidates that were there before, are too
+        long or do not tell the labels apart are not taken, and then more are asked for.
+        """

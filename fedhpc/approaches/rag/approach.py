@@ -1,0 +1,668 @@
+"""Retrieval-augmented generation over passages that stay with their clients.
+
+A round is a batch of questions. They go down; each worker searches the indexes of its clients; lists of the best
+passages come up through a tree of merges, each as long as every other, and then the texts of those that won. The server
+keeps the answers. At the end the base model answers every question with what was found, with what one index of all
+passages would have found (`central`), with what one client alone would have (`own`), and with nothing (`none`).
+
+A client is searched by one worker for the whole run, so its index is made once. All scores are integers and all orders
+total (ranking.py), so lists do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhpc import config as configuration
+from fedhpc import registry
+from fedhpc.approaches.base import Approach, Final, Returned
+from fedhpc.approaches.rag.context import context
+from fedhpc.approaches.rag.dense import require
+from fedhpc.approaches.rag.encoder import Encoder
+from fedhpc.approaches.rag.lexical import statistics, terms
+from fedhpc.approaches.rag.passages import Columns, Corpus, load_passages
+from fedhpc.approaches.rag.ranking import CLIENT, KEY, SCORE, Int64, best, filled, first_hits, nothing
+from fedhpc.approaches.rag.routing import centroids, closeness
+from fedhpc.approaches.rag.shard import Questions, Shard, score_of
+from fedhpc.config import Config
+from fedhpc.data.templates import parse
+from fedhpc.data.tokens import Examples, examples_from, group_references, tokenize
+from fedhpc.errors import UserError
+from fedhpc.evaluation.evaluate import Outcome, evaluate, likelihoods, subset
+from fedhpc.evaluation.metrics._answers import within, words
+from fedhpc.evaluation.metrics.base import Outputs
+from fedhpc.kinds.base import Kind
+from fedhpc.methods._head import with_head
+from fedhpc.methods.base import Method
+from fedhpc.models import check_length
+from fedhpc.participation import Block, Plan, form_blocks, place
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.results_file import Results
+from fedhpc.rng import generator
+from fedhpc.server.state import State
+from fedhpc.task import Task
+from fedhpc.updates.cohort import fetch, share, tree_merge
+
+ARMS = ("federated", "central", "own", "none")
+_AT_ONCE = 256  # questions of one search at the end: bounds the memory of scores
+_ENTRY_BYTES = 12  # of a list on the wire of the protocol: a 4-byte score and the key of the passage
+_COUNT_BYTES = 8
+_UNIT_BYTES = 2  # of a vector's coordinate
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What goes down in a round."""
+
+    numbers: Int64  # (Q,): which questions
+    questions: Questions
+    routed: Int64 | None  # (Q, m): the clients asked for each question, -1 in empty places; None: all
+
+    def rows(self, client: int) -> Int64:
+        """The rows of the questions that go to `client`."""
+        if self.routed is None:
+            return np.arange(len(self.numbers))
+        return np.flatnonzero((self.routed == client).any(axis=1))
+
+
+class Answers(State):
+    """The lists of the questions asked so far, and the texts in them."""
+
+    def __init__(self, questions: int, candidates: int) -> None:
+        super().__init__()
+        self.ranked = nothing(questions, candidates)
+        self.rounds = np.zeros(questions, np.int64)  # in which each was answered; 0: not yet
+        self.texts: dict[tuple[int, int], str] = {}  # (client, key) -> chunk
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """See the base class."""
+        content = [text.encode() for text in self.texts.values()]
+        return {
+            "ranked": self.ranked,
+            "rounds": self.rounds,
+            "text_names": np.array(list(self.texts), np.int64).reshape(-1, 2),
+            "text_sizes": np.array([len(c) for c in content], np.int64),
+            "text_bytes": np.frombuffer(b"".join(content), np.uint8),
+            **super().tensors(),
+        }
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """See the base class."""
+        super().load(tensors)
+        self.ranked, self.rounds = tensors["ranked"].copy(), tensors["rounds"].copy()
+        ends = np.cumsum(tensors["text_sizes"])
+        content = tensors["text_bytes"].tobytes()
+        self.texts = {
+            (int(client), int(key)): content[end - size : end].decode()
+            for (client, key), end, size in zip(tensors["text_names"], ends, tensors["text_sizes"], strict=True)
+        }
+
+
+class Rag(Approach):
+    """See the module."""
+
+    reasons = ("", "there is no word in its passages")
+    answers = frozenset({"rankings"})
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        options = self.options = task.config.method
+        assert isinstance(self.data, Corpus)
+        self.corpus: Corpus = self.data
+        if "texts" not in self.base.kind.answers:
+            raise UserError(f"model.name: '{self.base.name}' writes no texts; method.name rag needs a language model")
+        self._template = parse(options.context, "method.context")
+        if set(self._template.columns) != {"passage"}:
+            raise UserError(f"method.context: must hold {{passage}} and no other column, got {options.context!r}")
+        metrics = {*self.config.evaluation.metrics, *self.config.evaluation.metrics_of_test}
+        if self.corpus.gold is None and (ranking := {"recall", "mrr"} & metrics):
+            raise UserError(
+                f"evaluation.metrics: {min(ranking)} needs method.gold, the column of data.test that names the right "
+                "passage"
+            )
+        # A question is a distinct prompt: (its first row, all its references).
+        self._items = group_references(self.data.test)
+        if self.rounds > len(self._items):
+            raise UserError(
+                f"federation.rounds is {self.rounds}, but there are only {len(self._items)} questions to share out: "
+                "lower it"
+            )
+        if options.index != "lexical":
+            require()
+        if options.index == "lexical" and not any(terms(text) for text in self.corpus.passages):
+            raise UserError(f"method.passage: not one of the {len(self.corpus.passages)} passages has a word to search")
+        if options.rerank == "likelihood":
+            queries = [self.corpus.queries[first] for first, _ in self._items]
+            try:
+                self._examples([""] * len(queries), queries, "question")
+            except UserError as error:
+                raise UserError(f"method.rerank: likelihood takes a question for a target: {error}") from error
+        self._encoder = None
+        if options.encoder is not None:
+            self._encoder = Encoder(options.encoder, options.retriever, self.base.device)
+        self._tuned = None if options.adapter is None else _tuned(Path(options.adapter), self)
+        self._shards: dict[int, Shard] = {}
+        self._centroids: dict[int, np.ndarray] = {}
+        self._vectors: dict[int, np.ndarray] = {}  # of questions
+        self._text_bytes: dict[int, int] = {}  # round -> bytes of the texts that came up, on rank 0
+
+    @classmethod
+    def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> Corpus:
+        """See the base class."""
+        options = config.method
+        columns = Columns(options.passage, options.passage_id, options.query, options.gold)
+        return load_passages(config, columns, tokenizer, kind, write_cache)
+
+    @property
+    def fingerprint(self) -> str:
+        """See the base class; of the encoder and the adapter too."""
+        parts = [self.base.fingerprint]
+        parts += [self._encoder.fingerprint] if self._encoder else []
+        parts += [_hash(self._tuned[1])] if self._tuned else []
+        return "+".join(parts)
+
+    @property
+    def candidates(self) -> int:
+        """Passages per question that come up."""
+        return int(self.options.candidates or self.options.k)
+
+    # ---- who searches what
+
+    @cached_property
+    def _home(self) -> tuple[Block, ...]:
+        """All clients with passages in blocks, each at the worker that searches it in every round."""
+        population, lengths = self.data.population, self.data.train.lengths
+        costs = {
+            c: float(lengths[indices].sum())
+            for c in range(population.num_clients)
+            if len(indices := population.indices(c))
+        }
+        blocks = form_blocks(costs, self.block_size)
+        return tuple(place(blocks, [sum(costs[c] for c in b) for b in blocks], self.workers))
+
+    def plan(self, round_: int) -> Plan:
+        """See the base class; every client at its own worker."""
+        plan = super().plan(round_)
+        active = set(plan.training)
+        blocks = [replace(block, clients=tuple(c for c in block.clients if c in active)) for block in self._home]
+        return replace(plan, blocks=tuple(block for block in blocks if block.clients))
+
+    def _mine(self, rank: int, clients: Sequence[int]) -> list[int]:
+        """Those of `clients` that this rank searches, in ascending order."""
+        wanted = set(clients)
+        return sorted(c for block in self._home if block.worker == rank for c in block.clients if c in wanted)
+
+    def _shard(self, client: int) -> Shard:
+        if client not in self._shards:
+            passages = [self.corpus.passages[i] for i in self.data.population.indices(client)]
+            self._shards[client] = Shard(client, passages, self.options, self._encoder)
+        return self._shards[client]
+
+    # ---- a round
+
+    def state(self) -> Answers:
+        """See the base class."""
+        return Answers(len(self._items), self.candidates)
+
+    def _batch(self, round_: int) -> Int64:
+        """The questions of a round."""
+        return np.array_split(np.arange(len(self._items)), self.rounds)[round_ - 1]
+
+    def download(self, transport: Transport, state: State | None, plan: Plan) -> Asked:
+        """See the base class."""
+        numbers = self._batch(plan.round)
+        questions = self._questions(transport, numbers, plan.training)
+        return Asked(numbers, questions, self._routed(transport, questions, self._reachable(plan)))
+
+    def _reachable(self, plan: Plan) -> list[int]:
+        """Those of the round's clients that have passages; who drops out does so later."""
+        return [c for c in plan.cohort if self.data.population.num_examples(c)]
+
+    @cached_property
+    def _registered(self) -> dict[int, int]:
+        """The round in which each client takes part first and sends its centroids."""
+        first: dict[int, int] = {}
+        for round_ in range(1, self.rounds + 1):
+            for client in self._reachable(self.plan(round_)):
+                first.setdefault(client, round_)
+        return first
+
+    def _query(self, number: int) -> str:
+        """What is searched for to answer a question."""
+        return self.corpus.queries[self._items[number][0]]
+
+    def _questions(self, transport: Transport, numbers: Int64, clients: Sequence[int]) -> Questions:
+        """The questions, as `clients` need them for their search. Collective."""
+        asked = [self._query(i) for i in numbers]
+        vectors = None
+        if self._encoder is not None:
+            # Each is embedded by one rank.
+            mine = [
+                i for place_, i in enumerate(numbers.tolist())
+                if transport.evaluator(place_) == transport.rank and i not in self._vectors
+            ]  # fmt: skip
+            if mine:
+                found = self._encoder.queries([self._query(i) for i in mine])
+                self._vectors.update(zip(mine, found, strict=True))
+            width = self._encoder.width
+            slots = torch.zeros(len(numbers), width, dtype=torch.int64)
+            for place_, i in enumerate(numbers.tolist()):
+                if transport.evaluator(place_) == transport.rank:
+                    slots[place_] = torch.from_numpy(self._vectors[i].astype(np.int64))
+            transport.reduce_sum(slots)
+            transport.broadcast(slots)
+            vectors = slots.numpy().astype(np.int16)
+        if self.options.index == "dense":
+            return Questions(vectors, None, None)
+        in_terms = [terms(text) for text in asked]
+        distinct = sorted({term for question in in_terms for term in question})
+        counts = torch.zeros(len(distinct) + 2, dtype=torch.int64)
+        for client in self._mine(transport.rank, clients):
+            shard = self._shard(client)
+            if shard.lexical is not None:
+                counts += torch.from_numpy(shard.lexical.counts(distinct))
+        transport.reduce_sum(counts)
+        transport.broadcast(counts)
+        return Questions(vectors, in_terms, statistics(counts.numpy(), distinct))
+
+    def _routed(self, transport: Transport, questions: Questions, clients: Sequence[int]) -> Int64 | None:
+        """The clients to be asked for each question; None: all. Collective.
+
+        The centroids stay where they were made, and the closest clients come up as lists of passages do.
+        """
+        m = self.options.route
+        if m is None:
+            return None
+        assert questions.vectors is not None
+        for client in self._mine(transport.rank, clients):
+            shard = self._shard(client)
+            if client not in self._centroids and shard.dense is not None:
+                self._centroids[client] = centroids(
+                    shard.dense.vectors, self.options.centroids, self.config.run.seed, client
+                )
+        known = {c: self._centroids[c] for c in self._mine(transport.rank, clients) if c in self._centroids}
+        mine = best(closeness(questions.vectors, known), m)
+        routed = torch.from_numpy(np.ascontiguousarray(_merged(transport, mine, m, False)[..., CLIENT]))
+        transport.broadcast(routed)
+        return routed.numpy()
+
+    def local(self, plan: Plan, clients: Sequence[int], down: Asked) -> Returned:
+        """Search the indexes of `clients`: one list for the block."""
+        options = self.options
+        width = min(options.per_client or self.candidates, self.candidates)
+        lists = []
+        answered = np.zeros(len(clients), np.int64)
+        reason = np.zeros(len(clients), np.int64)
+        for i, client in enumerate(clients):
+            shard, rows = self._shard(client), down.rows(client)
+            reason[i] = 0 if len(shard) else 1
+            found = nothing(len(down.numbers), width)
+            found[rows] = shard.search(down.questions[rows], len(rows), width, options.merge)
+            answered[i] = len(rows)
+            lists.append(found)
+        zeros, unknown = np.zeros(len(clients)), np.full(len(clients), np.nan)
+        return Returned(
+            upload=best(np.concatenate(lists, axis=1), self.candidates, options.distinct),
+            reason=reason,
+            tokens=np.zeros(len(clients), np.int64),
+            steps=answered,
+            loss_sum=zeros,
+            loss_first=unknown,
+            loss_last=unknown,
+            norms=zeros,
+        )
+
+    def combine(
+        self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]
+    ) -> tuple[Int64, dict[tuple[int, int], str]]:
+        """The best of all lists, and the texts in them."""
+        numbers = self._batch(plan.round)
+        mine = np.concatenate([nothing(len(numbers), 1), *(back.upload for _, back in returned)], axis=1)
+        ranked = _merged(
+            transport, best(mine, self.candidates, self.options.distinct), self.candidates, self.options.distinct
+        )
+        texts = self._texts(transport, ranked)
+        self._text_bytes[plan.round] = sum(len(text.encode()) for text in texts.values())
+        return ranked, texts
+
+    def _texts(self, transport: Transport, ranked: Int64) -> dict[tuple[int, int], str]:
+        """The chunks in rank 0's lists by owner and key, on rank 0. Collective."""
+        wanted = torch.from_numpy(np.ascontiguousarray(ranked[..., [CLIENT, KEY]].reshape(-1, 2)))
+        transport.broadcast(wanted)
+        names = np.unique(wanted.numpy()[wanted.numpy()[:, 0] >= 0], axis=0).tolist()
+        owned = set(self._mine(transport.rank, [client for client, _ in names]))
+        mine = {i: self._shard(client).text(key).encode() for i, (client, key) in enumerate(names) if client in owned}
+        found = fetch(transport, len(names), mine)
+        return {(client, key): text.decode() for (client, key), text in zip(names, found, strict=False)}
+
+    def step(self, state: Any, plan: Plan, combined: Any) -> float:
+        """Keep the answers."""
+        ranked, texts = combined
+        numbers = self._batch(plan.round)
+        state.ranked[numbers] = ranked
+        state.rounds[numbers] = plan.round
+        state.texts |= texts
+        return 0.0
+
+    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
+        """Questions (vectors, terms with their counts) down; lists, counts, the texts that won and, in a client's first
+        round with a router, its centroids up. Nothing is known of the texts before a round."""
+        if self.config.mode != "federated":
+            return 0, 0
+        options, numbers, size = self.options, self._batch(plan.round), len(plan.cohort)
+
+        def pairs(clients: Sequence[int]) -> int:
+            if down is None:
+                return round(len(numbers) * len(clients) * min(options.route or size, size) / size)
+            return sum(len(down.rows(c)) for c in clients)
+
+        entries = min(options.per_client or self.candidates, self.candidates)
+        sent_down, sent_up = 0, pairs(plan.training) * entries * _ENTRY_BYTES + self._text_bytes.get(plan.round, 0)
+        if self._encoder is not None:
+            vector = self._encoder.width * _UNIT_BYTES
+            sent_down += pairs(plan.cohort) * vector
+            if options.route is not None:
+                new = sum(round_ == plan.round for round_ in self._registered.values())
+                sent_up += new * options.centroids * vector
+        if options.index != "dense":
+            # The terms of the round go to every client, and their sums when the counts of all have come back.
+            asked = {term for i in numbers for term in terms(self._query(i))}
+            counts = _COUNT_BYTES * (len(asked) + 2)
+            sent_down += (sum(len(term.encode()) + 1 for term in asked) + counts) * size
+            sent_up += counts * len(plan.training)
+        return sent_down, sent_up
+
+    # ---- results
+
+    @cached_property
+    def _gold(self) -> list[set[int]]:
+        """The numbers of the right passages of every question."""
+        place_of = {self.data.test.prompts[first]: i for i, (first, _) in enumerate(self._items)}  # type: ignore[index]
+        found: list[set[int]] = [set() for _ in self._items]
+        for prompt, gold in zip(self.data.test.prompts or [], self.corpus.gold or [], strict=False):
+            found[place_of[prompt]].add(gold)
+        return found
+
+    @cached_property
+    def _room(self) -> list[int]:
+        """Tokens of passages in front of each question: beside it and its longest answer, no more than asked for."""
+        test = self.data.test
+        longest: dict[str, int] = {}
+        for prompt, length in zip(test.prompts or [], test.lengths.tolist(), strict=True):
+            longest[prompt] = max(longest.get(prompt, 0), length)
+        left = [self.config.data.max_length - longest[test.prompts[first]] for first, _ in self._items]  # type: ignore[index]
+        return [max(0, min(self.options.context_tokens, room)) for room in left]
+
+    def _context(self, number: int, passages: Sequence[str]) -> tuple[str, int, bool]:
+        """What stands in front of a question, as `context` gives it; with the question it is no longer than allowed."""
+        room, prompt = self._room[number], (self.data.test.prompts or [])[self._items[number][0]]
+
+        def length(text: str) -> int:
+            return len(self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+        allowed = length(prompt) + room
+        while True:
+            found = context(self.base.tokenizer, passages, self._template, room)
+            # Where two texts meet there may be a token more than they have apart.
+            over = length(found[0] + prompt) - allowed
+            if over <= 0 or not found[0]:
+                return found
+            room = max(0, room - over)
+
+    def _rankings(self, names: Sequence[str], ranks: Int64) -> dict[str, float]:
+        """Those of the metrics `names` that are of rankings."""
+        modules = {name: registry.load("metrics", name) for name in names}
+        outputs = Outputs(ranks=ranks)
+        return {name: float(m.compute(outputs)) for name, m in modules.items() if m.NEEDS == "rankings"}
+
+    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+        """Metrics of rankings over the questions asked so far; texts are written at the end alone."""
+        if not isinstance(state, Answers) or not (done := state.rounds > 0).any():
+            return None
+        ranks = first_hits(state.ranked[:, : self.options.k], self._gold)[done]
+        return Outcome(self._rankings(self.config.evaluation.metrics, ranks), [], None, 0.0)
+
+    def finish(self, transport: Transport, state: State | None) -> Final | None:
+        """Answer every question with the passages of each arm, and with none."""
+        found: dict[str, tuple[Int64, dict[tuple[int, int], str]]] = {}
+        if isinstance(state, Answers):
+            found["federated"] = (state.ranked, state.texts)
+        for arm in ("central", "own"):
+            ranked = self._searched(transport, arm)
+            texts = self._texts(transport, ranked)
+            if isinstance(state, Answers):
+                found[arm] = (ranked, texts)
+        notes = transport.gather_json(sorted({note for shard in self._shards.values() for note in shard.notes}))
+        self._shards.clear()  # nothing is searched any more, and answering takes memory
+        if self.options.rerank == "likelihood":
+            for arm in ARMS[:-1]:
+                before = found.get(arm)
+                found[arm] = (self._reranked(transport, *(before or (None, {}))), before[1] if before else {})
+        lists = {arm: ranked[:, : self.options.k] for arm, (ranked, _) in found.items()} if state else {}
+        # (text, passages in it, whether one is cut) per question.
+        contexts = {
+            arm: [
+                self._context(number, [found[arm][1][int(e[CLIENT]), int(e[KEY])] for e in entries[filled(entries)]])
+                for number, entries in enumerate(ranked)
+            ]
+            for arm, ranked in lists.items()
+        }
+        contexts["none"] = [("", 0, False)] * len(self._items)
+        outcomes = {
+            # Everybody needs the texts to share the work.
+            arm: self._answered(transport, _told(transport, [text for text, *_ in contexts.get(arm, ())]), arm)
+            for arm in ARMS
+        }
+        federated, none = outcomes["federated"], outcomes["none"]
+        if not isinstance(state, Answers) or federated is None or none is None or notes is None:
+            return None
+        ranks = {arm: first_hits(ranked, self._gold) for arm, ranked in lists.items()}
+        arms = {arm: self._summary(arm, contexts[arm], ranks.get(arm), outcomes[arm]) for arm in ARMS}
+        missed = int((state.rounds == 0).sum())
+        chosen = self.config.evaluation.metrics_of_test
+        return Final(
+            test={**federated.metrics, **self._rankings(chosen, ranks["federated"])},
+            base=none.metrics,
+            samples=federated.samples,
+            tensors={
+                "passages": lists["federated"][..., KEY],
+                "clients": lists["federated"][..., CLIENT],
+                "scores": score_of(lists["federated"][..., SCORE]),
+            },
+            tables={
+                "retrieval": {"arm": np.array(ARMS, dtype=object)}
+                | {name: np.array([arms[arm][name] for arm in ARMS]) for name in arms["none"]},
+                "questions": {
+                    "question": np.arange(len(self._items)),
+                    "round": state.rounds,
+                    "asker": self._askers,
+                    **{f"rank_{arm}": found_at for arm, found_at in ranks.items()},
+                    "passages_in_context": np.array([n for _, n, _ in contexts["federated"]]),
+                    "cut": np.array([cut for *_, cut in contexts["federated"]]),
+                },
+            },
+            lines=[
+                *sorted({note for several in notes for note in several}),
+                *([f"{missed} questions were not answered: their rounds had too few clients"] if missed else []),
+                *(f"{arm}: " + ", ".join(f"{n} {v:.4f}" for n, v in arms[arm].items() if v == v) for arm in ARMS),
+            ],
+        )
+
+    @cached_property
+    def _askers(self) -> Int64:
+        """The client that asks each question where it is alone: drawn among those with passages."""
+        clients = sorted(c for block in self._home for c in block.clients)
+        return generator(self.config.run.seed, "askers").choice(np.array(clients), len(self._items))
+
+    def _searched(self, transport: Transport, arm: str) -> Int64:
+        """What the arms central and own find: (questions, candidates, 5) on rank 0. Collective.
+
+        central: plain scores over the passages of all clients, which is what one index of them finds. own: those of the
+        asking client, with the statistics of its own passages.
+        """
+        everyone = [c for block in self._home for c in block.clients]
+        mine = self._mine(transport.rank, everyone)
+        options, parts = self.options, []
+        for begin in range(0, len(self._items), _AT_ONCE):
+            numbers = np.arange(begin, min(begin + _AT_ONCE, len(self._items)))
+            questions = self._questions(transport, numbers, everyone)
+            ranked = nothing(len(numbers), self.candidates)
+            for client in mine:
+                shard, rows = self._shard(client), np.arange(len(numbers))
+                asked = questions
+                if arm == "own":
+                    rows = np.flatnonzero(self._askers[numbers] == client)
+                    asked = questions[rows]
+                    if shard.lexical is not None and asked.statistics is not None:
+                        distinct = list(asked.statistics.holding)
+                        asked = replace(asked, statistics=statistics(shard.lexical.counts(distinct), distinct))
+                found = shard.search(asked, len(rows), self.candidates, "score")
+                ranked[rows] = best(np.concatenate([ranked[rows], found], axis=1), self.candidates, options.distinct)
+            parts.append(_merged(transport, ranked, self.candidates, options.distinct))
+        return np.concatenate(parts)
+
+    def _reranked(self, transport: Transport, ranked: Int64 | None, texts: Mapping[tuple[int, int], str]) -> Int64:
+        """Candidates by the base's likelihood of the question after each (Sachan et al. 2022, arXiv 2204.07496,
+        equation 3), on rank 0. Collective."""
+        pairs: list[str] = []  # a passage, the question, a passage, ...
+        if ranked is not None:
+            for i, entries in enumerate(ranked):
+                for e in entries[filled(entries)]:
+                    passage = texts[int(e[CLIENT]), int(e[KEY])]
+                    pairs += [self._template.render({"passage": passage}), self._query(i)]
+        pairs = _told(transport, pairs)
+        if pairs:
+            examples = self._examples(pairs[::2], pairs[1::2], "candidate")
+            losses = likelihoods(
+                self.base, *self._model, examples, self.config.evaluation, self.config.runtime.precision, transport
+            )
+        if ranked is None or not pairs:
+            return nothing(len(self._items), self.candidates)
+        values = np.full(ranked.shape[:2], np.inf)
+        values[filled(ranked)] = losses
+        return np.take_along_axis(ranked, np.argsort(values, axis=1, kind="stable")[..., None], axis=1)
+
+    @property
+    def _model(self) -> tuple[Method | None, Tensor]:
+        """What answers: the base, with the adapter where there is one, as `evaluate` takes them."""
+        return self._tuned or (None, torch.empty(1, 0))
+
+    def _examples(self, prompts: list[str], targets: list[str], what: str) -> Examples:
+        places = [f"{what} {i}" for i in range(len(prompts))]
+        tokenizer, kind = self.base.tokenizer, self.base.kind
+        tokens = tokenize(prompts, targets, places, tokenizer, self.config.data.max_length, kind)
+        return examples_from(tokens, prompts=prompts, targets=targets)
+
+    def _answered(self, transport: Transport, contexts: Sequence[str], arm: str) -> Outcome | None:
+        """The test with a text in front of each question; on rank 0. Collective."""
+        options, test = self.config.evaluation, self.data.test
+        of = {str(test.prompts[first]): text for (first, _), text in zip(self._items, contexts, strict=True)}  # type: ignore[index]
+        prompts = [of[prompt] + prompt for prompt in test.prompts or []]
+        metrics = [m for m in options.metrics_of_test if registry.load("metrics", m).NEEDS != "rankings"]
+        return evaluate(
+            self.base,
+            *self._model,
+            self._examples(prompts, list(test.targets or []), "question"),
+            subset(len(test), options.test_max_examples or options.max_examples),
+            metrics,
+            options,
+            self.config.runtime.precision,
+            transport,
+            samples=options.samples if arm == "federated" else 0,
+        )
+
+    def _summary(
+        self, arm: str, contexts: Sequence[tuple[str, int, bool]], ranks: Int64 | None, outcome: Outcome | None
+    ) -> dict[str, float]:
+        """A row of /tables/retrieval."""
+        assert outcome is not None
+        found = {"recall_at_1": float("nan"), "recall": float("nan"), "mrr": float("nan")}
+        if ranks is not None and self.corpus.gold is not None:
+            found = {"recall_at_1": float(np.mean(ranks == 1)), **self._rankings(("recall", "mrr"), ranks)}
+        held = [
+            any(within(words(reference), words(text)) for reference in references)
+            for (text, *_), (_, references) in zip(contexts, self._items, strict=True)
+        ]
+        return {
+            **found,
+            "answer_in_context": float(np.mean(held)),
+            "passages_in_context": float(np.mean([n for _, n, _ in contexts])),
+            **outcome.metrics,
+        }
+
+    # ---- what is said of it
+
+    def attributes(self) -> dict[str, Any]:
+        """See the base class."""
+        return {"payload_parameters": 0, "questions": len(self._items), "encoder": self.options.encoder or ""}
+
+    def summary(self) -> str:
+        """See the base class."""
+        return f"{self.options.index} search of {len(self.corpus.passages):,} passages, k {self.options.k}"
+
+    def work(self, plan: Plan) -> str:
+        """See the base class."""
+        return f"one search for {len(self._batch(plan.round))} questions"
+
+    def details(self, plan: Plan) -> list[str]:
+        """See the base class."""
+        questions = len(self._batch(plan.round))
+        route = f", each asked of {self.options.route} clients" if self.options.route else ""
+        return [
+            f"exchanged: {questions} questions of {len(self._items):,} in round {plan.round}{route}; up to "
+            f"{self.candidates} passages each come up"
+        ]
+
+
+def _merged(transport: Transport, mine: Int64, k: int, distinct: bool) -> Int64:
+    """The best of all ranks' lists, on rank 0. Collective."""
+
+    def merge(one: Tensor, other: Tensor) -> Tensor:
+        return torch.from_numpy(best(np.concatenate([one.numpy(), other.numpy()], axis=1), k, distinct))
+
+    return tree_merge(transport, torch.from_numpy(np.ascontiguousarray(mine)), merge).numpy()
+
+
+def _told(transport: Transport, texts: Sequence[str]) -> list[str]:
+    """Rank 0's texts on every rank. Collective."""
+    return [item.decode() for item in share(transport, [text.encode() for text in texts])]
+
+
+def _tuned(path: Path, approach: Rag) -> tuple[Method, Tensor]:
+    """The method and payload (1, P) of another run's adapter. UserError where it does not fit this base.
+
+    They come from that run's own files, not from the export: every method can be had that way, and answers in the same
+    batches as in its own test.
+    """
+    folder = path.parent
+    if not (folder / "results.h5").is_file() or not (folder / "config.yaml").is_file():
+        raise UserError(f"method.adapter: '{path}' is not the adapter/ of a run: {folder} has no results.h5")
+    config, results = configuration.load(str(folder / "config.yaml"), []), Results.read(folder / "results.h5")
+    module = registry.load("methods", config.method.name)
+    if not results.complete or not hasattr(module, "METHOD") or config.mode == "local":
+        raise UserError(f"method.adapter: '{folder}' is not a complete run that customized one model")
+    if results.attributes["fingerprint_model"] != approach.base.fingerprint:
+        raise UserError(
+            f"method.adapter: '{path}' was trained on another base ({config.model.name}) than '{approach.base.name}'"
+        )
+    virtual = int(getattr(config.method, "num_virtual_tokens", 0))
+    check_length(approach.base, approach.config.data.max_length, virtual)
+    method = with_head(module.METHOD(config.method, approach.base, config.run.seed))
+    final = {name: torch.from_numpy(results.groups["final"][name]) for name in method.payload.shapes}
+    return method, method.payload.flatten(final).unsqueeze(0).to(approach.base.device)
+
+
+def _hash(payload: Tensor) -> str:
+    return hashlib.sha256(payload.cpu().numpy().tobytes()).hexdigest()[:32]
+
+
+APPROACH = Rag

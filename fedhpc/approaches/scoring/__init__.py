@@ -1,0 +1,1 @@
+"""What the approaches share whose clients only score candidates."""

@@ -1,0 +1,230 @@
+"""What approaches have in common whose clients score candidates: examples, answers, rejections, sums of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from fedhpc import registry
+from fedhpc.approaches.base import Approach, Returned
+from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, Prefixes, Spent, log_likelihoods
+from fedhpc.approaches.scoring.objective import row_losses
+from fedhpc.approaches.scoring.prompts import Candidate, Writer
+from fedhpc.data.templates import parse
+from fedhpc.data.tokens import Examples
+from fedhpc.errors import UserError
+from fedhpc.evaluation.evaluate import Outcome, evaluate, subset
+from fedhpc.methods.base import Method
+from fedhpc.models import autocast
+from fedhpc.participation import Plan
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.rng import generator
+from fedhpc.task import Task
+from fedhpc.updates.cohort import accepted_places, sharded, weighted_sum
+from fedhpc.updates.layout import Layout
+
+NUMBER_BYTES = 8  # of a score, or of any other number that is sent
+
+
+@dataclass
+class Rows:
+    """Rows to be scored: each belongs to a client (by its place in the block), a candidate and a prefix."""
+
+    client: list[int] = field(default_factory=list)
+    candidate: list[int] = field(default_factory=list)
+    prefix: list[int] = field(default_factory=list)
+    ids: list[Int32] = field(default_factory=list)
+    answers: list[list[Int32]] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)  # the place of the right answer
+
+    def add(self, client: int, candidate: int, prefix: int, ids: Int32, answers: list[Int32], right: int) -> None:
+        """One more row."""
+        for values, value in zip(vars(self).values(), (client, candidate, prefix, ids, answers, right), strict=True):
+            values.append(value)
+
+
+@dataclass
+class Scores:
+    """Of K clients and n candidates."""
+
+    means: Float64  # (K, n): the score of a candidate, the smaller the better
+    losses: Float64  # (K, n): negative log-likelihood of the right answers, summed
+    tokens: Int64  # (K, n): of the right answers
+    rows: Int64  # (K, n)
+
+
+class Scoring(Approach):
+    """Clients score; nothing is trained."""
+
+    reasons: ClassVar[tuple[str, ...]] = ("", "its scores are not finite")
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        name, options = self.config.method.name, self.config.method
+        if self.base.kind.name != "causal_lm":
+            raise UserError(
+                f"method.name: {name} scores answers of a decoder-only model, and '{self.base.name}' is used for "
+                f"{self.base.kind.name}: take a decoder-only model, or another method such as prefix"
+            )
+        target, label = parse(self.config.data.target, "data.target"), self.config.data.label
+        labelled = label is not None and list(target.columns) == [label]
+        if options.objective != "loss" and not labelled:
+            raise UserError(
+                f"method.objective: {options.objective} chooses between labels, so data.target must be made of the "
+                f"label alone, like ' {{{label}}}'"
+            )
+        self.writer = Writer(
+            self.base.tokenizer,
+            self.config.run.seed,
+            getattr(options, "separator", ""),
+            target,
+            label if labelled else None,
+            getattr(options, "max_prompt_tokens", 0),
+        )
+        #: The prompt of the data's templates alone.
+        self.plain = Candidate(words=tuple(self.data.train.label_names) if labelled else ())
+
+    # ---- scores
+
+    def num_scored(self, client: int, most: int | None, aside: int = 0) -> int:
+        """How many of its examples a client scores on.
+
+        At most `most`, and so many that `aside` are left as long as that is not more than half of them.
+        """
+        size = self.data.population.num_examples(client)
+        count = size - min(aside, size // 2)
+        return count if most is None else min(most, count)
+
+    def scored(self, round_: int, client: int, most: int | None, aside: int = 0) -> tuple[Int64, Int64]:
+        """The examples of a client that a round scores on, `num_scored` of them, and those that are left."""
+        indices = self.data.population.indices(client)
+        drawn = generator(self.config.run.seed, "scored", round_, client).permutation(indices)
+        count = self.num_scored(client, most, aside)
+        return np.sort(drawn[:count]), np.sort(drawn[count:])
+
+    def scored_answers(self, labels: list[Int32], example: int) -> tuple[list[Int32], int]:
+        """The answers whose likelihoods an example's score needs, and the place of the right one.
+
+        labels: the answer of each label; empty where the data have none.
+        """
+        train = self.data.train
+        if not labels:
+            return [train.tokens(example)[train.prompt_lengths[example] :]], 0
+        assert train.labels is not None
+        right = int(train.labels[example])
+        return ([labels[right]], 0) if self.config.method.objective == "loss" else (labels, right)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """In which the model computes."""
+        with torch.no_grad(), autocast(self.base, self.config.runtime.precision):
+            yield
+
+    def score(self, prefixes: Prefixes, rows: Rows, clients: int, candidates: int, spent: Spent) -> Scores:
+        """Score all rows in few forwards."""
+        with self.forward():
+            found = log_likelihoods(self.base, prefixes, np.array(rows.prefix), rows.ids, rows.answers, spent)
+        right = np.array(rows.right)
+        cell = np.array(rows.client) * candidates + np.array(rows.candidate)
+
+        def summed(values: Any) -> Any:
+            return np.bincount(cell, weights=values, minlength=clients * candidates).reshape(clients, candidates)
+
+        lengths = [len(answers[place]) for answers, place in zip(rows.answers, rows.right, strict=True)]
+        counts = summed(None)
+        with np.errstate(invalid="ignore"):  # what is not finite is found by the caller
+            scores = row_losses(self.config.method.objective, found, right)
+            means = summed(scores) / np.maximum(counts, 1)
+        return Scores(means, summed(row_losses("loss", found, right)), summed(lengths).astype(np.int64), counts)
+
+    def report(self, upload: Any, finite: Any, sent: Float64, scores: Sequence[Scores], spent: Spent) -> Returned:
+        """What a block sends back: `sent` (K, m) are its numbers, `scores` those it has made one after the other."""
+        tokens = sum(one.tokens.sum(axis=1) for one in scores)
+
+        def per_token(losses: Float64, of: Int64) -> Float64:
+            return np.asarray(losses / np.maximum(of, 1))
+
+        return Returned(
+            upload=upload,
+            reason=np.where(finite, 0, 1),
+            tokens=np.asarray(tokens),
+            steps=np.full(len(finite), sum(one.means.shape[1] for one in scores)),
+            loss_sum=np.asarray(sum(one.losses.sum(axis=1) for one in scores)),
+            loss_first=per_token(scores[0].losses[:, 0], scores[0].tokens[:, 0]),
+            loss_last=per_token(scores[-1].losses[:, -1], scores[-1].tokens[:, -1]),
+            norms=np.linalg.norm(sent, axis=1),
+            input_tokens=spent.tokens,
+            padded_tokens=spent.padded,
+        )
+
+    def mean_scores(
+        self, transport: Transport, plan: Plan, slots: Int64, scores: Float64, rows: Int64
+    ) -> tuple[Float64, float] | None:
+        """The aggregated scores (n,) of the accepted clients, by server.aggregator, and their weight; None without any.
+
+        scores (c, n): of this rank's accepted clients, at these places of the cohort. rows (C,): examples that each
+        client of the cohort scores on, which is its weight where server.weighting is examples. Collective; of no
+        meaning above rank 0.
+        """
+        config, count = self.config, scores.shape[1]
+        accepted = accepted_places(transport, slots, len(plan.cohort))
+        if not len(accepted):
+            return None
+        counted = rows.astype(np.float64) if config.server.weighting == "examples" else (rows > 0).astype(np.float64)
+        shares, updates = counted[accepted] / counted.sum(), torch.from_numpy(scores)
+        rule, layout = registry.load("aggregators", config.server.aggregator), Layout({"scores": (count,)})
+        if rule.LINEAR:
+            weights = np.zeros(len(plan.cohort))
+            weights[accepted] = rule.weights(shares, [], config.client)
+            total = weighted_sum(transport, updates, weights[slots], layout, len(plan.cohort))
+        else:
+            owner = {c: b.worker for b in plan.blocks for c in b.clients}
+            total = sharded(
+                transport,
+                slots,
+                updates,
+                [owner[plan.cohort[i]] for i in accepted],
+                shares,
+                layout,
+                lambda values, weights: rule.combine(values, weights, config.server),
+            )
+        return (np.zeros(count) if total is None else total.numpy()), float(rows[accepted].sum())
+
+    def spent_by_all(self, transport: Transport, numbers: Sequence[int]) -> list[int]:
+        """The sum of these numbers over all ranks; of no meaning above rank 0. Collective."""
+        total = torch.tensor(numbers, dtype=torch.int64)
+        transport.reduce_sum(total)
+        return [int(n) for n in total]
+
+    # ---- results
+
+    def measured(
+        self,
+        transport: Transport,
+        examples: Examples,
+        metrics: Sequence[str],
+        limit: int,
+        method: Method | None = None,
+        payload: Any = None,
+        targets: Sequence[str] | None = None,
+        samples: int = 0,
+    ) -> Outcome | None:
+        """Metrics on a fixed subset of `examples`; targets: of the labels, in place of the data's. Collective."""
+        return evaluate(
+            self.base,
+            method,
+            torch.empty(1, 0) if payload is None else payload,
+            examples,
+            subset(len(examples), limit),
+            metrics,
+            self.config.evaluation,
+            self.config.runtime.precision,
+            transport,
+            samples=samples,
+            label_targets=self.label_targets if self.label_targets is None or targets is None else targets,
+        )

@@ -1,0 +1,236 @@
+"""Which launcher started this process, and its place among the ranks, read from the environment alone.
+
+One table of variables per launcher; everything else is derived. The innermost launcher wins: torchrun inside
+mpiexec inside a Slurm step is torchrun. Light: no torch, so that the configuration can be checked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedhpc.errors import UserError
+from fedhpc.ranks.placement import Placement
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among the ranks of a launch."""
+
+    launcher: Literal["single", "forked", "torchrun", "slurm", "mpi"] = "single"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
+    restart_count: int = 0
+    agent_store: bool = False  # torchrun's agent already serves a TCPStore at master_addr:master_port
+    placement: Placement = field(default_factory=Placement)  # the GPUs of all ranks, once they have agreed on it
+
+    @property
+    def single_node(self) -> bool:
+        """Whether all ranks share this machine."""
+        return self.local_world_size == self.world_size
+
+
+@dataclass(frozen=True)
+class _Variables:
+    """The names under which a launcher tells a process its place; None where it does not say."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str | None
+    node_rank: str | None
+    restart_count: str | None = None
+
+
+# torchrun's names are also what people export by hand, with no launcher at all.
+_TORCHRUN = _Variables(
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"
+)
+# SLURM_NTASKS is the job's in the shell of an interactive step, so the step's own count goes first.
+_SLURM = _Variables(
+    "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None, "SLURM_NODEID", "SLURM_RESTART_COUNT"
+)
+# OMPI_COMM_WORLD_NODE_RANK is a rank within the node, not the node's number.
+_OPEN_MPI = _Variables(
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    None,
+)
+# MPICH and Intel MPI. `srun --mpi=pmi2` sets PMI_RANK too, but not the local pair: that is a Slurm step.
+_MPICH = _Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", None)
+
+
+def detect(environ: Mapping[str, str]) -> Launch:
+    """The launch that `environ` describes; UserError where it is half-set or contradicts itself."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        launch = _torchrun(environ)
+        if "TORCHELASTIC_RESTART_COUNT" not in environ:
+            _agree(launch, environ)
+        return launch
+    for table in (_OPEN_MPI, _MPICH):
+        in_step = "SLURM_STEP_ID" in environ and table.local_rank not in environ
+        if not in_step and (table.rank in environ or table.world_size in environ):
+            return _launch(environ, "mpi", table, _optional_int(environ, table.local_world_size))
+    if "SLURM_STEP_ID" in environ:
+        return _slurm(environ)
+    return Launch()
+
+
+def _agree(launch: Launch, environ: Mapping[str, str]) -> None:
+    """UserError where RANK and WORLD_SIZE, set by hand, contradict a launcher around them."""
+    around = detect({name: value for name, value in environ.items() if name not in ("RANK", "WORLD_SIZE")})
+    if around.world_size > 1 and (around.rank, around.world_size) != (launch.rank, launch.world_size):
+        raise UserError(
+            f"RANK={launch.rank}, WORLD_SIZE={launch.world_size} contradict the {around.launcher} launcher's rank "
+            f"{around.rank} of {around.world_size}: unset RANK and WORLD_SIZE"
+        )
+
+
+def _torchrun(environ: Mapping[str, str]) -> Launch:
+    world_size = _int(environ, "WORLD_SIZE", "RANK")
+    local_world_size = _optional_int(environ, "LOCAL_WORLD_SIZE")
+    if local_world_size is None:
+        if world_size > 1 and environ.get("MASTER_ADDR") not in LOOPBACK:
+            raise UserError(
+                "WORLD_SIZE is set but LOCAL_WORLD_SIZE is not: start with torchrun, "
+                "or set LOCAL_RANK and LOCAL_WORLD_SIZE"
+            )
+        local_world_size = world_size
+    return _launch(
+        environ,
+        "torchrun",
+        _TORCHRUN,
+        local_world_size,
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _slurm(environ: Mapping[str, str]) -> Launch:
+    _text(environ, "SLURM_PROCID", "SLURM_STEP_ID")
+    names = _SLURM if _SLURM.world_size in environ else replace(_SLURM, world_size="SLURM_NTASKS")
+    if _int(environ, names.world_size, "SLURM_PROCID") == 1:
+        return Launch()
+    per_node = _tasks_per_node(environ)
+    node = _int(environ, "SLURM_NODEID", "SLURM_PROCID")
+    if node >= len(per_node):
+        raise UserError(f"SLURM_NODEID={node} contradicts SLURM_STEP_TASKS_PER_NODE: {len(per_node)} nodes")
+    hosts = environ.get("SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST", "SLURM_PROCID")
+    return _launch(
+        environ,
+        "slurm",
+        names,
+        per_node[node],
+        master_addr=environ.get("MASTER_ADDR") or first_host(hosts),
+        master_port=_optional_int(environ, "MASTER_PORT")
+        or 20000 + _int(environ, "SLURM_JOB_ID", "SLURM_PROCID") % 20000,
+    )
+
+
+def _tasks_per_node(environ: Mapping[str, str]) -> list[int]:
+    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    if name not in environ:
+        name = "SLURM_TASKS_PER_NODE"
+    counts: list[int] = []
+    for part in _text(environ, name, "SLURM_PROCID").split(","):
+        tasks, _, times = part.partition("(x")
+        try:
+            counts += [int(tasks)] * int(times.rstrip(")") or 1)
+        except ValueError:
+            raise UserError(f"{name}={environ[name]!r} is not a list like 2(x3),1") from None
+    return counts
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: "gpu[03-05,9],cpu1" is "gpu03"."""
+    depth = 0
+    host = ""
+    for character in nodelist:
+        if character == "," and depth == 0:
+            break
+        depth += (character == "[") - (character == "]")
+        host += character
+    while "[" in host:
+        prefix, _, rest = host.partition("[")
+        inside, _, suffix = rest.partition("]")
+        host = prefix + inside.split(",")[0].split("-")[0] + suffix
+    return host
+
+
+def _launch(
+    environ: Mapping[str, str],
+    launcher: Literal["torchrun", "slurm", "mpi"],
+    names: _Variables,
+    local_world_size: int | None,
+    *,
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    agent_store: bool = False,
+) -> Launch:
+    world_size = _int(environ, names.world_size, names.rank)
+    rank = _int(environ, names.rank, names.world_size)
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"{names.rank}={rank} contradicts {names.world_size}={world_size}: ranks are 0..{world_size - 1}"
+        )
+    if local_world_size is None:
+        missing = names.local_world_size
+        raise UserError(f"{names.rank} is set but {missing} is not: start through the launcher")
+    if not 0 < local_world_size <= world_size:
+        raise UserError(
+            f"{names.local_world_size or 'SLURM_STEP_TASKS_PER_NODE'}: {local_world_size} ranks on this node "
+            f"contradict {names.world_size}={world_size}"
+        )
+    local_rank = _optional_int(environ, names.local_rank)
+    if local_rank is None:
+        if local_world_size != world_size:
+            raise UserError(f"{names.rank} is set but {names.local_rank} is not: start through the launcher")
+        local_rank = rank
+    if not 0 <= local_rank < local_world_size:
+        raise UserError(f"{names.local_rank}={local_rank} contradicts {local_world_size} ranks on this node")
+    node_rank = _optional_int(environ, names.node_rank)
+    return Launch(
+        launcher=launcher,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        node_rank=(rank - local_rank) // local_world_size if node_rank is None else node_rank,
+        master_addr=master_addr or environ.get("MASTER_ADDR"),
+        master_port=master_port or _optional_int(environ, "MASTER_PORT"),
+        restart_count=_optional_int(environ, names.restart_count) or 0,
+        agent_store=agent_store,
+    )
+
+
+def _text(environ: Mapping[str, str], name: str, because: str) -> str:
+    value = environ.get(name)
+    if not value:
+        raise UserError(f"{because} is set but {name} is not: start through the launcher, or unset {because}")
+    return value
+
+
+def _int(environ: Mapping[str, str], name: str, because: str) -> int:
+    return _parse(name, _text(environ, name, because))
+
+
+def _optional_int(environ: Mapping[str, str], name: str | None) -> int | None:
+    value = environ.get(name) if name else None
+    return _parse(name, value) if name and value else None
+
+
+def _parse(name: str, value: str) -> int:
+    # ASCII digits only: int() also takes "1_0", " 1 " and "-1", none of which a launcher writes.
+    if not (value.isascii() and value.isdigit()):
+        raise UserError(f"{name}={value!r} in the environment is not a number of 0 or more")
+    return int(value)

@@ -1,0 +1,434 @@
+"""Liveness: a failing, killed, stopped or signalled rank ends every rank, soon and with the same code.
+
+One mechanism for all transports. A daemon thread per rank talks to rank 0's over plain TCP (a star): one byte
+every second, so that silence means trouble however long the main threads train, and one line of JSON when a
+run must end. Rank 0 alone decides: it collects the evidence, calls `on_exit`, tells the others, leaves last.
+
+The thread also reads signals (through signal.set_wakeup_fd) and watches the launcher, so both work while the
+main thread is blocked inside a collective. Connections need a token that travels over the transport.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import queue
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from fedhpc.errors import UserError
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.startup import FAILED, PREEMPTED, SIGNALS
+from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
+from fedhpc.ranks.transport.network import own_address
+
+_SYMPTOM_WAIT_S = 0.5  # a broken collective is a symptom: so long may the cause take to show
+_VERDICT_WAIT_S = 3.5  # a rank with evidence waits so long for rank 0's verdict, then leaves alone
+_ON_EXIT_LIMIT_S = 2.0  # a hanging file system must not keep the ranks
+_GRACE_S = 1.0  # rank 0 leaves when the others have, at the latest after this
+_REASON_LIMIT = 4000
+_HELLO_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Why the run should end, and with which exit code; a `symptom` gives way to a cause."""
+
+    code: int
+    reason: str
+    symptom: bool = False
+
+
+@dataclass
+class _Peer:
+    """One connection, or one that is still to come."""
+
+    heard: float
+    connection: socket.socket | None = None
+    received: bytearray = field(default_factory=bytearray)
+    done: bool = False  # its main thread has called stop()
+
+
+class Liveness:
+    """Watches over the ranks of `transport` between `start` and `stop`.
+
+    on_exit(code, reason) is called once for the run, before any rank leaves: by rank 0, or by rank 1 where
+    rank 0 is the one lost. It runs in a thread of its own and has two seconds. Then every rank ends with
+    `code` through transport.abort, whatever its main thread does.
+
+    timeout_s bounds the silence of a rank's side thread: stopped, cut off, or kept from Python's lock (by an
+    import, up to 20 s). Long work in the main thread is not silence.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        launch: Launch,
+        timeout_s: float,
+        on_exit: Callable[[int, str], None],
+    ) -> None:
+        self._transport = transport
+        self._launch = launch
+        self._rank = transport.rank
+        self._timeout_s = timeout_s
+        self._on_exit = on_exit
+        self._interval_s = min(1.0, timeout_s / 10)
+        self._tick_s = min(0.25, self._interval_s)
+        self._peers: dict[int, _Peer] = {}
+        self._strangers: dict[socket.socket, _Peer] = {}
+        self._listener: socket.socket | None = None
+        self._token = ""
+        self._selector = selectors.DefaultSelector()
+        self._failures: queue.SimpleQueue[_Evidence] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._evidence: _Evidence | None = None
+        self._decide_at = 0.0
+        self._beat_at = 0.0
+        self._said_done = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Connect all ranks and begin to watch; collective, in the main thread."""
+        self._parent = os.getppid()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        if self._transport.world_size > 1:
+            with connect_deadline(self._launch, arrival_limit_s(self._timeout_s)):
+                self._connect()
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._wakeup = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        # Without a Python handler the default action would end the process before the thread sees the signal.
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
+        self._thread.start()
+
+    def fail(self, code: int, reason: str, *, symptom: bool = False) -> NoReturn:
+        """End every rank with `code`: the main thread's last call after an exception.
+
+        `symptom` marks a failed collective (TransportError): the death of the peer that caused it, or that
+        peer's own explanation, is reported in its place if it shows within half a second.
+        """
+        reason = " ".join(reason.split())[:_REASON_LIMIT]
+        if self._rank > 0:
+            reason = f"rank {self._rank}: {reason}"
+        evidence = _Evidence(code, reason, symptom)
+        if self._thread is None or not self._thread.is_alive():
+            self._leave(evidence)
+        self._failures.put(evidence)
+        self._wake()
+        self._thread.join()
+        self._transport.abort(code)
+
+    def stop(self) -> None:
+        """End the watch cleanly; collective: returns once every rank has called it."""
+        if self._thread is None:
+            return
+        self._stopping.set()
+        self._wake()
+        self._thread.join()
+        self._thread = None
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._close()
+
+    # ---- connecting
+
+    def _connect(self) -> None:
+        hosts = self._transport.gather_json(socket.gethostname())
+        now = time.monotonic()
+        if self._rank == 0:
+            assert hosts is not None
+            listener = socket.create_server((self._own_address(hosts), 0), backlog=len(hosts) + 16)
+            listener.setblocking(False)
+            self._listener = listener
+            self._token = secrets.token_hex(16)
+            address, port = listener.getsockname()[:2]
+            self._transport.broadcast_json({"address": address, "port": port, "token": self._token})
+            self._peers = {rank: _Peer(now) for rank in range(1, self._transport.world_size)}
+            self._selector.register(listener, selectors.EVENT_READ)
+            return
+        found = self._transport.broadcast_json(None)
+        try:
+            connection = socket.create_connection((found["address"], found["port"]), timeout=max(10.0, self._timeout_s))
+        except OSError as error:
+            raise UserError(
+                f"rank {self._rank} on {socket.gethostname()} cannot reach rank 0 at "
+                f"{found['address']}:{found['port']} ({error}): set MASTER_ADDR to an address of rank 0's host "
+                "that all hosts reach"
+            ) from error
+        connection.sendall(_line({"token": found["token"], "rank": self._rank}))
+        connection.setblocking(False)
+        self._peers = {0: _Peer(time.monotonic(), connection)}
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _own_address(self, hosts: list[str]) -> str:
+        # Under an unknown launcher the launch is a single process, whatever MPI says.
+        if self._launch.single_node and self._launch.world_size == self._transport.world_size:
+            return "127.0.0.1"
+        other = next((host for host in hosts if host != hosts[0]), "localhost")
+        return own_address(self._launch.master_addr or other)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(OSError):  # the stranger may have left already
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
+            if len(self._strangers) >= self._transport.world_size + 64:
+                self._drop(next(iter(self._strangers)))
+            self._strangers[connection] = _Peer(time.monotonic(), connection)
+            self._selector.register(connection, selectors.EVENT_READ)
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Read a stranger's first line: the token and a rank that is still missing, or it is dropped."""
+        stranger = self._strangers[connection]
+        alive = _receive(stranger)
+        if b"\n" not in stranger.received:
+            if not alive or len(stranger.received) > 512:
+                self._drop(connection)
+            return
+        hello, _, stranger.received = stranger.received.partition(b"\n")
+        rank = self._rank_of(bytes(hello))
+        if rank is None or self._peers[rank].connection is not None:
+            self._drop(connection)
+            return
+        del self._strangers[connection]
+        self._peers[rank] = stranger
+        stranger.heard = time.monotonic()
+        self._read(rank, alive)
+        if all(peer.connection for peer in self._peers.values()) and self._listener:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    def _rank_of(self, hello: bytes) -> int | None:
+        try:
+            said = json.loads(hello[:512])
+            token = str(said["token"]).encode()
+        except (ValueError, RecursionError, KeyError, TypeError, IndexError):  # whatever a stranger may say
+            return None
+        if not hmac.compare_digest(token, self._token.encode()):
+            return None
+        rank = said.get("rank")
+        return rank if type(rank) is int and rank in self._peers else None
+
+    def _drop(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._strangers[connection]
+        connection.close()
+
+    # ---- watching
+
+    def _watch(self) -> None:
+        self._stepped_at = time.monotonic()
+        try:
+            while not self._finished():
+                self._step()
+        except Exception:
+            traceback.print_exc()
+            self._transport.abort(FAILED)
+
+    def _step(self) -> None:
+        events = self._selector.select(self._tick_s)
+        now = time.monotonic()
+        # While this process was stopped, or its lock held, it could not hear: the others were not silent.
+        overslept = now - self._stepped_at - self._tick_s
+        self._stepped_at = now
+        if overslept > self._tick_s:
+            for peer in self._peers.values():
+                peer.heard += overslept
+        # Connections before signals: a launcher that sees a rank die sends SIGTERM to the others.
+        for key, _ in sorted(events, key=lambda event: event[0].fileobj is self._wake_read):
+            if key.fileobj is self._wake_read:
+                self._read_wakeups()
+            elif key.fileobj is self._listener:
+                self._accept()
+            elif key.fileobj in self._strangers:
+                self._greet(key.fileobj)  # type: ignore[arg-type]
+            else:
+                for rank, peer in self._peers.items():
+                    if peer.connection is key.fileobj:
+                        self._read(rank, _receive(peer))
+        self._check(now)
+        if self._evidence is not None and now >= self._decide_at:
+            self._leave(self._evidence)
+
+    def _read(self, rank: int, alive: bool) -> None:
+        """Act on the lines that `rank` has sent, and on the end of its connection."""
+        peer = self._peers[rank]
+        peer.heard = time.monotonic()
+        *lines, rest = bytes(peer.received).split(b"\n")
+        peer.received = bytearray(rest)
+        for line in filter(None, lines):  # an empty line is a heartbeat
+            message = json.loads(line)
+            if "fail" in message:
+                self._accuse(_Evidence(*message["fail"]))
+            elif "exit" in message:
+                self._obey(_Evidence(*message["exit"]))
+            else:
+                peer.done = True
+        if alive:
+            return
+        assert peer.connection is not None
+        self._selector.unregister(peer.connection)
+        if self._rank == 0 or not peer.done:
+            self._lose(rank, f"rank {rank} died (connection closed)")
+
+    def _read_wakeups(self) -> None:
+        # A byte is a signal's number, or 0 from the main thread.
+        for number in self._wake_read.recv(4096):
+            if number in SIGNALS:
+                self._accuse(_Evidence(PREEMPTED, SIGNALS[signal.Signals(number)]))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._accuse(self._failures.get_nowait())
+
+    def _check(self, now: float) -> None:
+        for connection, stranger in list(self._strangers.items()):
+            if now > stranger.heard + _HELLO_LIMIT_S:
+                self._drop(connection)
+        if now >= self._beat_at:
+            self._beat_at = now + self._interval_s
+            for peer in self._peers.values():
+                _send(peer, b"\n")
+        for rank, peer in self._peers.items():
+            if now > peer.heard + self._timeout_s:
+                self._lose(rank, f"rank {rank} was silent for {self._timeout_s:g} s: stopped or cut off", silent=True)
+        if self._launch.launcher != "single" and os.getppid() != self._parent:
+            self._accuse(_Evidence(FAILED, "the launcher died"))
+
+    def _finished(self) -> bool:
+        """Whether every rank has called stop()."""
+        if self._stopping.is_set() and not self._said_done and self._rank > 0:
+            self._said_done = True
+            _send(self._peers[0], _line({"done": True}))
+        if self._rank > 0:
+            return self._peers[0].done
+        if not self._stopping.is_set() or not all(peer.done for peer in self._peers.values()):
+            return False
+        self._part({"done": True})
+        return True
+
+    # ---- ending
+
+    def _accuse(self, evidence: _Evidence) -> None:
+        """Keep the first cause, or else the first symptom; rank 0 hears of it and decides."""
+        if self._evidence is not None and (evidence.symptom or not self._evidence.symptom):
+            return
+        now = time.monotonic()
+        if self._rank == 0:
+            self._decide_at = now + (_SYMPTOM_WAIT_S if evidence.symptom else 0.0)
+        else:
+            self._decide_at = self._decide_at if self._evidence else now + _VERDICT_WAIT_S
+            _send(self._peers[0], _line({"fail": [evidence.code, evidence.reason, evidence.symptom]}))
+        self._evidence = evidence
+
+    def _lose(self, rank: int, reason: str, *, silent: bool = False) -> None:
+        """A rank is lost. Without rank 0 there is no verdict to wait for, and rank 1 calls on_exit."""
+        self._accuse(_Evidence(FAILED, reason))
+        if rank == 0:
+            assert self._evidence is not None
+            if self._rank == 1:
+                self._report(self._evidence)
+            elif silent and self._launch.local_rank == 0:
+                # This host may be the one that is cut off, and what the others say is not in its log.
+                sys.stderr.write(f"fedhpc: error: rank {self._rank}: {self._evidence.reason}\n")
+                sys.stderr.flush()
+            self._transport.abort(self._evidence.code)
+
+    def _obey(self, verdict: _Evidence) -> NoReturn:
+        if self._transport.aborts_all:
+            time.sleep(_GRACE_S)  # rank 0's abort ends this process too, with one message instead of many
+        self._transport.abort(verdict.code)
+
+    def _leave(self, verdict: _Evidence) -> NoReturn:
+        if self._rank == 0:
+            self._report(verdict)
+            self._part({"exit": [verdict.code, verdict.reason]})
+        self._transport.abort(verdict.code)
+
+    def _report(self, verdict: _Evidence) -> None:
+        def report() -> None:
+            self._on_exit(verdict.code, verdict.reason)
+            # The process ends without Python's clean-up, which would flush.
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+        thread = threading.Thread(target=report, name="on_exit", daemon=True)
+        thread.start()
+        thread.join(_ON_EXIT_LIMIT_S)
+
+    def _part(self, message: dict[str, Any]) -> None:
+        """Tell every peer, and let them go first: closing at once could destroy what they have not read."""
+        line = _line(message)
+        for peer in self._peers.values():
+            _send(peer, line)
+        if self._transport.aborts_all and "exit" in message:
+            time.sleep(0.1)
+            return
+        deadline = time.monotonic() + _GRACE_S
+        for peer in self._peers.values():
+            if peer.connection is not None:
+                with contextlib.suppress(OSError):
+                    for left_s in _until(deadline):
+                        peer.connection.settimeout(left_s)
+                        if not peer.connection.recv(4096):
+                            break
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # a full buffer wakes as well
+            self._wake_write.send(b"\0")
+
+    def _close(self) -> None:
+        self._selector.close()
+        for connection in (
+            self._wake_read,
+            self._wake_write,
+            self._listener,
+            *self._strangers,
+            *(peer.connection for peer in self._peers.values()),
+        ):
+            if connection is not None:
+                connection.close()
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _send(peer: _Peer, data: bytes) -> None:
+    # A broken connection shows on the reading side, after what the peer said last.
+    if peer.connection is not None:
+        with contextlib.suppress(OSError):
+            peer.connection.send(data)
+
+
+def _receive(peer: _Peer) -> bool:
+    """Read what has come; False at the end of the connection."""
+    assert peer.connection is not None
+    try:
+        data = peer.connection.recv(65536)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    peer.received += data
+    return bool(data)
+
+
+def _until(deadline: float) -> Iterator[float]:
+    """The seconds left, until none are."""
+    while (left_s := deadline - time.monotonic()) > 0:
+        yield left_s

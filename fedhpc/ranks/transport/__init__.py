@@ -1,0 +1,38 @@
+"""The way between ranks: loopback, torch.distributed (gloo, NCCL) or MPI, behind one contract."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedhpc.errors import UserError
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport, Transport, TransportError
+
+__all__ = ["Transport", "TransportError", "open_transport"]
+
+
+def open_transport(
+    launch: Launch,
+    choice: Literal["auto", "torch", "mpi"],
+    timeout_s: float,
+) -> Transport:
+    """Connect all ranks of `launch`; collective.
+
+    `auto` is MPI under an MPI launcher and torch.distributed under torchrun and Slurm. `timeout_s` bounds the
+    time the ranks may take to find each other (at least 120 s, for imports), not the collectives.
+    """
+    if choice == "mpi" or (choice == "auto" and launch.launcher == "mpi" and launch.world_size > 1):
+        from fedhpc.ranks.transport.mpi import MpiTransport
+
+        return MpiTransport(launch, timeout_s)
+    if launch.world_size == 1:
+        return LoopbackTransport()
+    if launch.master_addr is None or launch.master_port is None:
+        missing = "MASTER_ADDR" if launch.master_addr is None else "MASTER_PORT"
+        raise UserError(
+            f"runtime.transport 'torch' needs {missing} in the environment of every rank: set it to rank 0's "
+            "host and a free port, or start with torchrun"
+        )
+    from fedhpc.ranks.transport.torch_dist import TorchTransport
+
+    return TorchTransport(launch, timeout_s)

@@ -1,0 +1,113 @@
+"""MPI through mpi4py, the only importer of it.
+
+Collectives are started and then tested with short sleeps in between: a blocking call burns a core that
+another rank may need.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fedhpc.errors import UserError
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_LONGEST_PAUSE_S = 2e-4
+
+
+class MpiTransport(Transport):
+    """MPI.COMM_WORLD; GPU tensors go through pinned host memory."""
+
+    name = "mpi"
+    aborts_all = True
+
+    def __init__(self, launch: Launch, timeout_s: float) -> None:
+        with connect_deadline(launch, arrival_limit_s(timeout_s)):
+            self._mpi = _initialize()
+            self._comm = self._mpi.COMM_WORLD.Dup()
+        super().__init__(self._comm.rank, self._comm.size)
+        # Started by a launcher whose variables we do not know, MPI's word is all there is.
+        known = launch.launcher != "single"
+        if known and (launch.rank, launch.world_size) != (self.rank, self.world_size):
+            raise UserError(
+                f"the launcher says rank {launch.rank} of {launch.world_size}, MPI says rank {self.rank} of "
+                f"{self.world_size}: start with the mpiexec (under Slurm: srun --mpi=...) of the MPI library "
+                "that mpi4py loads"
+            )
+        self._types: dict[torch.dtype, Any] = {
+            torch.uint8: self._mpi.BYTE,
+            torch.int32: self._mpi.INT32_T,
+            torch.int64: self._mpi.INT64_T,
+            torch.float32: self._mpi.FLOAT,
+            torch.float64: self._mpi.DOUBLE,
+        }
+
+    def close(self) -> None:
+        if not self._mpi.Is_finalized():
+            self._comm.Free()
+            self._mpi.Finalize()
+
+    def abort(self, code: int) -> NoReturn:
+        # Abort ends all ranks with this code; a rank that merely exits looks killed to mpiexec.
+        self._mpi.COMM_WORLD.Abort(code)
+        os._exit(code)
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        self._wait(self._comm.Ibcast(self._buffer(tensor.view(-1).view(torch.uint8)), root=0))
+
+    def _reduce_sum(self, tensor: Tensor) -> None:
+        sum_ = self._mpi.SUM
+        if self.rank == 0:
+            self._wait(self._comm.Ireduce(self._mpi.IN_PLACE, self._buffer(tensor), op=sum_, root=0))
+        else:
+            self._wait(self._comm.Ireduce(self._buffer(tensor), None, op=sum_, root=0))
+
+    def _all_reduce_max(self, tensor: Tensor) -> None:
+        self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, self._buffer(tensor), op=self._mpi.MAX))
+
+    def _exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> None:
+        requests = [self._comm.Irecv(self._buffer(buffer), peer) for peer, buffer in receive.items()]
+        requests += [self._comm.Isend(self._buffer(buffer), peer) for peer, buffer in send.items()]
+        self._wait(*requests)
+
+    def _buffer(self, tensor: Tensor) -> list[Any]:
+        memory = self._mpi.memory.fromaddress(tensor.data_ptr(), tensor.nbytes)
+        return [memory, tensor.numel(), self._types[tensor.dtype]]
+
+    def _wait(self, *requests: MPI.Request) -> None:
+        pending = list(requests)
+        pause_s = 0.0
+        while not self._mpi.Request.Testall(pending):
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s + 1e-6, _LONGEST_PAUSE_S)
+
+
+def _initialize() -> Any:
+    """mpi4py's MPI module, initialised with threads: the liveness thread may call Abort at any moment."""
+    try:
+        import mpi4py
+    except ModuleNotFoundError as error:
+        raise UserError("runtime.transport 'mpi' needs mpi4py: pip install 'fedhpc[mpi]'") from error
+    mpi4py.rc.initialize = False
+    # Finalize waits for every rank: at the exit of a failed one it would hang. `close` calls it.
+    mpi4py.rc.finalize = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"mpi4py finds no MPI library ({str(error).splitlines()[0]}): install one, for instance "
+            "'pip install mpich' or your cluster's MPI module"
+        ) from error
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise UserError("this MPI library lacks THREAD_MULTIPLE: use runtime.transport 'torch' or another MPI")
+    return MPI

@@ -1,0 +1,200 @@
+"""torch.distributed: gloo, and NCCL where every rank has a GPU of its own.
+
+The only importer of torch.distributed. Ranks find each other through a store of rank 0's own, opened anew in
+every process: with `torchrun --max-restarts` the agent's store still holds the addresses of the dead.
+
+Gloo knows nothing of nodes: its broadcast would send to every rank of another node alone. So each node has a leader,
+its first rank, and what goes from or to rank 0 crosses between leaders once per node. NCCL sees to that by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from fedhpc.errors import UserError
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
+from fedhpc.ranks.transport.network import interface_of, own_address
+
+# Collectives wait for local training, however long; liveness bounds silence instead.
+_NO_TIMEOUT = datetime.timedelta(days=365)
+
+
+class TorchTransport(Transport):
+    """gloo; NCCL for CUDA tensors where every rank has a GPU of its own, else they go through pinned host memory."""
+
+    def __init__(self, launch: Launch, timeout_s: float) -> None:
+        super().__init__(launch.rank, launch.world_size)
+        self.name = "gloo"
+        self._nccl: dist.ProcessGroup | None = None
+        limit_s = arrival_limit_s(timeout_s)
+        with connect_deadline(launch, limit_s + 30):
+            store = _open_store(launch, limit_s)
+            nodes = _arrive(store, launch, limit_s)
+            if "GLOO_SOCKET_IFNAME" not in os.environ:
+                # Gloo would listen on what the host name resolves to, often an address no other host reaches.
+                os.environ["GLOO_SOCKET_IFNAME"] = interface_of(_address(launch))
+            dist.init_process_group(
+                "gloo",
+                store=PrefixStore("group", store),
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=_NO_TIMEOUT,
+            )
+            self._store = store  # rank 0 serves it: it lives as long as the group
+            self._meet(nodes)
+            self.barrier()
+
+    def _meet(self, nodes: list[list[int]]) -> None:
+        """Make the groups of the leaders, and of the ranks of this node; nodes: the ranks of each, ascending."""
+        self._across: dist.ProcessGroup | None = dist.group.WORLD
+        self._within: dist.ProcessGroup | None = None
+        self._leader = self.rank
+        if 1 < len(nodes) < self.world_size:
+            ranks = next(ranks for ranks in nodes if self.rank in ranks)
+            self._leader = ranks[0]
+            # A rank alone on its node has a group too: torch names a group by how many a rank has made before.
+            self._within = _subgroup(ranks)
+            self._across = _subgroup([ranks[0] for ranks in nodes]) if self.rank == self._leader else None
+
+    def place(self, placement: Placement) -> None:
+        """See the base class. NCCL refuses two ranks on one GPU, and a server without one."""
+        super().place(placement)
+        if placement.apart:
+            self._nccl = dist.new_group(backend="nccl", timeout=_NO_TIMEOUT)
+            self.name = "nccl"
+
+    def close(self) -> None:
+        self.barrier()
+        dist.destroy_process_group()
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        content = tensor.view(-1).view(torch.uint8)
+        across, within = self._groups(tensor)
+        if across:
+            dist.broadcast(content, src=0, group=across)
+        if within:
+            dist.broadcast(content, src=self._leader, group=within)
+
+    def _reduce_sum(self, tensor: Tensor) -> None:
+        across, within = self._groups(tensor)
+        if within:
+            dist.reduce(tensor, dst=self._leader, op=dist.ReduceOp.SUM, group=within)
+        if across:
+            dist.reduce(tensor, dst=0, op=dist.ReduceOp.SUM, group=across)
+
+    def _all_reduce_max(self, tensor: Tensor) -> None:
+        across, within = self._groups(tensor)
+        if within:
+            dist.reduce(tensor, dst=self._leader, op=dist.ReduceOp.MAX, group=within)
+        if across:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=across)
+        if within:
+            dist.broadcast(tensor, src=self._leader, group=within)
+
+    def _exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> None:
+        operations = [dist.P2POp(dist.irecv, buffer, peer, self._group(buffer)) for peer, buffer in receive.items()]
+        operations += [dist.P2POp(dist.isend, buffer, peer, self._group(buffer)) for peer, buffer in send.items()]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+    def _takes(self, tensor: Tensor) -> bool:
+        return self._nccl is not None or not tensor.is_cuda
+
+    def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self._nccl if tensor.is_cuda else None
+
+    def _groups(self, tensor: Tensor) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Of the leaders, if this rank is one, and of this node, if there are nodes of several ranks."""
+        return (self._nccl, None) if tensor.is_cuda else (self._across, self._within)
+
+
+def _subgroup(ranks: list[int]) -> dist.ProcessGroup:
+    # Known to its members alone: otherwise every rank would wait for every group.
+    return dist.new_group(ranks, backend="gloo", timeout=_NO_TIMEOUT, use_local_synchronization=True)
+
+
+def _address(launch: Launch) -> str:
+    """The address under which the others reach this process."""
+    if launch.single_node:
+        return "127.0.0.1"
+    return own_address(str(launch.master_addr))
+
+
+def _open_store(launch: Launch, limit_s: float) -> Store:
+    """A store that belongs to the processes of this start alone."""
+    wait = datetime.timedelta(seconds=limit_s)
+    address, port = str(launch.master_addr), int(launch.master_port or 0)
+    if not launch.agent_store:
+        try:
+            return TCPStore(address, port, None, launch.rank == 0, wait, wait_for_workers=False)
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise UserError(
+                f"rank {launch.rank} cannot {'listen' if launch.rank == 0 else 'reach rank 0'} at "
+                f"{address}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
+            ) from error
+    agent = TCPStore(address, port, None, False, wait)
+    if launch.rank == 0:
+        store = TCPStore(_address(launch), 0, None, True, wait, wait_for_workers=False)
+        nonce = secrets.token_hex(16)
+        store.set("nonce", nonce)
+        agent.set("fedhpc", f"{_address(launch)} {store.port} {nonce}")
+        return store
+    return _follow(lambda: agent.get("fedhpc").decode(), limit_s)
+
+
+def _follow(published: Callable[[], str], limit_s: float) -> Store:
+    """Connect to the store that rank 0 published, re-reading its address until it answers.
+
+    A restarted rank may read the entry of its dead predecessor first: that refuses, for its owner is gone, or
+    another program listens there now, which does not know the nonce.
+    """
+    deadline = time.monotonic() + limit_s
+    second = datetime.timedelta(seconds=1)
+    while time.monotonic() < deadline:
+        address, port, nonce = published().split()
+        with contextlib.suppress(OSError, dist.DistStoreError, dist.DistNetworkError):
+            # A refused TCPStore writes a page of C++ frames to stderr, a refused socket does not.
+            socket.create_connection((address, int(port)), timeout=1).close()
+            store = TCPStore(address, int(port), None, False, second)
+            if store.get("nonce").decode() == nonce:
+                store.set_timeout(datetime.timedelta(seconds=limit_s))
+                return store
+        time.sleep(0.1)
+    raise UserError(f"rank 0's store did not answer within {limit_s:.0f} s: did rank 0 start?")
+
+
+def _node(launch: Launch) -> str:
+    """The same for the ranks of one machine, and only for these."""
+    return _address(launch)
+
+
+def _arrive(store: Store, launch: Launch, limit_s: float) -> list[list[int]]:
+    """Wait for every rank: the ranks of each node."""
+    keys = [f"here/{rank}" for rank in range(launch.world_size)]
+    store.set(keys[launch.rank], _node(launch))
+    try:
+        store.wait(keys, datetime.timedelta(seconds=limit_s))
+    except dist.DistStoreError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise UserError(
+            f"ranks {missing} of {launch.world_size} did not arrive within {limit_s:.0f} s: "
+            "check that all of them were started"
+        ) from error
+    nodes: dict[bytes, list[int]] = {}
+    for rank, node in enumerate(store.multi_get(keys)):
+        nodes.setdefault(node, []).append(rank)
+    return list(nodes.values())

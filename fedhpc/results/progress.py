@@ -1,0 +1,103 @@
+"""What rank 0 shows of a running federation: a live display on a terminal, one line a round in a log file.
+
+Everything goes to standard output; errors are the business of main.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+
+from rich import progress
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+
+class Progress:
+    """The display of a run of `rounds` rounds, `start_round` of which were done before (resume)."""
+
+    def __init__(self, rounds: int, start_round: int = 0) -> None:
+        self._rounds = rounds
+        self._start = start_round
+        self._began = time.monotonic()
+        self._live: Live | None = None
+        console = Console(file=sys.stdout, highlight=False)
+        if sys.stdout.isatty() and not console.is_dumb_terminal:
+            self._bar = progress.Progress(
+                progress.TextColumn("rounds"),
+                progress.BarColumn(bar_width=None),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[left]}"),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=rounds, completed=start_round, left="")
+            self._live = Live(self._bar, console=console, redirect_stderr=False)
+            self._live.start()
+            # A watchdog may end the process without a chance to bring a hidden cursor back.
+            console.show_cursor(True)
+
+    def message(self, text: str) -> None:
+        """One line, above the live display on a terminal."""
+        if self._live is None:
+            print(text, flush=True)
+        else:
+            self._live.console.print(Text(text))
+
+    def round(self, row: Mapping[str, float | int]) -> None:
+        """Show a finished round: a row of /rounds (fedhpc.results.results_file.ROUNDS). Row 0 is the initial state.
+
+        On a terminal the lines of evaluated rounds stay, the others give way to the next one.
+        """
+        done = int(row["round"])
+        text = line(row, self._rounds)
+        if done == self._start:
+            self._began = time.monotonic()
+        if self._live is None:
+            print(text, flush=True)
+            return
+        self._bar.update(self._task, completed=done, left=self._left(done))
+        if math.isnan(row.get("eval_loss", math.nan)):
+            self._live.update(Group(Text(text, overflow="ellipsis", no_wrap=True), self._bar))
+        else:
+            self._live.update(self._bar)
+            self._live.console.print(Text(text))
+
+    def close(self) -> None:
+        """Leave the last state of the display on the screen. May be called twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _left(self, done: int) -> str:
+        if not self._start < done < self._rounds:
+            return ""
+        here = time.monotonic() - self._began
+        return f"{duration(here / (done - self._start) * (self._rounds - done))} left"
+
+
+def line(row: Mapping[str, float | int], rounds: int) -> str:
+    """A round in one line: `round 3/20  train_loss 2.314  eval_loss 2.551  cohort 10 (1 dropped)  1.8 s`."""
+    parts = [f"round {row['round']}/{rounds}"]
+    for name, value in row.items():
+        if (name == "train_loss" or name.startswith("eval_")) and not math.isnan(value):
+            parts.append(f"{name} {value:.3f}" if abs(value) < 1e6 else f"{name} {value:.3g}")
+    if row.get("cohort_size"):
+        lost = [f"{row[kind]} {kind}" for kind in ("dropped", "rejected") if row.get(kind)]
+        parts.append(f"cohort {row['cohort_size']}" + (f" ({', '.join(lost)})" if lost else ""))
+    if row.get("seconds"):
+        parts.append(duration(row["seconds"]))
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """1.8 s, 2 min 05 s, 3 h 20 min."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return f"{int(seconds) // 3600} h {int(seconds) // 60 % 60:02d} min"

@@ -1,0 +1,417 @@
+"""results.h5: everything a run measured, in one file that h5py and pandas alone can read.
+
+HDF5 does not survive a killed writer, so the file is never opened for writing: an image of it is made in
+memory and replaces the old file atomically. Between two such writes the checkpoint carries the new rows
+(`pending`).
+
+Resuming: the checkpoint's round R is the truth. `restore` completes the file's rows up to R. Rows of later
+rounds, which a file can hold where `checkpoint.every` is greater than 1, stay in the file until their round
+has been computed again and replaces them: the file never gets shorter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from fedhpc import __version__
+from fedhpc.errors import UserError
+from fedhpc.results.run_directory import FORMAT, atomic_write
+
+FORMAT_VERSION = 1
+LIBRARIES = ("torch", "transformers", "peft", "numpy", "h5py", "mpi4py")
+
+
+class Column(NamedTuple):
+    """One dataset of a table: its dtype, and what it means (the dataset's attribute `description`)."""
+
+    dtype: type
+    description: str
+
+
+# /rounds: row 0 is the evaluated initial state, then one row per round.
+ROUNDS = {
+    "round": Column(np.int64, "0 is the initial state"),
+    "train_loss": Column(np.float64, "mean loss of the supervised tokens of local training, nats; NaN in row 0"),
+    "eval_loss": Column(np.float64, "mean loss of the validation subset, nats per token; NaN: not evaluated"),
+    "cohort_size": Column(np.int64, "clients sampled"),
+    "completed": Column(np.int64, "clients whose update was used"),
+    "dropped": Column(np.int64, "clients that did not report back"),
+    "rejected": Column(np.int64, "clients whose update could not be used"),
+    "tokens": Column(np.int64, "supervised tokens of local training"),
+    "padded_tokens": Column(np.int64, "padding tokens of local training"),
+    "bytes_down": Column(np.int64, "protocol bytes server to clients: payload times clients"),
+    "bytes_up": Column(np.int64, "protocol bytes clients to server: what each must send, times clients"),
+    "wire_bytes": Column(np.int64, "bytes counted by the transport, all ranks"),
+    "update_norm": Column(np.float64, "L2 norm of the server's step"),
+    "seconds": Column(np.float64, "wall time of the round"),
+    "seconds_broadcast": Column(np.float64, "of these: sending the payload"),
+    "seconds_local": Column(np.float64, "of these: local training, slowest worker"),
+    "seconds_reduce": Column(np.float64, "of these: combining the updates"),
+    "seconds_server": Column(np.float64, "of these: the server's step"),
+    "seconds_eval": Column(np.float64, "of these: evaluation"),
+    "peak_memory_bytes": Column(np.int64, "largest memory of a rank: device memory on a GPU, else resident"),
+}
+# /clients: one row per sampled client and round.
+CLIENTS = {
+    "round": Column(np.int64, "round"),
+    "client_id": Column(np.int64, "client in 0..N-1"),
+    "num_examples": Column(np.int64, "training examples of the client"),
+    "tokens": Column(np.int64, "supervised tokens of its local training"),
+    "steps": Column(np.int64, "local steps"),
+    "loss_first": Column(np.float64, "loss of its first local step, nats per token"),
+    "loss_last": Column(np.float64, "loss of its last local step, nats per token"),
+    "update_norm": Column(np.float64, "L2 norm of its update"),
+    "status": Column(np.int8, "0 ok, 1 dropped, 2 rejected"),
+    "worker": Column(np.int64, "rank that trained it; -1 none"),
+    "block": Column(np.int64, "block it trained in; -1 none"),
+}
+EVENTS = {
+    "round": Column(np.int64, "round in which it happened"),
+    "kind": Column(str, "rejected, resumed, preempted, ..."),
+    "message": Column(str, "what happened"),
+}
+
+Scalar = str | int | float | bool
+Arrays = dict[str, np.ndarray]
+
+
+def metric_column(metric: str) -> Column:
+    """The /rounds column eval_<metric>."""
+    return Column(np.float64, f"{metric} on the validation subset; NaN: not evaluated")
+
+
+class _Table:
+    """Equally long columns that grow by parts; one of them is `round`.
+
+    Rows `saved` are in the file, rows `new` not yet; `ahead` are rows of rounds to be computed again.
+    """
+
+    def __init__(self, columns: Mapping[str, Column]) -> None:
+        self.columns = dict(columns)
+        self.empty = self._arrays({name: [] for name in columns})
+        self.saved = self.empty
+        self.new: list[Arrays] = []
+        self.ahead = self.empty
+
+    def append(self, rows: Mapping[str, Any]) -> None:
+        if set(rows) != set(self.columns):
+            raise ValueError(f"columns {sorted(set(rows) ^ set(self.columns))} missing or unknown")
+        arrays = self._arrays(rows)
+        if len({len(array) for array in arrays.values()}) != 1:
+            raise ValueError("columns are not equally long")
+        self.new.append(arrays)
+
+    def pending(self) -> Arrays:
+        return self._joined(self.new)
+
+    def recorded(self) -> Arrays:
+        return self._joined([self.saved, *self.new])
+
+    def image(self, last_round: int) -> Arrays:
+        """What a file after `last_round` holds."""
+        return self._joined([self.saved, *self.new, _where(self.ahead, self.ahead["round"] > last_round)])
+
+    def mark_saved(self) -> None:
+        self.saved, self.new = self.recorded(), []
+
+    def restore(self, start: int, pending: Mapping[str, Any], last_round: int) -> None:
+        """The first `start` rows of the file and the pending ones, which the file may hold or lack."""
+        found = self.recorded()
+        rows = self._arrays(pending)
+        late = {name: array[start + len(rows["round"]) :] for name, array in found.items()}
+        self.saved = {name: array[:start] for name, array in found.items()}
+        # Of the rounds done, a file newer than the checkpoint can only have more events ("preempted").
+        self.new = [rows, _where(late, late["round"] <= last_round)]
+        self.ahead = _where(late, late["round"] > last_round)
+
+    def _arrays(self, rows: Mapping[str, Any]) -> Arrays:
+        return {
+            name: np.array(rows[name], dtype=object if column.dtype is str else column.dtype).reshape(-1)
+            for name, column in self.columns.items()
+        }
+
+    def _joined(self, parts: Sequence[Arrays]) -> Arrays:
+        return {name: np.concatenate([part[name] for part in (self.empty, *parts)]) for name in self.columns}
+
+
+def _where(rows: Arrays, mask: np.ndarray) -> Arrays:
+    return {name: array[mask] for name, array in rows.items()}
+
+
+class Results:
+    """The content of one results.h5.
+
+    `attributes` (root attributes: config, method, mode, model, seed, ...) may be changed at any time;
+    versions and `created_utc` are filled in where absent. `metrics` are the names behind eval_<metric>.
+    """
+
+    def __init__(self, attributes: Mapping[str, Scalar], metrics: Iterable[str] = ()) -> None:
+        self.attributes: dict[str, Scalar] = {**_environment(), **attributes}
+        self.complete = False
+        named = {f"eval_{metric}": metric_column(metric) for metric in metrics}
+        self._tables = {
+            "rounds": _Table({**ROUNDS, **{k: v for k, v in named.items() if k not in ROUNDS}}),
+            "clients": _Table(CLIENTS),
+            "events": _Table(EVENTS),
+        }
+        self.groups: dict[str, dict[str, Any]] = {
+            name: {}
+            for name in ("partition", "test", "base", "client_eval", "client_summary", "samples", "final", "tables")
+        }
+
+    # ------------------------------------------------------------ what a run adds
+
+    def add_round(self, row: Mapping[str, float | int]) -> None:
+        """One row of /rounds, in order from round 0. A missing eval_<metric> is NaN.
+
+        Round 0, the initial state, may lack the rest too: numbers of clients, bytes and seconds are then 0.
+        """
+        table = self._tables["rounds"]
+        if row["round"] != self._rows():
+            raise ValueError(f"round {row['round']} added after {self._rows()} rows")
+        blank = {name: np.nan for name in table.columns if name.startswith("eval_")}
+        if row["round"] == 0:
+            blank = {**dict.fromkeys(table.columns, 0), "train_loss": np.nan, **blank}
+        table.append({**blank, **row})
+
+    def add_clients(self, columns: Mapping[str, Any]) -> None:
+        """Rows of /clients: every column of CLIENTS, one value per sampled client."""
+        self._tables["clients"].append(columns)
+
+    def add_event(self, round: int, kind: str, message: str) -> None:
+        self._tables["events"].append({"round": [round], "kind": [kind], "message": [message]})
+
+    def set_partition(
+        self,
+        num_examples: np.ndarray,
+        label_counts: np.ndarray | None = None,
+        label_names: Sequence[str] | None = None,
+        indices: np.ndarray | None = None,
+        offsets: np.ndarray | None = None,
+    ) -> None:
+        """num_examples[N], label_counts[N, C], label_names[C].
+
+        Client i has the training examples indices[offsets[i]:offsets[i + 1]]. Not for a virtual population.
+        """
+        values = {
+            "num_examples": num_examples,
+            "label_counts": label_counts,
+            "label_names": None if label_names is None else _strings(label_names),
+            "indices": indices,
+            "offsets": offsets,
+        }
+        self.groups["partition"] = {name: np.asarray(v) for name, v in values.items() if v is not None}
+
+    def set_test(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of the final state on the test subset."""
+        self.groups["test"] = {name: np.float64(value) for name, value in metrics.items()}
+
+    def set_base(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of the untouched base (no payload) on the test subset."""
+        self.groups["base"] = {name: np.float64(value) for name, value in metrics.items()}
+
+    def set_client_eval(self, columns: Mapping[str, Any], summary: Mapping[str, float] | None = None) -> None:
+        """Per-client results on the clients' held-out examples; one value per client in each column.
+
+        /client_eval has client_id, num_examples, tokens, loss (and accuracy) of the final state; loss_personal (and
+        accuracy_personal) with the client's own part of the payload and after its fine-tuning, where a run has them.
+        summary, in /client_summary: for each of these `loss/mean`, `loss/worst_10_percent` and `loss/std` over the
+        clients, each client counted once (fedhpc.evaluation.evaluate.over_clients).
+        """
+        self.groups["client_eval"] = {name: np.asarray(values) for name, values in columns.items()}
+        self.groups["client_summary"] = {name: np.float64(value) for name, value in (summary or {}).items()}
+
+    def set_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Generated texts: prompt, references (a list; kept as JSON), text."""
+        self.groups["samples"] = {
+            "prompt": _strings(sample["prompt"] for sample in samples),
+            "references": _strings(json.dumps(list(s["references"]), ensure_ascii=False) for s in samples),
+            "text": _strings(sample["text"] for sample in samples),
+        }
+
+    def set_final(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """The final payload by tensor name; personal parts as they were before the first round."""
+        self.groups["final"] = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+
+    def set_tables(self, tables: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """What an approach has to tell beside the rest: equally long columns in /tables/<name>/."""
+        self.groups["tables"] = {
+            f"{name}/{column}": np.asarray(values) for name, table in tables.items() for column, values in table.items()
+        }
+
+    # ------------------------------------------------------------ what readers see
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds done; the initial state does not count."""
+        return max(self._rows() - 1, 0)
+
+    @property
+    def rounds(self) -> Arrays:
+        return self._tables["rounds"].recorded()
+
+    @property
+    def clients(self) -> Arrays:
+        return self._tables["clients"].recorded()
+
+    @property
+    def events(self) -> Arrays:
+        return self._tables["events"].recorded()
+
+    def _rows(self) -> int:
+        table = self._tables["rounds"]
+        return len(table.saved["round"]) + sum(len(part["round"]) for part in table.new)
+
+    # ------------------------------------------------------------ file and checkpoint
+
+    def write(self, path: Path, complete: bool) -> None:
+        """Replace the file at `path` atomically (fedhpc.results.run_directory.atomic_write, with its errors)."""
+        atomic_write(path, self._image(complete))
+        self.complete = complete
+        for table in self._tables.values():
+            table.mark_saved()
+
+    def _image(self, complete: bool) -> bytes:
+        marks = {"format": FORMAT, "format_version": FORMAT_VERSION, "complete": complete}
+        last = np.iinfo(np.int64).max if complete else self._rows() - 1
+        # The name is of no file: the core driver without backing store never touches the disk.
+        with h5py.File("results.h5", "w", driver="core", backing_store=False, block_size=1 << 20) as file:
+            for name, value in {**self.attributes, **marks}.items():
+                file.attrs[name] = _clean(value) if isinstance(value, str) else value
+            for group, table in self._tables.items():
+                for name, array in table.image(last).items():
+                    dataset = _put(file, f"{group}/{name}", array)
+                    dataset.attrs["description"] = table.columns[name].description
+            for group, values in self.groups.items():
+                file.require_group(group)
+                for name, value in values.items():
+                    _put(file, f"{group}/{name}", value)
+            file.flush()
+            image: bytes = file.id.get_file_image()
+        return image
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """The content of a file. UserError where it is missing, damaged or not of fedhpc."""
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such results file")
+        try:
+            # The file is only ever replaced whole; a lock would only hinder readers, on some file systems.
+            with h5py.File(path, "r", locking=False) as file:
+                return cls._from(file, path)
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: damaged or not an HDF5 file ({error}); put back a copy of it, or start the run "
+                "over with --fresh"
+            ) from error
+
+    @classmethod
+    def _from(cls, file: Any, path: Path) -> Results:
+        attributes = {name: v.item() if isinstance(v, np.generic) else v for name, v in file.attrs.items()}
+        if attributes.pop("format", None) != FORMAT:
+            raise UserError(f"{path}: is an HDF5 file, but not the results of a fedhpc run")
+        version = attributes.pop("format_version", 0)
+        if version > FORMAT_VERSION:
+            raise UserError(f"{path}: format version {version} is newer than this fedhpc knows: update fedhpc")
+        complete = bool(attributes.pop("complete"))
+        metrics = [name.removeprefix("eval_") for name in file["rounds"] if name.startswith("eval_")]
+        results = cls(attributes, metrics)
+        results.complete = complete
+        results.attributes = attributes
+        for group, table in results._tables.items():
+            table.append({name: _get(file[group][name]) for name in table.columns})
+            table.mark_saved()
+        for group, values in results.groups.items():
+
+            def collect(name: str, item: Any, values: dict[str, Any] = values) -> None:
+                if isinstance(item, h5py.Dataset):
+                    values[name] = _get(item)
+
+            if group in file:  # files of format 1 from before /client_summary lack it
+                file[group].visititems(collect)
+        return results
+
+    def pending(self) -> tuple[dict[str, Any], Arrays]:
+        """(JSON-able, arrays): the rows that the last written file lacks, for the checkpoint.
+
+        The metrics of the base are included. Partition, test, samples and final payload are not: a run sets
+        them when it starts and when it ends, resumed or not.
+        """
+        arrays: Arrays = {}
+        strings: dict[str, list[str]] = {}
+        for group, table in self._tables.items():
+            for name, array in table.pending().items():
+                if table.columns[name].dtype is str:
+                    strings[f"{group}/{name}"] = array.tolist()
+                else:
+                    arrays[f"{group}/{name}"] = array
+        base = {name: float(value) for name, value in self.groups["base"].items()}
+        start = {group: len(table.saved["round"]) for group, table in self._tables.items()}
+        return {"start": start, "strings": strings, "base": base}, arrays
+
+    def restore(self, pending: tuple[Mapping[str, Any], Mapping[str, np.ndarray]], round: int) -> None:
+        """Go back or forward to the checkpoint of `round` that holds `pending`. For new or just read Results.
+
+        UserError where the file lacks rows that the checkpoint builds on: it was removed or replaced.
+        """
+        meta, arrays = pending
+        for group, table in self._tables.items():
+            start = meta["start"][group]
+            if len(table.recorded()["round"]) < start:
+                raise UserError(
+                    f"results.h5: lacks rows of /{group} that the checkpoint builds on ({start}); put back "
+                    "the file of this run, or start over with --fresh"
+                )
+            rows = {
+                name: meta["strings"][f"{group}/{name}"] if column.dtype is str else arrays[f"{group}/{name}"]
+                for name, column in table.columns.items()
+            }
+            table.restore(start, rows, round)
+        if self.num_rounds != round:
+            raise UserError(
+                f"results.h5: ends at round {self.num_rounds} under a checkpoint of round {round}; put "
+                "back the file of this run, or start over with --fresh"
+            )
+        if meta["base"]:
+            self.set_base(meta["base"])
+
+
+def _environment() -> dict[str, Scalar]:
+    found: dict[str, Scalar] = {
+        "fedhpc_version": __version__,
+        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    for name in LIBRARIES:
+        try:
+            found[f"{name}_version"] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+    return found
+
+
+def _strings(texts: Iterable[str]) -> np.ndarray:
+    return np.array([*texts, None], dtype=object)[:-1]
+
+
+def _put(file: Any, name: str, value: Any) -> Any:
+    array = np.asarray(value)
+    if array.dtype.kind in "OU":
+        return file.create_dataset(name, array.shape, h5py.string_dtype(), [_clean(text) for text in array])
+    return file.create_dataset(name, data=array)
+
+
+def _get(dataset: Any) -> Any:
+    return dataset.asstr()[()] if h5py.check_string_dtype(dataset.dtype) else dataset[()]
+
+
+def _clean(text: str) -> str:
+    """What HDF5's UTF-8 strings can hold: generated text may have NUL characters and lone surrogates."""
+    return text.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()

@@ -1,0 +1,1 @@
+"""The server: its state, how updates combine, and how the state steps."""

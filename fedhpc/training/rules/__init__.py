@@ -1,0 +1,1 @@
+"""Rules that change a client's gradient: one file per rule."""

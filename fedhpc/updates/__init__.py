@@ -1,0 +1,1 @@
+"""What clients send: layouts of named tensors, exact sums over ranks, and transforms on the way."""
