@@ -73,7 +73,7 @@ def names(family: str) -> list[str]:
 def load(family: str, name: str, key: str = "name") -> ModuleType:
     """The module of one choice; UserError with the valid names where there is none."""
     valid = files(family)
-    if name not in valid:
+    if not isinstance(name, str) or name not in valid:
         raise UserError(f"{key}: unknown value '{name}'; {nearest(str(name), list(valid))}")
     return importlib.import_module(".".join(["fedhpc", *valid[name].with_suffix("").parts]))
 

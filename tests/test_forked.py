@@ -135,10 +135,10 @@ def starting(launch: Launch) -> None:
 def test_a_signal_between_two_forks_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fork = os.fork
+    real_fork = os.fork
 
     def forked_and_ended() -> int:
-        if pid := fork():
+        if pid := real_fork():
             signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # libraries have threads in a test
         return pid
 
@@ -150,14 +150,14 @@ def test_a_signal_between_two_forks_is_not_lost(
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_rank_that_cannot_be_started_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    fork, forks = os.fork, 0
+    real_fork, forks = os.fork, 0
 
     def forked_once() -> int:
         nonlocal forks
         forks += 1
         if forks == 2:
             raise BlockingIOError(errno.EAGAIN, "no more processes")
-        return fork()
+        return real_fork()
 
     monkeypatch.setattr(os, "fork", forked_once)
     with pytest.raises(UserError, match=r"--ranks 3: rank 1 cannot be started \(no more processes\)"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedhpc import federation, registry
+from fedhpc.approaches.prompt_search import approach as search_rounds
 from fedhpc.approaches.prompt_search.approach import PromptSearch
 from fedhpc.approaches.prompt_search.halving import rungs
 from fedhpc.approaches.prompt_search.sampling import continuations
@@ -350,7 +351,7 @@ def test_examples_leave_a_client_only_where_it_is_allowed(tmp_path: Path, texts:
 def test_the_bytes_are_those_of_the_texts_and_a_number_for_each(tmp_path: Path, texts: Path) -> None:
     federate(settings(tmp_path, search(texts, federation={"rounds": 1})))
     approach = made(tmp_path / "again", search(texts))
-    text = approach._encoded(0, approach._first)
+    text = search_rounds._encoded(0, approach._first)
     assert [Candidate.from_tree(one) for one in json.loads(text)["candidates"]] == approach._first
     found = table(tmp_path, "rounds")
     assert (found["bytes_down"][1], found["bytes_up"][1]) == (4 * len(text), 4 * 8 * 6)

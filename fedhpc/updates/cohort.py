@@ -1,8 +1,8 @@
 """From what the workers have to one thing on the server.
 
 Rules that are linear in the updates ride one exact integer sum (updates/layout.py): what a rank sends does not depend
-on the number of clients. The others get a sharded exchange: a chunk of the coordinates at a time, every rank receives the
-values of all clients for its shard, computes there and sends its shard of the result, so no rank ever holds
+on the number of clients. The others get a sharded exchange: a chunk of the coordinates at a time, every rank receives
+the values of all clients for its shard, computes there and sends its shard of the result, so no rank ever holds
 cohort * P numbers.
 """
 
