@@ -1,16 +1,31 @@
 """Names in the configuration are names of files: `method: {name: lora}` is fedhpc/methods/lora.py.
 
-A family is a folder; every file in it that is not `base` or private is a choice. An approach is a folder of its own,
-whose options.py is the choice. Each has a class `Options` (its keys in the configuration) and what its family asks
-for. Adding a choice is adding one file.
+A family is a folder; every file in it that is not `base` or private is a choice, and defines one class derived from
+the family's base class, whose nested class `Options` has the choice's keys. An approach is a folder of its own, whose
+options.py is the choice. Adding a choice is adding one file.
+
+That file may also be a user's own (a plugin). The name is then one of:
+- a path that ends in `.py`, relative to the working directory: `./mine.py`;
+- a dotted module: `pkg.module`;
+- an entry point of the group `fedhpc.<family>` of an installed package.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
+import os
+import re
+import sys
+import threading
+import traceback
 from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import SourceFileLoader
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -24,13 +39,32 @@ FAMILIES = {
     "aggregators": ["server/aggregators/*.py"],
     "client_optimizers": ["training/optimizers/*.py"],
     "kinds": ["kinds/*.py"],
-    "methods": ["methods/*.py", "approaches/*/options.py"],
+    "methods": ["methods/*.py", "methods/*/__init__.py", "approaches/*/options.py"],
     "metrics": ["evaluation/metrics/*.py"],
+    "objectives": ["objectives/*.py"],
     "partitioners": ["data/partitioners/*.py"],
     "proposers": ["approaches/prompt_search/proposers/*.py"],
     "server_optimizers": ["server/optimizers/*.py"],
+    "trackers": ["results/trackers/*.py"],
     "transforms": ["updates/transforms/*.py"],
 }
+
+#: family -> its base class, as module:class; imported when a choice is, so that nothing here depends on it.
+BASES = {
+    "aggregators": "fedhpc.server.aggregators.base:Aggregator",
+    "client_optimizers": "fedhpc.training.optimizers.base:ClientOptimizer",
+    "methods": "fedhpc.methods.base:Method",
+    "metrics": "fedhpc.evaluation.metrics.base:Metric",
+    "objectives": "fedhpc.objectives.base:Objective",
+    "partitioners": "fedhpc.data.partitioners.base:Partitioner",
+    "proposers": "fedhpc.approaches.prompt_search.proposers.base:Proposer",
+    "server_optimizers": "fedhpc.server.optimizers.base:ServerOptimizer",
+    "trackers": "fedhpc.results.trackers.base:Tracker",
+    "transforms": "fedhpc.updates.transforms.base:Transform",
+}
+
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+_importing = threading.RLock()
 
 
 class Section(BaseModel):
@@ -54,8 +88,12 @@ class Choice:
     default: str
 
 
+# ---------------------------------------------------------------- the package's own choices
+
+
+@cache
 def files(family: str) -> dict[str, Path]:
-    """The choices of a family and their files, relative to the package, by name."""
+    """The package's own choices of a family and their files, relative to the package, by name."""
     found = {}
     for pattern in FAMILIES[family]:
         for file in ROOT.glob(pattern):
@@ -66,16 +104,46 @@ def files(family: str) -> dict[str, Path]:
 
 
 def names(family: str) -> list[str]:
-    """The choices of a family, e.g. names("methods") or names("partitioners")."""
-    return list(files(family))
+    """The names of a family's choices: the package's own, then those of entry points of installed packages."""
+    return [*files(family), *(name for name in _installed(family) if name not in files(family))]
 
 
 def load(family: str, name: str, key: str = "name") -> ModuleType:
-    """The module of one choice; UserError with the valid names where there is none."""
-    valid = files(family)
-    if not isinstance(name, str) or name not in valid:
-        raise UserError(f"{key}: unknown value '{name}'; {nearest(str(name), list(valid))}")
-    return importlib.import_module(".".join(["fedhpc", *valid[name].with_suffix("").parts]))
+    """The module of one choice, which may be a plugin.
+
+    UserError with the valid names where there is none, or with what is wrong with the plugin.
+    """
+    if is_plugin(family, name, key):
+        return _plugin(family, name, key)
+    parts = files(family)[name].with_suffix("").parts
+    return importlib.import_module(".".join(["fedhpc", *parts]).removesuffix(".__init__"))
+
+
+def choice(family: str, name: str, key: str = "name") -> type[Any]:
+    """The class of one choice: the one in its file that derives from the family's base class.
+
+    Of the methods that are approaches of their own it is the class of their approach. UserError as `load`.
+    """
+    own = files(family).get(name) if isinstance(name, str) else None
+    if own is not None and own.parts[0] == "approaches" and family == "methods":
+        return _class("fedhpc.approaches.base:Approach", _sibling(own, "approach"), f"{key}: {name}")
+    module = load(family, name, key)
+    entry = None if own else _installed(family).get(name)
+    if entry is not None and entry.attr:
+        cls = getattr(module, entry.attr, None)
+        base = _base(BASES[family])
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise UserError(f"{key}: {name} (entry point {entry.value}) is no class derived from {base.__name__}")
+        return cls
+    return _class(BASES[family], module, f"{key}: {name}")
+
+
+def options(family: str, name: str, key: str = "name") -> type[Section]:
+    """The keys of one choice in the configuration."""
+    module = load(family, name, key)
+    holder = module if hasattr(module, "Options") else choice(family, name, key)  # an approach's options.py holds them
+    cls: type[Section] = getattr(holder, "Options", Section)
+    return cls
 
 
 def approach(method: ModuleType) -> Any:
@@ -84,7 +152,151 @@ def approach(method: ModuleType) -> Any:
     return importlib.import_module(f"fedhpc.approaches.{name}.approach").APPROACH
 
 
-def options(family: str, name: str, key: str = "name") -> type[Section]:
-    """The `Options` class of one choice."""
-    cls: type[Section] = load(family, name, key).Options
+def _sibling(file: Path, name: str) -> ModuleType:
+    return importlib.import_module(".".join(["fedhpc", *file.with_name(name).parts]))
+
+
+def _base(path: str) -> type:
+    module, _, name = path.partition(":")
+    cls: type = getattr(importlib.import_module(module), name)
     return cls
+
+
+def _class(base_path: str, module: ModuleType, label: str) -> type[Any]:
+    """The one public class of a module, or of a package's modules, that derives from a base class."""
+    base = _base(base_path)
+    classes = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and f"{value.__module__}.".startswith(f"{module.__name__}.")
+        and not value.__name__.startswith("_")
+    }
+    if not classes:
+        raise UserError(f"{label} has no class derived from {base.__module__}.{base.__name__}: define one")
+    if len(set(classes.values())) > 1:
+        raise UserError(
+            f"{label} has several classes derived from {base.__name__} ({', '.join(classes)}), and its name says "
+            "only the file: keep one, or let the names of the others begin with _"
+        )
+    return next(iter(classes.values()))
+
+
+# ---------------------------------------------------------------- plugins
+
+
+def is_plugin(family: str, name: Any, key: str = "name") -> bool:
+    """Whether a name says a file outside the package; UserError where it says nothing that is valid."""
+    if isinstance(name, str):
+        installed = _installed(family)
+        if name in files(family):
+            if name in installed:
+                raise UserError(
+                    f"{key}: '{name}' is a choice of fedhpc and an entry point of {_origin(installed[name])} too: "
+                    f"rename that one, or name its module: {installed[name].module}"
+                )
+            return False
+        if name in installed or name.endswith(".py") or _MODULE.fullmatch(name):
+            return True
+    raise UserError(f"{key}: unknown value '{name}'; {nearest(str(name), names(family))}")
+
+
+def source_hash(family: str, name: str, key: str = "name") -> str | None:
+    """sha256 of the file of a plugin, by which a resumed run knows that it is the same; None for fedhpc's own."""
+    if not is_plugin(family, name, key):
+        return None
+    if name.endswith(".py"):
+        return hashlib.sha256(_read(Path(name), key)).hexdigest()
+    file = _plugin(family, name, key).__file__
+    return hashlib.sha256(_read(Path(file), key)).hexdigest() if file else "no file"
+
+
+def _plugin(family: str, name: str, key: str) -> ModuleType:
+    entry = _installed(family).get(name)
+    try:
+        with _importing:
+            if entry is not None:
+                return importlib.import_module(entry.module)
+            if name.endswith(".py"):
+                return _from_file(Path(name), key)
+            here = os.getcwd()  # as python -m has it; a console script has the folder of the script instead
+            if here not in sys.path and "" not in sys.path:
+                sys.path.append(here)
+            return importlib.import_module(name)
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        if entry is None and not name.endswith(".py") and f"{name}.".startswith(f"{error.name}."):
+            raise UserError(f"{key}: there is no module '{name}'; {nearest(name, names(family))}") from None
+        raise UserError(f"{key}: {name} cannot be imported: {error}{_line(error)}") from error
+    except Exception as error:
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise UserError(f"{key}: {name} cannot be imported: {type(error).__name__}: {said}{_line(error)}") from error
+
+
+class _Uncached(SourceFileLoader):
+    """Compiles the file as it is: byte code kept from a version of the same second and size is not used."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
+def _from_file(path: Path, key: str) -> ModuleType:
+    """The module of a file, imported once for each content."""
+    digest = hashlib.sha256(_read(path, key) + str(path.resolve()).encode()).hexdigest()
+    name = f"fedhpc_plugin_{digest[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _read(path: Path, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{key}: there is no file '{path}' in {Path.cwd()}") from None
+    except OSError as error:
+        raise UserError(f"{key}: '{path}' cannot be read: {error.strerror}") from None
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f" (line {error.lineno})" if error.lineno else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def _installed(family: str) -> dict[str, EntryPoint]:
+    """The entry points of a family by name."""
+    return _entries(tuple(sys.path))[family]
+
+
+@cache
+def _entries(path: tuple[str, ...]) -> dict[str, dict[str, EntryPoint]]:
+    """All families' entry points; they depend on where Python looks for packages. UserError where two share a name."""
+    found: dict[str, dict[str, EntryPoint]] = {family: {} for family in FAMILIES}
+    all_entries = entry_points()
+    for family, of_family in found.items():
+        for entry in all_entries.select(group=f"fedhpc.{family}"):
+            other = of_family.setdefault(entry.name, entry)
+            if other.value != entry.value:
+                raise UserError(
+                    f"the entry point {entry.name} of fedhpc.{family} is declared by {_origin(other)} and by "
+                    f"{_origin(entry)}: uninstall one of them"
+                )
+    return found
+
+
+def _origin(entry: EntryPoint) -> str:
+    return str(entry.dist.name) if entry.dist is not None else entry.value
