@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedhpc.updates.layout import Layout, exponents, from_grid, grid, to_grid
+from fedhpc.updates.exact_sum import from_grid, grid_exponents, largest_exponents, to_grid
+from fedhpc.updates.layout import Layout
 
 LAYOUT = Layout({"a": (3, 4), "b": (), "tiny": (5,), "zero": (2,)})
 
@@ -25,9 +26,9 @@ def updates(clients: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def total(values: torch.Tensor, weights: torch.Tensor, order: list[int], split: int) -> torch.Tensor:
     """The sum as `split` workers make it: each adds its own, then the partial sums are added."""
     highest = torch.stack(
-        [exponents(values[order[w::split]], weights[order[w::split]], LAYOUT) for w in range(split)]
+        [largest_exponents(values[order[w::split]], weights[order[w::split]], LAYOUT) for w in range(split)]
     ).amax(0)
-    steps = grid(highest, len(values), LAYOUT)
+    steps = grid_exponents(highest, len(values), LAYOUT)
     parts = []
     for w in range(split):
         acc = torch.zeros(LAYOUT.size, dtype=torch.int64)
@@ -101,6 +102,6 @@ def test_extreme_scales(scale: float) -> None:
 
 
 def test_a_worker_without_clients_agrees_to_anything() -> None:
-    none = exponents(torch.empty(0, LAYOUT.size), torch.empty(0, dtype=torch.float64), LAYOUT)
-    some = exponents(*updates(3), LAYOUT)
+    none = largest_exponents(torch.empty(0, LAYOUT.size), torch.empty(0, dtype=torch.float64), LAYOUT)
+    some = largest_exponents(*updates(3), LAYOUT)
     assert torch.equal(torch.maximum(none, some), some)

@@ -36,7 +36,7 @@ from fedhpc.approaches.rag.ranking import (
 from fedhpc.approaches.rag.routing import centroids, closeness
 from fedhpc.builtin import base_path, rows
 from fedhpc.data.templates import parse
-from fedhpc.updates.cohort import fetch, share, tree_merge
+from fedhpc.ranks.collectives import broadcast_bytes, gather_bytes, tree_merge
 from tests.federations import ThreadTransport, _Group
 
 rng = np.random.default_rng(0)
@@ -271,10 +271,10 @@ def test_a_tree_merges_what_all_ranks_have(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_bytes_are_fetched_from_their_owners(ranks: int) -> None:
     items = [f"item {i} ü".encode() * (i % 4) for i in range(13)]
-    found = on_ranks(ranks, lambda t: fetch(t, 13, {i: c for i, c in enumerate(items) if i % ranks == t.rank}))
+    found = on_ranks(ranks, lambda t: gather_bytes(t, 13, {i: c for i, c in enumerate(items) if i % ranks == t.rank}))
     assert found[0] == items and all(other == [] for other in found[1:])
     for shared in (items, [b""] * 3, []):
-        told = on_ranks(ranks, lambda t, shared=shared: share(t, shared if t.rank == 0 else []))
+        told = on_ranks(ranks, lambda t, shared=shared: broadcast_bytes(t, shared if t.rank == 0 else []))
         assert told == [shared] * ranks
 
 

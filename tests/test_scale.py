@@ -32,12 +32,13 @@ def test_a_robust_rule_never_sees_many_values_at_once(monkeypatch: pytest.Monkey
     updates = torch.randn(64, 1001, generator=torch.Generator().manual_seed(0))
     seen = []
 
-    def median(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def median(values: torch.Tensor) -> torch.Tensor:
         seen.append(values.numel())
         return values.median(dim=0).values
 
-    found = cohort.sharded(
-        LoopbackTransport(), np.arange(64), updates, [0] * 64, np.ones(64), Layout({"a": (1001,)}), median
+    layout, clients = Layout({"a": (1001,)}), np.arange(64)
+    found = cohort.Cohort(LoopbackTransport(), layout, list(range(64)), np.ones(64), clients, updates).by_coordinate(
+        median
     )
     assert torch.equal(found, updates.double().median(dim=0).values)
     assert max(seen) <= 1000 and sum(seen) == updates.numel()

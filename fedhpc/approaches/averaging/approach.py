@@ -33,7 +33,7 @@ from fedhpc.training import client_state
 from fedhpc.training.block import Memory, Trained, Work, train_block
 from fedhpc.training.rules import scaffold
 from fedhpc.training.schedule import learning_rates, num_steps
-from fedhpc.updates.cohort import accepted_places, sharded, weighted_sum
+from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout, Split
 
 
@@ -229,20 +229,16 @@ class Averaging(Approach):
         c_i: both float64 (S,)."""
         if not self.exchanges:
             return None
-        slots = accepted_slots(plan, returned)
-        none = torch.empty(0, self.split.shared.size, dtype=self.payload_dtype)
-        accepted = [torch.from_numpy(back.reason == 0) for _, back in returned]
-        updates = torch.cat(
-            [none, *(back.upload.updates[ok] for (_, back), ok in zip(returned, accepted, strict=True))]
-        )
-        total = self._aggregated(transport, plan, slots, updates)
+        layout, positions = self.split.shared, accepted_slots(plan, returned)
+        none = torch.empty(0, layout.size, dtype=self.payload_dtype)
+        used = [(back.upload, torch.from_numpy(back.reason == 0)) for _, back in returned]
+        updates = torch.cat([none, *(upload.updates[ok] for upload, ok in used)])
+        cohort = Cohort(transport, layout, plan.cohort, self._shares(plan), positions, updates)
+        total = self._aggregated(cohort, plan) if len(cohort) else torch.zeros(layout.size, dtype=torch.float64)
         if not self.config.corrects_drift:
             return total, None
-        changes = torch.cat(
-            [none, *(back.upload.changes[ok] for (_, back), ok in zip(returned, accepted, strict=True))]
-        )
-        share = np.full(len(slots), 1.0 / self.data.population.num_clients)
-        return total, weighted_sum(transport, changes, share, self.split.shared, len(plan.cohort))
+        changes = cohort.replaced(torch.cat([none, *(upload.changes[ok] for upload, ok in used)]))
+        return total, changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
@@ -252,34 +248,16 @@ class Averaging(Approach):
         counted = np.array([c in training for c in plan.cohort]) if uniform else sizes
         return counted / max(counted.sum(), 1)
 
-    def _aggregated(self, transport: Transport, plan: Plan, slots: np.ndarray, updates: Tensor) -> Tensor | None:
-        """The aggregated pseudo-gradient: float64 (S,), of no meaning above rank 0.
-
-        slots: places in the cohort of this rank's accepted clients, whose updates these are.
-        """
-        config, layout = self.config, self.split.shared
-        accepted = accepted_places(transport, slots, len(plan.cohort))
-        if not len(accepted):
-            return torch.zeros(layout.size, dtype=torch.float64)
-        shares = self._shares(plan)[accepted]
+    def _aggregated(self, cohort: Cohort, plan: Plan) -> Tensor:
+        """The aggregated pseudo-gradient: float64 (S,), of no meaning above rank 0."""
+        config = self.config
         rule = registry.load("aggregators", config.server.aggregator)
         if rule.LINEAR:
-            sizes = [self.data.population.num_examples(plan.cohort[i]) for i in accepted]
-            steps = [num_steps(n, config.client) for n in sizes]
+            steps = [num_steps(self.data.population.num_examples(c), config.client) for c in cohort.clients]
             rates = {n: learning_rates(config.client, plan.round, self.rounds, n) for n in set(steps)}
-            weights = np.zeros(len(plan.cohort))
-            weights[accepted] = rule.weights(shares, [rates[n] for n in steps], config.client)
-            return weighted_sum(transport, updates, weights[slots], layout, len(plan.cohort))
-        owner = {c: b.worker for b in plan.blocks for c in b.clients}
-        return sharded(
-            transport,
-            slots,
-            updates,
-            [owner[plan.cohort[i]] for i in accepted],
-            shares,
-            layout,
-            lambda values, weights: rule.combine(values, weights, config.server),
-        )
+            return cohort.weighted_sum(rule.weights(cohort.shares, [rates[n] for n in steps], config.client))
+        weights = torch.from_numpy(cohort.shares)
+        return cohort.by_coordinate(lambda values: rule.combine(values, weights, config.server))
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
         """See the base class."""

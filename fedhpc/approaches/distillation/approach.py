@@ -44,7 +44,7 @@ from fedhpc.server.state import State
 from fedhpc.task import Task
 from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block
-from fedhpc.updates.cohort import accepted_places
+from fedhpc.updates.cohort import accepted
 
 
 @dataclass(frozen=True)
@@ -239,20 +239,18 @@ class Distillation(Approach):
     def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Knowledge | None:
         """The ensemble of the accepted clients."""
         slots = accepted_slots(plan, returned)
-        accepted = accepted_places(transport, slots, len(plan.cohort))
-        if not len(accepted):
+        chosen, owners = accepted(transport, slots, len(plan.cohort))
+        if not len(chosen):
             return None
         none = torch.empty(0, len(self._targets), self._up.record_bytes, dtype=torch.uint8)
         records = torch.cat([none, *(back.upload[torch.from_numpy(back.reason == 0)] for _, back in returned)])
-        owner = {c: b.worker for b in plan.blocks for c in b.clients}
-        cohort = [plan.cohort[i] for i in accepted]
-        weights = self._weights(cohort)
+        weights = self._weights([plan.cohort[i] for i in chosen])
         if weights.sum() > MOST_EXAMPLES:
             raise UserError(
                 f"server.weighting: the cohort has {weights.sum():,} examples and weights are exact up to "
                 f"{MOST_EXAMPLES:,}: use uniform"
             )
-        return exchange(transport, slots, records, [owner[c] for c in cohort], weights, self._up, self._down.k)
+        return exchange(transport, slots, records, owners, weights, self._up, self._down.k)
 
     def _weights(self, clients: Sequence[int]) -> np.ndarray:
         """n_i of each client: int64 (C,)."""

@@ -16,15 +16,14 @@ chunk does not grow with the cohort.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedhpc.approaches.distillation.knowledge import Format, Int64, Knowledge, largest_sums
 from fedhpc.lazy import lazy
+from fedhpc.ranks.collectives import combine_shards
 from fedhpc.ranks.transport.base import Transport
-from fedhpc.updates.cohort import over_shards
 
 if TYPE_CHECKING:
     import torch
@@ -65,18 +64,18 @@ def exchange(
     transport: Transport,
     slots: np.ndarray,
     records: Tensor,
-    owners: Sequence[int],
+    owners: np.ndarray,
     weights: Int64,
     format_: Format,
     k: int,
 ) -> Knowledge | None:
     """`mean` of the clients of all ranks: on rank 0, None elsewhere. Collective.
 
-    records: uint8 (c, S, record_bytes) of this rank's clients, whose places in the cohort are `slots`. owners: the rank
-    of each client in cohort order; weights (C,) likewise; the same on every rank.
+    records: uint8 (c, S, record_bytes) of this rank's clients, whose positions in the cohort are `slots`. owners: the
+    rank of each client in cohort order; weights (C,) likewise; the same on every rank.
     """
     out = Format(format_.classes, k, weighted=False)
-    total = over_shards(
+    total = combine_shards(
         transport,
         slots,
         records,

@@ -45,12 +45,12 @@ from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import check_length
 from fedhpc.participation import Block, Plan, form_blocks, place
+from fedhpc.ranks.collectives import broadcast_bytes, gather_bytes, tree_merge
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.results_file import Results
 from fedhpc.rng import generator
 from fedhpc.server.state import State
 from fedhpc.task import Task
-from fedhpc.updates.cohort import fetch, share, tree_merge
 
 ARMS = ("federated", "central", "own", "none")
 _AT_ONCE = 256  # questions of one search at the end: bounds the memory of scores
@@ -341,7 +341,7 @@ class Rag(Approach):
         names = np.unique(wanted.numpy()[wanted.numpy()[:, 0] >= 0], axis=0).tolist()
         owned = set(self._mine(transport.rank, [client for client, _ in names]))
         mine = {i: self._shard(client).text(key).encode() for i, (client, key) in enumerate(names) if client in owned}
-        found = fetch(transport, len(names), mine)
+        found = gather_bytes(transport, len(names), mine)
         return {(client, key): text.decode() for (client, key), text in zip(names, found, strict=False)}
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
@@ -634,7 +634,7 @@ def _merged(transport: Transport, mine: Int64, k: int, distinct: bool) -> Int64:
 
 def _told(transport: Transport, texts: Sequence[str]) -> list[str]:
     """Rank 0's texts on every rank. Collective."""
-    return [item.decode() for item in share(transport, [text.encode() for text in texts])]
+    return [item.decode() for item in broadcast_bytes(transport, [text.encode() for text in texts])]
 
 
 def _tuned(path: Path, approach: Rag) -> tuple[Method, Tensor]:

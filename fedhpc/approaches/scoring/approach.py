@@ -25,7 +25,7 @@ from fedhpc.participation import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.rng import generator
 from fedhpc.task import Task
-from fedhpc.updates.cohort import accepted_places, sharded, weighted_sum
+from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
 
 NUMBER_BYTES = 8  # of a score, or of any other number that is sent
@@ -172,28 +172,20 @@ class Scoring(Approach):
         meaning above rank 0.
         """
         config, count = self.config, scores.shape[1]
-        accepted = accepted_places(transport, slots, len(plan.cohort))
-        if not len(accepted):
-            return None
         counted = rows.astype(np.float64) if config.server.weighting == "examples" else (rows > 0).astype(np.float64)
-        shares, updates = counted[accepted] / counted.sum(), torch.from_numpy(scores)
-        rule, layout = registry.load("aggregators", config.server.aggregator), Layout({"scores": (count,)})
+        shares = counted / max(counted.sum(), 1.0)
+        layout = Layout({"scores": (count,)})
+        cohort = Cohort(transport, layout, plan.cohort, shares, slots, torch.from_numpy(scores))
+        if not len(cohort):
+            return None
+        rule = registry.load("aggregators", config.server.aggregator)
         if rule.LINEAR:
-            weights = np.zeros(len(plan.cohort))
-            weights[accepted] = rule.weights(shares, [], config.client)
-            total = weighted_sum(transport, updates, weights[slots], layout, len(plan.cohort))
+            total = cohort.weighted_sum(rule.weights(cohort.shares, [], config.client))
         else:
-            owner = {c: b.worker for b in plan.blocks for c in b.clients}
-            total = sharded(
-                transport,
-                slots,
-                updates,
-                [owner[plan.cohort[i]] for i in accepted],
-                shares,
-                layout,
-                lambda values, weights: rule.combine(values, weights, config.server),
-            )
-        return (np.zeros(count) if total is None else total.numpy()), float(rows[accepted].sum())
+            weights = torch.from_numpy(cohort.shares)
+            total = cohort.by_coordinate(lambda values: rule.combine(values, weights, config.server))
+        scored = dict(zip(plan.cohort, rows, strict=True))
+        return total.numpy(), float(sum(scored[c] for c in cohort.clients))
 
     def spent_by_all(self, transport: Transport, numbers: Sequence[int]) -> list[int]:
         """The sum of these numbers over all ranks; of no meaning above rank 0. Collective."""

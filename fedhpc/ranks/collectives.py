@@ -1,0 +1,128 @@
+"""Collectives that are more than one call of the transport: bytes of any size, merges in a tree, sums by shard.
+
+Every rank calls them in the same order, as it does those of the transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedhpc.lazy import lazy
+from fedhpc.ranks.transport.base import Transport
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+
+def broadcast_bytes(transport: Transport, items: Sequence[bytes]) -> list[bytes]:
+    """Send rank 0's items, of any size, to every rank; what the others pass does not count."""
+    total = torch.tensor([len(items), sum(map(len, items))])
+    transport.broadcast(total)
+    count, size = total.tolist()
+    sizes = torch.empty(count, dtype=torch.int64)
+    content = torch.empty(size, dtype=torch.uint8)
+    if transport.rank == 0:
+        sizes = torch.tensor([len(item) for item in items], dtype=torch.int64)
+        content = torch.frombuffer(bytearray(b"".join(items)), dtype=torch.uint8) if size else content
+    transport.broadcast(sizes)
+    transport.broadcast(content)
+    ends, joined = sizes.cumsum(0).tolist(), content.numpy().tobytes()
+    return [joined[end - n : end] for n, end in zip(sizes.tolist(), ends, strict=True)]
+
+
+def gather_bytes(transport: Transport, count: int, items: Mapping[int, bytes]) -> list[bytes]:
+    """Collect `count` items of bytes, in order, on rank 0; the other ranks get an empty list.
+
+    items: those that this rank has, by number; each number is on one rank.
+    """
+    world, rank = transport.world_size, transport.rank
+    about = torch.zeros(2, count, dtype=torch.int64)  # the rank that has it, and the length
+    for item, content in items.items():
+        about[:, item] = torch.tensor([rank, len(content)])
+    transport.all_reduce_max(about)
+    owners, lengths = about.tolist()
+    nothing = torch.empty(0, dtype=torch.uint8)
+    mine = b"".join(items[item] for item in sorted(items))
+    sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else nothing
+    send = [sent if j == 0 else nothing for j in range(world)]
+    sizes = [sum(n for owner, n in zip(owners, lengths, strict=True) if owner == j) for j in range(world)]
+    receive = [torch.empty(size if rank == 0 else 0, dtype=torch.uint8) for size in sizes]
+    if rank != 0:
+        receive[rank] = torch.empty_like(send[rank])
+    transport.all_to_all(send, receive)
+    if rank != 0:
+        return []
+    parts = [buffer.numpy().tobytes() for buffer in receive]
+    begins, ordered = [0] * world, []
+    for owner, length in zip(owners, lengths, strict=True):
+        ordered.append(parts[owner][begins[owner] : begins[owner] + length])
+        begins[owner] += length
+    return ordered
+
+
+def tree_merge(transport: Transport, mine: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Merge the tensors of all ranks, of one shape, in pairs: all of them on rank 0, of no meaning elsewhere.
+
+    merge: associative and commutative, of two tensors into one of their shape. Rank 0 receives log2(ranks) of them.
+    """
+    nothing = torch.empty(0, dtype=mine.dtype)
+    world, rank = transport.world_size, transport.rank
+    distance = 1
+    while distance < world:
+        gives = rank % (2 * distance) == distance
+        takes = rank % (2 * distance) == 0 and rank + distance < world
+        send = [mine.contiguous() if gives and j == rank - distance else nothing for j in range(world)]
+        receive = [torch.empty_like(mine) if takes and j == rank + distance else nothing.clone() for j in range(world)]
+        transport.all_to_all(send, receive)
+        if takes:
+            mine = merge(mine, receive[rank + distance])
+        distance *= 2
+    return mine
+
+
+def combine_shards(
+    transport: Transport,
+    positions: np.ndarray,
+    values: Tensor,
+    owners: Sequence[int] | np.ndarray,
+    chunk: int,
+    combine: Callable[[Tensor], Tensor],
+    like: Tensor,
+) -> Tensor | None:
+    """Apply `combine((C, n, ...)) -> (n, ...)` to the values of all clients, a shard of the N columns on every rank:
+    all N on rank 0, None elsewhere. No rank ever holds C x N values.
+
+    values (c, N, ...): of this rank's clients; positions int64 (c,): theirs among all clients, in any numbers that
+    ascend in the order of `owners`, which says for each of the C clients which rank has it. The rows that `combine`
+    sees are in that order, so the result does not depend on who has what, nor on how many columns there are in a
+    chunk. chunk: columns in one exchange, over all ranks. like: an empty tensor (0, ...) as `combine` makes them.
+    """
+    world, rank = transport.world_size, transport.rank
+    rows_of = [np.flatnonzero(np.asarray(owners) == r) for r in range(world)]
+    mine = values[torch.from_numpy(np.argsort(positions, kind="stable"))]
+    columns, rest = mine.shape[1], mine.shape[2:]
+    total = like.new_empty(columns, *like.shape[1:]) if rank == 0 else None
+    for begin in range(0, columns, chunk):
+        end = min(begin + chunk, columns)
+        bounds = np.linspace(begin, end, world + 1).astype(np.int64)
+        width = int(bounds[rank + 1] - bounds[rank])
+        send = [mine[:, bounds[r] : bounds[r + 1]].contiguous() for r in range(world)]
+        receive = [mine.new_empty(len(rows_of[r]), width, *rest) for r in range(world)]
+        transport.all_to_all(send, receive)
+        arrived = mine.new_empty(len(owners), width, *rest)
+        for r in range(world):
+            arrived[torch.from_numpy(rows_of[r])] = receive[r]
+        shard = combine(arrived) if width else like
+        back = [shard if r == 0 else like for r in range(world)]
+        sizes = bounds[1:] - bounds[:-1] if rank == 0 else np.zeros(world, dtype=np.int64)
+        gathered = [like.new_empty(int(n), *like.shape[1:]) for n in sizes]
+        transport.all_to_all(back, gathered)
+        if total is not None:
+            total[begin:end] = torch.cat(gathered)
+    return total
