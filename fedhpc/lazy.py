@@ -1,14 +1,18 @@
 """Modules that are imported on first use.
 
 The configuration must be checked before torch is imported (seconds per process), yet a method and its options
-live in one file. Such a file binds its heavy modules with `lazy`; extras get an error that names them.
+live in one file. Such a file imports what it needs of torch from here, in one line:
+
+    from fedhpc.lazy import Tensor, kernels, torch
+
+Other heavy modules are bound with `lazy`; extras get an error that names them.
 """
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedhpc.errors import UserError
 
@@ -36,3 +40,13 @@ class _LazyModule(ModuleType):
 def lazy(name: str, extra: str | None = None) -> Any:
     """The module `name`, imported at its first attribute access; `extra` names the pyproject extra that has it."""
     return _LazyModule(name, extra)
+
+
+if TYPE_CHECKING:
+    import torch as torch
+    from torch import Tensor as Tensor
+
+    from fedhpc import kernels as kernels
+else:
+    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
+    Tensor = Any  # for annotations alone; torch.Tensor is the class

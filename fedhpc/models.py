@@ -55,6 +55,13 @@ class Base:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    @property
+    def payload_dtype(self) -> torch.dtype:
+        """What is trained and exchanged has at least 32 bits, whatever the base computes in."""
+        import torch
+
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
 
 def source_of(model: Model) -> str:
     """The folder or hub id that `model.name` means. UserError for a folder without a model."""

@@ -171,7 +171,7 @@ def test_clients_with_starts_of_their_own_keep_their_optimizer_state() -> None:
     group = works(3)
 
     def memories(n: int) -> list[Memory]:
-        size = method.state.size
+        size = method.trainable.size
         return [
             Memory({k: torch.full((size,), 0.01, dtype=torch.float64) for k in ("mean", "square")}, i) for i in range(n)
         ]

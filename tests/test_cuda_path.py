@@ -74,7 +74,7 @@ def waits(
         names = rule.state_names(settings(1, precision, client).client)
         for steps in (1, 3):
             gpu.waits.clear()
-            memories = [Memory.fresh(names, method.state.size, torch.float32) for _ in group] if remember else None
+            memories = [Memory.fresh(names, method.trainable.size, torch.float32) for _ in group] if remember else None
             config = settings(steps, precision, client)
             trained = train_block(base, method, start_of(method), group, data_of(family), config, 1, 1, memories)
             assert trained.updates.shape == (len(group), method.payload.size)

@@ -101,7 +101,7 @@ def test_hooks_on_linear_layers_act(family: str) -> None:
     ):
         method = module.METHOD(module.Options.model_validate(options), base, 0)  # type: ignore[attr-defined]
         noise = torch.Generator().manual_seed(3)
-        state = {name: torch.randn(2, *shape, generator=noise) for name, shape in method.state.shapes.items()}
+        state = {name: torch.randn(2, *shape, generator=noise) for name, shape in method.trainable.shapes.items()}
         with method.attach(state, state, rows):
             assert written_out(base.model)
             ours = last_hidden(base.model, inputs, ())

@@ -508,7 +508,7 @@ def test_a_classifier_folds_beside_its_head(aggregation: str) -> None:
     start, group = warm(method, torch.float64), works(3)
     together = start - train_block(base, method, start, group, data, config, 1, 1).updates
     head = sum(p.numel() for p in base.model.classifier.parameters())
-    assert method.sent_up(7) == head + 4 * 3 * (32 + 32)
+    assert method.numbers_sent(7) == head + 4 * 3 * (32 + 32)
     for i, work in enumerate(group):
         alone = start - train_block(base, method, start, [work], data, config, 1, 1).updates
         assert relative(together[i], alone[0], start[0]) < 1e-9

@@ -26,7 +26,7 @@ from fedhpc.data import Data, Examples, Population
 from fedhpc.data.partitioners.base import Assignment
 from fedhpc.data.tokens import Tokens, examples_from
 from fedhpc.kinds.base import Attached, Batch, Kind
-from fedhpc.methods.base import Method
+from fedhpc.methods.base import Method, PerClient, Tensors
 from fedhpc.models import Base
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import LoopbackTransport
@@ -106,12 +106,12 @@ class OneVector(Method):
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        yield Attached(embeddings=state["x"].index_select(0, rows).unsqueeze(1))
+        yield Attached(embeddings=trained["x"].index_select(0, rows).unsqueeze(1))
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
-        assert payload["x"].shape == (SIZE,)
+    def export(self, values: Tensors, path: Path) -> None:
+        assert values["x"].shape == (SIZE,)
 
 
 def _examples(owners: np.ndarray) -> Examples:

@@ -10,26 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._weights import places, swapped
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 
 def with_head(method: Method) -> Method:
     """The method, with what its base has of a head and the method itself does not train."""
     head = {f"{path}.{name}" for path in method.base.head for name in ("weight", "bias")}
-    return method if all(method.trains(name) for name in head) else WithHead(method)
+    return method if all(method.trains_parameter(name) for name in head) else WithHead(method)
 
 
 class WithHead(Method):
@@ -37,7 +29,7 @@ class WithHead(Method):
 
     def __init__(self, method: Method) -> None:
         super().__init__(method.options, method.base, method.seed)
-        self.method, self.shares_base = method, method.shares_base
+        self.method = method
 
     @cached_property
     def _parameters(self) -> dict[str, Tensor]:
@@ -58,54 +50,59 @@ class WithHead(Method):
         return Layout({**self.method.payload.shapes, **self._head.shapes})
 
     @property
-    def state(self) -> Layout:
-        return Layout({**self.method.state.shapes, **self._head.shapes})
+    def trainable(self) -> Layout:
+        return Layout({**self.method.trainable.shapes, **self._head.shapes})
 
     @property
-    def probe(self) -> float | None:
-        return self.method.probe
+    def finite_difference_step(self) -> float | None:
+        return self.method.finite_difference_step
 
-    def trains(self, parameter: str) -> bool:
-        return parameter in self._head.shapes or self.method.trains(parameter)
+    @property
+    def shares_base(self) -> bool:
+        return self.method.shares_base
 
-    def initial(self) -> dict[str, Tensor]:
-        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
-        head = {name: p.detach().to("cpu", dtype, copy=True) for name, p in self._parameters.items()}
+    @property
+    def virtual_tokens(self) -> int:
+        return self.method.virtual_tokens
+
+    def trains_parameter(self, parameter: str) -> bool:
+        return parameter in self._head.shapes or self.method.trains_parameter(parameter)
+
+    def initial(self) -> Tensors:
+        head = {name: p.detach().to("cpu", self.base.payload_dtype, copy=True) for name, p in self._parameters.items()}
         return {**self.method.initial(), **head}
 
-    def start(
-        self, payload: Mapping[str, Tensor], round_: int = 0, clients: Sequence[int] = ()
-    ) -> Mapping[str, Tensor]:
-        return {**self.method.start(payload, round_, clients), **self._only_head(payload)}
+    def start(self, received: PerClient, round_: int = 0, clients: Sequence[int] = ()) -> PerClient:
+        return {**self.method.start(received, round_, clients), **self._only_head(received)}
 
-    def finish(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {**self.method.finish(state, payload), **self._only_head(state)}
+    def finish(self, trained: PerClient, received: PerClient) -> PerClient:
+        return {**self.method.finish(trained, received), **self._only_head(trained)}
 
-    def sent_up(self, client: int) -> int:
-        return self.method.sent_up(client) + self._head.size
+    def numbers_sent(self, client: int) -> int:
+        return self.method.numbers_sent(client) + self._head.size
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        own = {name: state[name] for name in self.method.state.shapes}
+        own = {name: trained[name] for name in self.method.trainable.shapes}
         hooks = []
         try:
-            with self.method.attach(own, payload, rows, noise) as attached:
+            with self.method.attach(own, received, rows, row_keys) as attached:
                 for path in self.base.head:
-                    own_layers = _own_layers(state.get(f"{path}.weight"), state.get(f"{path}.bias"), rows)
+                    own_layers = _own_layers(trained.get(f"{path}.weight"), trained.get(f"{path}.bias"), rows)
                     hooks.append(self.base.model.get_submodule(path).register_forward_hook(own_layers))
                 yield attached
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """The method's own export with the head in it."""
         from fedhpc.methods._peft import add_modules
 
-        head = self._only_head(payload)
-        own = {name: payload[name] for name in self.method.payload.shapes}
+        head = self._only_head(values)
+        own = {name: values[name] for name in self.method.payload.shapes}
         with swapped(places(self.base.model, head), {n: t.to(self._parameters[n]) for n, t in head.items()}):
             self.method.export(own, path)
         # A model folder has the head among its weights by now.

@@ -5,15 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.errors import UserError
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from fedhpc.models import Base
-else:
-    torch = lazy("torch")
 
 
 def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:

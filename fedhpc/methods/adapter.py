@@ -18,25 +18,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from fedhpc.errors import UserError
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._linear import by_row, features, find_layers
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 FORMAT = "fedhpc-adapter"
 # By model_type: the output projections of attention (self and cross) and of the feed-forward.
@@ -108,11 +100,11 @@ class Adapter(Method):
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
         hooks = []
         for path, module in self._modules.items():
-            parts = {part: state[f"{path}.adapter.{part}"] for part in _PARTS}
+            parts = {part: trained[f"{path}.adapter.{part}"] for part in _PARTS}
             hooks.append(module.register_forward_hook(self._behind(parts, rows)))
         try:
             yield Attached()
@@ -136,7 +128,7 @@ class Adapter(Method):
 
         return hook
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, for `load`."""
         from fedhpc.methods._peft import write_adapter
 
@@ -147,7 +139,7 @@ class Adapter(Method):
             "activation": self.options.activation,
             "placement": self.options.placement,
         }
-        write_adapter(path, config, payload, self.base)
+        write_adapter(path, config, values, self.base)
 
 
 def load(model: Any, path: str | Path) -> Any:

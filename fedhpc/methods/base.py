@@ -1,10 +1,45 @@
-"""What a method has to say: its payload, how the payload enters the frozen base, and what it exports to.
+"""What a method says: which tensors are exchanged and trained, how they enter the frozen base, what they export to.
 
-A method never sees a rank, a round, an optimizer or a file other than its export. All tensors of a block carry
-the client axis K in front; `rows` maps each row of a batch (B) to its client, so one forward serves K clients.
+A method never sees a rank, a plan, an optimizer or a file other than its export. It names two layouts (names and
+shapes, no numbers): the *payload* is what server and clients exchange, the *trainable* is what a client's optimizer
+trains. They are the same unless a method reparametrises, like prefix with `exchange: materialised`, which trains a
+network and exchanges the prefix that the network makes.
 
-Two layouts: the *payload* is what is exchanged; the *state* is what a client's optimizer trains. They are the same
-unless a method reparametrises (prefix with `exchange: materialised`).
+Values of a layout are mappings from its names to tensors, of two types:
+
+- Tensors: those of one client, name -> (*shape).
+- PerClient: those of the K clients that train in one forward pass, name -> (K, *shape), or (1, *shape) where all K
+  share them. Row b of a batch belongs to client rows[b]; `kernels.of_rows(value, rows)` makes (B, *shape) of either.
+
+A round takes them this way: the server's payload is `received`; `start(received)` gives what is trained; the optimizer
+changes it in steps, and for the loss of each `attach(trained, received, rows)` puts it into the base;
+`finish(trained, received)` gives the payload that goes back. A whole method:
+
+    class Scale(Method):
+        \"\"\"Multiplies the embeddings of the text by a trained vector.\"\"\"
+
+        class Options(Section):
+            start: float = Field(1.0, description="every number of the vector at first")
+
+        @property
+        def payload(self) -> Layout:
+            return Layout({"scale": (self.base.hidden_size,)})
+
+        def initial(self) -> Tensors:
+            return {"scale": torch.full((self.base.hidden_size,), self.options.start)}
+
+        @contextmanager
+        def attach(self, trained, received, rows, row_keys=None):
+            scale = kernels.of_rows(trained["scale"], rows).unsqueeze(1).to(self.base.dtype)  # (B, 1, D)
+            embeddings = self.base.model.get_input_embeddings()
+            hook = embeddings.register_forward_hook(lambda module, inputs, output: output * scale)
+            try:
+                yield Attached()
+            finally:
+                hook.remove()
+
+        def export(self, values: Tensors, path: Path) -> None:
+            write_adapter(path, {"format": "scale"}, values, self.base)
 """
 
 from __future__ import annotations
@@ -16,73 +51,95 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.kinds.base import Attached as Attached
+from fedhpc.lazy import Tensor
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fedhpc.models import Base
 
-    Tensors = Mapping[str, Tensor]
+#: Values of a layout for one client: name -> (*shape).
+Tensors = Mapping[str, Tensor]
+#: Values of a layout for the K clients of a block: name -> (K, *shape), or (1, *shape) where all of them share these.
+PerClient = Mapping[str, Tensor]
 
 
 class Method(ABC):
-    """One way to customize a base model."""
-
-    #: Clients of a block can share one forward; False: clients train in turn.
-    shares_base = True
+    """One way to customize a frozen base model."""
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
+        """options: the section of the configuration that names the method; seed: of its random draws."""
         self.options, self.base, self.seed = options, base, seed
 
     @property
     @abstractmethod
     def payload(self) -> Layout:
-        """What is exchanged."""
+        """Names and shapes of what server and clients exchange."""
 
     @property
-    def state(self) -> Layout:
-        """What a client trains."""
+    def trainable(self) -> Layout:
+        """Names and shapes of what a client's optimizer trains."""
         return self.payload
 
     @property
-    def probe(self) -> float | None:
-        """eps of the central differences from which local training takes its gradients; None: by backpropagation."""
+    def shares_base(self) -> bool:
+        """Whether clients of a block can share one forward pass; those that cannot train in turn."""
+        return True
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions of the base the method takes in front of a text."""
+        return 0
+
+    @property
+    def finite_difference_step(self) -> float | None:
+        """How far to either side the loss is taken where local training differentiates numerically.
+
+        None: it differentiates by backpropagation.
+        """
         return None
 
-    def trains(self, parameter: str) -> bool:
-        """Whether this parameter of the base is itself among what is trained."""
+    def trains_parameter(self, parameter: str) -> bool:
+        """Whether the base's own parameter of this name is among what is trained."""
         return parameter in self.payload.shapes
 
     @abstractmethod
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         """The payload before the first round, on the CPU."""
 
-    def start(self, payload: Tensors, round_: int = 0, clients: Sequence[int] = ()) -> Tensors:
-        """The state in which local training starts, from a payload (1 or K, ...).
+    def start(self, received: PerClient, round_: int = 0, clients: Sequence[int] = ()) -> PerClient:
+        """The values of the trainable with which local training starts.
 
-        clients: the K that train in this round, none in an evaluation. The state may have one row for all.
+        received: the payload from the server. clients: ids of the K that train in this round, none in an evaluation.
         """
-        return payload
+        return received
 
-    def finish(self, state: Tensors, payload: Tensors) -> Tensors:
-        """The payload (K, ...) after local training; `payload` is the one it started from."""
-        return state
+    def finish(self, trained: PerClient, received: PerClient) -> PerClient:
+        """The payload (K, ...) after local training.
 
-    def sent_up(self, client: int) -> int:
-        """How many numbers a client has to send back: those of the payload that do not follow from the others."""
+        trained: the trainable as it is now; received: the payload from which training started.
+        """
+        return trained
+
+    def numbers_sent(self, client: int) -> int:
+        """How many numbers a client has to send back: those of its payload that do not follow from the others."""
         return self.payload.size
 
     @abstractmethod
     def attach(
-        self, state: Tensors, payload: Tensors, rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> AbstractContextManager[Attached]:
-        """Make the base compute row b of a batch with the state of client rows[b].
+        """Make the base compute row b of a batch with what client rows[b] has trained, while the context is open.
 
-        state and payload: name -> (K, ...); rows: int64 (B,). noise: int64 (B,), the key of each row's random draws
-        in training (`fedhpc.rng.bits`), such as dropout; None in an evaluation, which draws nothing.
+        trained: the trainable as it is now; received: the payload from which training started. rows: int64 (B,).
+        row_keys: int64 (B,), the key of each row's random draws in training (`fedhpc.rng.bits`), such as dropout; None
+        in an evaluation, which draws nothing.
         """
 
     @abstractmethod
-    def export(self, payload: Tensors, path: Path) -> None:
-        """Write the payload to the folder `path` in the format of its own library (PEFT, transformers)."""
+    def export(self, values: Tensors, path: Path) -> None:
+        """Write a payload to the folder `path` in the format of its own library (PEFT, transformers)."""
+
+
+def as_one_client(values: Tensors) -> PerClient:
+    """The values of one client with a client axis of length 1 in front."""
+    return {name: tensor.unsqueeze(0) for name, tensor in values.items()}

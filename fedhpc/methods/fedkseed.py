@@ -26,20 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 from fedhpc.methods._weights import places, quantized, save_model, swapped
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.registry import Section
 from fedhpc.rng import normals, torch_seed
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from fedhpc.models import Base
-else:
-    torch = lazy("torch")
 
 COEFFICIENTS = "coefficients"
 
@@ -71,53 +66,47 @@ class FedKSeed(Method):
         return Layout({COEFFICIENTS: (self.options.num_seeds,)})
 
     @property
-    def probe(self) -> float:
+    def finite_difference_step(self) -> float:
         return float(self.options.eps)
 
-    def trains(self, parameter: str) -> bool:
+    def trains_parameter(self, parameter: str) -> bool:
         return True
 
     def initial(self) -> dict[str, Tensor]:
-        return {COEFFICIENTS: torch.zeros(self.options.num_seeds, dtype=self._dtype)}
+        return {COEFFICIENTS: torch.zeros(self.options.num_seeds, dtype=self.base.payload_dtype)}
 
     def direction(self, k: int) -> Iterator[tuple[str, Tensor]]:
         """z_k: the name of each parameter and its part, of its shape."""
         for number, (name, p) in enumerate(self._parameters.items()):
             key = torch_seed(self.seed, "candidate", k, number)
-            yield name, normals(key, p.numel(), self._dtype, self.base.device).view(p.shape)
+            yield name, normals(key, p.numel(), self.base.payload_dtype, self.base.device).view(p.shape)
 
-    def start(
-        self, payload: Mapping[str, Tensor], round_: int = 0, clients: Sequence[int] = ()
-    ) -> Mapping[str, Tensor]:
+    def start(self, received: PerClient, round_: int = 0, clients: Sequence[int] = ()) -> PerClient:
         """The payload; the working copy becomes W(c) to the last bit, wherever the method has been before."""
-        c = payload[COEFFICIENTS][0].detach().to("cpu", torch.float64)
+        c = received[COEFFICIENTS][0].detach().to("cpu", torch.float64)
         if self._start is None or not torch.equal(self._start[0], c):
-            weights = {name: p.detach().to(self._dtype, copy=True) for name, p in self._parameters.items()}
+            weights = {name: p.detach().to(self.base.payload_dtype, copy=True) for name, p in self._parameters.items()}
             self._move(weights, c)
             self._start = c, weights
         self._at, self._working = c, {name: weight.clone() for name, weight in self._start[1].items()}
-        return payload
+        return received
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
         """Moves the working copy from the c of the last call by the coordinates that differ."""
-        c = state[COEFFICIENTS][0].detach().to("cpu", torch.float64)
+        c = trained[COEFFICIENTS][0].detach().to("cpu", torch.float64)
         self._move(self._working, c - self._at)
         self._at = c
         with swapped(self._places, {name: weight.to(self.base.dtype) for name, weight in self._working.items()}):
             yield Attached()
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """A model folder that transformers loads, with the weights W(c)."""
-        lead = {name: tensor.unsqueeze(0) for name, tensor in payload.items()}
-        with self.attach(self.start(lead), lead, torch.zeros(1, dtype=torch.int64)):
+        received = as_one_client(values)
+        with self.attach(self.start(received), received, torch.zeros(1, dtype=torch.int64)):
             save_model(self.base, path)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float64 if self.base.dtype == torch.float64 else torch.float32
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:

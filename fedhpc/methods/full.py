@@ -10,27 +10,21 @@ Two options, which can be combined, say which parameters; the others stay as the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from fedhpc.errors import UserError
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 from fedhpc.methods._weights import places, quantized, save_model, swapped
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.models import layer_stacks
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 
 class Options(Section):
@@ -87,8 +81,7 @@ class Full(Method):
         return Layout({name: tuple(p.shape) for name, p in self._trained.items()})
 
     def initial(self) -> dict[str, Tensor]:
-        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
-        return {name: p.detach().to("cpu", dtype, copy=True) for name, p in self._trained.items()}
+        return {name: p.detach().to("cpu", self.base.payload_dtype, copy=True) for name, p in self._trained.items()}
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[Any, str]]]:
@@ -96,15 +89,15 @@ class Full(Method):
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        with swapped(self._places, {name: t.squeeze(0).to(self.base.dtype) for name, t in state.items()}):
+        with swapped(self._places, {name: t.squeeze(0).to(self.base.dtype) for name, t in trained.items()}):
             yield Attached()
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """A model folder that AutoModelForCausalLM and AutoTokenizer load."""
-        lead = {name: t.unsqueeze(0).to(self.base.device) for name, t in payload.items()}
-        with self.attach(lead, lead, torch.zeros(1, dtype=torch.int64)):
+        received = as_one_client({name: t.to(self.base.device) for name, t in values.items()})
+        with self.attach(received, received, torch.zeros(1, dtype=torch.int64)):
             save_model(self.base, path)
 
 

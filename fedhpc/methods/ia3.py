@@ -6,27 +6,19 @@ feed-forward's second layer. Payload and export are named and shaped as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._linear import by_row, features, find_layers, is_conv1d
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 # By model_type: layers whose output is rescaled, and layers whose input is.
 _LAYERS = {
@@ -78,11 +70,11 @@ class IA3(Method):
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
         hooks = []
         for path, (module, is_input) in self._modules.items():
-            vectors = state[f"{path}.ia3_l"].flatten(1)  # (K, width)
+            vectors = trained[f"{path}.ia3_l"].flatten(1)  # (K, width)
             per_row = kernels.of_rows(vectors, rows).unsqueeze(1)
             if is_input:
                 hooks.append(module.register_forward_pre_hook(lambda _, xs, v=per_row: (_scaled(xs[0], v, rows),)))
@@ -94,7 +86,7 @@ class IA3(Method):
             for hook in hooks:
                 hook.remove()
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """A PEFT (IA)^3 adapter."""
         from fedhpc.methods._peft import write_adapter
 
@@ -105,7 +97,7 @@ class IA3(Method):
             "feedforward_modules": inputs,
             "fan_in_fan_out": any(is_conv1d(m) for m, _ in self._modules.values()),
         }
-        write_adapter(path, config, {f"base_model.model.{n}": t for n, t in payload.items()}, self.base)
+        write_adapter(path, config, {f"base_model.model.{n}": t for n, t in values.items()}, self.base)
 
 
 def _scaled(x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:

@@ -26,24 +26,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._linear import by_row, features, find_layers, is_conv1d
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import bits, torch_seed
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 # The attention projections that the paper adapts (section 4.2), by model_type.
 _TARGETS = {
@@ -133,53 +125,51 @@ class Lora(Method):
 
     @cached_property
     def payload(self) -> Layout:
-        return self._deltas if self._restarts else Layout({**self.state.shapes, **self._deltas.shapes})
+        return self._deltas if self._restarts else Layout({**self.trainable.shapes, **self._deltas.shapes})
 
     @cached_property
-    def state(self) -> Layout:
+    def trainable(self) -> Layout:
         return Layout({name: shape for name, shape in self._shapes.items() if name not in self._frozen})
 
     @property
     def _restarts(self) -> bool:
         return bool(self.options.aggregation == "stack")
 
-    def sent_up(self, client: int) -> int:
+    def numbers_sent(self, client: int) -> int:
         rank = self._ranks[client % len(self._ranks)]
-        return self.state.size * rank // max(self._ranks)
+        return self.trainable.size * rank // max(self._ranks)
 
     def initial(self) -> dict[str, Tensor]:
         zeros = {name: torch.zeros(shape) for name, shape in self._deltas.shapes.items()}
         return {name: tensor for name, tensor in {**self._drawn(), **zeros}.items() if name in self.payload.shapes}
 
-    def start(
-        self, payload: Mapping[str, Tensor], round_: int = 0, clients: Sequence[int] = ()
-    ) -> Mapping[str, Tensor]:
+    def start(self, received: PerClient, round_: int = 0, clients: Sequence[int] = ()) -> PerClient:
         if not self._restarts:
-            return {name: payload[name] for name in self.state.shapes}
-        like = next(iter(payload.values()))
-        state = {n: like.new_zeros(len(clients) or len(like), *shape) for n, shape in self.state.shapes.items()}
+            return {name: received[name] for name in self.trainable.shapes}
+        like = next(iter(received.values()))
+        fresh = {n: like.new_zeros(len(clients) or len(like), *shape) for n, shape in self.trainable.shapes.items()}
         for row, client in enumerate(clients):
             # Rows of zeros stay zeros, since B has zeros against them and the other way round.
             rank = self._ranks[client % len(self._ranks)]
             for name, drawn in self._drawn(round_, client).items():
                 if name.endswith(_A):
-                    state[name][row, :rank] = drawn[:rank].to(like)
-        return state
+                    fresh[name][row, :rank] = drawn[:rank].to(like)
+        return fresh
 
-    def finish(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        trained = {name: tensor for name, tensor in state.items() if name in self.payload.shapes}
+    def finish(self, trained: PerClient, received: PerClient) -> PerClient:
+        values = {name: tensor for name, tensor in trained.items() if name in self.payload.shapes}
         for path in self._modules if self._deltas.shapes else ():
-            trained[_d(path)] = self._rest(path, payload) + self._product(path, state)
-        return trained
+            values[_d(path)] = self._rest(path, received) + self._product(path, trained)
+        return values
 
     def _product(self, path: str, factors: Mapping[str, Tensor]) -> Tensor:
         """s B A of a layer: (K, out, in)."""
         return self._scale * factors[_b(path)] @ factors[_a(path)]
 
-    def _rest(self, path: str, payload: Mapping[str, Tensor]) -> Tensor:
+    def _rest(self, path: str, received: PerClient) -> Tensor:
         """What a layer's weight has gained beside the term that is trained: (1 or K, out, in)."""
-        delta = payload[_d(path)]
-        return delta if self._restarts else delta - self._product(path, payload)
+        delta = received[_d(path)]
+        return delta if self._restarts else delta - self._product(path, received)
 
     def _drawn(self, *keys: int) -> dict[str, Tensor]:
         """A and B before the first round, or those of `keys`: a round and a client."""
@@ -197,22 +187,22 @@ class Lora(Method):
         """With ffa A of every module (1, r, in), on the device."""
         if self.options.aggregation != "ffa":
             return {}
-        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        dtype = self.base.payload_dtype
         return {n: t.to(self.base.device, dtype).unsqueeze(0) for n, t in self._drawn().items() if n.endswith(_A)}
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
         hooks = []
         for number, (path, module) in enumerate(self._modules.items()):
-            keys = bits(noise, torch.tensor(number)) if noise is not None and self.options.dropout else None
-            factors = {**self._frozen, **state}
-            rest = self._rest(path, payload) if self._deltas.shapes else None
+            keys = bits(row_keys, torch.tensor(number)) if row_keys is not None and self.options.dropout else None
+            factors = {**self._frozen, **trained}
+            rest = self._rest(path, received) if self._deltas.shapes else None
             term = self._term(factors[_a(path)], factors[_b(path)], rest, rows, keys)
             hooks.append(module.register_forward_hook(term))
         try:
-            yield Attached(by_position=noise is not None and self.options.dropout > 0)
+            yield Attached(by_position=row_keys is not None and self.options.dropout > 0)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -255,7 +245,7 @@ class Lora(Method):
         # int64 is uniform over [-2^63, 2^63): the lowest share p is dropped.
         return (drawn >= round(self.options.dropout * 2**64) - 2**63).view(-1, length, width)
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """A PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors.
 
         Of D it is a LoRA of higher rank: B and A are the singular vectors, scaled by the roots of the singular values.
@@ -263,10 +253,10 @@ class Lora(Method):
         """
         from fedhpc.methods._peft import write_adapter
 
-        tensors = {**{name: tensor[0] for name, tensor in self._frozen.items()}, **payload}
+        tensors = {**{name: tensor[0] for name, tensor in self._frozen.items()}, **values}
         rank, alpha = self.options.rank, self.options.alpha
         if self._deltas.shapes:
-            tensors = _factorised({p: payload[_d(p)] for p in self._modules})
+            tensors = _factorised({p: values[_d(p)] for p in self._modules})
             rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith(_A))
             alpha = float(rank)
         config = {

@@ -6,26 +6,17 @@ that is called MLP); E and the MLP are trained and exchanged. The export is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedhpc.lazy import lazy
-from fedhpc.methods.base import Attached, Method
+from fedhpc.lazy import Tensor, kernels, torch
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 
 class Options(Section):
@@ -35,6 +26,10 @@ class Options(Section):
 
 class PTuning(Method):
     """See the module."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return int(self.options.num_virtual_tokens)
 
     @property
     def payload(self) -> Layout:
@@ -58,29 +53,29 @@ class PTuning(Method):
                 tensors[name] = (torch.rand(shape, generator=noise) * 2 - 1) / fan_in**0.5
         return tensors
 
-    def prompts(self, state: Mapping[str, Tensor]) -> Tensor:
+    def prompts(self, trained: PerClient) -> Tensor:
         """The soft prompts of K clients: (K, n, D)."""
-        x = state["embedding.weight"]
+        x = trained["embedding.weight"]
         for layer in (0, 2, 4):
-            weight, bias = state[f"mlp_head.{layer}.weight"], state[f"mlp_head.{layer}.bias"]
+            weight, bias = trained[f"mlp_head.{layer}.weight"], trained[f"mlp_head.{layer}.bias"]
             x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
             x = x.relu() if layer < 4 else x
         return x
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        prompts = self.prompts(state).to(self.base.dtype)
+        prompts = self.prompts(trained).to(self.base.dtype)
         per_row = kernels.of_rows(prompts, rows)
         yield Attached(embeddings=per_row)
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """A PEFT p-tuning adapter: the soft prompt, without the network that made it."""
         from fedhpc.methods._peft import virtual_tokens, write_adapter
 
         with torch.no_grad():
-            prompt = self.prompts({name: tensor.unsqueeze(0) for name, tensor in payload.items()})[0]
+            prompt = self.prompts(as_one_client(values))[0]
         config = {
             "peft_type": "P_TUNING",
             "encoder_reparameterization_type": "MLP",

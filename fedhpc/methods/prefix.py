@@ -16,7 +16,7 @@ In an encoder-decoder the prefix is in front of the decoder's self-attention, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,21 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._text import INIT_TEXT, first_tokens
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
     from fedhpc.models import Base
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 PREFIX = "prompt_embeddings"
 
@@ -82,11 +76,15 @@ class Prefix(Method):
         )
 
     @property
+    def virtual_tokens(self) -> int:
+        return int(self.options.num_virtual_tokens)
+
+    @property
     def payload(self) -> Layout:
         return self._mlp if self.options.exchange == "mlp" else self._prefix
 
     @property
-    def state(self) -> Layout:
+    def trainable(self) -> Layout:
         return self._prefix if self.options.exchange == "raw" else self._mlp
 
     def initial(self) -> dict[str, Tensor]:
@@ -97,35 +95,33 @@ class Prefix(Method):
         noise = torch.Generator().manual_seed(torch_seed(self.seed, "prefix"))
         return {PREFIX: torch.randn(self._prefix.shapes[PREFIX], generator=noise)}
 
-    def start(
-        self, payload: Mapping[str, Tensor], round_: int = 0, clients: Sequence[int] = ()
-    ) -> Mapping[str, Tensor]:
+    def start(self, received: PerClient, round_: int = 0, clients: Sequence[int] = ()) -> PerClient:
         if self.options.exchange != "materialised":
-            return payload
-        received = payload[PREFIX]
+            return received
+        prefix = received[PREFIX]
         mlp = self._initial_mlp(zero_output=True)
-        return {name: t.to(received).expand(received.shape[0], *t.shape) for name, t in mlp.items()}
+        return {name: t.to(prefix).expand(prefix.shape[0], *t.shape) for name, t in mlp.items()}
 
-    def finish(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {PREFIX: self.prefix(state, payload)} if self.options.exchange == "materialised" else state
+    def finish(self, trained: PerClient, received: PerClient) -> PerClient:
+        return {PREFIX: self.prefix(trained, received)} if self.options.exchange == "materialised" else trained
 
-    def prefix(self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor]) -> Tensor:
+    def prefix(self, trained: PerClient, received: PerClient) -> Tensor:
         """The prefixes of K clients: (K, n, layers * 2 * kv_heads * head_dim)."""
         if self.options.exchange == "raw":
-            return state[PREFIX]
+            return trained[PREFIX]
         hidden = torch.baddbmm(
-            state["transform.0.bias"].unsqueeze(1), state["embedding.weight"], state["transform.0.weight"].mT
+            trained["transform.0.bias"].unsqueeze(1), trained["embedding.weight"], trained["transform.0.weight"].mT
         ).tanh()
-        out = torch.baddbmm(state["transform.2.bias"].unsqueeze(1), hidden, state["transform.2.weight"].mT)
+        out = torch.baddbmm(trained["transform.2.bias"].unsqueeze(1), hidden, trained["transform.2.weight"].mT)
         if self.options.exchange == "materialised":
-            return payload[PREFIX] + out
+            return received[PREFIX] + out
         return out + self._anchor_on_device.to(out) if self.options.init == "text" else out
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        prefix = self.prefix(state, payload).to(self.base.dtype)
+        prefix = self.prefix(trained, received).to(self.base.dtype)
         clients, n, _ = prefix.shape
         # (K, n, 2L, H, d) -> one tensor (B, H, n, d) per layer's keys and values.
         prefix = prefix.view(clients, n, 2 * self.base.num_layers, self.base.num_kv_heads, self.base.head_dim)
@@ -133,13 +129,13 @@ class Prefix(Method):
         parts = per_row.permute(2, 0, 3, 1, 4).unbind(0)
         yield Attached(past=tuple(zip(parts[0::2], parts[1::2], strict=True)))
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """A PEFT prefix without projection: adapter_config.json and adapter_model.safetensors."""
         from fedhpc.methods._peft import write_adapter
 
         with torch.no_grad():
-            lead = {name: tensor.unsqueeze(0) for name, tensor in payload.items()}
-            prefix = self.prefix(self.start(lead), lead)[0]
+            received = as_one_client(values)
+            prefix = self.prefix(self.start(received), received)[0]
         prefix, layout = self.base.kind.peft_prefix(prefix, self.base.num_layers)
         config = {
             "peft_type": "PREFIX_TUNING",
@@ -181,8 +177,7 @@ class Prefix(Method):
         n = self.options.num_virtual_tokens
         ids = first_tokens(self.base, self.options.init_text, n)
         layers = self.base.kind.activations(self.base, ids)  # each (H, n, d)
-        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
-        stacked = torch.stack(layers).to("cpu", dtype)  # (2L, H, n, d)
+        stacked = torch.stack(layers).to("cpu", self.base.payload_dtype)  # (2L, H, n, d)
         return stacked.permute(2, 0, 1, 3).reshape(n, self._width).contiguous()
 
 

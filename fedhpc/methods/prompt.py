@@ -6,27 +6,19 @@ embeddings of real words, the paper's "sampled vocabulary / class label" initial
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._text import INIT_TEXT, first_tokens
-from fedhpc.methods.base import Attached, Method
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
 
 PROMPT = "prompt_embeddings"
 
@@ -41,6 +33,10 @@ class Prompt(Method):
     """See the module."""
 
     @property
+    def virtual_tokens(self) -> int:
+        return int(self.options.num_virtual_tokens)
+
+    @property
     def payload(self) -> Layout:
         width = self.base.model.get_input_embeddings().weight.shape[1]
         return Layout({PROMPT: (self.options.num_virtual_tokens, width)})
@@ -52,26 +48,26 @@ class Prompt(Method):
         ids = first_tokens(self.base, self.options.init_text, self.options.num_virtual_tokens)
         with torch.no_grad():
             embeddings = self.base.model.get_input_embeddings()(torch.tensor(ids, device=self.base.device))
-        return {PROMPT: embeddings.to("cpu", torch.float64 if self.base.dtype == torch.float64 else torch.float32)}
+        return {PROMPT: embeddings.to("cpu", self.base.payload_dtype)}
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        prompts = state[PROMPT].to(self.base.dtype)
+        prompts = trained[PROMPT].to(self.base.dtype)
         per_row = kernels.of_rows(prompts, rows)
         yield Attached(embeddings=per_row)
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """A PEFT prompt-tuning adapter."""
         from fedhpc.methods._peft import virtual_tokens, write_adapter
 
         config = {
             "peft_type": "PROMPT_TUNING",
             "prompt_tuning_init": "RANDOM",
-            **virtual_tokens(payload[PROMPT], self.base),
+            **virtual_tokens(values[PROMPT], self.base),
         }
-        write_adapter(path, config, {PROMPT: payload[PROMPT]}, self.base)
+        write_adapter(path, config, {PROMPT: values[PROMPT]}, self.base)
 
 
 METHOD = Prompt

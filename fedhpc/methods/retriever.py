@@ -12,24 +12,19 @@ The export is a folder of its own, `adapter_config.json` and `adapter_model.safe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.errors import UserError
-from fedhpc.lazy import lazy
-from fedhpc.methods.base import Attached, Method
+from fedhpc.lazy import Tensor, torch
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from fedhpc.models import Base
-else:
-    torch = lazy("torch")
 
 PROJECTION = "query_projection.weight"
 _FORMAT = "fedhpc-retriever"
@@ -75,15 +70,15 @@ class Retriever(Method):
 
     @contextmanager
     def attach(
-        self, state: Mapping[str, Tensor], payload: Mapping[str, Tensor], rows: Tensor, noise: Tensor | None = None
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        yield Attached(projection=state[PROJECTION], rows=rows)
+        yield Attached(projection=trained[PROJECTION], rows=rows)
 
-    def export(self, payload: Mapping[str, Tensor], path: Path) -> None:
+    def export(self, values: Tensors, path: Path) -> None:
         """The map, and which encoder it belongs to."""
         from fedhpc.methods._peft import write_adapter
 
-        write_adapter(path, {"format": _FORMAT, "fingerprint": self.base.fingerprint}, payload, self.base)
+        write_adapter(path, {"format": _FORMAT, "fingerprint": self.base.fingerprint}, values, self.base)
 
 
 def load(path: Path, base: Base) -> Tensor:

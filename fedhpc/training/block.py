@@ -6,10 +6,10 @@ over clients of the mean over that client's supervised tokens, so each client ge
 get alone. Clients are ordered by their number of steps, so those still training are always the leading ones and those
 that are done are not touched (a zero gradient is not a no-op under Adam).
 
-A method with a `probe` gets its gradient from losses alone: that of one coordinate, drawn for the step, by the central
-difference of two forwards.
+A method with a `finite_difference_step` gets its gradient from losses alone: that of one coordinate, drawn for the
+step, by the central difference of two forwards.
 
-T is the size of the method's state, P that of its payload; they differ where a method reparametrises.
+T is the size of the method's trainable, P that of its payload; they differ where a method reparametrises.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def train_block(
     start = payloads if len(payloads) == 1 else payloads[kernels.on_device(order, device)]
     lead = method.payload.views(start)
     began = method.start(lead, round_, [works[i].client_id for i in order])
-    theta = method.state.flatten({name: t.expand(clients, *t.shape[1:]) for name, t in began.items()}).clone()
+    theta = method.trainable.flatten({name: t.expand(clients, *t.shape[1:]) for name, t in began.items()}).clone()
     gradient = torch.zeros_like(theta)
     anchor = theta.detach().clone() if options.proximal else None
     drift = corrections[torch.from_numpy(order)].to(device) if corrections is not None else None
@@ -135,7 +135,7 @@ def train_block(
     first, last = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
     tokens = np.zeros(clients, dtype=np.int64)
     input_tokens = padded_tokens = 0
-    passes = 1 if method.probe is None else 2
+    passes = 1 if method.finite_difference_step is None else 2
     scale = _FP16_SCALE if config.runtime.precision == "float16" else 1.0
     for s in range(int(steps.max(initial=0))):
         active = int((steps > s).sum())
@@ -148,13 +148,13 @@ def train_block(
         for batch, owner, place in _micro_batches(base, examples, picked):
             rows = kernels.on_device(owner, device)
             # A row's draws follow from its client, the step and its place in the client's step alone.
-            noise = bits(keys.index_select(0, rows), kernels.on_device(place + (s << 32), device))
+            row_keys = bits(keys.index_select(0, rows), kernels.on_device(place + (s << 32), device))
             row_weights = kernels.on_device(1.0 / np.maximum(step_tokens, 1)[owner], device, theta.dtype)
-            parts.append(_Part(batch, rows, noise, row_weights))
+            parts.append(_Part(batch, rows, row_keys, row_weights))
             padded_tokens += passes * (batch.tokens - batch.real_tokens)
             input_tokens += passes * batch.tokens
         live = gradient[:active].zero_()
-        if method.probe is None:
+        if method.finite_difference_step is None:
             step_loss = _losses(base, method, theta, lead, parts, active, config, scale)
             if scale != 1.0:
                 live.div_(scale)
@@ -164,11 +164,11 @@ def train_block(
                 for i in range(active)
             ]
             along = kernels.on_device(np.array(drawn), device).unsqueeze(1)
-            away = torch.zeros_like(live).scatter_(1, along, method.probe)
+            away = torch.zeros_like(live).scatter_(1, along, method.finite_difference_step)
             with torch.no_grad():
                 ahead = _losses(base, method, theta[:active] + away, lead, parts, active, config, None)
                 behind = _losses(base, method, theta[:active] - away, lead, parts, active, config, None)
-            slope = (ahead - behind) / counts / (2 * method.probe)
+            slope = (ahead - behind) / counts / (2 * method.finite_difference_step)
             live.scatter_(1, along, slope.to(live.dtype).unsqueeze(1))
             step_loss = (ahead + behind) / 2
         if anchor is not None:
@@ -200,7 +200,7 @@ def train_block(
         tokens[:active] += step_tokens
 
     with torch.no_grad():
-        reached = method.payload.flatten(method.finish(method.state.views(theta), lead))
+        reached = method.payload.flatten(method.finish(method.trainable.views(theta), lead))
         updates = (start - reached).to("cpu")
     kept = {name: buffer.to("cpu") for name, buffer in buffers.items()} if memories is not None else {}
     back = np.argsort(order)
@@ -229,7 +229,7 @@ class _Part:
 
     batch: Batch
     rows: Tensor  # int64 (B,): the client of each row, by its place in the block
-    noise: Tensor  # int64 (B,): the key of each row's draws
+    row_keys: Tensor  # int64 (B,): the key of each row's draws
     row_weights: Tensor  # (B,): one over the supervised tokens of its client's step
 
 
@@ -251,7 +251,7 @@ def _losses(
     for part in parts:
         with (
             autocast(base, config.runtime.precision),
-            method.attach(method.state.views(theta), lead, part.rows, part.noise) as attached,
+            method.attach(method.trainable.views(theta), lead, part.rows, part.row_keys) as attached,
         ):
             if scale is None:
                 losses = base.kind.losses(base, attached, part.batch)

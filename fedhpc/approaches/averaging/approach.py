@@ -63,7 +63,7 @@ class Averaging(Approach):
         config = self.config
         made = method or registry.load("methods", config.method.name).METHOD(config.method, self.base, config.run.seed)
         self.method = with_head(made)
-        if config.client.scaffold and self.method.state.shapes != self.method.payload.shapes:
+        if config.client.scaffold and self.method.trainable.shapes != self.method.payload.shapes:
             raise UserError(
                 f"client.scaffold: {config.method.name} with these options trains other parameters than it exchanges, "
                 "so there is no control variate for them; exchange what is trained (prefix: exchange raw or mlp; lora: "
@@ -95,7 +95,7 @@ class Averaging(Approach):
     @property
     def payload_dtype(self) -> torch.dtype:
         """Of what is exchanged and trained, whatever the base computes in."""
-        return torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        return self.base.payload_dtype
 
     def initial_payload(self) -> Tensor:
         """The payload before the first round (P,), on the CPU."""
@@ -208,7 +208,7 @@ class Averaging(Approach):
         rule: Any = registry.load("client_optimizers", self.config.client.optimizer)
         names = rule.state_names(self.config.client)
         memories = [
-            client_state.unpack(state) if state else Memory.fresh(names, self.method.state.size, self.payload_dtype)
+            client_state.unpack(state) if state else Memory.fresh(names, self.method.trainable.size, self.payload_dtype)
             for state in found
         ]
         if theta is not None:
@@ -273,7 +273,7 @@ class Averaging(Approach):
             return 0, 0
         each = self.payload_dtype.itemsize * (2 if self.config.corrects_drift else 1)
         down = self.split.shared.size * len(plan.cohort)
-        up = sum(self.method.sent_up(c) - self.split.personal.size for c in plan.training)
+        up = sum(self.method.numbers_sent(c) - self.split.personal.size for c in plan.training)
         return each * down, each * up
 
     # ---- results
@@ -438,7 +438,7 @@ class Averaging(Approach):
         """See the base class."""
         return {
             "payload_parameters": self.method.payload.size,
-            "trainable_parameters": self.method.state.size,
+            "trainable_parameters": self.method.trainable.size,
             "personal_parameters": self.split.personal.size,
             "payload_dtype": str(self.payload_dtype).removeprefix("torch."),
         }
@@ -453,7 +453,7 @@ class Averaging(Approach):
     def details(self, plan: Plan) -> list[str]:
         """See the base class."""
         config, personal = self.config, self.split.personal
-        payload, state, item = self.method.payload, self.method.state.size, self.payload_dtype.itemsize
+        payload, state, item = self.method.payload, self.method.trainable.size, self.payload_dtype.itemsize
         base_bytes = sum(p.numel() * p.element_size() for p in self.base.model.parameters())
         rule: Any = registry.load("client_optimizers", config.client.optimizer)
         copies = 2 + len(rule.state_names(config.client))
@@ -487,7 +487,7 @@ def _split(config: Config, method: Method) -> Split:
         raise UserError(
             "personalization.parts: all tensors of the payload match, so nothing would be exchanged: use mode local"
         )
-    if own and method.state.shapes != method.payload.shapes:
+    if own and method.trainable.shapes != method.payload.shapes:
         raise UserError(
             f"personalization.parts: {config.method.name} with these options trains other parameters than it "
             "exchanges, so none of them can stay on the client; exchange what is trained"

@@ -420,7 +420,7 @@ class Distillation(Approach):
         """See the base class: what a client sends is `public_positions` records of `record_bytes`."""
         return {
             "payload_parameters": self.student.method.payload.size,
-            "trainable_parameters": self.student.method.state.size,
+            "trainable_parameters": self.student.method.trainable.size,
             "public_examples": len(self.student.public),
             "public_positions": len(self._targets),
             "record_bytes": self._up.record_bytes,

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedhpc import registry
@@ -61,7 +60,7 @@ class Learner:
     @cached_property
     def initial(self) -> Tensor:
         """The payload before any training (P,), on the CPU."""
-        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        dtype = self.base.payload_dtype
         return self.method.payload.flatten({name: t.to(dtype) for name, t in self.method.initial().items()})
 
     def learn(
