@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,40 +26,22 @@ from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import over_clients
 from fedhpc.participation import Block, Plan
+from fedhpc.ranks.devices import device_of
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement, place
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.ranks.verdict import on_server
 from fedhpc.results import run_directory
 from fedhpc.results.progress import Progress
 from fedhpc.results.results_file import Results
 from fedhpc.server.state import State
-from fedhpc.task import device_of, load_task
+from fedhpc.task import load_task
 
 OK, DROPPED, REJECTED = 0, 1, 2
 # What a client reports beside its update: one row of float64 per place in the cohort (64 bytes).
 _REPORT = ("reported", "reason", "tokens", "steps", "loss_sum", "loss_first", "loss_last", "update_norm")
 # And what a rank reports.
 _RANK_REPORT = ("input_tokens", "padded_tokens", "seconds_local", "peak_memory_bytes", "wire_bytes", "fits")
-T = TypeVar("T")
-
-
-class RefusedError(Exception):
-    """Rank 0 found a mistake that a person can mend; it says so, and every rank leaves with 2."""
-
-
-def on_server(transport: Transport, step: Callable[[], T]) -> T:
-    """The JSON-able result of `step` on rank 0, on every rank; its UserError ends all of them with RefusedError."""
-    verdict: dict[str, Any] = {}
-    if transport.rank == 0:
-        try:
-            verdict = {"value": step()}
-        except UserError as error:
-            verdict = {"error": str(error)}
-    verdict = transport.broadcast_json(verdict)
-    if "error" in verdict:
-        raise RefusedError(verdict["error"])
-    value: T = verdict["value"]
-    return value
 
 
 def place_ranks(config: Config, transport: Transport, launch: Launch, gpus: Sequence[str]) -> Launch:

@@ -46,7 +46,7 @@ from fedhpc import config as configuration
 from fedhpc.config import Config
 from fedhpc.errors import UserError, nearest
 from fedhpc.ranks.launch import detect
-from fedhpc.ranks.startup import FAILED, PREEMPTED, SIGNALS
+from fedhpc.ranks.startup import DONE, FAILED, PREEMPTED, REFUSED, SIGNALS
 from fedhpc.registry import Section
 from fedhpc.report.compare import compare
 from fedhpc.report.runs import load_run
@@ -54,7 +54,6 @@ from fedhpc.report.text import console
 from fedhpc.results import run_directory
 from fedhpc.results.progress import duration
 
-DONE, REFUSED = 0, 2
 COMPLETE, IN_USE, STOPPED = "complete", "in use", "preempted"
 Changes = Mapping[str, Any]  # section.key -> value
 

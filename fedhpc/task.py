@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.data.templates import parse
@@ -15,6 +13,7 @@ from fedhpc.errors import UserError
 from fedhpc.kinds.base import Kind
 from fedhpc.models import Base, check_length, load_base, load_kind, load_tokenizer
 from fedhpc.participation import cohort_size, num_rounds
+from fedhpc.ranks.devices import device_of
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.training.schedule import num_steps
@@ -80,22 +79,3 @@ def _label_targets(config: Config, kind: Kind, loaded: Data) -> list[str] | None
             f"alone, like ' {{{config.data.label}}}'"
         )
     return [target.render({str(config.data.label): name}) for name in loaded.train.label_names]
-
-
-def visible_gpus(config: Config) -> list[str]:
-    """Unique ids of the GPUs that this process may use. UserError where cuda is asked for and missing."""
-    available = torch.cuda.is_available()
-    if config.runtime.device == "cuda" and not available:
-        raise UserError("runtime.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
-    if config.runtime.device == "cpu" or not available:
-        return []
-    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-
-
-def device_of(launch: Launch) -> torch.device:
-    """This rank's device, by the placement that all have agreed on."""
-    gpu = launch.placement.gpus[launch.rank] if launch.placement.gpus else ""
-    if not gpu:
-        return torch.device("cpu")
-    ids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-    return torch.device("cuda", ids.index(gpu))

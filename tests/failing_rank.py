@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM  # noqa: F401  imported once, here
 
 from fedhpc import federation, main
 from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.ranks import process
 from fedhpc.ranks.liveness import Liveness  # noqa: F401
 from fedhpc.ranks.transport import torch_dist
 from fedhpc.results import run_directory
@@ -62,4 +63,4 @@ def run(rank: int, environ: Mapping[str, str], arguments: Sequence[str], log: st
             return called(*args, **kwargs)
 
         setattr(owner, name, failing)
-    main.leave(main.main(arguments))
+    process.leave(main.main(arguments))

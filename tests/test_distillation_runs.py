@@ -21,9 +21,9 @@ from fedhpc.approaches.distillation.ensemble import mean
 from fedhpc.approaches.distillation.knowledge import Knowledge, position_offsets, predict, soft_targets
 from fedhpc.approaches.distillation.learner import Group, group_of
 from fedhpc.errors import UserError
-from fedhpc.federation import RefusedError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.run_directory import load_checkpoint
 from fedhpc.rng import torch_seed
 from fedhpc.training import client_state

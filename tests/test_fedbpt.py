@@ -20,6 +20,7 @@ from fedhpc.kinds.base import Attached
 from fedhpc.methods.prompt import PROMPT
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.rng import generator
 from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
 from tests.test_federation import same_results
@@ -260,7 +261,7 @@ def test_mistakes_are_one_line(
     raw["method"] |= method
     for section, value in changes.items():
         raw[section] = {**raw[section], **value} if isinstance(value, dict) else value
-    with pytest.raises((UserError, federation.RefusedError), match=message):
+    with pytest.raises((UserError, RefusedError), match=message):
         made(tmp_path / "run", raw)
 
 
@@ -269,14 +270,14 @@ def test_an_encoder_with_a_head_is_refused(tmp_path: Path, texts: Path) -> None:
 
     save_random_bert(tmp_path / "bert")
     raw = black_box(texts, "scores", model={"name": str(tmp_path / "bert")}, data={"max_length": 40})
-    with pytest.raises((UserError, federation.RefusedError), match="fedbpt scores answers of a decoder-only model"):
+    with pytest.raises((UserError, RefusedError), match="fedbpt scores answers of a decoder-only model"):
         made(tmp_path / "run", raw)
 
 
 def test_without_cma_the_extra_is_named(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cma", None)
     monkeypatch.setattr(cmaes, "cma", cmaes.lazy("cma", "search"))
-    with pytest.raises((UserError, federation.RefusedError), match=r"pip install 'fedhpc\[search\]'"):
+    with pytest.raises((UserError, RefusedError), match=r"pip install 'fedhpc\[search\]'"):
         made(tmp_path / "run", black_box(texts, "scores"))
 
 

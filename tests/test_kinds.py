@@ -615,9 +615,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_one_line(texts: Path, tmp_path: Path, case: str) -> None:
-    from fedhpc.federation import RefusedError, prepare
+    from fedhpc.federation import prepare
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.transport.base import LoopbackTransport
+    from fedhpc.ranks.verdict import RefusedError
 
     changes, words = WRONG[case]
     raw = classifying(texts, **changes) | {"partition": {"name": "iid", "num_clients": 4}}

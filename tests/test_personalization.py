@@ -17,6 +17,7 @@ from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import client_evaluation, over_clients
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.results_file import Results
 from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block
@@ -259,7 +260,7 @@ def test_settings_that_contradict(texts: Path, changes: dict[str, Any], wanted: 
 def test_parts_that_do_not_fit(tmp_path: Path, texts: Path, parts: list[str], method: Any, wanted: str) -> None:
     raw = personal(texts, personalization={"parts": parts})
     raw["method"] = method
-    with pytest.raises(federation.RefusedError, match=wanted) as error:
+    with pytest.raises(RefusedError, match=wanted) as error:
         prepared(settings(tmp_path, raw))
     assert "\n" not in str(error.value)
 
@@ -270,5 +271,5 @@ def test_parts_of_what_is_not_trained_as_it_is_exchanged(tmp_path: Path, texts: 
     raw["data"] = {**raw["data"], "prompt": "{mr}", "max_length": 48}
     raw["method"] = {"name": "prefix", "exchange": "materialised", "hidden_size": 4, "num_virtual_tokens": 2}
     raw["personalization"] = {"parts": ["classifier.*"]}
-    with pytest.raises(federation.RefusedError, match="trains other parameters than it exchanges"):
+    with pytest.raises(RefusedError, match="trains other parameters than it exchanges"):
         prepared(settings(tmp_path / "run", raw))

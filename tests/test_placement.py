@@ -11,6 +11,7 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement, place
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 
 EIGHT = [f"a{i}" for i in range(8)]
 OTHER = [f"b{i}" for i in range(8)]
@@ -119,5 +120,5 @@ def test_ranks_agree_on_it_or_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.placement == Placement(("a0",), 2)
     assert federation.place_ranks(config, LoopbackTransport(), Launch(), []).placement == Placement()
     config = configuration.load(None, ["runtime.server=own"])
-    with pytest.raises(federation.RefusedError, match=r"runtime\.server: own needs GPUs"):
+    with pytest.raises(RefusedError, match=r"runtime\.server: own needs GPUs"):
         federation.place_ranks(config, LoopbackTransport(), Launch(), [])

@@ -28,6 +28,7 @@ from fedhpc.evaluation.evaluate import evaluate
 from fedhpc.kinds.base import Attached
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.rng import generator
 from tests import tiny
 from tests.federations import Interrupted, federate, settings, table, tree, write_texts
@@ -437,7 +438,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     raw = search(texts, **changes)
     raw["method"] |= method
-    with pytest.raises((UserError, federation.RefusedError), match=message) as error:
+    with pytest.raises((UserError, RefusedError), match=message) as error:
         made(tmp_path / "run", raw)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

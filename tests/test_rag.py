@@ -20,9 +20,10 @@ from fedhpc.approaches.rag.passages import number_of
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config
 from fedhpc.errors import UserError
-from fedhpc.federation import RefusedError, prepare
+from fedhpc.federation import prepare
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.run_directory import decide
 from tests.federations import Interrupted, federate, final, save_random_bert, settings, table
 

@@ -17,12 +17,13 @@ from fedhpc.builtin import rows
 from fedhpc.config import Model
 from fedhpc.data import load_data
 from fedhpc.errors import UserError
-from fedhpc.federation import RefusedError, prepare
+from fedhpc.federation import prepare
 from fedhpc.kinds import embedding
 from fedhpc.kinds.embedding import TEMPERATURE
 from fedhpc.methods.retriever import PROJECTION, Options, Retriever, load
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.schedule import batches
 from tests.federations import federate, final, save_random_bert, settings, table

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedhpc.ranks import startup
+from fedhpc.ranks import memory
 
 
 @pytest.mark.parametrize("most", [2**30, 2**25])
@@ -20,14 +20,14 @@ def test_any_glibc_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch, most: int
     taken: dict[int, int] = {}
 
     def mallopt(option: int, value: int) -> int:
-        if option == startup._M_MMAP_THRESHOLD and value > most:
+        if option == memory.M_MMAP_THRESHOLD and value > most:
             return 0
         taken[option] = value
         return 1
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
-    startup.keep_freed_memory()
-    assert taken == {startup._M_MMAP_THRESHOLD: most, startup._M_TRIM_THRESHOLD: -1}
+    memory.keep_freed_memory()
+    assert taken == {memory.M_MMAP_THRESHOLD: most, memory.M_TRIM_THRESHOLD: -1}
 
 
 def test_tensors_lie_in_huge_pages_and_unused_ones_take_no_memory() -> None:
@@ -35,7 +35,7 @@ def test_tensors_lie_in_huge_pages_and_unused_ones_take_no_memory() -> None:
     if not mode.exists() or "[never]" in mode.read_text():
         pytest.skip("this kernel gives no huge pages")
     program = (
-        "import numpy, torch; from fedhpc import startup; startup.keep_freed_memory(); "
+        "import numpy, torch; from fedhpc.ranks import memory; memory.keep_freed_memory(); "
         "kept = [torch.ones(2**20) for _ in range(16)]; print(open('/proc/self/smaps_rollup').read())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -98,17 +98,17 @@ class Trainer:
         import torch
 
         from fedhpc import federation
-        from fedhpc.ranks import startup
+        from fedhpc.ranks import memory
         from fedhpc.ranks.launch import Launch
         from fedhpc.ranks.transport.base import LoopbackTransport
 
         torch.set_num_threads(1)
-        startup.keep_freed_memory()  # as a rank does; the loops that it is compared with run here and gain by it too
+        memory.keep_freed_memory()  # as a rank does; the loops that it is compared with run here and gain by it too
         steps = {"steps": _STEPS[workload.size], "epochs": None} if workload.size else {}
         device = {"device": "auto", "block_size": k}
         config = workloads.read(workloads.write(workload, folder, 1, client=steps, runtime=device, **changes))
         transport, launch = LoopbackTransport(), Launch()
-        from fedhpc.task import visible_gpus
+        from fedhpc.ranks.devices import visible_gpus
 
         launch = federation.place_ranks(config, transport, launch, visible_gpus(config))
         self.approach: Any = federation.prepare(config, transport, launch, write_cache=False)

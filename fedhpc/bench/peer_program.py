@@ -97,5 +97,5 @@ def _real(folder: str, virtual: int) -> Any:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # What it found is on the disk. Gloo's threads may abort a process that Python is finalising (fedhpc.main.leave).
+    # Its results are on the disk. Gloo's threads may abort a process that is finalising (fedhpc.ranks.process.leave).
     os._exit(0)
