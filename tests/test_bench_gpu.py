@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedhpc.approaches.averaging import approach
+from fedhpc.approaches.averaging import local
 from fedhpc.bench import __main__, gpu, gpu_runs, workloads
 from fedhpc.bench.bed import Bed, Sizes, ladder
 from fedhpc.bench.table import Row
@@ -151,7 +151,7 @@ def test_a_run_without_memory_for_its_block_is_told(monkeypatch: pytest.MonkeyPa
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
         return train_block(base, method, start, works, *about)
 
-    monkeypatch.setattr(approach, "train_block", train)
+    monkeypatch.setattr(local, "train_block", train)
     monkeypatch.setattr(gpu_runs, "limit_memory", lambda device, size: limits.append(size))
     (row,) = gpu_runs.scarce(CPU, "small")
     assert row.measured == float(fits == 4) and row.what.startswith("block_size auto (8) with 70% of a block's ")

@@ -697,7 +697,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return train_block(base, method, start, works, *about, **more)
 
-    monkeypatch.setattr("fedhpc.approaches.averaging.approach.train_block", train)
+    monkeypatch.setattr("fedhpc.approaches.averaging.local.train_block", train)
     return tried
 
 

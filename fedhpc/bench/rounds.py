@@ -103,7 +103,8 @@ def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> floa
     import torch
 
     from fedhpc import federation
-    from fedhpc.approaches.averaging.approach import Averaging, Upload
+    from fedhpc.approaches.averaging.approach import Averaging
+    from fedhpc.approaches.averaging.local import Upload
     from fedhpc.approaches.base import Returned
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.transport.base import LoopbackTransport

@@ -14,7 +14,7 @@ Older versions go when a checkpoint that no longer names them is on disk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +43,11 @@ def load(run_dir: Path, client: int, version: int) -> dict[str, Tensor]:
             f"{path}: the state of client {client} cannot be read ({error}); put it back, or start over with --fresh"
         ) from error
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def load_all(run_dir: Path, clients: Sequence[int], versions: Mapping[int, int]) -> list[dict[str, Tensor]]:
+    """Each client's state in its version; empty for a client that has none (version 0, or not named)."""
+    return [load(run_dir, client, versions[client]) if versions.get(client) else {} for client in clients]
 
 
 def prune(run_dir: Path, client: int, version: int) -> None:

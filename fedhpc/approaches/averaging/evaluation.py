@@ -1,0 +1,128 @@
+"""What is evaluated of an averaged payload: validation, the test at the end, and per-client results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhpc.config import Config
+from fedhpc.data import Data
+from fedhpc.data.tokens import Examples
+from fedhpc.evaluation.evaluate import Outcome, client_evaluation, evaluate, subset
+from fedhpc.methods.base import Method
+from fedhpc.models import Base
+from fedhpc.ranks.transport.base import LoopbackTransport, Transport
+from fedhpc.rng import generator
+
+
+class Evaluation:
+    """What is measured of a payload, or of one payload per client. Every method is collective."""
+
+    def __init__(
+        self, config: Config, base: Base, method: Method, data: Data, label_targets: Sequence[str] | None
+    ) -> None:
+        self.config, self.base, self.method, self.data = config, base, method, data
+        self.label_targets = label_targets
+
+    def validation(self, transport: Transport, payloads: Tensor) -> Outcome | None:
+        """Of `payloads` (1 or M, P), on the validation split."""
+        options, examples = self.config.evaluation, self.data.validation
+        indices = subset(len(examples), options.max_examples)
+        return self._evaluate(transport, self.method, payloads, examples, indices, options.metrics)
+
+    def test(self, transport: Transport, payloads: Tensor) -> tuple[Outcome, Outcome] | None:
+        """On the test split: of the untouched base, and of `payloads` (1 or M, P) with sample texts."""
+        options, examples = self.config.evaluation, self.data.test
+        indices = subset(len(examples), options.test_max_examples or options.max_examples)
+        untouched = self._evaluate(transport, None, payloads, examples, indices, options.metrics_of_test)
+        final = self._evaluate(
+            transport, self.method, payloads, examples, indices, options.metrics_of_test, options.samples
+        )
+        return None if untouched is None or final is None else (untouched, final)
+
+    def _evaluate(
+        self,
+        transport: Transport,
+        method: Method | None,
+        payloads: Tensor,
+        examples: Examples,
+        indices: np.ndarray,
+        metrics: Sequence[str],
+        samples: int = 0,
+    ) -> Outcome | None:
+        return evaluate(
+            self.base,
+            method,
+            payloads,
+            examples,
+            indices,
+            metrics,
+            self.config.evaluation,
+            self.config.runtime.precision,
+            transport,
+            samples=samples,
+            label_targets=self.label_targets,
+        )
+
+    def clients_evaluated(self) -> list[int]:
+        """Clients of the per-client evaluation: all, or a seeded sample of a large population."""
+        n, limit = self.data.population.num_clients, self.config.evaluation.max_clients
+        if n <= limit:
+            return list(range(n))
+        chosen = generator(self.config.run.seed, "evaluated clients").choice(n, limit, replace=False)
+        return sorted(int(c) for c in chosen)
+
+    def of_clients(
+        self, transport: Transport, payloads: Tensor, clients: Sequence[int]
+    ) -> dict[str, np.ndarray] | None:
+        """`client_evaluation` of `payloads` (1 or M, P) on the clients' held-out examples."""
+        options = self.config.evaluation
+        return client_evaluation(
+            self.base,
+            self.method,
+            payloads.to(self.base.device),
+            self.data.train,
+            clients,
+            [self.data.population.held_out(c) for c in clients],
+            options,
+            self.config.runtime.precision,
+            transport,
+            label_targets=self.label_targets if "accuracy" in options.metrics_of_test else None,
+        )
+
+    def personalized(
+        self,
+        transport: Transport,
+        personalize: Callable[[Sequence[int]], Tensor],
+        clients: Sequence[int],
+        block_size: int,
+    ) -> dict[str, np.ndarray]:
+        """Per-client results of the payloads (K, P) that `personalize` makes, `_personal` behind their names.
+
+        Of meaning on rank 0 alone.
+        """
+        metrics = ["loss", *(["accuracy"] if "accuracy" in self.config.evaluation.metrics_of_test else [])]
+        # Blocks do not depend on the number of ranks, and each entry is filled by one of them.
+        results = torch.zeros(len(metrics), len(clients), dtype=torch.float64)
+        for number, begin in enumerate(range(0, len(clients), block_size)):
+            if transport.evaluator(number) == transport.rank:
+                block = clients[begin : begin + block_size]
+                columns = self.of_clients(LoopbackTransport(), personalize(block), block)
+                assert columns is not None
+                results[:, begin : begin + block_size] = torch.from_numpy(np.stack([columns[m] for m in metrics]))
+        transport.reduce_sum(results)
+        return {f"{metric}_personal": result.numpy() for metric, result in zip(metrics, results, strict=True)}
+
+
+def client_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each per-client result."""
+    columns = dict.fromkeys(name.partition("/")[0] for name in summary)
+    return [
+        f"clients' {name.replace('_', ' ')}: mean {summary[f'{name}/mean']:.4f}, worst 10 % "
+        f"{summary[f'{name}/worst_10_percent']:.4f}, standard deviation {summary[f'{name}/std']:.4f}"
+        for name in columns
+    ]

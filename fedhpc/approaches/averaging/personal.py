@@ -1,0 +1,84 @@
+"""Personalization: the part of the payload that stays on each client, and the fine-tuning after the last round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedhpc.config import Config
+from fedhpc.data import Data
+from fedhpc.errors import UserError
+from fedhpc.methods.base import Method
+from fedhpc.models import Base
+from fedhpc.training.block import Work, train_block
+from fedhpc.updates.layout import Layout, Split
+
+
+class PersonalPart:
+    """Which tensors of the payload stay on each client (personalization.parts), and their first values."""
+
+    def __init__(self, config: Config, method: Method, dtype: torch.dtype) -> None:
+        self._method, self.dtype = method, dtype
+        #: The payload in two: what is exchanged, and what stays on the client.
+        self.split = _split(config, method)
+
+    def initial_payload(self) -> Tensor:
+        """The payload before the first round (P,), on the CPU."""
+        tensors = self._method.initial()
+        return self._method.payload.flatten({name: t.to(self.dtype) for name, t in tensors.items()})
+
+    @cached_property
+    def initial(self) -> Tensor:
+        """The personal part of a client that was never sampled (P - S,), on the CPU."""
+        if not self.split.personal.shapes:
+            return torch.empty(0, dtype=self.dtype)
+        return self.split.apart(self.initial_payload())[1]
+
+    def of_clients(self, client_states: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Each client's personal part (K, P - S), from the tensors that it has kept."""
+        return torch.stack([tensors.get("personal", self.initial) for tensors in client_states])
+
+
+def fine_tuned(
+    config: Config, base: Base, method: Method, data: Data, rounds: int, payloads: Tensor, clients: Sequence[int]
+) -> Tensor:
+    """(K, P) after personalization.finetune_steps local steps of each client from its row of `payloads` (K, P).
+
+    The optimizer is fresh and the learning rate constant. A client without training examples stays where it is.
+    """
+    steps = config.personalization.finetune_steps
+    works = [Work(c, data.population.indices(c)) for c in clients]
+    rows = [i for i, work in enumerate(works) if len(work.indices)]
+    if not steps or not rows:
+        return payloads
+    constant = {"steps": steps, "epochs": None, "schedule": "constant", "warmup": 0.0}
+    config = config.model_copy(update={"client": config.client.model_copy(update=constant)})
+    after = rounds + 1  # of draws that no round has made
+    about = ([works[i] for i in rows], data.train, config, after, after)
+    tuned = payloads.clone()
+    tuned[rows] -= train_block(base, method, payloads[rows], *about).updates
+    return tuned
+
+
+def _split(config: Config, method: Method) -> Split:
+    """The payload with what matches personalization.parts apart."""
+    names, patterns = list(method.payload.shapes), config.personalization.parts
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join([*names[:6], *(["..."] if len(names) > 7 else names[6:7]), *names[7:][-1:]])
+            raise UserError(f"personalization.parts: no tensor of the payload matches '{pattern}'; it has: {shown}")
+    own = {n: s for n, s in method.payload.shapes.items() if any(fnmatchcase(n, p) for p in patterns)}
+    if len(own) == len(names):
+        raise UserError(
+            "personalization.parts: all tensors of the payload match, so nothing would be exchanged: use mode local"
+        )
+    if own and method.trainable.shapes != method.payload.shapes:
+        raise UserError(
+            f"personalization.parts: {config.method.name} with these options trains other parameters than it "
+            "exchanges, so none of them can stay on the client; exchange what is trained"
+        )
+    return Split(method.payload, Layout(own))
