@@ -13,7 +13,7 @@ from fedhpc.config import load as load_config
 from fedhpc.report import costs
 from fedhpc.report.__main__ import main
 from fedhpc.report.plots import compared_loss
-from fedhpc.report.runs import Run, along, grouped, load_run
+from fedhpc.report.runs import LoadedRun, group_by_seed, lines_along, load_run
 from fedhpc.report.text import mean_and_half_width, t_975
 from fedhpc.results.progress import Progress, duration, line
 from fedhpc.results.results_file import CLIENTS, ROUNDS, Results
@@ -134,9 +134,9 @@ def test_results_over_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     runs = [make_run(tmp_path, f"fed-s{seed}", seed) for seed in range(2)]
     for seed, run in enumerate(runs):
         results = Results.read(run / "results.h5")
-        found = {"loss/mean": 1.0 + 0.1 * seed, "loss/worst_10_percent": 2.5, "loss/std": 0.25}
-        found |= {name.replace("loss", "loss_personal"): value / 2 for name, value in found.items()}
-        results.set_client_eval({"client_id": np.arange(2), "loss": np.ones(2)}, found)
+        summary = {"loss/mean": 1.0 + 0.1 * seed, "loss/worst_10_percent": 2.5, "loss/std": 0.25}
+        summary |= {name.replace("loss", "loss_personal"): value / 2 for name, value in summary.items()}
+        results.set_client_eval({"client_id": np.arange(2), "loss": np.ones(2)}, summary)
         results.write(run / "results.h5", complete=True)
     assert main([str(runs[0])]) == 0
     text = (runs[0] / "report" / "report.md").read_text()
@@ -183,7 +183,7 @@ def test_curves_of_many_groups_have_no_bands_and_their_names_outside(tmp_path: P
         for i in range(8)
         for seed in (0, 1)
     ]
-    few, many = compared_loss(grouped(runs[:14])), compared_loss(grouped(runs))
+    few, many = compared_loss(group_by_seed(runs[:14])), compared_loss(group_by_seed(runs))
     assert len(few.axes[0].collections) == len(few.axes[0].get_legend().get_texts()) == 7 and not few.legends
     assert len(many.axes[0].collections) == 0 and many.axes[0].get_legend() is None
     assert len(many.legends[0].get_texts()) == 8
@@ -228,7 +228,7 @@ def test_quantiles_of_students_t() -> None:
 def test_same_names_and_same_seeds_stay_apart(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", "demo")
     two = make_run(tmp_path / "b", "demo")
-    groups = grouped([load_run(one), load_run(two)])
+    groups = group_by_seed([load_run(one), load_run(two)])
     assert [g.label for g in groups] == [f"demo [{one}]", f"demo [{two}]"]
 
 
@@ -290,10 +290,10 @@ def test_what_was_spent_until_a_loss() -> None:
         "seconds": np.array([5.0, 1.0, 4.0, 1.0, 4.0]),
         "seconds_eval": np.array([5.0, 0.0, 3.0, 0.0, 3.0]),
     }
-    assert costs.until(rounds, 2.0) == costs.until(rounds, 2.9) == (2, 30, 380, 2.0)
-    assert costs.until(rounds, 1.9) == (4, 100, 780, 4.0)
-    assert costs.until(rounds, 3.0) == (0, 0, 0, 0.0)
-    assert costs.until(rounds, 0.9) is None
+    assert costs.cost_to_reach(rounds, 2.0) == costs.cost_to_reach(rounds, 2.9) == (2, 30, 380, 2.0)
+    assert costs.cost_to_reach(rounds, 1.9) == (4, 100, 780, 4.0)
+    assert costs.cost_to_reach(rounds, 3.0) == (0, 0, 0, 0.0)
+    assert costs.cost_to_reach(rounds, 0.9) is None
     assert costs.wire_seconds(12.5e6, costs.LINKS["100 Mbit/s"]) == 1.0
     assert costs.wire_seconds(12.5e6, costs.LINKS["10 GbE"]) == 0.01
 
@@ -346,11 +346,11 @@ def test_results_along_an_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_choice_without_the_option_is_on_the_axis_by_its_name() -> None:
-    def run(**partition: object) -> Run:
+    def run(**partition: object) -> LoadedRun:
         given = {"run": {"name": "any"}, "partition": partition, "method": {"name": "prefix"}}
-        return Run(Path("any"), Results({"seed": 0, "method": "prefix"}, ["loss"]), given)
+        return LoadedRun(Path("any"), Results({"seed": 0, "method": "prefix"}, ["loss"]), given)
 
     runs = [run(name="iid", num_clients=4), run(name="dirichlet", alpha=10, num_clients=4)]
     runs += [run(name="dirichlet", alpha=0.1, num_clients=4), run(name="dirichlet", alpha=0.1, num_clients=9)]
-    (line,) = along(runs, "partition.alpha")
+    (line,) = lines_along(runs, "partition.alpha")
     assert list(line.runs) == [0.1, 10, "iid"] and (line.key, line.reference) == ("partition.alpha", 0.1)

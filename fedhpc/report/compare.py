@@ -1,4 +1,4 @@
-"""The comparison of several runs."""
+"""Compares several runs: tables, CSV files and plots of their test results and costs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rich.console import Console
 from fedhpc.report import costs
 from fedhpc.report.plots import compared_loss, compared_test, plotted_axes
 from fedhpc.report.runs import (
-    Group,
-    Line,
-    Run,
-    along,
+    AxisLine,
+    LoadedRun,
+    SeedGroup,
     axis_metrics,
-    grouped,
+    group_by_seed,
+    lines_along,
     paired_differences,
     untouched_bases,
 )
-from fedhpc.report.single import over_clients
+from fedhpc.report.single import client_summary_grid
 from fedhpc.report.text import (
     NONE,
     Grid,
@@ -38,20 +38,21 @@ from fedhpc.report.text import (
 
 
 def compare(
-    runs: Sequence[Run],
+    runs: Sequence[LoadedRun],
     out: Path,
     console: Console,
     baseline: str | None = None,
     target: float | None = None,
     axes: Sequence[str] = (),
 ) -> list[Path]:
-    """The comparison on the terminal; comparison.md, CSV files and plots in `out`. The paths written.
+    """Show the comparison on the terminal and write comparison.md, CSV files and plots into `out`.
 
-    `baseline` is the label of the group that the others are compared with, the first one by default; `target` a
-    validation loss; `axes` keys of the configuration. UserError where there is no such group or no such axis.
+    `baseline` is the label of the group that the others are compared with, by default the first one. `target` is a
+    validation loss, and `axes` are keys of the configuration. Returns the paths written. UserError where there is no
+    such group or no such axis.
     """
-    groups = grouped(runs)
-    lines = [line for key in axes for line in along(runs, key)]
+    groups = group_by_seed(runs)
+    lines = [line for key in axes for line in lines_along(runs, key)]
     grids = [comparison(groups, "Test results")]
     reference, differing = paired_differences(groups, baseline)
     paired = baseline is not None or any(len(values) > 1 for _, _, values in differing)
@@ -59,7 +60,7 @@ def compare(
         grids.append(_differences(reference, differing))
     if target is not None:
         grids += [_efficiency(groups, target), _projection(groups, target)]
-    held_out = over_clients(groups)
+    held_out = client_summary_grid(groups)
     if held_out.rows:
         grids.append(held_out)
     grids += [_changes(key, [line for line in lines if line.key == key]) for key in axes]
@@ -90,18 +91,19 @@ def compare(
     return written
 
 
-def comparison(groups: Sequence[Group], title: str) -> Grid:
-    """A row for each group, and for the untouched base."""
+def comparison(groups: Sequence[SeedGroup], title: str) -> Grid:
+    """The table of test results: a row for each group, and one for each base model before training."""
     bases, missing = untouched_bases(groups), np.array([math.nan])
     names = in_order(*(run.metrics("test") for g in groups for run in g.runs), *(m for _, m in bases))
     rows = []
     for g in groups:
-        a = g.runs[0].results.attributes
-        about = [g.runs[0].mode, str(a.get("method", NONE)), str(len(g.runs))]
+        method = str(g.runs[0].results.attributes.get("method", NONE))
         rows.append(
             [
                 g.label,
-                *about,
+                g.runs[0].mode,
+                method,
+                str(len(g.runs)),
                 *(as_interval(g.test(name)) for name in names),
                 as_count(g.runs[0].parameters),
                 as_bytes(float(np.mean([run.bytes_per_client for run in g.runs]))),
@@ -112,11 +114,11 @@ def comparison(groups: Sequence[Group], title: str) -> Grid:
         rows.append(
             [label, NONE, NONE, NONE, *(as_interval(metrics.get(name, missing)) for name in names), "0", NONE, NONE]
         )
-    costs = ["trainable parameters", "bytes per client and round", "seconds"]
-    return Grid(title, ["run", "mode", "method", "seeds", *map(title_of, names), *costs], rows)
+    cost_titles = ["trainable parameters", "bytes per client and round", "seconds"]
+    return Grid(title, ["run", "mode", "method", "seeds", *map(title_of, names), *cost_titles], rows)
 
 
-def _differences(reference: Group, differing: Sequence[tuple[Group, str, np.ndarray]]) -> Grid:
+def _differences(reference: SeedGroup, differing: Sequence[tuple[SeedGroup, str, np.ndarray]]) -> Grid:
     names = list(dict.fromkeys(name for _, name, _ in differing))
     rows: dict[str, list[str]] = {}
     for group, _, values in differing:
@@ -127,8 +129,8 @@ def _differences(reference: Group, differing: Sequence[tuple[Group, str, np.ndar
     return Grid(title, ["run", "seeds in common", *map(title_of, names)], list(rows.values()))
 
 
-def _differences_csv(reference: Group, differing: Sequence[tuple[Group, str, np.ndarray]]) -> str:
-    """One line for each group and metric, full precision."""
+def _differences_csv(reference: SeedGroup, differing: Sequence[tuple[SeedGroup, str, np.ndarray]]) -> str:
+    """CSV with one line for each group and metric, in full precision."""
     columns: dict[str, list[Any]] = {}
     for group, name, values in differing:
         mean, half = mean_and_half_width(values)
@@ -138,13 +140,13 @@ def _differences_csv(reference: Group, differing: Sequence[tuple[Group, str, np.
     return as_csv(columns)
 
 
-def _efficiency(groups: Sequence[Group], target: float) -> Grid:
-    """Costs of a group; those to the target only where every seed got there."""
+def _efficiency(groups: Sequence[SeedGroup], target: float) -> Grid:
+    """The table of costs: overall, and up to the target where every seed of the group reached it."""
     rows = []
     for g in groups:
-        spent = [costs.until(run.rounds, target) for run in g.runs]
-        reached = [s for s in spent if s is not None]
-        there = reached if len(reached) == len(spent) else []
+        to_target = [costs.cost_to_reach(run.rounds, target) for run in g.runs]
+        reached = [cost for cost in to_target if cost is not None]
+        shown = reached if len(reached) == len(to_target) else []
         federated = g.runs[0].mode == "federated"
         rows.append(
             [
@@ -152,11 +154,11 @@ def _efficiency(groups: Sequence[Group], target: float) -> Grid:
                 as_count(g.runs[0].parameters),
                 *(as_bytes(_each_way(g, name) if federated else math.nan) for name in ("bytes_down", "bytes_up")),
                 as_interval(np.array([run.last_loss for run in g.runs])),
-                f"{len(reached)} of {len(spent)}",
-                as_interval(np.array([s.round for s in there]), digits=1),
-                as_interval(np.array([s.tokens for s in there]), digits=0),
-                as_bytes(float(np.mean([s.num_bytes for s in there])) if there and federated else math.nan),
-                as_interval(np.array([s.seconds for s in there]), digits=1),
+                f"{len(reached)} of {len(to_target)}",
+                as_interval(np.array([cost.round for cost in shown]), digits=1),
+                as_interval(np.array([cost.tokens for cost in shown]), digits=0),
+                as_bytes(float(np.mean([cost.num_bytes for cost in shown])) if shown and federated else math.nan),
+                as_interval(np.array([cost.seconds for cost in shown]), digits=1),
                 as_bytes(float(np.mean([run.rounds["peak_memory_bytes"].max() for run in g.runs]))),
             ]
         )
@@ -166,71 +168,72 @@ def _efficiency(groups: Sequence[Group], target: float) -> Grid:
     return Grid(title, [*header, *(f"{name} to it" for name in costly), "peak memory"], rows)
 
 
-def _projection(groups: Sequence[Group], target: float) -> Grid:
-    """Seconds on the wire of other links, a round and until the target."""
+def _projection(groups: Sequence[SeedGroup], target: float) -> Grid:
+    """The table of projected seconds on slower links: for a round, and up to the target."""
     rows = []
     for g in groups:
         if g.runs[0].mode != "federated":
             continue
-        spent = [costs.until(run.rounds, target) for run in g.runs]
-        there = [s.num_bytes for s in spent if s is not None] if None not in spent else []
+        to_target = [costs.cost_to_reach(run.rounds, target) for run in g.runs]
+        num_bytes = [cost.num_bytes for cost in to_target if cost is not None] if None not in to_target else []
         a_round = float(np.mean([run.bytes_per_round for run in g.runs]))
-        total = float(np.mean(there)) if there else math.nan
+        total = float(np.mean(num_bytes)) if num_bytes else math.nan
         seconds = [costs.wire_seconds(n, rate) for rate in costs.LINKS.values() for n in (a_round, total)]
         rows.append([g.label, as_bytes(a_round), *(NONE if math.isnan(s) else f"{s:.3g}" for s in seconds)])
-    links = [f"{link}: {what}" for link in costs.LINKS for what in ("a round", "to the target")]
+    links = [f"{link}: {span}" for link in costs.LINKS for span in ("a round", "to the target")]
     title = "Projected seconds on the wire: 8 x bytes / rate, the cohort's payloads through one link of the server"
     return Grid(title, ["run", "bytes per round", *links], rows)
 
 
-def _each_way(group: Group, column: str) -> float:
-    """Bytes per sampled client and round in one direction, the mean over the runs."""
+def _each_way(group: SeedGroup, column: str) -> float:
+    """Bytes per sampled client and round in one direction ("bytes_down" or "bytes_up"), averaged over the runs."""
     return float(np.mean([run.rounds[column].sum() / max(run.rounds["cohort_size"].sum(), 1) for run in group.runs]))
 
 
-def _efficiency_csv(groups: Sequence[Group], target: float) -> str:
-    """One line for each run, full precision; NaN where the target was not reached."""
+def _efficiency_csv(groups: Sequence[SeedGroup], target: float) -> str:
+    """CSV with one line for each run, in full precision; NaN where the target was not reached."""
     columns: dict[str, list[Any]] = {}
     for g in groups:
         for run in g.runs:
-            spent = costs.until(run.rounds, target) or costs.Spent(*[math.nan] * 4)  # type: ignore[arg-type]
+            cost = costs.cost_to_reach(run.rounds, target) or costs.Cost(*[math.nan] * 4)  # type: ignore[arg-type]
             row = {
                 **{"group": g.label, "run": run.name, "target_loss": target, "trainable_parameters": run.parameters},
-                **{f"{name}_per_client_and_round": _each_way(Group("", [run]), name) for name in
+                **{f"{name}_per_client_and_round": _each_way(SeedGroup("", [run]), name) for name in
                    ("bytes_down", "bytes_up")},
                 "last_validation_loss": run.last_loss,
-                **{f"{name}_to_target": value for name, value in spent._asdict().items()},
+                **{f"{name}_to_target": value for name, value in cost._asdict().items()},
                 "peak_memory_bytes": run.rounds["peak_memory_bytes"].max(),
             }  # fmt: skip
             for link, rate in costs.LINKS.items():
                 row[f"seconds_per_round_{link}"] = costs.wire_seconds(run.bytes_per_round, rate)
-                row[f"seconds_to_target_{link}"] = costs.wire_seconds(spent.num_bytes, rate)
+                row[f"seconds_to_target_{link}"] = costs.wire_seconds(cost.num_bytes, rate)
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
     return as_csv(columns)
 
 
-def _changes(key: str, lines: Sequence[Line]) -> Grid:
-    """Test results along an axis, what changed from the reference, and how much more than for the first line."""
+def _changes(key: str, lines: Sequence[AxisLine]) -> Grid:
+    """The table of test results along a key: at each value, minus the reference, and that minus the first line's."""
     names, rows = axis_metrics(lines), []
     for line in lines:
         for value, by_seed in line.runs.items():
             row = [line.label, str(value), str(len(by_seed))]
             for name in names:
                 row.append(as_interval(np.array([run.metrics("test").get(name, math.nan) for run in by_seed.values()])))
-                mine, other = line.changes(value, name), lines[0].changes(value, name) if value in lines[0].runs else {}
-                less = [mine[seed] - other[seed] for seed in mine if seed in other]
+                ours = line.changes(value, name)
+                firsts = lines[0].changes(value, name) if value in lines[0].runs else {}
+                beyond_first = [ours[seed] - firsts[seed] for seed in ours if seed in firsts]
                 changed = value != line.reference
-                row.append(as_interval(np.array(list(mine.values()))) if changed else NONE)
-                row.append(as_interval(np.array(less)) if changed and line is not lines[0] else NONE)
+                row.append(as_interval(np.array(list(ours.values()))) if changed else NONE)
+                row.append(as_interval(np.array(beyond_first)) if changed and line is not lines[0] else NONE)
             rows.append(row)
     change = f"change from {lines[0].reference}"
     header = [f"{title_of(name)}{more}" for name in names for more in ("", f": {change}", f": less {lines[0].label}'s")]
     return Grid(f"Along {key}", ["run", key, "seeds", *header], rows)
 
 
-def _axes_csv(lines: Sequence[Line]) -> str:
-    """One line for each run and axis, full precision."""
+def _axes_csv(lines: Sequence[AxisLine]) -> str:
+    """CSV with one line for each run and axis, in full precision."""
     columns: dict[str, list[Any]] = {}
     for line in lines:
         for value, by_seed in line.runs.items():
@@ -242,10 +245,10 @@ def _axes_csv(lines: Sequence[Line]) -> str:
     return as_csv(columns)
 
 
-def _comparison_csv(groups: Sequence[Group]) -> str:
-    """One line for each run, full precision."""
+def _comparison_csv(groups: Sequence[SeedGroup]) -> str:
+    """CSV with one line for each run, in full precision."""
     names = in_order(*(run.metrics("test") for g in groups for run in g.runs), *(m for _, m in untouched_bases(groups)))
-    over = dict.fromkeys(name for g in groups for run in g.runs for name in run.over_clients)
+    statistics = dict.fromkeys(name for g in groups for run in g.runs for name in run.client_summary)
     columns: dict[str, list[Any]] = {}
     for g in groups:
         for run in g.runs:
@@ -258,7 +261,7 @@ def _comparison_csv(groups: Sequence[Group]) -> str:
                 **{key: run.results.attributes.get(key, "") for key in ("mode", "method", "model", "seed")},
                 **{f"test_{name}": run.metrics("test").get(name, math.nan) for name in names},
                 **{f"base_{name}": run.metrics("base").get(name, math.nan) for name in names},
-                **{f"clients_{name.replace('/', '_')}": run.over_clients.get(name, math.nan) for name in over},
+                **{f"clients_{name.replace('/', '_')}": run.client_summary.get(name, math.nan) for name in statistics},
                 "trainable_parameters": run.parameters,
                 "bytes_per_client_and_round": run.bytes_per_client,
                 "seconds": run.seconds,

@@ -1,4 +1,4 @@
-"""What a run spent until it was good enough, and how long its bytes would take on other links.
+"""What a run cost until it reached a loss, and how long its bytes would take on slower links.
 
 The projection counts the time on the wire alone: one link at the server, through which the payloads of a cohort pass
 one after the other, without latency and without overlap with training.
@@ -14,8 +14,8 @@ import numpy as np
 LINKS = {"10 GbE": 10e9, "1 GbE": 1e9, "100 Mbit/s": 100e6}  # bits per second
 
 
-class Spent(NamedTuple):
-    """From the start to the end of a round."""
+class Cost(NamedTuple):
+    """What a run cost from its start to the end of one round."""
 
     round: int
     tokens: int  # supervised, in local training
@@ -23,24 +23,26 @@ class Spent(NamedTuple):
     seconds: float  # of the rounds, evaluation apart
 
 
-def until(rounds: Mapping[str, np.ndarray[Any, Any]], target: float) -> Spent | None:
-    """What it took to the first evaluated round whose validation loss is at most `target`; None if there is none.
+def cost_to_reach(rounds: Mapping[str, np.ndarray[Any, Any]], target: float) -> Cost | None:
+    """The cost up to the first evaluated round whose validation loss is at most `target`; None if there is none.
 
     rounds: the columns of /rounds.
     """
-    reached = np.flatnonzero(rounds["eval_loss"] <= target)  # NaN, not evaluated, is not
+    reached = np.flatnonzero(rounds["eval_loss"] <= target)  # False where the loss is NaN: not evaluated
     if not len(reached):
         return None
     end = int(reached[0]) + 1
-    spent = {name: rounds[name][:end].sum() for name in ("tokens", "bytes_down", "bytes_up", "seconds", "seconds_eval")}
-    return Spent(
+    totals = {
+        name: rounds[name][:end].sum() for name in ("tokens", "bytes_down", "bytes_up", "seconds", "seconds_eval")
+    }
+    return Cost(
         round=int(rounds["round"][end - 1]),
-        tokens=int(spent["tokens"]),
-        num_bytes=int(spent["bytes_down"] + spent["bytes_up"]),
-        seconds=float(spent["seconds"] - spent["seconds_eval"]),
+        tokens=int(totals["tokens"]),
+        num_bytes=int(totals["bytes_down"] + totals["bytes_up"]),
+        seconds=float(totals["seconds"] - totals["seconds_eval"]),
     )
 
 
 def wire_seconds(num_bytes: float, bits_per_second: float) -> float:
-    """Seconds that so many bytes take on a link: 8 bytes / rate."""
+    """How many seconds a number of bytes takes on a link: 8 bits a byte, divided by the rate."""
     return 8 * num_bytes / bits_per_second

@@ -1,4 +1,4 @@
-"""Plots. Only here is matplotlib used, and only when one is drawn."""
+"""Draws the plots of a report. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhpc.report.runs import Group, Line, Run, axis_metrics, order_of, untouched_bases
+from fedhpc.report.runs import AxisLine, LoadedRun, SeedGroup, axis_metrics, order_of, untouched_bases
 from fedhpc.report.text import as_number, in_order, mean_and_half_width, title_of, unit_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _by_round(axis: Any, last: int) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def learning_curve(run: Run) -> Any:
+def learning_curve(run: LoadedRun) -> Any:
     """Training and validation loss by round; a matplotlib Figure."""
     canvas, (axis,) = _axes()
     rounds = run.rounds
@@ -46,9 +46,9 @@ def learning_curve(run: Run) -> Any:
         ("train_loss", "training (clients' data)", COLOURS[1], None),
         ("eval_loss", "validation", COLOURS[0], "o"),
     ):
-        there = ~np.isnan(rounds[name])
-        marker = marker or ("." if there.sum() == 1 else None)
-        x, y = rounds["round"][there], rounds[name][there]
+        measured = ~np.isnan(rounds[name])
+        marker = marker or ("." if measured.sum() == 1 else None)
+        x, y = rounds["round"][measured], rounds[name][measured]
         axis.plot(x, y, color=colour, marker=marker, markersize=4, label=label, clip_on=False)
     _by_round(axis, run.results.num_rounds)
     axis.set_ylabel("loss [nats per token]")
@@ -57,7 +57,7 @@ def learning_curve(run: Run) -> Any:
     return canvas
 
 
-def metric_curves(run: Run) -> Any:
+def metric_curves(run: LoadedRun) -> Any:
     """Validation metrics by round; None without any."""
     rounds = run.rounds
     names = [n for n in rounds if n.startswith("eval_") and n != "eval_loss" and not np.isnan(rounds[n]).all()]
@@ -65,21 +65,22 @@ def metric_curves(run: Run) -> Any:
         return None
     canvas, axes = _axes(1, len(names), width=max(7.0, 3.5 * len(names)), height=3.4)
     for i, (axis, name) in enumerate(zip(axes, names, strict=True)):
-        there = ~np.isnan(rounds[name])
-        axis.plot(rounds["round"][there], rounds[name][there], "o-", ms=4, c=COLOURS[i % len(COLOURS)], clip_on=False)
+        x, y = rounds["round"], rounds[name]
+        measured = ~np.isnan(y)
+        axis.plot(x[measured], y[measured], "o-", ms=4, c=COLOURS[i % len(COLOURS)], clip_on=False)
         axis.set_title(title_of(name.removeprefix("eval_")), loc="left")
         _by_round(axis, run.results.num_rounds)
     canvas.suptitle(f"{run.name}: metrics on the validation subset", x=0.01, ha="left")
     return canvas
 
 
-def client_loss(run: Run) -> Any:
-    """The clients' last local losses by round, their median and spread; None without any."""
+def client_loss(run: LoadedRun) -> Any:
+    """Median and spread of the clients' last local losses by round; None without any."""
     clients = run.results.clients
-    used = (clients["status"] == 0) & ~np.isnan(clients["loss_last"])
-    if not used.any():
+    trained = (clients["status"] == 0) & ~np.isnan(clients["loss_last"])
+    if not trained.any():
         return None
-    numbers, losses = clients["round"][used], clients["loss_last"][used]
+    numbers, losses = clients["round"][trained], clients["loss_last"][trained]
     x = np.unique(numbers)
     low, first, middle, third, high = np.array([np.percentile(losses[numbers == t], (0, 25, 50, 75, 100)) for t in x]).T
     canvas, (axis,) = _axes()
@@ -93,8 +94,8 @@ def client_loss(run: Run) -> Any:
     return canvas
 
 
-def traffic(run: Run) -> Any:
-    """Protocol and wire bytes, added up over rounds; None where nothing travelled."""
+def traffic(run: LoadedRun) -> Any:
+    """Protocol and wire bytes, added up over the rounds; None where nothing was sent."""
     rounds = run.rounds
     total = max(float(rounds[name].sum()) for name in ("bytes_down", "bytes_up", "wire_bytes"))
     if total == 0:
@@ -115,7 +116,7 @@ def traffic(run: Run) -> Any:
     return canvas
 
 
-def seconds_of_rounds(run: Run) -> Any:
+def seconds_of_rounds(run: LoadedRun) -> Any:
     """Where the time of each round went; None where it was not measured."""
     rounds = run.rounds
     parts = [(p, rounds[f"seconds_{p}"]) for p in ("local", "eval", "broadcast", "reduce", "server")]
@@ -134,8 +135,8 @@ def seconds_of_rounds(run: Run) -> Any:
     return canvas
 
 
-def compared_loss(groups: Sequence[Group]) -> Any:
-    """Validation loss by round of every group; of more groups than colours the means alone."""
+def compared_loss(groups: Sequence[SeedGroup]) -> Any:
+    """Validation loss by round of every group; the means alone where there are more groups than colours."""
     crowded = len(groups) > len(COLOURS)
     canvas, (axis,) = _axes(width=9.5 if crowded else 7.5, height=4.2)
     for i, g in enumerate(groups):
@@ -157,8 +158,8 @@ def compared_loss(groups: Sequence[Group]) -> Any:
     return canvas
 
 
-def compared_test(groups: Sequence[Group]) -> Any:
-    """Test metrics of every group and of the untouched base; None without any."""
+def compared_test(groups: Sequence[SeedGroup]) -> Any:
+    """Test metrics of every group and of the base models before training; None without any."""
     names = in_order(*(run.metrics("test") for g in groups for run in g.runs))
     if not names:
         return None
@@ -171,8 +172,9 @@ def compared_test(groups: Sequence[Group]) -> Any:
         bars += [mean_and_half_width(metrics.get(name, np.array([math.nan]))) for _, metrics in bases]
         means, halves = np.array(bars).T
         axis.barh(labels, np.nan_to_num(means), color=colours, height=0.7)
-        known = np.isfinite(halves)
-        axis.errorbar(means[known], np.flatnonzero(known), xerr=halves[known], fmt="none", color="0.2", capsize=3)
+        has_interval = np.isfinite(halves)
+        x, rows = means[has_interval], np.flatnonzero(has_interval)
+        axis.errorbar(x, rows, xerr=halves[has_interval], fmt="none", color="0.2", capsize=3)
         reach = np.nan_to_num(means) + np.nan_to_num(halves)
         for y, (mean, end) in enumerate(zip(means, reach, strict=True)):
             axis.annotate(as_number(mean), (end, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
@@ -186,7 +188,7 @@ def compared_test(groups: Sequence[Group]) -> Any:
     return canvas
 
 
-def plotted_axes(keys: Sequence[str], lines: Sequence[Line]) -> Any:
+def plotted_axes(keys: Sequence[str], lines: Sequence[AxisLine]) -> Any:
     """Test metrics along the axes; None without any."""
     names = axis_metrics(lines)
     if not names:
@@ -194,12 +196,14 @@ def plotted_axes(keys: Sequence[str], lines: Sequence[Line]) -> Any:
     canvas, axes = _axes(len(names), len(keys), width=max(4.5, 2.9 * len(keys)), height=0.5 + 2.6 * len(names))
     labels = list(dict.fromkeys(line.label for line in lines))
     for i, (name, key) in enumerate((name, key) for name in names for key in keys):
-        axis, mine = axes[i], [line for line in lines if line.key == key]
-        values = sorted({value for line in mine for value in line.runs}, key=order_of)
-        for line in mine:
+        axis, lines_of_key = axes[i], [line for line in lines if line.key == key]
+        values = sorted({value for line in lines_of_key for value in line.runs}, key=order_of)
+        for line in lines_of_key:
             x = np.array([values.index(value) for value in line.runs])
-            results = [[run.metrics("test").get(name, math.nan) for run in of.values()] for of in line.runs.values()]
-            means, halves = np.array([mean_and_half_width(np.array(of)) for of in results]).T
+            results = [
+                [run.metrics("test").get(name, math.nan) for run in by_seed.values()] for by_seed in line.runs.values()
+            ]
+            means, halves = np.array([mean_and_half_width(np.array(of_value)) for of_value in results]).T
             j = labels.index(line.label)
             shift = 0.08 * (j - (len(labels) - 1) / 2)  # so that intervals do not hide each other
             axis.errorbar(

@@ -1,4 +1,4 @@
-"""The report of one run."""
+"""Reports on one run: its results, costs, events and generated texts as tables, CSV files and plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from fedhpc.report.plots import client_loss, learning_curve, metric_curves, seconds_of_rounds, traffic
-from fedhpc.report.runs import Group, Run
+from fedhpc.report.runs import LoadedRun, SeedGroup
 from fedhpc.report.text import (
     Grid,
     as_bytes,
@@ -24,18 +24,24 @@ from fedhpc.report.text import (
 )
 from fedhpc.results.progress import duration
 
-_TABLE_ROWS, _TABLE_COLUMNS = 12, 12  # of what is shown of an approach's own tables
+_TABLE_ROWS, _TABLE_COLUMNS = 12, 12  # largest size at which a table of /tables is shown, not just written as CSV
 
 
-def report_run(run: Run, out: Path, console: Console) -> list[Path]:
-    """Tables on the terminal; report.md, CSV files (/tables too) and plots in `out`. The paths written."""
+def report_run(run: LoadedRun, out: Path, console: Console) -> list[Path]:
+    """Show the tables on the terminal and write report.md, CSV files and plots into `out`; returns the paths."""
     rounds = run.rounds
-    grids = [_facts(run), _outcome(run), over_clients([Group(run.name, [run])]), _evaluations(run), _costs(run)]
+    grids = [
+        _facts(run),
+        _outcome(run),
+        client_summary_grid([SeedGroup(run.name, [run])]),
+        _evaluations(run),
+        _costs(run),
+    ]
     grids += [_table(name, columns) for name, columns in tables_of(run).items() if _short(columns)]
     for grid in grids:
         if grid.rows:
             console.print(grid.rich())
-    # After the tables, which need no matplotlib.
+    # Only now: the tables above are shown even where matplotlib is not installed.
     plots = [
         ("learning_curve.png", learning_curve(run)),
         ("metrics.png", metric_curves(run)),
@@ -65,7 +71,7 @@ def report_run(run: Run, out: Path, console: Console) -> list[Path]:
 
 
 def _short(columns: dict[str, np.ndarray]) -> bool:
-    """Whether a table can be read as it is; the others are in their CSV files."""
+    """Whether a table is small enough to be shown; larger ones are only written as CSV."""
     return 0 < len(next(iter(columns.values()))) <= _TABLE_ROWS and len(columns) <= _TABLE_COLUMNS
 
 
@@ -79,16 +85,16 @@ def _table(name: str, columns: dict[str, np.ndarray]) -> Grid:
     return Grid(title_of(name).capitalize(), [title_of(key) for key in keys], rows)
 
 
-def tables_of(run: Run) -> dict[str, dict[str, np.ndarray]]:
-    """What an approach has to tell beside the rest: table -> column -> values."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+def tables_of(run: LoadedRun) -> dict[str, dict[str, np.ndarray]]:
+    """The tables that the approach itself recorded (/tables in results.h5): table -> column -> values."""
+    tables: dict[str, dict[str, np.ndarray]] = {}
     for path, values in run.results.groups["tables"].items():
         name, _, column = path.partition("/")
-        found.setdefault(name, {})[column] = values
-    return found
+        tables.setdefault(name, {})[column] = values
+    return tables
 
 
-def _facts(run: Run) -> Grid:
+def _facts(run: LoadedRun) -> Grid:
     a = run.results.attributes
     rows = [["state", run.state]]
     rows += [[key.replace("_", " "), str(a[key])] for key in ("mode", "method", "model", "seed") if key in a]
@@ -99,25 +105,25 @@ def _facts(run: Run) -> Grid:
     return Grid(f"Run {run.name}", ["", "value"], rows, text=True)
 
 
-def _outcome(run: Run) -> Grid:
+def _outcome(run: LoadedRun) -> Grid:
     test, base = run.metrics("test"), run.metrics("base")
     rows = [[label, *(as_number(m.get(name)) for name in in_order(test, base))] for label, m in
             (("this run", test), ("untouched base", base)) if m]  # fmt: skip
     return Grid("Test", ["", *map(title_of, in_order(test, base))], rows)
 
 
-def over_clients(groups: Sequence[Group]) -> Grid:
-    """Per-client results, a row for each group and metric; every client counts once."""
+def client_summary_grid(groups: Sequence[SeedGroup]) -> Grid:
+    """The table of per-client results: a row for each group and metric, in which every client counts once."""
     rows = []
     for g in groups:
-        for metric in dict.fromkeys(name.partition("/")[0] for run in g.runs for name in run.over_clients):
-            values = [as_interval(g.over_clients(f"{metric}/{key}")) for key in ("mean", "worst_10_percent", "std")]
+        for metric in dict.fromkeys(name.partition("/")[0] for run in g.runs for name in run.client_summary):
+            values = [as_interval(g.client_summary(f"{metric}/{key}")) for key in ("mean", "worst_10_percent", "std")]
             rows.append([g.label, title_of(metric), *values])
     header = ["run", "metric", "mean", "worst 10 %", "standard deviation"]
     return Grid("Over clients, each on its own held-out data", header, rows)
 
 
-def _evaluations(run: Run) -> Grid:
+def _evaluations(run: LoadedRun) -> Grid:
     rounds = run.rounds
     metrics = [name for name in rounds if name.startswith("eval_") and not np.isnan(rounds[name]).all()]
     evaluated = np.flatnonzero(
@@ -133,7 +139,7 @@ def _evaluations(run: Run) -> Grid:
     return Grid("Evaluations", header, rows)
 
 
-def _costs(run: Run) -> Grid:
+def _costs(run: LoadedRun) -> Grid:
     r = {name: column[1:] for name, column in run.rounds.items()}
     if not len(r["round"]):
         return Grid("Costs", [], [])
@@ -158,7 +164,7 @@ def _costs(run: Run) -> Grid:
     return Grid("Costs", ["", "run", "per round"], rows)
 
 
-def _samples(run: Run) -> Grid:
+def _samples(run: LoadedRun) -> Grid:
     samples = run.results.groups["samples"]
     rows = [
         [str(prompt), " / ".join(json.loads(references)), str(text)]

@@ -1,4 +1,4 @@
-"""How numbers, tables and files of a report are written."""
+"""Formats the numbers, tables and files of a report."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Grid:
     text: bool = False  # all columns are text
 
     def rich(self) -> Table:
+        """The table for a terminal."""
         table = Table(title=escape(self.title), title_justify="left", title_style="bold")
         table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)  # narrow: comparisons have many columns
         for i, name in enumerate(self.header):
@@ -59,13 +60,14 @@ class Grid:
         return table
 
     def markdown(self) -> str:
+        """The table as a section of Markdown."""
         rule = [":--" if self.text or i == 0 else "--:" for i in range(len(self.header))]
         lines = [self.header, rule, *([_cell(value) for value in row] for row in self.rows)]
         return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
 
 
 def console() -> Console:
-    """The standard output, wide enough for tables where it is no terminal."""
+    """A console on standard output, 160 columns wide where that is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
@@ -78,7 +80,10 @@ def mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
 
 
 def t_975(degrees: int) -> float:
-    """The 0.975 quantile of Student's t; beyond the table by Cornish and Fisher's expansion around the normal one."""
+    """The 0.975 quantile of Student's t distribution with `degrees` degrees of freedom.
+
+    Beyond T_975 it is Cornish and Fisher's expansion around the normal quantile.
+    """
     if degrees <= len(T_975):
         return T_975[degrees - 1]
     z = 1.959964
@@ -86,7 +91,7 @@ def t_975(degrees: int) -> float:
 
 
 def as_interval(values: np.ndarray, digits: int | None = None) -> str:
-    """Mean ± half width of `values`; the mean alone where there is one."""
+    """The mean ± half its confidence interval, like "1.310 ± 0.025"; a single value without an interval."""
     mean, half = mean_and_half_width(values)
     if math.isnan(half):
         return as_number(mean, digits)
@@ -94,7 +99,7 @@ def as_interval(values: np.ndarray, digits: int | None = None) -> str:
 
 
 def as_number(value: float | None, digits: int | None = None) -> str:
-    """Four significant digits, or `digits` decimals."""
+    """A number with about four significant digits, or with `digits` decimals; "–" for None and NaN."""
     if value is None or math.isnan(value):
         return NONE
     return f"{value:,.{_digits(value) if digits is None else digits}f}"
@@ -105,12 +110,12 @@ def _digits(value: float) -> int:
 
 
 def as_count(value: float) -> str:
-    """A whole number with thousands apart."""
+    """A whole number with separators, like "24,576"; "–" for NaN."""
     return NONE if math.isnan(value) else f"{round(value):,}"
 
 
 def unit_of(value: float) -> tuple[float, str]:
-    """The binary unit that suits a number of bytes, and its size."""
+    """The largest binary unit that a number of bytes fills, as (bytes in the unit, its name)."""
     for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if value >= 1024**power:
             return 1024.0**power, name
@@ -118,7 +123,7 @@ def unit_of(value: float) -> tuple[float, str]:
 
 
 def as_bytes(value: float) -> str:
-    """A number of bytes in its unit."""
+    """A number of bytes in a fitting unit, like "182.4 KiB"; "–" for NaN."""
     if math.isnan(value):
         return NONE
     unit, name = unit_of(value)
@@ -126,12 +131,12 @@ def as_bytes(value: float) -> str:
 
 
 def title_of(metric: str) -> str:
-    """How a metric is called."""
+    """The name of a metric as readers know it, like "BLEU" for bleu."""
     return TITLES.get(metric, metric.replace("_", " "))
 
 
 def in_order(*metrics: Mapping[str, Any]) -> list[str]:
-    """All metric names, the known ones in the order of TITLES."""
+    """The metric names of all mappings: first the known ones in the order of TITLES, then the others by name."""
     names = {name for m in metrics for name in m}
     return [name for name in TITLES if name in names] + sorted(names - set(TITLES))
 
@@ -141,7 +146,7 @@ def _cell(text: str) -> str:
 
 
 def as_csv(columns: Mapping[str, Any]) -> str:
-    """Equally long columns as CSV."""
+    """Columns of equal length as CSV text."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -150,6 +155,6 @@ def as_csv(columns: Mapping[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file; its path."""
+    """Write a text file and return its path."""
     path.write_text(text, encoding="utf-8")
     return path
