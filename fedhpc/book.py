@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedhpc import registry
 from fedhpc.approaches.base import Approach
 from fedhpc.evaluation.evaluate import Outcome
 from fedhpc.results import run_directory
@@ -79,7 +80,8 @@ def attributes(approach: Approach, world_size: int, transport: str) -> dict[str,
 
 def new_results(approach: Approach, world_size: int, transport: str) -> Results:
     """Empty results with the attributes and the partition of a run."""
-    results = Results(attributes(approach, world_size, transport), approach.config.evaluation.metrics)
+    metrics = [registry.short_name(name) for name in approach.config.evaluation.metrics]
+    results = Results(attributes(approach, world_size, transport), metrics)
     population, train = approach.data.population, approach.data.train
     if population.assignment is not None:
         indices, offsets = population.assignment

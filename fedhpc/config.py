@@ -272,7 +272,7 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration") -> Config:
         values["client"] = values["client"].model_copy(update={"epochs": 1})
     for key in ("metrics", "test_metrics"):
         for name in getattr(values["evaluation"], key) or []:
-            registry.load("metrics", name, f"{where}: evaluation.{key}")
+            registry.choice("metrics", name, f"{where}: evaluation.{key}")
     config = Config.model_construct(**values)
     _cross_check(config, where)
     return config
@@ -282,18 +282,22 @@ def _cross_check(config: Config, where: str) -> None:
     """What no single key can tell."""
     for key in ("metrics", "test_metrics"):
         metrics = getattr(config.evaluation, key) or []
-        if len(set(metrics)) < len(metrics):
+        if len({registry.short_name(name) for name in metrics}) < len(metrics):
             raise UserError(f"{where}: evaluation.{key} names a metric twice")
-        if {"accuracy", "macro_f1"} & set(metrics) and config.data.label is None:
-            raise UserError(f"{where}: evaluation.{key} has accuracy or macro_f1, which need data.label (a column)")
-    divided = config.mode != "centralized"  # one owner of all data needs no partition
-    if divided and config.partition.name == "natural" and config.data.client is None:
-        raise UserError(f"{where}: partition.name natural needs data.client (the column that names the owner)")
-    if divided and config.partition.name in ("dirichlet", "shard") and config.data.label is None:
-        raise UserError(
-            f"{where}: partition.name {config.partition.name} skews labels and needs data.label (a column); "
-            "without labels use iid or quantity_skew"
-        )
+        of_labels = [name for name in metrics if registry.choice("metrics", name).needs == "labels"]
+        if of_labels and config.data.label is None:
+            raise UserError(f"{where}: evaluation.{key} has {of_labels[0]}, which needs data.label (a column)")
+    if config.mode != "centralized":  # one owner of all data needs no partition
+        partitioner = registry.choice("partitioners", config.partition.name)
+        if partitioner.needs_owners and config.data.client is None:
+            raise UserError(
+                f"{where}: partition.name {config.partition.name} needs data.client (the column that names the owner)"
+            )
+        if partitioner.needs_labels and config.data.label is None:
+            raise UserError(
+                f"{where}: partition.name {config.partition.name} skews labels and needs data.label (a column); "
+                "without labels use iid or quantity_skew"
+            )
     if config.server.aggregator == "fednova" and config.client.optimizer != "sgd":
         raise UserError(
             f"{where}: server.aggregator fednova is defined for updates that are sums of gradients, which those of "

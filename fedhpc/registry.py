@@ -183,6 +183,11 @@ def _class(base_path: str, module: ModuleType, label: str) -> type[Any]:
     return next(iter(classes.values()))
 
 
+def short_name(name: str) -> str:
+    """A choice's name in tables and columns: of a plugin the name of its file, without folders."""
+    return Path(name).stem if name.endswith(".py") else name.rpartition(".")[2]
+
+
 # ---------------------------------------------------------------- plugins
 
 

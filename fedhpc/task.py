@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fedhpc import registry
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.data.templates import parse
@@ -68,14 +69,16 @@ def load_task(
 def _label_targets(config: Config, kind: Kind, loaded: Data) -> list[str] | None:
     """The rendered target of every label, between which accuracy decides; a head has the labels themselves."""
     evaluation = config.evaluation
-    if not {"accuracy", "macro_f1"} & {*evaluation.metrics, *evaluation.metrics_of_test}:
+    metrics = {*evaluation.metrics, *evaluation.metrics_of_test}
+    of_labels = sorted(name for name in metrics if registry.choice("metrics", name).needs == "labels")
+    if not of_labels:
         return None
     if not kind.has_target:
         return loaded.train.label_names
     target = parse(config.data.target, "data.target")
     if list(target.columns) != [config.data.label]:
         raise UserError(
-            "evaluation.metrics: accuracy and macro_f1 choose between labels, so data.target must be made of the label "
-            f"alone, like ' {{{config.data.label}}}'"
+            f"evaluation.metrics: {of_labels[0]} is of choices between labels, so data.target must be made of the "
+            f"label alone, like ' {{{config.data.label}}}'"
         )
     return [target.render({str(config.data.label): name}) for name in loaded.train.label_names]

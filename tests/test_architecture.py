@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -254,15 +255,13 @@ def test_a_choice_is_complete(family: str, name: str) -> None:
         "client_optimizers": ("state_names", "step"),
         "server_optimizers": ("initial_state", "step"),
         "transforms": ("on_client",),
-        "metrics": ("NEEDS", "compute"),
-        "proposers": ("PROPOSER",),
     }
     for attribute in needed.get(family, ()):
         assert hasattr(module, attribute), f"{family}/{name} has no {attribute}"
     if family == "methods":
         assert hasattr(module, "METHOD") or registry.approach(module)
-    if family == "partitioners":
-        assert hasattr(module, "partition") or hasattr(module, "draw")
+    if family in ("metrics", "partitioners", "proposers"):
+        assert not inspect.isabstract(registry.choice(family, name))
     if family == "aggregators":
         assert hasattr(module, "weights" if module.LINEAR else "combine")
 

@@ -25,22 +25,21 @@ EVERY = Outputs(
 
 
 def compute(name: str, outputs: Outputs) -> float:
-    return float(registry.load(FAMILY, name).compute(outputs))
+    return float(registry.choice(FAMILY, name)().compute(outputs))
 
 
 @pytest.mark.parametrize("name", registry.names(FAMILY))
 def test_every_metric_says_what_it_needs(name: str) -> None:
-    module = registry.load(FAMILY, name)
-    assert module.NEEDS in ("losses", "labels", "texts", "rankings")
-    assert isinstance(module.HIGHER_IS_BETTER, bool)
-    assert issubclass(module.Options, registry.Section)
+    metric = registry.choice(FAMILY, name)
+    assert metric.needs in ("losses", "labels", "texts", "rankings")
+    assert isinstance(metric.higher_is_better, bool)
     assert math.isfinite(compute(name, EVERY))
 
 
-def test_options_need_no_heavy_import() -> None:
+def test_metrics_need_no_heavy_import() -> None:
     code = (
         "import sys; from fedhpc import registry\n"
-        f"for name in registry.names({FAMILY!r}): registry.options({FAMILY!r}, name)\n"
+        f"for name in registry.names({FAMILY!r}): registry.choice({FAMILY!r}, name)\n"
         "assert not {'torch', 'transformers', 'sacrebleu', 'rouge_score', 'nltk'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import pytest
 
 from fedhpc import registry
-from fedhpc.data.partitioners.base import limited, raised
+from fedhpc.config import resolve
+from fedhpc.data.partitioners.base import Partitioner, limited, raised
 from fedhpc.errors import UserError
 
 FAMILY = "partitioners"
 NAMES = registry.names(FAMILY)
-DIVIDING = [n for n in NAMES if hasattr(registry.load(FAMILY, n), "partition")]
-DRAWING = [n for n in NAMES if hasattr(registry.load(FAMILY, n), "draw")]
+DRAWING = ["virtual"]
+DIVIDING = [n for n in NAMES if n not in DRAWING]
 WITH_CLIENTS = [n for n in DIVIDING if "num_clients" in registry.options(FAMILY, n).model_fields]
+
+
+@dataclass
+class Rows:
+    """What a partitioner sees of the training examples."""
+
+    num_examples: int
+    labels: np.ndarray | None = None
+    owners: np.ndarray | None = None
+
+    def __len__(self):
+        return self.num_examples
+
+    @property
+    def owner_names(self):
+        return [] if self.owners is None else [str(i) for i in range(self.owners.max() + 1)]
+
+
+def partitioner(name, seed=0, **options):
+    cls = registry.choice(FAMILY, name)
+    return cls(cls.Options(**options), seed)
 
 
 def sample(num_examples, classes=6):
@@ -30,21 +53,19 @@ def sample(num_examples, classes=6):
 
 def divide(name, num_examples, seed=0, **options):
     labels, owners = sample(num_examples)
-    module = registry.load(FAMILY, name)
-    return module.partition(num_examples, labels, owners, module.Options(**options), seed), labels
+    return partitioner(name, seed, **options).partition(Rows(num_examples, labels, owners)), labels
 
 
 def client_sets(assignment):
     return np.split(assignment.indices, assignment.offsets[1:-1])
 
 
-def test_every_file_has_options_and_one_function():
+def test_every_file_has_one_partitioner():
     assert {"iid", "dirichlet", "quantity_skew", "shard", "natural", "virtual"} <= set(NAMES)
     for name in NAMES:
-        module = registry.load(FAMILY, name)
-        assert issubclass(module.Options, registry.Section)
-        assert module.__doc__
-        assert hasattr(module, "partition") != hasattr(module, "draw")
+        cls = registry.choice(FAMILY, name)
+        assert issubclass(cls, Partitioner) and cls.__doc__
+        assert issubclass(registry.options(FAMILY, name), registry.Section)
 
 
 @pytest.mark.parametrize("name", DIVIDING)
@@ -109,9 +130,9 @@ def test_any_alpha_divides(name, alpha):
 
 @pytest.mark.parametrize("name", ["dirichlet", "shard"])
 def test_label_skew_needs_labels(name):
-    module = registry.load(FAMILY, name)
-    with pytest.raises(UserError, match=r"data\.label"):
-        module.partition(100, None, None, module.Options(), 0)
+    assert registry.choice(FAMILY, name).needs_labels
+    with pytest.raises(UserError, match=rf"partition\.name {name} skews labels and needs data\.label"):
+        resolve({"partition": {"name": name}})
 
 
 def test_iid_sizes_differ_by_at_most_one():
@@ -134,10 +155,10 @@ def test_dirichlet_skew_grows_as_alpha_falls():
 
 def test_dirichlet_shares_have_the_variance_of_the_distribution():
     # A class of m examples over N clients: E[share] = 1/N, Var[share] = (1/N)(1 - 1/N) / (N alpha + 1).
-    module = registry.load(FAMILY, "dirichlet")
     clients, alpha, count = 10, 0.5, 2000
-    options, labels = module.Options(num_clients=clients, alpha=alpha), np.zeros(count, np.int32)
-    shares = [np.diff(module.partition(count, labels, None, options, s).offsets) / count for s in range(200)]
+    rows = Rows(count, np.zeros(count, np.int32))
+    draws = [partitioner("dirichlet", s, num_clients=clients, alpha=alpha).partition(rows) for s in range(200)]
+    shares = [np.diff(draw.offsets) / count for draw in draws]
     expected = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
     assert np.var(shares) == pytest.approx(expected, rel=0.15)
 
@@ -153,38 +174,41 @@ def test_quantity_skew_leaves_labels_alone():
 
 
 def test_shards_hold_few_labels():
-    module = registry.load(FAMILY, "shard")
     labels = np.repeat(np.arange(10, dtype=np.int32), 100)
-    assignment = module.partition(1000, labels, None, module.Options(num_clients=50), 0)
+    assignment = partitioner("shard", num_clients=50).partition(Rows(1000, labels))
     assert set(np.diff(assignment.offsets)) == {20}
     assert max(len(set(labels[mine])) for mine in client_sets(assignment)) <= 2
     with pytest.raises(UserError, match="shards_per_client"):
-        module.partition(1000, labels, None, module.Options(num_clients=50, shards_per_client=21), 0)
+        partitioner("shard", num_clients=50, shards_per_client=21).partition(Rows(1000, labels))
 
 
 def test_natural_clients_are_the_owners():
-    module = registry.load(FAMILY, "natural")
-    owners = np.array([2, 0, 2, 3, 0, 2], np.int32)
-    assignment = module.partition(6, None, owners, module.Options(), 0)
+    rows = Rows(6, owners=np.array([2, 0, 2, 3, 0, 2], np.int32))
+    assignment = partitioner("natural").partition(rows)
     assert [list(mine) for mine in client_sets(assignment)] == [[1, 4], [], [0, 2, 5], [3]]
+    assert partitioner("natural").client_names(rows) == ["0", "1", "2", "3"]
     with pytest.raises(UserError, match=r"data\.client"):
-        module.partition(6, None, None, module.Options(), 0)
+        resolve({"partition": {"name": "natural"}})
 
 
 @pytest.mark.parametrize("name", DRAWING)
 def test_drawn_clients_cost_nothing_until_asked_for(name):
-    module = registry.load(FAMILY, name)
-    options = module.Options(num_clients=2_000_000_000, examples_per_client=10)
-    far = module.draw(100, options, 0, 1_999_999_999)
-    assert np.array_equal(far, module.draw(100, options, 0, 1_999_999_999))
+    def drawn(seed):
+        population = partitioner(name, seed, num_clients=2_000_000_000, examples_per_client=10).partition(Rows(100))
+        assert (population.num_clients, population.size) == (2_000_000_000, 10)
+        return population.draw
+
+    draw = drawn(0)
+    far = draw(1_999_999_999)
+    assert np.array_equal(far, draw(1_999_999_999))
     assert (np.diff(far) > 0).all()
     assert far[0] >= 0 and far[-1] < 100
-    assert not np.array_equal(far, module.draw(100, options, 1, 1_999_999_999))
-    assert not np.array_equal(far, module.draw(100, options, 0, 1_999_999_998))
-    used = np.bincount(np.concatenate([module.draw(100, options, 0, c) for c in range(2000)]), minlength=100)
+    assert not np.array_equal(far, drawn(1)(1_999_999_999))
+    assert not np.array_equal(far, draw(1_999_999_998))
+    used = np.bincount(np.concatenate([draw(c) for c in range(2000)]), minlength=100)
     assert used.min() > 140 and used.max() < 260  # 200 expected, standard deviation 13
     with pytest.raises(UserError, match="examples_per_client: 10, but there are only 9"):
-        module.draw(9, options, 0, 0)
+        partitioner(name, examples_per_client=10).partition(Rows(9))
 
 
 def test_raised_moves_no_more_than_is_missing():
@@ -205,7 +229,7 @@ def test_raised_moves_no_more_than_is_missing():
 def test_partitioners_are_light():
     code = (
         "import sys; from fedhpc import registry; import fedhpc.data; "
-        f"[registry.load('{FAMILY}', n) for n in registry.names('{FAMILY}')]; "
+        f"[registry.choice('{FAMILY}', n) for n in registry.names('{FAMILY}')]; "
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'h5py') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

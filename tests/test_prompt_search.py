@@ -173,10 +173,10 @@ def builtin() -> Any:
 
 @pytest.mark.parametrize("name", registry.names("proposers"))
 def test_a_proposer_follows_from_its_draws_and_changes_something(name: str, builtin: Any) -> None:
-    module = registry.load("proposers", name)
+    cls = registry.choice("proposers", name)
     words = tuple(tuple(group) for group in WORDS.values())
     space = Space(writer_of(builtin), tuple(TEXTS), (" it is a", ""), words, 2, ("random", "short"))
-    proposer = module.PROPOSER(module.Options(), space, builtin)
+    proposer = cls(cls.Options(), space, builtin)
     shared = [Shared("an input", 1), Shared("another", 0)]
     first, again, other = (proposer.propose(space.hand_written(), shared, 40, generator(s, "x")) for s in (0, 0, 1))
     assert first == again

@@ -69,7 +69,7 @@ class Approach(ABC):
     def __init__(self, task: Task) -> None:
         self.config, self.base, self.data = task.config, task.base, task.data
         for name in (*task.config.evaluation.metrics, *task.config.evaluation.metrics_of_test):
-            needed = registry.load("metrics", name).NEEDS
+            needed = registry.choice("metrics", name).needs
             if needed not in self.base.kind.answers | self.answers:
                 raise UserError(
                     f"evaluation.metrics: {name} is of {needed}, which method.name {task.config.method.name} of "

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fedhpc import config
+from fedhpc import config, registry
 from fedhpc.data import sources
 from fedhpc.data.partitioners.base import Int32
+from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Table
 from fedhpc.data.templates import Template, parse
@@ -154,7 +155,7 @@ def _read_splits(
         )
     if public is not None:
         tables["train"], tables["public"] = _public_rows(settings, public, shared, tables, messages)
-    if settings.partition.name == "natural":
+    if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
         tables["train"], owner_names = owners_kept(settings, tables["train"], owner_names, messages)
     return {split: tables[split] for split in ("train", "validation", "test", "public") if split in tables}, owner_names
 

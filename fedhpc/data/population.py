@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from fedhpc import config, registry
-from fedhpc.data.partitioners.base import Assignment, Int64, limited
+from fedhpc.data.partitioners.base import Assignment, Draws, Int64, Partitioner, limited
 from fedhpc.data.tokens import Examples
 from fedhpc.rng import generator
 
@@ -37,21 +36,14 @@ class Population:
         """The population that `partition` makes of the training data; UserError where it cannot."""
         options, seed = settings.partition, settings.run.seed
         fraction = settings.evaluation.client_fraction
-        module = registry.load("partitioners", options.name, "partition.name")
-        if hasattr(module, "draw"):
-            draw: Callable[[int], Int64] = partial(module.draw, len(train), options, seed)
-            drawn = len(draw(0))  # raises what would be wrong with every client
-            return cls(options.num_clients, seed, fraction, draw=draw, drawn=drawn)
-        indices, offsets = module.partition(len(train), train.labels, train.owners, options, seed)
-        names = None
-        if options.name == "natural":
-            names = train.owner_names
-            # Owners after the last one with an example have none.
-            offsets = np.append(offsets, np.full(len(names) + 1 - len(offsets), offsets[-1]))
-        assignment = Assignment(indices, offsets)
-        if options.max_examples is not None:
-            assignment = limited(assignment, options.max_examples, seed)
-        return cls(len(offsets) - 1, seed, fraction, assignment, names=names)
+        partitioner: Partitioner = registry.choice("partitioners", options.name, "partition.name")(options, seed)
+        made = partitioner.partition(train)
+        if isinstance(made, Draws):
+            return cls(made.num_clients, seed, fraction, draw=made.draw, drawn=made.size)
+        limit = getattr(options, "max_examples", None)
+        assignment = made if limit is None else limited(made, limit, seed)
+        names = partitioner.client_names(train)
+        return cls(len(assignment.offsets) - 1, seed, fraction, assignment, names=names)
 
     @classmethod
     def single(cls, settings: config.Config, train: Examples) -> Population:

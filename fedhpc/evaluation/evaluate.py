@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedhpc import registry
 from fedhpc.config import Evaluation
 from fedhpc.data.tokens import Examples, group_references
-from fedhpc.evaluation.metrics.base import Outputs
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models import Base, autocast
@@ -80,8 +80,8 @@ def evaluate(
     metrics on labels. Classifiers write no texts, so no samples.
     """
     started = time.perf_counter()
-    modules = {name: registry.load("metrics", name, "evaluation.metrics") for name in metrics}
-    needs = {module.NEEDS for module in modules.values()}
+    chosen: dict[str, Metric] = {registry.short_name(name): registry.choice("metrics", name)() for name in metrics}
+    needs = {metric.needs for metric in chosen.values()}
     count = 1 if method is None else len(payloads)
     work = _Work(base, method, payloads, options.batch_size, precision, transport)
     outputs: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def evaluate(
     if transport.rank != 0:
         return None
     all_outputs = Outputs(**outputs)
-    values = {name: float(module.compute(all_outputs)) for name, module in modules.items()}
+    values = {name: float(metric.compute(all_outputs)) for name, metric in chosen.items()}
     return Outcome(values, kept, per_payload, time.perf_counter() - started)
 
 
@@ -228,12 +228,12 @@ def over_clients(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in columns:
         metric = name.removesuffix("_personal")
-        if metric not in ("loss", "accuracy"):
+        if metric not in registry.names("metrics"):
             continue
         values = columns[name][columns["num_examples"] > 0]
         if not len(values):
             values = np.array([np.nan])
-        worst_first = np.sort(values) if metric == "accuracy" else -np.sort(-values)
+        worst_first = np.sort(values) if registry.choice("metrics", metric).higher_is_better else -np.sort(-values)
         if np.isnan(values).any():
             worst_first = np.full(len(values), np.nan)  # a client whose fine-tuning diverged is not left out
         worst = worst_first[: math.ceil(len(values) / 10)]

@@ -78,7 +78,7 @@ class Classification(Kind):
                 "of an example"
             )
         for name in {*config.evaluation.metrics, *config.evaluation.metrics_of_test}:
-            if registry.load("metrics", name).NEEDS not in self.answers:
+            if registry.choice("metrics", name).needs not in self.answers:
                 raise UserError(
                     f"evaluation.metrics: {name} is of generated texts and a classifier writes none; "
                     "use loss, accuracy, macro_f1"

@@ -82,7 +82,7 @@ class Embedding(Kind):
                 f"or another model.task with {config.method.name}"
             )
         for name in {*config.evaluation.metrics, *config.evaluation.metrics_of_test}:
-            if registry.load("metrics", name).NEEDS not in self.answers:
+            if registry.choice("metrics", name).needs not in self.answers:
                 raise UserError(
                     f"evaluation.metrics: an encoder of sentences has no {name}; use loss, and method.name rag with "
                     "method.retriever for what a search with it finds"

@@ -144,7 +144,7 @@ class PromptSearch(Scoring):
         self._check_lengths()
         self.rungs = rungs(options.population, options.survivors, options.eta, options.examples)
         self.proposers: list[Proposer] = [
-            registry.load("proposers", one.name).PROPOSER(one, self.space, self.base) for one in options.proposers
+            registry.choice("proposers", one.name)(one, self.space, self.base) for one in options.proposers
         ]
         self._first = self._initial()
         #: The rung and the candidates of the round that is going on.
@@ -361,8 +361,8 @@ class PromptSearch(Scoring):
             self._of_prompt(transport, c, self.data.validation, evaluation.metrics, evaluation.max_examples)
             for c in [self.plain, *written, best]
         ]
-        name = evaluation.metrics[0]
-        sign = -1 if registry.load("metrics", name).HIGHER_IS_BETTER else 1
+        first = evaluation.metrics[0]
+        name, sign = registry.short_name(first), -1 if registry.choice("metrics", first).higher_is_better else 1
         order = np.argsort([sign * one.metrics[name] for one in validated[1:-1] if one], kind="stable")
         places = transport.broadcast_json([int(i) for i in order[:1]])  # of the best hand-written one, if there is one
         prompts = [self.plain, *(written[i] for i in places), best]

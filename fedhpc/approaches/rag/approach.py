@@ -124,7 +124,8 @@ class Rag(Approach):
         if set(self._template.columns) != {"passage"}:
             raise UserError(f"method.context: must hold {{passage}} and no other column, got {options.context!r}")
         metrics = {*self.config.evaluation.metrics, *self.config.evaluation.metrics_of_test}
-        if self.corpus.gold is None and (ranking := {"recall", "mrr"} & metrics):
+        ranking = {name for name in metrics if registry.choice("metrics", name).needs == "rankings"}
+        if self.corpus.gold is None and ranking:
             raise UserError(
                 f"evaluation.metrics: {min(ranking)} needs method.gold, the column of data.test that names the right "
                 "passage"
@@ -420,9 +421,9 @@ class Rag(Approach):
 
     def _rankings(self, names: Sequence[str], ranks: Int64) -> dict[str, float]:
         """Those of the metrics `names` that are of rankings."""
-        modules = {name: registry.load("metrics", name) for name in names}
         outputs = Outputs(ranks=ranks)
-        return {name: float(m.compute(outputs)) for name, m in modules.items() if m.NEEDS == "rankings"}
+        classes = {registry.short_name(name): registry.choice("metrics", name) for name in names}
+        return {name: float(cls().compute(outputs)) for name, cls in classes.items() if cls.needs == "rankings"}
 
     def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
         """Metrics of rankings over the questions asked so far; texts are written at the end alone."""
@@ -567,7 +568,7 @@ class Rag(Approach):
         options, test = self.config.evaluation, self.data.test
         of = {str(test.prompts[first]): text for (first, _), text in zip(self._items, contexts, strict=True)}  # type: ignore[index]
         prompts = [of[prompt] + prompt for prompt in test.prompts or []]
-        metrics = [m for m in options.metrics_of_test if registry.load("metrics", m).NEEDS != "rankings"]
+        metrics = [m for m in options.metrics_of_test if registry.choice("metrics", m).needs != "rankings"]
         return evaluate(
             self.base,
             *self._model,

@@ -77,7 +77,7 @@ class Options(Section):
                 "every client: use natural, iid or another partition"
             )
         for metric in (*config.evaluation.metrics, *config.evaluation.metrics_of_test):
-            if registry.load("metrics", metric).NEEDS == "labels":
+            if registry.choice("metrics", metric).needs == "labels":
                 return (
                     f"evaluation.metrics: {metric} is of labels, and method.name rag answers in text: use exact_match, "
                     "f1, contains, recall or mrr"

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedhpc import config
+from fedhpc import config, registry
 from fedhpc.data import sources
 from fedhpc.data.load import Data, ids_of, owners_kept
+from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Located, Source, Table
 from fedhpc.data.templates import Template, parse
@@ -66,7 +67,7 @@ def load_passages(
     table = sources.read_table(source, _found(source, data, "train"), wanted)
     owner_names = sorted({row[data.client] for row in table.rows}) if data.client is not None else []
     texts_by_id = _by_id(table, render, columns.passage_id) if columns.gold is not None else {}
-    if settings.partition.name == "natural":
+    if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
         table, owner_names = owners_kept(settings, table, owner_names, messages)
     passages = [render.render(row) for row in table.rows]
     label_names = sorted({row[data.label] for row in table.rows}) if data.label is not None else []

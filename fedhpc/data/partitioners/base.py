@@ -1,14 +1,14 @@
-"""What the partitioners share.
+"""A partitioner says which training examples each client holds.
 
-A file of this folder has a class `Options(Section)` and one of two functions:
-- `partition(num_examples, labels, owners, options, seed) -> Assignment`: every example to exactly one client
-  (`max_examples` is for the population to apply);
-- `draw(num_examples, options, seed, client) -> int64[k]`: the examples of one client, made when asked for.
+Most divide the examples among the clients (`Assignment`); `virtual` has clients draw theirs when asked (`Draws`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,27 @@ class Assignment(NamedTuple):
     offsets: Int64  # [N + 1]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Each of N clients draws `size` examples when asked for, ascending; clients may overlap."""
+
+    num_clients: int
+    size: int
+    draw: Callable[[int], Int64]  # client -> int64 [size]
+
+
+class Rows(Protocol):
+    """What a partitioner sees of the training examples: how many they are, and their labels and owners."""
+
+    def __len__(self) -> int: ...
+    @property
+    def labels(self) -> Int32 | None: ...  # [n]; the class of each, where data.label is given
+    @property
+    def owners(self) -> Int32 | None: ...  # [n]; positions in owner_names, where data.client is given
+    @property
+    def owner_names(self) -> list[str]: ...
+
+
 class Limited(Section):
     """Options of every partitioner that divides the examples."""
 
@@ -40,6 +61,38 @@ class Clients(Limited):
 
     num_clients: int = Field(20, ge=1, description="number of clients (N)")
     min_examples: int = Field(1, ge=1, description="training examples that every client has at least")
+
+
+class Partitioner(ABC):
+    """Says which training examples each client holds. A file of this folder has one class derived from this."""
+
+    Options: ClassVar[type[Section]] = Clients
+
+    #: Whether it needs the examples' labels (data.label) or owners (data.client).
+    needs_labels: ClassVar[bool] = False
+    needs_owners: ClassVar[bool] = False
+
+    def __init__(self, options: Any, seed: int) -> None:
+        self.options, self.seed = options, seed
+
+    @abstractmethod
+    def partition(self, rows: Rows) -> Assignment | Draws:
+        """Every example to exactly one client, or a draw for each client.
+
+        The same for the same rows, options and seed. `max_examples` of an assignment is applied by the caller.
+        UserError where the examples do not suffice.
+        """
+
+    def client_names(self, rows: Rows) -> list[str] | None:
+        """What the clients are called, where they have names."""
+        return None
+
+
+def given(ids: Int32 | None) -> Int32:
+    """The labels or owners that a partitioner has said it needs."""
+    if ids is None:
+        raise ValueError("these rows have no labels or owners; needs_labels and needs_owners say what is needed")
+    return ids
 
 
 def grouped(client_of: npt.NDArray[np.signedinteger], num_clients: int) -> Assignment:

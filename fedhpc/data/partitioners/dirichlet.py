@@ -12,31 +12,33 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from fedhpc.data.partitioners.base import Assignment, Clients, Int32, Int64, check_size, with_minimum
-from fedhpc.errors import UserError
+from fedhpc.data.partitioners.base import Assignment, Clients, Int64, Partitioner, Rows, check_size, given, with_minimum
 from fedhpc.rng import generator
 
 
-class Options(Clients):
-    alpha: float = Field(0.5, gt=0, description="concentration; small: few classes per client, large: even")
+class Dirichlet(Partitioner):
+    """Divides every class of examples unevenly, so that clients differ in labels and in size."""
 
+    class Options(Clients):
+        alpha: float = Field(0.5, gt=0, description="concentration; small: few classes per client, large: even")
 
-def partition(num_examples: int, labels: Int32 | None, owners: Int32 | None, options: Options, seed: int) -> Assignment:
-    """Clients left below the minimum get examples of the largest ones; nothing is drawn again."""
-    if labels is None:
-        raise UserError("partition.name dirichlet skews labels and needs data.label (a column)")
-    check_size(num_examples, options)
-    order = generator(seed, "partition:dirichlet").permutation(num_examples)
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    client_of: Int64 = np.empty(num_examples, np.int64)
-    start = 0
-    for label, count in enumerate(np.bincount(labels)):
-        share = generator(seed, "partition:dirichlet:class", label).dirichlet(
-            np.full(options.num_clients, options.alpha)
-        )
-        ends = np.rint(np.cumsum(share) * count).astype(np.int64)
-        ends[-1] = count
-        members = by_class[start : start + count]
-        client_of[members] = np.searchsorted(ends, np.arange(count), side="right")
-        start += count
-    return with_minimum(client_of, order, options)
+    needs_labels = True
+
+    def partition(self, rows: Rows) -> Assignment:
+        """Clients left below the minimum get examples of the largest ones; nothing is drawn again."""
+        options, seed, num_examples, labels = self.options, self.seed, len(rows), given(rows.labels)
+        check_size(num_examples, options)
+        order = generator(seed, "partition:dirichlet").permutation(num_examples)
+        by_class = order[np.argsort(labels[order], kind="stable")]
+        client_of: Int64 = np.empty(num_examples, np.int64)
+        start = 0
+        for label, count in enumerate(np.bincount(labels)):
+            share = generator(seed, "partition:dirichlet:class", label).dirichlet(
+                np.full(options.num_clients, options.alpha)
+            )
+            ends = np.rint(np.cumsum(share) * count).astype(np.int64)
+            ends[-1] = count
+            members = by_class[start : start + count]
+            client_of[members] = np.searchsorted(ends, np.arange(count), side="right")
+            start += count
+        return with_minimum(client_of, order, options)

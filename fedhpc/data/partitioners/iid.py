@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedhpc.data.partitioners.base import Assignment, Clients, Int32, Int64, check_size, grouped
+from fedhpc.data.partitioners.base import Assignment, Int64, Partitioner, Rows, check_size, grouped
 from fedhpc.rng import generator
 
 
-class Options(Clients):
-    pass
+class IID(Partitioner):
+    """Deals the examples out evenly, in random order."""
 
-
-def partition(num_examples: int, labels: Int32 | None, owners: Int32 | None, options: Options, seed: int) -> Assignment:
-    """Sizes that differ by at most one."""
-    check_size(num_examples, options)
-    client_of: Int64 = np.empty(num_examples, np.int64)
-    order = generator(seed, "partition:iid").permutation(num_examples)
-    client_of[order] = np.arange(num_examples) * options.num_clients // num_examples
-    return grouped(client_of, options.num_clients)
+    def partition(self, rows: Rows) -> Assignment:
+        """Sizes that differ by at most one."""
+        check_size(len(rows), self.options)
+        client_of: Int64 = np.empty(len(rows), np.int64)
+        order = generator(self.seed, "partition:iid").permutation(len(rows))
+        client_of[order] = np.arange(len(rows)) * self.options.num_clients // len(rows)
+        return grouped(client_of, self.options.num_clients)

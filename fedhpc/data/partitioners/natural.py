@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedhpc.data.partitioners.base import Assignment, Int32, Limited, grouped
+from fedhpc.data.partitioners.base import Assignment, Limited, Partitioner, Rows, given, grouped
 from fedhpc.errors import UserError
 
 
-class Options(Limited):
-    min_examples: int = Field(0, ge=0, description="owners with fewer examples are left out, data and all")
+class Natural(Partitioner):
+    """Makes one client of each owner that the data names."""
 
+    class Options(Limited):
+        min_examples: int = Field(0, ge=0, description="owners with fewer examples are left out, data and all")
 
-def partition(num_examples: int, labels: Int32 | None, owners: Int32 | None, options: Options, seed: int) -> Assignment:
-    """Client i is owner i, up to the last owner that has an example.
+    needs_owners = True
 
-    Owners below `min_examples` are gone before this: fedhpc.data leaves their rows out when it reads them.
-    """
-    if owners is None or num_examples == 0:
-        raise UserError("partition.name natural needs data.client (the column that names the owner)")
-    return grouped(owners, int(owners.max()) + 1)
+    def partition(self, rows: Rows) -> Assignment:
+        """Client i is owner i; an owner may have no example.
+
+        Owners below `min_examples` are gone before this: fedhpc.data leaves their rows out when it reads them.
+        """
+        if not len(rows):
+            raise UserError("data.train: there is no training example left")
+        return grouped(given(rows.owners), len(rows.owner_names))
+
+    def client_names(self, rows: Rows) -> list[str]:
+        return rows.owner_names

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedhpc.data.partitioners.base import Int64
+from fedhpc.data.partitioners.base import Draws, Int64, Partitioner, Rows
 from fedhpc.errors import UserError
 from fedhpc.registry import Section
 from fedhpc.rng import generator
 
 
-class Options(Section):
-    num_clients: int = Field(20, ge=1, lt=2**31, description="number of clients (N)")
-    examples_per_client: int = Field(32, ge=1, description="training examples of every client")
+class Virtual(Partitioner):
+    """Draws the examples of a client when it is sampled, from a population of any size."""
 
+    class Options(Section):
+        num_clients: int = Field(20, ge=1, lt=2**31, description="number of clients (N)")
+        examples_per_client: int = Field(32, ge=1, description="training examples of every client")
 
-def draw(num_examples: int, options: Options, seed: int, client: int) -> Int64:
-    """int64[examples_per_client], ascending, without repeats within the client."""
-    if options.examples_per_client > num_examples:
-        raise UserError(
-            f"partition.examples_per_client: {options.examples_per_client}, but there are only "
-            f"{num_examples} training examples; use at most {num_examples}"
-        )
-    chosen: Int64 = generator(seed, "partition:virtual", client).choice(
-        num_examples, options.examples_per_client, replace=False, shuffle=False
-    )
-    chosen.sort()
-    return chosen
+    def partition(self, rows: Rows) -> Draws:
+        """`examples_per_client` examples of each client, without repeats within a client."""
+        size, num_examples = self.options.examples_per_client, len(rows)
+        if size > num_examples:
+            raise UserError(
+                f"partition.examples_per_client: {size}, but there are only {num_examples} training examples; "
+                f"use at most {num_examples}"
+            )
+
+        def draw(client: int) -> Int64:
+            rng = generator(self.seed, "partition:virtual", client)
+            chosen: Int64 = rng.choice(num_examples, size, replace=False, shuffle=False)
+            chosen.sort()
+            return chosen
+
+        return Draws(self.options.num_clients, size, draw)

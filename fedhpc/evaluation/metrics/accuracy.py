@@ -6,17 +6,15 @@ The prediction is the label whose rendered target has the highest log-likelihood
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "labels"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class Accuracy(Metric):
+    """How often the most likely label is the right one."""
 
+    needs = "labels"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The mean of prediction == label."""
-    return float((outputs.predictions == outputs.labels).mean())
+    def compute(self, outputs: Outputs) -> float:
+        """The mean of prediction == label."""
+        return float((outputs.predictions == outputs.labels).mean())

@@ -1,15 +1,11 @@
-"""What a metric file has to say.
-
-- `Options`: its keys in the configuration (none so far).
-- `NEEDS`: the part of `Outputs` it is computed from: "losses", "labels", "texts" or "rankings".
-- `HIGHER_IS_BETTER`.
-- `compute(outputs) -> float`.
-"""
+"""A metric computes one number from what the model did with the evaluated items."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +30,19 @@ class Outputs:
     references: Sequence[Sequence[str]] = ()
     # rankings: one per question: the rank, from 1, of the first passage that is right; 0: none of those found is
     ranks: NDArray[np.int64] = field(default_factory=_none)
+
+
+class Metric(ABC):
+    """One number that says how well a model did. A file of this folder has one class derived from this."""
+
+    #: The part of `Outputs` that it is computed from.
+    needs: ClassVar[Literal["losses", "labels", "texts", "rankings"]]
+    #: Whether the larger of two values is the better one.
+    higher_is_better: ClassVar[bool]
+
+    @abstractmethod
+    def compute(self, outputs: Outputs) -> float:
+        """The number; `outputs` has at least one item."""
 
 
 def columns(references: Sequence[Sequence[str]]) -> list[list[str | None]]:

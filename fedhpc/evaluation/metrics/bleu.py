@@ -4,19 +4,17 @@ their references."""
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Outputs, columns
-from fedhpc.registry import Section
-
-NEEDS = "texts"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs, columns
 
 
-class Options(Section):
-    pass
+class Bleu(Metric):
+    """How many word sequences the texts share with their references, over the whole corpus."""
 
+    needs = "texts"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """Corpus BLEU of the texts against all references of each."""
-    from sacrebleu.metrics import BLEU
+    def compute(self, outputs: Outputs) -> float:
+        """Corpus BLEU of the texts against all references of each."""
+        from sacrebleu.metrics import BLEU
 
-    return float(BLEU().corpus_score(list(outputs.texts), columns(outputs.references)).score)
+        return float(BLEU().corpus_score(list(outputs.texts), columns(outputs.references)).score)

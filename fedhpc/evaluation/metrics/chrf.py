@@ -3,19 +3,17 @@ default. With several references the best one of each item counts."""
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Outputs, columns
-from fedhpc.registry import Section
-
-NEEDS = "texts"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs, columns
 
 
-class Options(Section):
-    pass
+class ChrF(Metric):
+    """How many character sequences the texts share with their references, over the whole corpus."""
 
+    needs = "texts"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """Corpus chrF of the texts against all references of each."""
-    from sacrebleu.metrics import CHRF
+    def compute(self, outputs: Outputs) -> float:
+        """Corpus chrF of the texts against all references of each."""
+        from sacrebleu.metrics import CHRF
 
-    return float(CHRF().corpus_score(list(outputs.texts), columns(outputs.references)).score)
+        return float(CHRF().corpus_score(list(outputs.texts), columns(outputs.references)).score)

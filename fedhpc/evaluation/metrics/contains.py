@@ -4,19 +4,17 @@ punctuation and articles: for models that answer in sentences, where exact match
 from __future__ import annotations
 
 from fedhpc.evaluation.metrics._answers import within, words
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "texts"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class Contains(Metric):
+    """How often a text contains one of its references."""
 
+    needs = "texts"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The mean over items of any reference in the text."""
-    pairs = zip(outputs.texts, outputs.references, strict=True)
-    right = [any(within(words(reference), words(text)) for reference in references) for text, references in pairs]
-    return sum(right) / len(right)
+    def compute(self, outputs: Outputs) -> float:
+        """The mean over items of any reference in the text."""
+        pairs = zip(outputs.texts, outputs.references, strict=True)
+        right = [any(within(words(reference), words(text)) for reference in references) for text, references in pairs]
+        return sum(right) / len(right)

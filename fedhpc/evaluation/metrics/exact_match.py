@@ -4,19 +4,17 @@ and articles (SQuAD; Rajpurkar et al. 2016, arXiv 1606.05250, section 6.1)."""
 from __future__ import annotations
 
 from fedhpc.evaluation.metrics._answers import words
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "texts"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class ExactMatch(Metric):
+    """How often a text equals one of its references."""
 
+    needs = "texts"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The mean over items of text == any reference."""
-    pairs = zip(outputs.texts, outputs.references, strict=True)
-    right = [any(words(text) == words(reference) for reference in references) for text, references in pairs]
-    return sum(right) / len(right)
+    def compute(self, outputs: Outputs) -> float:
+        """The mean over items of text == any reference."""
+        pairs = zip(outputs.texts, outputs.references, strict=True)
+        right = [any(words(text) == words(reference) for reference in references) for text, references in pairs]
+        return sum(right) / len(right)

@@ -7,22 +7,20 @@ from __future__ import annotations
 from collections import Counter
 
 from fedhpc.evaluation.metrics._answers import words
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "texts"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class F1(Metric):
+    """How much the words of a text overlap with those of its best reference."""
 
+    needs = "texts"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The mean over items of the largest F1 over the item's references."""
-    pairs = zip(outputs.texts, outputs.references, strict=True)
-    scores = [max(_f1(words(text), words(reference)) for reference in references) for text, references in pairs]
-    return sum(scores) / len(scores)
+    def compute(self, outputs: Outputs) -> float:
+        """The mean over items of the largest F1 over the item's references."""
+        pairs = zip(outputs.texts, outputs.references, strict=True)
+        scores = [max(_f1(words(text), words(reference)) for reference in references) for text, references in pairs]
+        return sum(scores) / len(scores)
 
 
 def _f1(found: list[str], wanted: list[str]) -> float:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "losses"
-HIGHER_IS_BETTER = False
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class Loss(Metric):
+    """How unlikely the model finds the right tokens, on average."""
 
+    needs = "losses"
+    higher_is_better = False
 
-def compute(outputs: Outputs) -> float:
-    """Sum over all tokens of all examples, divided by their number: long examples weigh more."""
-    return outputs.nll_sum / outputs.tokens
+    def compute(self, outputs: Outputs) -> float:
+        """Sum over all tokens of all examples, divided by their number: long examples weigh more."""
+        return outputs.nll_sum / outputs.tokens

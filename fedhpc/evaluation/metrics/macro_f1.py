@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "labels"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class MacroF1(Metric):
+    """How well labels are predicted, every class counting the same."""
 
+    needs = "labels"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The mean over classes of 2 hits / (times labelled + times predicted)."""
-    labels, predictions = outputs.labels, outputs.predictions
-    size = int(max(labels.max(), predictions.max())) + 1
-    hits = np.bincount(labels[labels == predictions], minlength=size)
-    total = np.bincount(labels, minlength=size) + np.bincount(predictions, minlength=size)
-    seen = total > 0
-    return float((2 * hits[seen] / total[seen]).mean())
+    def compute(self, outputs: Outputs) -> float:
+        """The mean over classes of 2 hits / (times labelled + times predicted)."""
+        labels, predictions = outputs.labels, outputs.predictions
+        size = int(max(labels.max(), predictions.max())) + 1
+        hits = np.bincount(labels[labels == predictions], minlength=size)
+        total = np.bincount(labels, minlength=size) + np.bincount(predictions, minlength=size)
+        seen = total > 0
+        return float((2 * hits[seen] / total[seen]).mean())

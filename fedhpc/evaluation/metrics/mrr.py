@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "rankings"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class MRR(Metric):
+    """How far up in the list of passages the first right one stands."""
 
+    needs = "rankings"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The mean of 1 / rank."""
-    ranks = outputs.ranks.astype(np.float64)
-    return float(np.divide(1.0, ranks, out=np.zeros_like(ranks), where=ranks > 0).mean())
+    def compute(self, outputs: Outputs) -> float:
+        """The mean of 1 / rank."""
+        ranks = outputs.ranks.astype(np.float64)
+        return float(np.divide(1.0, ranks, out=np.zeros_like(ranks), where=ranks > 0).mean())

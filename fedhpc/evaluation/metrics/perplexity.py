@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedhpc.evaluation.metrics import loss
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "losses"
-HIGHER_IS_BETTER = False
+from fedhpc.evaluation.metrics.base import Metric, Outputs
+from fedhpc.evaluation.metrics.loss import Loss
 
 
-class Options(Section):
-    pass
+class Perplexity(Metric):
+    """Between how many equally likely tokens the model seems to choose."""
 
+    needs = "losses"
+    higher_is_better = False
 
-def compute(outputs: Outputs) -> float:
-    """exp(loss); infinite where a diverged model's loss exceeds what a float64 can hold."""
-    with np.errstate(over="ignore"):
-        return float(np.exp(loss.compute(outputs)))
+    def compute(self, outputs: Outputs) -> float:
+        """exp(loss); infinite where a diverged model's loss exceeds what a float64 can hold."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(Loss().compute(outputs)))

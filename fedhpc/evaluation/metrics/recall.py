@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "rankings"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class Recall(Metric):
+    """How often the right passage is among those that are returned."""
 
+    needs = "rankings"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The share of questions with a rank."""
-    return float((outputs.ranks > 0).mean())
+    def compute(self, outputs: Outputs) -> float:
+        """The share of questions with a rank."""
+        return float((outputs.ranks > 0).mean())

@@ -3,24 +3,22 @@ rouge-score computes it without stemming. The best reference of each item counts
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.registry import Section
-
-NEEDS = "texts"
-HIGHER_IS_BETTER = True
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
-class Options(Section):
-    pass
+class RougeL(Metric):
+    """How long the common word sequence of a text and its best reference is."""
 
+    needs = "texts"
+    higher_is_better = True
 
-def compute(outputs: Outputs) -> float:
-    """The mean over items of the largest F1 over the item's references."""
-    from rouge_score.rouge_scorer import RougeScorer
+    def compute(self, outputs: Outputs) -> float:
+        """The mean over items of the largest F1 over the item's references."""
+        from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
-    scores = [
-        scorer.score_multi(references, text)["rougeL"].fmeasure
-        for text, references in zip(outputs.texts, outputs.references, strict=True)
-    ]
-    return float(sum(scores) / len(scores))
+        scorer = RougeScorer(["rougeL"])
+        scores = [
+            scorer.score_multi(references, text)["rougeL"].fmeasure
+            for text, references in zip(outputs.texts, outputs.references, strict=True)
+        ]
+        return float(sum(scores) / len(scores))

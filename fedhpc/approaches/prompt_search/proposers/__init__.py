@@ -1,1 +1,1 @@
-"""Where new candidate prompts come from, one file each (method.proposers): `Options` and `PROPOSER`."""
+"""Where new candidate prompts come from, one file each (method.proposers)."""

@@ -1,21 +1,27 @@
-"""What a proposer of prompts has to say: new candidates, from those that did best."""
+"""A proposer makes new candidate prompts from those that did best."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space
+from fedhpc.registry import Section
 
 if TYPE_CHECKING:
     from fedhpc.models import Base
 
 
 class Proposer(ABC):
-    """Runs on the server. It sees no data but what clients have shared."""
+    """Makes new candidate prompts, on the server. It sees no data but what clients have shared.
+
+    A file of this folder has one class derived from this.
+    """
+
+    Options: ClassVar[type[Section]] = Section
 
     def __init__(self, options: Any, space: Space, base: Base) -> None:
         self.options, self.space, self.base = options, space, base

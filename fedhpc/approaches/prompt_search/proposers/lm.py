@@ -22,23 +22,22 @@ else:
     torch = lazy("torch")
 
 
-class Options(Section):
-    request: str | None = Field(
-        None, description="text with {instruction}, whose continuation is the new one; null: its first words go on"
-    )
-    temperature: float = Field(0.8, gt=0, description="of the draws; small: the likeliest words")
-    max_tokens: int = Field(16, ge=1, description="tokens drawn for a candidate; it ends with its first line")
-
-    @field_validator("request")
-    @classmethod
-    def _has_a_place(cls, request: str | None) -> str | None:
-        if request is not None and "{instruction}" not in request:
-            raise ValueError("has no {instruction}, the place of the one to be reworded")
-        return request
-
-
 class LanguageModel(Proposer):
-    """See the module."""
+    """Lets the base model write new instructions."""
+
+    class Options(Section):
+        request: str | None = Field(
+            None, description="text with {instruction}, whose continuation is the new one; null: its first words go on"
+        )
+        temperature: float = Field(0.8, gt=0, description="of the draws; small: the likeliest words")
+        max_tokens: int = Field(16, ge=1, description="tokens drawn for a candidate; it ends with its first line")
+
+        @field_validator("request")
+        @classmethod
+        def _has_a_place(cls, request: str | None) -> str | None:
+            if request is not None and "{instruction}" not in request:
+                raise ValueError("has no {instruction}, the place of the one to be reworded")
+            return request
 
     def propose(
         self, parents: Sequence[Candidate], shared: Sequence[Shared], count: int, draws: np.random.Generator
@@ -68,6 +67,3 @@ class LanguageModel(Proposer):
             if instruction:
                 found.append(replace(parent, instruction=instruction))
         return found
-
-
-PROPOSER = LanguageModel

@@ -17,12 +17,13 @@ from fedhpc.registry import Section
 _SENTENCE = re.compile(r"(?<=[.!?:])\s+")
 
 
-class Options(Section):
-    crossover: float = Field(0.3, ge=0, le=1, description="share of candidates that are recombined from two parents")
-
-
 class Templates(Proposer):
-    """See the module."""
+    """Edits and recombines the candidates, word by word."""
+
+    class Options(Section):
+        crossover: float = Field(
+            0.3, ge=0, le=1, description="share of candidates that are recombined from two parents"
+        )
 
     def propose(
         self, parents: Sequence[Candidate], shared: Sequence[Shared], count: int, draws: np.random.Generator
@@ -130,6 +131,3 @@ def _rearranged(
         place = int(draws.integers(len(now)))
         return (*now[:place], *now[place + 1 :])
     return tuple(now[i] for i in draws.permutation(len(now)))
-
-
-PROPOSER = Templates
