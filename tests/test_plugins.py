@@ -1,0 +1,152 @@
+"""Choices from a folder outside the package: whole small federations with them, and what a wrong one says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from fedhpc import registry
+from fedhpc.config import resolve
+from fedhpc.errors import UserError
+from tests.federations import federate, settings
+
+LABELS = {
+    "data": {"prompt": "{mr} is a", "target": " {label}", "label": "label", "client": "client"},
+    "method": {"name": "prefix", "num_virtual_tokens": 2},
+    "partition": {"name": "iid", "num_clients": 4},
+    "federation": {"rounds": 2, "cohort_size": 3},
+    "client": {"steps": 1, "batch_size": 2, "lr": 0.01},
+    "evaluation": {"every": 1, "max_examples": 24, "test_max_examples": 24, "samples": 0},
+}
+
+MCC = '''
+"""The correlation of labels and predictions (Matthews 1975), of several classes (Gorodkin 2004)."""
+
+import numpy as np
+
+from fedhpc.evaluation.metrics.base import Metric, Outputs
+
+
+class MCC(Metric):
+    """How far predictions and labels agree beyond chance, -1 to 1."""
+
+    needs = "labels"
+    higher_is_better = True
+
+    def compute(self, outputs: Outputs) -> float:
+        classes = max(outputs.labels.max(), outputs.predictions.max()) + 1
+        right = np.eye(classes)[outputs.labels] - np.eye(classes)[outputs.labels].mean(axis=0)
+        said = np.eye(classes)[outputs.predictions] - np.eye(classes)[outputs.predictions].mean(axis=0)
+        size = np.sqrt((right**2).sum() * (said**2).sum())
+        return float((right * said).sum() / size) if size else 0.0
+'''
+
+BY_LENGTH = '''
+"""Clients in the order of the labels, of equal size."""
+
+import numpy as np
+from pydantic import Field
+
+from fedhpc.data.partitioners.base import Assignment, Partitioner, Rows, grouped
+from fedhpc.registry import Section
+
+
+class Sorted(Partitioner):
+    """Sorts the examples by label and cuts the row into equal pieces."""
+
+    class Options(Section):
+        pieces: int = Field(3, ge=1, description="number of clients")
+
+    needs_labels = True
+
+    def partition(self, rows: Rows) -> Assignment:
+        owner = np.empty(len(rows), np.int64)
+        owner[np.argsort(rows.labels, kind="stable")] = np.arange(len(rows)) * self.options.pieces // len(rows)
+        return grouped(owner, self.options.pieces)
+'''
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def put(name: str, text: str) -> None:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def finals(folder: str) -> dict[str, np.ndarray]:
+    with h5py.File(Path(folder) / "results.h5") as file:
+        return {f"{group}/{name}": file[group][name][()] for group in ("final", "test") for name in file[group]}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_metric_of_labels_and_a_partitioner(tmp_path: Path) -> None:
+    put("mcc.py", MCC)
+    put("divide/by_label.py", BY_LENGTH)
+    tree = {
+        **LABELS,
+        "partition": {"name": "./divide/by_label.py", "pieces": 4},
+        "evaluation": {**LABELS["evaluation"], "metrics": ["loss", "./mcc.py"], "test_metrics": ["mcc.py", "accuracy"]},
+    }
+    for ranks in (1, 3):
+        config = settings(tmp_path / f"run{ranks}", tree)
+        assert resolve(config.model_dump(mode="json")) == config
+        federate(config, ranks)
+    same(finals("run1"), finals("run3"))
+    assert -1 <= finals("run1")["test/mcc"] <= 1
+    with h5py.File(tmp_path / "run1" / "results.h5") as file:
+        assert np.isfinite(file["rounds"]["eval_mcc"][()]).all()
+        counts = file["partition"]["label_counts"][()]
+    assert ((counts > 0).sum(axis=0) <= 2).all()  # each label lies with one or two neighbours
+
+
+WRONG = {
+    "no such file": ("./none.py", None, "there is no file 'none.py'"),
+    "no such module": ("pkg.none", None, "there is no module 'pkg.none'"),
+    "an unknown name": ("accurcy", None, "unknown value 'accurcy'; did you mean 'accuracy'?"),
+    "a mistake in its text": ("./m.py", "class (", r"./m.py cannot be imported: SyntaxError: .*\(line 1\)"),
+    "a mistake in its import": ("./m.py", "x = 1\nimport nothing_like_it", r"No module named 'nothing_like_it' \(m"),
+    "no class": ("./m.py", "x = 1", "./m.py has no class derived from fedhpc.evaluation.metrics.base.Metric"),
+    "two classes": ("./m.py", MCC + MCC.replace("MCC(", "Other("), r"several classes .*Metric \(MCC, Other\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_plugin_is_one_line(case: str) -> None:
+    name, text, words = WRONG[case]
+    if text is not None:
+        put("m.py", text)
+    with pytest.raises(UserError, match=rf"^configuration: evaluation\.metrics: .*{words}") as caught:
+        resolve({"evaluation": {"metrics": [name]}, "data": {"label": "label", "client": "client"}})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_and_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("site/ours/mcc.py", MCC)
+    put("site/ours-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")
+    entries = "site/ours-1.0.dist-info/entry_points.txt"
+    put(entries, "[fedhpc.metrics]\nmatthews = ours.mcc:MCC\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
+    assert registry.choice("metrics", "matthews") is registry.choice("metrics", "ours.mcc")
+    assert "matthews" in registry.names("metrics")
+    assert registry.source_hash("metrics", "matthews") == registry.source_hash("metrics", "site/ours/mcc.py")
+    assert registry.source_hash("metrics", "accuracy") is None
+    put("other/more-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: more\nVersion: 1.0\n")
+    put("other/more-1.0.dist-info/entry_points.txt", "[fedhpc.metrics]\naccuracy = ours.mcc\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "other")])
+    with pytest.raises(UserError, match="'accuracy' is a choice of fedhpc and an entry point of more too"):
+        registry.choice("metrics", "accuracy")
+    assert registry.choice("metrics", "loss")
