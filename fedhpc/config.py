@@ -198,11 +198,6 @@ class Config(Section):
         """Whether control variates are kept: a client alone has no drift, c_i is c."""
         return bool(self.client.scaffold) and self.mode == "federated"
 
-    @property
-    def keeps_client_state(self) -> bool:
-        """Whether clients keep something from round to round (fedhpc.training.client_state)."""
-        return self.mode != "federated" or self.corrects_drift or bool(self.personalization.parts)
-
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; loading it gives an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
@@ -298,10 +293,12 @@ def _cross_check(config: Config, where: str) -> None:
                 f"{where}: partition.name {config.partition.name} skews labels and needs data.label (a column); "
                 "without labels use iid or quantity_skew"
             )
-    if config.server.aggregator == "fednova" and config.client.optimizer != "sgd":
+    aggregator, optimizer = config.server.aggregator, config.client.optimizer
+    needs_movements = registry.choice("aggregators", aggregator).needs_movements
+    if needs_movements and not registry.choice("client_optimizers", optimizer).sums_gradients:
         raise UserError(
-            f"{where}: server.aggregator fednova is defined for updates that are sums of gradients, which those of "
-            f"client.optimizer {config.client.optimizer} are not: use sgd, or aggregator mean"
+            f"{where}: server.aggregator {aggregator} is defined for updates that are sums of gradients, which those "
+            f"of client.optimizer {optimizer} are not: use sgd, or aggregator mean"
         )
     if config.method.name == "fedkseed":
         # A pull along coordinates other than the step's own: each would be a draw of all weights in every step.
@@ -384,7 +381,8 @@ def _chosen(section: str, raw: Any, label: str, where: str) -> Any:
 def _model(section: str, names: tuple[str, ...]) -> type[Section]:
     """The keys of a section and of its choices; one class for each, so that equal configurations are equal."""
     options = [registry.options(f, n) for f, n in zip(CHOICES[section].values(), names, strict=True)]
-    return create_model(f"{section}:{'+'.join(names)}", __base__=(_BASES[section], *options))
+    given = [cls for cls in options if cls is not Section]  # Section itself: a choice without keys
+    return create_model(f"{section}:{'+'.join(names)}", __base__=(_BASES[section], *given))
 
 
 def _mapping(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
@@ -456,7 +454,8 @@ def _inner_mapping(value: Any, label: str, where: str) -> Mapping[str, Any]:
 
 @cache
 def _inner_model(family: str, name: str) -> type[Section]:
-    return create_model(f"{family}:{name}", __base__=(_Named, registry.options(family, name)))
+    options = registry.options(family, name)
+    return create_model(f"{family}:{name}", __base__=(_Named,) if options is Section else (_Named, options))
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[str, Any]]:

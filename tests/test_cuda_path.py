@@ -70,8 +70,8 @@ def waits(
         base = tiny.base(family, dtype, device="cuda:0")
         method = with_head(make(name, base, **options))
         group = works(3 if method.shares_base else 1)
-        rule: Any = registry.load("client_optimizers", client["optimizer"])
-        names = rule.state_names(settings(1, precision, client).client)
+        optimizer = registry.choice("client_optimizers", client["optimizer"])
+        names = optimizer(settings(1, precision, client).client).buffers
         for steps in (1, 3):
             gpu.waits.clear()
             memories = [Memory.fresh(names, method.trainable.size, torch.float32) for _ in group] if remember else None

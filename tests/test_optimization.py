@@ -7,6 +7,7 @@ import pytest
 
 from fedhpc import config as configuration
 from fedhpc.server.aggregators import fednova
+from fedhpc.training.optimizers.sgd import SGD
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -15,7 +16,7 @@ def test_the_norm_of_fednova_is_that_of_the_paper(steps: int) -> None:
 
     def length(lr: float, **client: float) -> float:
         section = configuration.resolve({"partition": {"name": "iid"}, "client": {"optimizer": "sgd", **client}}).client
-        return fednova.length([lr] * steps, section) / lr
+        return SGD(section).movement([lr] * steps) / lr
 
     rho, alpha = 0.9, 0.02
     assert length(0.1) == pytest.approx(steps)
@@ -24,7 +25,6 @@ def test_the_norm_of_fednova_is_that_of_the_paper(steps: int) -> None:
 
 
 def test_fednova_of_equal_work_is_fedavg() -> None:
-    section = configuration.resolve({"partition": {"name": "iid"}, "client": {"optimizer": "sgd"}}).client
     shares = np.array([0.2, 0.5, 0.1])
-    np.testing.assert_allclose(fednova.weights(shares, [[0.1] * 4] * 3, section), shares / 0.8)
-    np.testing.assert_array_equal(fednova.weights(shares, [[0.0]] * 3, section), 0)
+    np.testing.assert_allclose(fednova.weights(shares, np.full(3, 0.4)), shares / 0.8)
+    np.testing.assert_array_equal(fednova.weights(shares, np.zeros(3)), 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
+from fedhpc import registry
 from fedhpc.server.state import Server, State
 
 
@@ -47,11 +48,12 @@ def test_steps_as_in_the_paper_and_resumes_from_its_tensors(name: str, options: 
     config = configuration.resolve({"partition": {"name": "iid"}, "server": {"optimizer": name, **options}})
     rng = np.random.default_rng(0)
     start, gradients = rng.normal(size=50), [rng.normal(size=50) for _ in range(6)]
-    server = Server(config, torch.from_numpy(start.copy()))
+    optimizer = registry.choice("server_optimizers", name)(config.server)
+    server = Server(torch.from_numpy(start.copy()), optimizer)
     for i, g in enumerate(gradients):
         if i == 3:
             saved = {n: a.copy() for n, a in server.tensors().items()}
-            server = Server(config, torch.zeros(50, dtype=torch.float64))
+            server = Server(torch.zeros(50, dtype=torch.float64), optimizer)
             server.load(saved)
         before = server.theta.clone()
         norm = server.step(torch.from_numpy(g.copy()))
@@ -62,7 +64,7 @@ def test_steps_as_in_the_paper_and_resumes_from_its_tensors(name: str, options: 
 def test_fedavg_of_one_client_takes_its_parameters_over() -> None:
     config = configuration.resolve({"partition": {"name": "iid"}})
     theta, client = torch.randn(1000), torch.randn(1000)
-    server = Server(config, theta)
+    server = Server(theta, registry.choice("server_optimizers", "sgd")(config.server))
     server.step(theta.double() - client.double())
     assert torch.equal(server.theta, client)
 

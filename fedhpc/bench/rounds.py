@@ -117,7 +117,7 @@ def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> floa
             nothing = np.zeros(len(clients))
             counts = nothing.astype(np.int64)
             updates = torch.zeros(len(clients), self.split.shared.size)
-            return Returned(Upload(updates, None), counts, counts, counts, nothing, nothing, nothing, nothing)
+            return Returned(Upload(updates, None, counts), counts, counts, counts, nothing, nothing, nothing, nothing)
 
     path = workloads.write(
         W1,

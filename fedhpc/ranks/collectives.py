@@ -6,18 +6,11 @@ Every rank calls them in the same order, as it does those of the transport.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 from fedhpc.ranks.transport.base import Transport
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 
 def broadcast_bytes(transport: Transport, items: Sequence[bytes]) -> list[bytes]:

@@ -1,21 +1,18 @@
 """The server's state: what moves from round to round, and which versions of the clients' own states count.
 
-A checkpoint holds all of it. `Server` is that of parameter averaging: the global payload theta_t, the server optimizer
-and SCAFFOLD's c.
+A checkpoint holds all of it. `Server` is that of parameter averaging: the global payload theta_t, the buffers of the
+server optimizer, SCAFFOLD's c and what transforms keep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedhpc import registry
-from fedhpc.config import Config
+from fedhpc.server.optimizers.base import ServerOptimizer
 
 
 class State:
@@ -45,24 +42,30 @@ class State:
 class Server(State):
     """theta_t and the step that turns an aggregated pseudo-gradient into theta_{t+1}."""
 
-    def __init__(self, config: Config, theta: Tensor) -> None:
-        """theta: (P,) float32 or float64, on the CPU."""
+    def __init__(
+        self,
+        theta: Tensor,
+        optimizer: ServerOptimizer | None = None,
+        control: bool = False,
+        transforms: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """theta: (P,) float32 or float64, on the CPU.
+
+        optimizer: None to take the clients' mean over as it is. control: whether there is a c (client.scaffold).
+        transforms: what they keep here, as `Pipeline.server_tensors` has it.
+        """
         super().__init__()
-        self.theta = theta
-        # A single client's training (centralized) is taken over as it is: server sgd with lr 1.
-        federated = config.mode == "federated"
-        self._options: Any = config.server
-        self._rule: Any = registry.load("server_optimizers", config.server.optimizer if federated else "sgd")
-        if not federated:
-            self._options = SimpleNamespace(lr=1.0, momentum=0.0)
-        self._state: dict[str, Tensor] = self._rule.initial_state(theta.numel(), self._options)
+        self.theta, self._optimizer = theta, optimizer
+        self._buffers = optimizer.buffers(theta.numel()) if optimizer else {}
         #: c of client.scaffold (P,); None without it.
-        self.control = torch.zeros_like(theta) if config.corrects_drift else None
+        self.control = torch.zeros_like(theta) if control else None
+        #: What transforms keep from round to round (fedhpc.updates.pipeline), by name.
+        self.transforms = dict(transforms or {})
 
     def step(self, gradient: Tensor) -> float:
         """Move by the aggregated pseudo-gradient (P,) float64; returns the L2 norm of the move."""
         before = self.theta.double()
-        after = self._rule.step(before, gradient, self._state, self._options)
+        after = self._optimizer.step(before, gradient, self._buffers) if self._optimizer else before - gradient
         self.theta = after.to(self.theta.dtype)
         return float(torch.linalg.vector_norm(self.theta.double() - before))
 
@@ -77,16 +80,18 @@ class Server(State):
         self.control = (self.control.double() + change).to(self.control.dtype)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """See the base class."""
-        state = {f"server.{name}": tensor.numpy() for name, tensor in self._state.items()}
+        """theta, the optimizer's buffers, c and what transforms keep, beside the versions."""
+        tensors = {f"server.{name}": buffer.numpy() for name, buffer in self._buffers.items()}
         if self.control is not None:
-            state["control"] = self.control.numpy()
-        return {"theta": self.theta.numpy(), **state, **super().tensors()}
+            tensors["control"] = self.control.numpy()
+        tensors |= {name: tensor.numpy() for name, tensor in self.transforms.items()}
+        return {"theta": self.theta.numpy(), **tensors, **super().tensors()}
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """See the base class."""
+        """The inverse of `tensors`."""
         super().load(tensors)
         self.theta = torch.from_numpy(tensors["theta"].copy())
-        self._state = {name: torch.from_numpy(tensors[f"server.{name}"].copy()) for name in self._state}
+        self._buffers = {name: torch.from_numpy(tensors[f"server.{name}"].copy()) for name in self._buffers}
+        self.transforms = {name: torch.from_numpy(tensors[name].copy()) for name in self.transforms}
         if self.control is not None:
             self.control = torch.from_numpy(tensors["control"].copy())

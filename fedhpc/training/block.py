@@ -31,6 +31,7 @@ from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
 from fedhpc.models import Base, autocast
 from fedhpc.rng import bits, generator, torch_seed
+from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.schedule import batches, learning_rates
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ def train_block(
     drift = corrections[torch.from_numpy(order)].to(device) if corrections is not None else None
     theta.requires_grad_()
     theta.grad = gradient  # backward adds to it in place
-    rule = registry.load("client_optimizers", options.optimizer)
-    buffers = {name: torch.zeros_like(gradient) for name in rule.state_names(options)}
+    optimizer: ClientOptimizer = registry.choice("client_optimizers", options.optimizer)(options)
+    buffers = {name: torch.zeros_like(gradient) for name in optimizer.buffers}
     count = np.zeros(clients, dtype=np.int64)
     if memories is not None:
         count[:] = [memories[i].count for i in order]
@@ -184,14 +185,8 @@ def train_block(
         now = np.array([rates[order[i]][s] for i in range(active)])
         taken, rate = kernels.on_device(np.stack([count[:active], now]), device, theta.dtype).unsqueeze(2)
         with torch.no_grad():
-            rule.step(
-                theta[:active],
-                live,
-                {name: buffer[:active] for name, buffer in buffers.items()},
-                taken,
-                rate,
-                options,
-            )
+            leading = {name: buffer[:active] for name, buffer in buffers.items()}
+            optimizer.step(theta[:active], live, leading, taken, rate)
         mean = step_loss / counts
         if s == 0:
             first[:active] = mean

@@ -9,6 +9,7 @@ Older versions go when a checkpoint that no longer names them is on disk.
 - modes centralized and local: its optimizer's `memory.<buffer>` and `memory.count`; in local `theta`, its payload.
 - client.scaffold: `control`, its control variate.
 - personalization.parts: `personal`, its own part of the payload.
+- transforms that keep something: `transforms.<position>.<name>` (fedhpc.updates.pipeline).
 - distillation: `theta`, its own payload, of its group's method.
 """
 

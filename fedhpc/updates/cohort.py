@@ -8,21 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 from fedhpc.ranks.collectives import combine_shards
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.updates.exact_sum import from_grid, grid_exponents, largest_exponents, to_grid
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 _CHUNK = 2**20  # coordinates per collective: bounds the 8-byte buffers whatever P is
 _VALUES = 2**23  # and values of all clients together, where a rank sees each of them

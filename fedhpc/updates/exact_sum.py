@@ -13,16 +13,9 @@ tensor), the integers are added, which is exact in any order, and the sum is tur
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 from fedhpc.updates.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 _ZERO = -(2**20)  # the exponent of a tensor of zeros: below that of every float
 

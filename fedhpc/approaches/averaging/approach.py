@@ -10,7 +10,9 @@ personalization.parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,21 @@ from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
 from fedhpc.participation import Block, Plan
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.server.aggregators.base import Aggregator
 from fedhpc.server.state import Server, State
 from fedhpc.task import Task
 from fedhpc.training import client_state
 from fedhpc.training.schedule import learning_rates, num_steps
 from fedhpc.updates.cohort import Cohort
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What the server makes its step from."""
+
+    total: Tensor  # float64 (S,): the aggregated pseudo-gradient
+    change: Tensor | None  # float64 (S,): 1/N of the changes of c_i, with client.scaffold
+    clients: list[int]  # the accepted ones
 
 
 class Averaging(Approach):
@@ -55,6 +67,8 @@ class Averaging(Approach):
         #: The payload in two: what is exchanged, and what stays on the client.
         self.split = self.personal.split
         self.training = BlockTraining(config, self.base, self.method, self.data, self.personal, self.rounds)
+        self.aggregator: Aggregator = registry.choice("aggregators", config.server.aggregator)(config.server)
+        self._encoded = (0, 0)  # the last round whose updates a transform encoded, and their bytes
         self.evaluation = Evaluation(config, self.base, self.method, self.data, self.label_targets)
 
     @property
@@ -74,8 +88,10 @@ class Averaging(Approach):
 
     @property
     def keeps_client_state(self) -> bool:
-        """See the base class."""
-        return self.config.keeps_client_state
+        """Whether anybody keeps something on the clients: a mode, a rule, a personal part or a transform."""
+        config = self.config
+        alone = config.mode != "federated"
+        return alone or config.corrects_drift or bool(config.personalization.parts) or self.training.pipeline.keeps
 
     @property
     def payload_dtype(self) -> torch.dtype:
@@ -89,8 +105,11 @@ class Averaging(Approach):
     # ---- a round
 
     def state(self) -> Server:
-        """See the base class."""
-        return Server(self.config, self.split.apart(self.initial_payload())[0])
+        """theta_0, with the server optimizer; what one client alone has trained (centralized) is taken as it is."""
+        config, theta = self.config, self.split.apart(self.initial_payload())[0]
+        optimizer = registry.choice("server_optimizers", config.server.optimizer)(config.server)
+        kept = self.training.pipeline.server_tensors()
+        return Server(theta, optimizer if config.mode == "federated" else None, config.corrects_drift, kept)
 
     def download(self, transport: Transport, state: State | None, plan: Plan) -> Download:
         """See the base class."""
@@ -118,23 +137,30 @@ class Averaging(Approach):
         """See the base class."""
         return self.training.train(plan.round, clients, down)
 
-    def combine(
-        self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]
-    ) -> tuple[Tensor | None, Tensor | None] | None:
-        """The aggregated pseudo-gradient of the accepted updates, and with client.scaffold 1/N of the changes of
-        c_i: both float64 (S,)."""
+    def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Combined | None:
+        """Aggregate the accepted updates of all ranks: server.aggregator on a `Cohort`, where FedAvg's sum is."""
         if not self.exchanges:
             return None
+        self._count_bytes(transport, plan, returned)
         layout, positions = self.split.shared, accepted_slots(plan, returned)
         none = torch.empty(0, layout.size, dtype=self.payload_dtype)
         used = [(back.upload, torch.from_numpy(back.reason == 0)) for _, back in returned]
         updates = torch.cat([none, *(upload.updates[ok] for upload, ok in used)])
-        cohort = Cohort(transport, layout, plan.cohort, self._shares(plan), positions, updates)
-        total = self._aggregated(cohort, plan) if len(cohort) else torch.zeros(layout.size, dtype=torch.float64)
+        shares = self._shares(plan)
+        cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, self._movement(plan))
+        total = self.aggregator.combine(cohort) if len(cohort) else torch.zeros(layout.size, dtype=torch.float64)
         if not self.config.corrects_drift:
-            return total, None
+            return Combined(total, None, cohort.clients)
         changes = cohort.replaced(torch.cat([none, *(upload.changes[ok] for upload, ok in used)]))
-        return total, changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
+        change = changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
+        return Combined(total, change, cohort.clients)
+
+    def _count_bytes(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> None:
+        """Add up, on rank 0, what the updates of the round took on the wire where a transform says it. Collective."""
+        if self.training.pipeline.encodes:
+            bytes_up = torch.tensor([sum(int(back.upload.bytes_up.sum()) for _, back in returned)])
+            transport.reduce_sum(bytes_up)
+            self._encoded = (plan.round, int(bytes_up))
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
@@ -144,33 +170,32 @@ class Averaging(Approach):
         counted = np.array([c in training for c in plan.cohort]) if uniform else sizes
         return counted / max(counted.sum(), 1)
 
-    def _aggregated(self, cohort: Cohort, plan: Plan) -> Tensor:
-        """The aggregated pseudo-gradient: float64 (S,), of no meaning above rank 0."""
-        config = self.config
-        rule = registry.load("aggregators", config.server.aggregator)
-        if rule.LINEAR:
-            steps = [num_steps(self.data.population.num_examples(c), config.client) for c in cohort.clients]
-            rates = {n: learning_rates(config.client, plan.round, self.rounds, n) for n in set(steps)}
-            return cohort.weighted_sum(rule.weights(cohort.shares, [rates[n] for n in steps], config.client))
-        weights = torch.from_numpy(cohort.shares)
-        return cohort.by_coordinate(lambda values: rule.combine(values, weights, config.server))
+    def _movement(self, plan: Plan) -> Callable[[int], float]:
+        """How far a client's optimizer goes in this round under a constant gradient of 1, by client."""
+        options, optimizer = self.config.client, self.training.optimizer
+
+        @cache
+        def of_steps(steps: int) -> float:
+            return optimizer.movement(learning_rates(options, plan.round, self.rounds, steps))
+
+        return lambda client: of_steps(num_steps(self.data.population.num_examples(client), options))
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
-        """See the base class."""
-        total, change = combined
+        """Run the transforms' server halves over the aggregate, then the server optimizer's step."""
+        total = self.training.pipeline.on_server(combined.total, plan.round, combined.clients, state.transforms)
         norm: float = state.step(total)
-        if change is not None:
-            state.correct(change)
+        if combined.change is not None:
+            state.correct(combined.change)
         return norm
 
     def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
-        """Shared parts, with client.scaffold control variates too."""
+        """Shared parts, with client.scaffold control variates too; up what a transform has encoded them as."""
         if self.config.mode != "federated":
             return 0, 0
-        each = self.payload_dtype.itemsize * (2 if self.config.corrects_drift else 1)
-        down = self.split.shared.size * len(plan.cohort)
-        up = sum(self.method.numbers_sent(c) - self.split.personal.size for c in plan.training)
-        return each * down, each * up
+        times, size = 2 if self.config.corrects_drift else 1, self.split.shared.size
+        sent_down = times * self.payload_dtype.itemsize * size * len(plan.cohort)
+        round_, encoded = self._encoded
+        return sent_down, encoded if round_ == plan.round else times * int(self.training.raw_bytes(plan.training).sum())
 
     # ---- results
 
@@ -263,8 +288,7 @@ class Averaging(Approach):
         config, personal = self.config, self.split.personal
         payload, state, item = self.method.payload, self.method.trainable.size, self.payload_dtype.itemsize
         base_bytes = sum(p.numel() * p.element_size() for p in self.base.model.parameters())
-        rule: Any = registry.load("client_optimizers", config.client.optimizer)
-        copies = 2 + len(rule.state_names(config.client))
+        copies = 2 + len(self.training.optimizer.buffers)
         largest = max((len(b.clients) for w in self.workers for b in self.blocks_of(plan, w)), default=0)
         held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
         update = self.split.shared.size * item * (2 if config.corrects_drift else 1)

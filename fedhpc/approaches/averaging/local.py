@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,9 @@ from fedhpc.methods.base import Method
 from fedhpc.models import Base
 from fedhpc.training import client_state
 from fedhpc.training.block import Memory, Trained, Work, train_block
+from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.rules import scaffold
+from fedhpc.updates.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Upload:
 
     updates: Tensor  # (K, S): of the shared part, after the transforms
     changes: Tensor | None  # (K, S): of the control variates, with client.scaffold
+    bytes_up: np.ndarray  # int64 (K,): what the updates take on the wire
 
 
 class BlockTraining:
@@ -48,6 +50,15 @@ class BlockTraining:
     ) -> None:
         self.config, self.base, self.method, self.data = config, base, method, data
         self.personal, self.split, self.rounds = personal, personal.split, rounds
+        self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
+        transforms = [registry.choice("transforms", section.name)(section) for section in config.transforms]
+        #: What is done to the updates before they are sent, and to their aggregate on the server.
+        self.pipeline = Pipeline(transforms, config.run.seed, self.split.shared.size)
+
+    def raw_bytes(self, clients: Sequence[int]) -> np.ndarray:
+        """Bytes of each client's update as it is before the transforms: int64 (K,)."""
+        numbers = [self.method.numbers_sent(client) - self.split.personal.size for client in clients]
+        return self.personal.dtype.itemsize * np.array(numbers, dtype=np.int64)
 
     def train(self, round_: int, clients: Sequence[int], down: Download) -> Returned:
         """Train `clients` together and write what they keep. UserError where a client on its own diverged."""
@@ -60,11 +71,14 @@ class BlockTraining:
         else:
             trained, kept = self._train_alone(round_, works, found, down.theta)
         updates, personal = self.split.apart(trained.updates)
-        for transform in config.transforms:
-            updates = registry.load("transforms", transform.name).on_client(updates, transform)
         finite: np.ndarray = (torch.isfinite(updates).all(dim=1) & torch.isfinite(personal).all(dim=1)).numpy()
+        sent = self.pipeline.on_clients(updates, round_, clients, found, self.raw_bytes(clients))
+        if sent.updates is not updates:
+            updates = sent.updates
+            finite &= torch.isfinite(updates).all(dim=1).numpy()
         if change is not None:
             finite &= torch.isfinite(change).all(dim=1).numpy()
+        kept = [{**tensors, **own} for tensors, own in zip(kept, sent.kept, strict=True)]
         for client, state, ok in zip(clients, kept, finite, strict=True):
             if not ok and config.mode != "federated":
                 raise UserError(
@@ -74,7 +88,7 @@ class BlockTraining:
             if ok and state:
                 client_state.save(config.run_dir, client, round_, state)
         return Returned(
-            upload=Upload(updates, change),
+            upload=Upload(updates, change, sent.bytes_up),
             reason=np.where(finite, 0, 1),
             tokens=trained.tokens,
             steps=trained.steps,
@@ -109,8 +123,7 @@ class BlockTraining:
         self, round_: int, works: Sequence[Work], found: Sequence[Mapping[str, Tensor]], theta: Tensor | None
     ) -> tuple[Trained, list[dict[str, Tensor]]]:
         """Going on with each client's optimizer, from theta or, in local mode, from its own payload."""
-        rule: Any = registry.load("client_optimizers", self.config.client.optimizer)
-        names = rule.state_names(self.config.client)
+        names = self.optimizer.buffers
         memories = [
             client_state.unpack(state)
             if state

@@ -178,12 +178,7 @@ class Scoring(Approach):
         cohort = Cohort(transport, layout, plan.cohort, shares, slots, torch.from_numpy(scores))
         if not len(cohort):
             return None
-        rule = registry.load("aggregators", config.server.aggregator)
-        if rule.LINEAR:
-            total = cohort.weighted_sum(rule.weights(cohort.shares, [], config.client))
-        else:
-            weights = torch.from_numpy(cohort.shares)
-            total = cohort.by_coordinate(lambda values: rule.combine(values, weights, config.server))
+        total = registry.choice("aggregators", config.server.aggregator)(config.server).combine(cohort)
         scored = dict(zip(plan.cohort, rows, strict=True))
         return total.numpy(), float(sum(scored[c] for c in cohort.clients))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedhpc import registry
+
 
 def conflict(config: Any, objective: str) -> str | None:
     """What in the configuration does not go with a search, in one line."""
@@ -24,8 +26,9 @@ def conflict(config: Any, objective: str) -> str | None:
         return f"{given[0]}: {name} trains no parameters on a client; take it out"
     if config.server.optimizer != "sgd" or config.server.lr != 1.0:
         return f"server.optimizer and server.lr are about averaged parameters, which {name} has none of: take them out"
-    if config.server.aggregator == "fednova":
-        return f"server.aggregator fednova weighs local steps, and {name} has none: use mean or median"
+    aggregator = config.server.aggregator
+    if registry.choice("aggregators", aggregator).needs_movements:
+        return f"server.aggregator {aggregator} weighs local steps, and {name} has none: use mean or median"
     if objective != "loss" and config.data.label is None:
         return f"method.objective {objective} needs data.label (a column)"
     if config.model.task in ("classification", "seq2seq"):

@@ -1,24 +1,18 @@
-"""The weighted mean of the updates (FedAvg, McMahan et al. 2017, arXiv 1602.05629, algorithm 1).
-
-Linear in the updates, so it rides the exact sum-reduce of `fedhpc.updates.cohort`.
-"""
+"""The weighted mean of the updates (FedAvg, McMahan et al. 2017, arXiv 1602.05629, algorithm 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+from fedhpc.lazy import Tensor
+from fedhpc.server.aggregators.base import Aggregator
 
-from fedhpc.registry import Section
-
-LINEAR = True
-
-
-class Options(Section):
-    pass
+if TYPE_CHECKING:
+    from fedhpc.updates.cohort import Cohort
 
 
-def weights(shares: np.ndarray, rates: Sequence[Sequence[float]], client: Any) -> np.ndarray:
-    """The weight of each accepted client (C,); shares (C,) are of the planned cohort."""
-    return shares / shares.sum()
+class Mean(Aggregator):
+    """FedAvg: the sum of the clients' updates, each times its share (server.weighting) among the accepted ones."""
+
+    def combine(self, cohort: Cohort) -> Tensor:
+        return cohort.weighted_sum(cohort.shares / cohort.shares.sum())

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedhpc.lazy import lazy
-from fedhpc.registry import Section
+from fedhpc.lazy import Tensor
+from fedhpc.server.aggregators.base import Aggregator
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
-
-LINEAR = False
+    from fedhpc.updates.cohort import Cohort
 
 
-class Options(Section):
-    pass
+class Median(Aggregator):
+    """The median of every coordinate, of an even number of clients the mean of the middle two."""
+
+    def combine(self, cohort: Cohort) -> Tensor:
+        return cohort.by_coordinate(middle)
 
 
-def combine(updates: Tensor, weights: Tensor, options: Any) -> Tensor:
-    """updates (C, chunk) float64, weights (C,) -> (chunk,). Of an even number the mean of the middle two."""
-    ordered = updates.sort(dim=0).values
-    count = len(updates)
+def middle(values: Tensor) -> Tensor:
+    """The median of every column: (C, n) -> (n,)."""
+    ordered = values.sort(dim=0).values
+    count = len(values)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

@@ -1,1 +1,1 @@
-"""Rules of the server step: one file per rule."""
+"""How the server steps along the aggregated pseudo-gradient: one file per optimizer."""

@@ -1,35 +1,20 @@
-"""FedAdagrad (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): m = beta1 m + (1 - beta1) g,
-v = v + g^2, theta - lr m / (sqrt(v) + tau)."""
+"""FedAdagrad (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor
 from fedhpc.registry import Section
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
+from fedhpc.server.optimizers.base import Adaptive
 
 
-class Options(Section):
-    beta1: float = Field(0.0, ge=0, lt=1, description="decay of the mean")
-    tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root; v starts at tau^2")
+class Adagrad(Adaptive):
+    """FedAdagrad: v = v + g^2."""
 
+    class Options(Section):  # type: ignore[override]  # nothing decays in v
+        beta1: float = Field(0.0, ge=0, lt=1, description="decay of the mean")
+        tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root; v starts at tau^2")
 
-def initial_state(size: int, options: Any) -> dict[str, Tensor]:
-    """The float64 vectors (P,) that `step` keeps from round to round."""
-    zeros = torch.zeros(size, dtype=torch.float64)
-    return {"mean": zeros, "square": torch.full_like(zeros, options.tau**2)}
-
-
-def step(theta: Tensor, gradient: Tensor, state: dict[str, Tensor], options: Any) -> Tensor:
-    """The next global state (P,). gradient: the aggregated pseudo-gradient (P,)."""
-    mean = state["mean"].mul_(options.beta1).add_(gradient, alpha=1 - options.beta1)
-    square = state["square"].addcmul_(gradient, gradient)
-    return theta - options.lr * mean / (square.sqrt() + options.tau)
+    def accumulate(self, square: Tensor, gradient: Tensor) -> None:
+        square.addcmul_(gradient, gradient)

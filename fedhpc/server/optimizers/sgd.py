@@ -3,31 +3,23 @@ arXiv 1909.06335, section 4.2): v = beta v + g, theta - lr * v."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 from fedhpc.registry import Section
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
+from fedhpc.server.optimizers.base import ServerOptimizer
 
 
-class Options(Section):
-    momentum: float = Field(0.0, ge=0, lt=1, description="beta of FedAvgM")
+class SGD(ServerOptimizer):
+    """Steps along the pseudo-gradient, with momentum if asked for; with lr 1 and none it is FedAvg."""
 
+    class Options(Section):
+        momentum: float = Field(0.0, ge=0, lt=1, description="beta of FedAvgM")
 
-def initial_state(size: int, options: Any) -> dict[str, Tensor]:
-    """The float64 vectors (P,) that `step` keeps from round to round."""
-    return {"momentum": torch.zeros(size, dtype=torch.float64)} if options.momentum else {}
+    def buffers(self, size: int) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros(size, dtype=torch.float64)} if self.options.momentum else {}
 
-
-def step(theta: Tensor, gradient: Tensor, state: dict[str, Tensor], options: Any) -> Tensor:
-    """The next global state (P,). gradient: the aggregated pseudo-gradient (P,)."""
-    if options.momentum:
-        gradient = state["momentum"].mul_(options.momentum).add_(gradient)
-    return theta - options.lr * gradient
+    def step(self, theta: Tensor, gradient: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        if self.options.momentum:
+            gradient = buffers["momentum"].mul_(self.options.momentum).add_(gradient)
+        return theta - self.options.lr * gradient

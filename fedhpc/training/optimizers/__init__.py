@@ -1,1 +1,1 @@
-"""Rules of the local steps, along the client axis: one file per rule."""
+"""How clients step along their gradients: one file per optimizer."""

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
 
 from pydantic import Field
 
+from fedhpc.lazy import Tensor
 from fedhpc.registry import Section
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fedhpc.training.optimizers.base import ClientOptimizer
 
 
-class Options(Section):
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of the gradient")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of its square")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+class AdamW(ClientOptimizer):
+    """Steps along the mean gradient over the root of its mean square; weight decay is apart from the gradient."""
 
+    class Options(Section):
+        beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of the gradient")
+        beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of its square")
+        eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
 
-def state_names(options: Any) -> list[str]:
-    """The buffers of shape (K, T) that `step` needs, zero before the first step."""
-    return ["mean", "square"]
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return ("mean", "square")
 
-
-def step(theta: Tensor, grad: Tensor, state: dict[str, Tensor], count: Tensor, lr: Tensor, options: Any) -> None:
-    """One step in place. theta, grad (K, T); count (K, 1): steps taken, this one included; lr (K, 1)."""
-    mean = state["mean"].lerp_(grad, 1 - options.beta1)
-    square = state["square"].mul_(options.beta2).addcmul_(grad, grad, value=1 - options.beta2)
-    if options.weight_decay:
-        theta.mul_(1 - lr * options.weight_decay)
-    root = (square.sqrt() / (1 - options.beta2**count).sqrt()).add_(options.eps)
-    theta.sub_(mean / root * (lr / (1 - options.beta1**count)))
+    def step(self, theta: Tensor, gradient: Tensor, buffers: Mapping[str, Tensor], count: Tensor, lr: Tensor) -> None:
+        options = self.options
+        mean = buffers["mean"].lerp_(gradient, 1 - options.beta1)
+        square = buffers["square"].mul_(options.beta2).addcmul_(gradient, gradient, value=1 - options.beta2)
+        if options.weight_decay:
+            theta.mul_(1 - lr * options.weight_decay)
+        root = (square.sqrt() / (1 - options.beta2**count).sqrt()).add_(options.eps)
+        theta.sub_(mean / root * (lr / (1 - options.beta1**count)))

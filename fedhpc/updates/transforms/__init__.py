@@ -1,1 +1,1 @@
-"""What is done to updates between client and server: one file per rule."""
+"""What is done to updates between client and server: one file per transform."""

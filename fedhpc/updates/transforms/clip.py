@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from pydantic import Field
 
-from fedhpc.lazy import lazy
+from fedhpc.lazy import Tensor, torch
 from fedhpc.registry import Section
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
+from fedhpc.updates.transforms.base import About, Transform
 
 
-class Options(Section):
-    norm: float = Field(1.0, gt=0, description="largest L2 norm of an update")
+class Clip(Transform):
+    """Shortens each update that is longer than `norm` to that length."""
 
+    class Options(Section):
+        norm: float = Field(1.0, gt=0, description="largest L2 norm of an update")
 
-def on_client(updates: Tensor, options: Any) -> Tensor:
-    """updates (K, P), one row per client -> what the clients upload (K, P)."""
-    norms = torch.linalg.vector_norm(updates.double(), dim=1, keepdim=True)
-    return updates * (options.norm / norms).clamp(max=1.0).to(updates.dtype)
+    def on_client(self, updates: Tensor, about: About) -> Tensor:
+        norms = torch.linalg.vector_norm(updates.double(), dim=1, keepdim=True)
+        return updates * (self.options.norm / norms).clamp(max=1.0).to(updates.dtype)

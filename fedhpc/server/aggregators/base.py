@@ -1,0 +1,40 @@
+"""What an aggregator is: it turns a cohort's updates into one pseudo-gradient for the server.
+
+class NormBounded(Aggregator):
+    def combine(self, cohort):
+        norms = cohort.gram().diagonal().sqrt().numpy()
+        return cohort.weighted_sum(np.minimum(1.0, self.options.norm / norms) / len(cohort))
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedhpc.lazy import Tensor
+from fedhpc.registry import Section
+
+if TYPE_CHECKING:
+    from fedhpc.updates.cohort import Cohort
+
+
+class Aggregator(ABC):
+    """Combines the updates of a cohort into one (server.aggregator)."""
+
+    #: The keys it adds to the section `server`.
+    Options: ClassVar[type[Section]] = Section
+
+    #: Whether it reads `Cohort.movements`, so that the client's optimizer must have a `movement`.
+    needs_movements: ClassVar[bool] = False
+
+    def __init__(self, options: Any) -> None:
+        """options: the section `server` of the configuration."""
+        self.options = options
+
+    @abstractmethod
+    def combine(self, cohort: Cohort) -> Tensor:
+        """Make one pseudo-gradient of at least one accepted update: float64 (S,), of no meaning above rank 0.
+
+        Every rank calls it, since the verbs of the cohort are collective; so what it does must follow from what every
+        rank knows: options, shares, clients and `gram`, not from the sums that rank 0 alone gets.
+        """

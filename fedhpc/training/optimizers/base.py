@@ -1,0 +1,43 @@
+"""What a client optimizer is: the local step of all clients of a block at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from fedhpc.lazy import Tensor
+from fedhpc.registry import Section
+
+
+class ClientOptimizer(ABC):
+    """Moves the parameters of K clients by their gradients, a row each (client.optimizer)."""
+
+    #: The keys it adds to the section `client`.
+    Options: ClassVar[type[Section]] = Section
+
+    #: Whether a client's update is a weighted sum of its gradients, so that `movement` says how much of one.
+    sums_gradients: ClassVar[bool] = False
+
+    def __init__(self, options: Any) -> None:
+        """options: the section `client` of the configuration."""
+        self.options = options
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the tensors (K, T) that `step` keeps from step to step, zero before the first."""
+        return ()
+
+    @abstractmethod
+    def step(self, theta: Tensor, gradient: Tensor, buffers: Mapping[str, Tensor], count: Tensor, lr: Tensor) -> None:
+        """Take one step in place.
+
+        theta and gradient are (K, T), as is each buffer; count (K, 1): steps taken, this one included; lr (K, 1).
+        """
+
+    def movement(self, rates: Sequence[float]) -> float:
+        """|a|: how far the steps with these learning rates go under a constant gradient of 1.
+
+        For the aggregators that normalise by it (FedNova); of those with `sums_gradients`.
+        """
+        raise NotImplementedError(f"the updates of {type(self).__name__} are no sums of gradients")

@@ -1,0 +1,92 @@
+"""What a transform is: it changes the updates on their way from the clients to the server.
+
+class Quantize(Transform):
+    keeps = ("residual",)  # error feedback: what rounding lost goes into the client's next update
+    encodes = True
+
+    def on_client(self, updates, about):
+        wanted = updates + about.kept["residual"]
+        sent = torch.stack([rounded(row, about.generator("rounding", client))
+                            for row, client in zip(wanted, about.clients)])
+        about.kept["residual"] = wanted - sent
+        about.bytes_up[:] = updates.shape[1] + 4
+        return sent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedhpc import rng
+from fedhpc.lazy import Tensor
+from fedhpc.registry import Section
+
+
+@dataclass
+class About:
+    """What a transform is told of the round, and where it writes down what it keeps and sends."""
+
+    #: Number of the round, from 1.
+    round: int
+
+    #: Whose updates these are, row by row (K); at the server the accepted clients of the cohort.
+    clients: Sequence[int]
+
+    #: What it keeps, by the names of `keeps`: (K, *shape), a row for each client; at the server by those of
+    #: `keeps_on_server`: (*shape). All zeros at first. What is put here is there again the next time. Of a client
+    #: whose update is rejected nothing changes.
+    kept: dict[str, Tensor]
+
+    #: int64 (K,): bytes that each client's update takes on the wire. A transform that `encodes` writes its own.
+    bytes_up: np.ndarray
+
+    seed: int
+    position: int  # of the transform in the list `transforms`
+
+    def generator(self, purpose: str, client: int | None = None) -> np.random.Generator:
+        """A generator of random draws, which follow from run.seed, this transform, the purpose, the round and, where
+        it is given, the client alone: the same on any number of ranks and after a resume."""
+        keys = (self.round,) if client is None else (self.round, client)
+        return rng.generator(self.seed, f"transforms.{self.position}.{purpose}", *keys)
+
+
+class Transform:
+    """Changes updates on a client before they are sent, and their aggregate on the server (transforms).
+
+    The client halves run in the order of the list, the server halves in reverse.
+    """
+
+    #: The keys beside `name`.
+    Options: ClassVar[type[Section]] = Section
+
+    #: Names of the tensors that each client keeps from round to round, see `shape`.
+    keeps: ClassVar[tuple[str, ...]] = ()
+
+    #: Names of the tensors that the server keeps from round to round; they are in the checkpoint.
+    keeps_on_server: ClassVar[tuple[str, ...]] = ()
+
+    #: Whether updates take other bytes on the wire than their numbers do, which `on_client` writes to `bytes_up`.
+    encodes: ClassVar[bool] = False
+
+    def __init__(self, options: Any) -> None:
+        """options: its item of the list `transforms` in the configuration."""
+        self.options = options
+
+    def shape(self, name: str, size: int) -> tuple[int, ...]:
+        """Shape of the tensor that is kept under `name`; size: S, that of an update, which is the default."""
+        return (size,)
+
+    def on_client(self, updates: Tensor, about: About) -> Tensor:
+        """Change the updates of K clients (K, S), a row each, into what arrives at the server, of the same shape.
+
+        A row must not depend on the other rows: how many clients are in a block depends on the machine.
+        """
+        return updates
+
+    def on_server(self, total: Tensor, about: About) -> Tensor:
+        """Change the aggregated update, float64 (S,), before the server optimizer takes its step. On rank 0 alone."""
+        return total
