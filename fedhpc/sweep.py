@@ -59,6 +59,8 @@ Changes = Mapping[str, Any]  # section.key -> value
 
 
 class Sweep(Section):
+    """The keys of SWEEP.yaml."""
+
     name: str = Field(pattern=r"^\w[\w.+-]*$", description="name of the sweep")
     dir: str | None = Field(None, description="folder of the runs; default runs/<name>")
     base: str | None = Field(None, description="configuration that the runs start from; default the embedded one")
@@ -69,27 +71,28 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid, and what its labels change."""
+    """One run of the grid: its resolved configuration, and the keys that its labels change."""
 
     config: Config
     changes: Changes
 
     @property
     def name(self) -> str:
+        """The name of the run, like lora-alpha_0.1-s0."""
         return self.config.run.name
 
     @property
     def file(self) -> Path:
-        """The resolved configuration, beside the run directory, which is the run's own."""
+        """Where the resolved configuration is written: beside the run directory, into which only the run writes."""
         return self.config.run_dir.with_name(f"{self.name}.yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fedhpc.sweep", description="Run a grid of configurations.")
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, or sweep.key=value")
-    parser.add_argument("--list", action="store_true", help="print index, name and state of each run")
+    parser.add_argument("--list", action="store_true", help="print index, name and status of each run")
     parser.add_argument("--where", action="store_true", help="print the directory of each run")
     parser.add_argument("--index", type=int, metavar="I", help="only the run of this index, counted from 0")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run; write nothing")
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sweep, cells = load(options.sweep, options.overrides)
         command = _command(sweep.launch)
-        states = [state(cell) for cell in cells]
+        statuses = [status_of(cell) for cell in cells]
         chosen = list(range(len(cells)))
         if options.index is not None:
             if options.index not in chosen:
@@ -114,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedhpc.sweep: error: {error}", file=sys.stderr)
         return on_error
     for i in chosen:
-        print(f"{i:4d}  {cells[i].name:{max(len(cell.name) for cell in cells)}}  {states[i]}")
-        if options.dry_run and states[i] not in (COMPLETE, IN_USE):
+        print(f"{i:4d}  {cells[i].name:{max(len(cell.name) for cell in cells)}}  {statuses[i]}")
+        if options.dry_run and statuses[i] not in (COMPLETE, IN_USE):
             print("      " + " ".join(f"{key}={json.dumps(value)}" for key, value in cells[i].changes.items()))
             print(f"      {shlex.join([*command, str(cells[i].file)])}")
     return DONE
@@ -125,11 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Cell]]:
-    """The sweep in a file and its runs, all validated. UserError that names the run and the key."""
+    """Read a sweep and validate all its runs. A UserError names the run and the key that are wrong."""
     given = configuration.parse_overrides(overrides)
-    own = {key.removeprefix("sweep."): value for key, value in given if key.startswith("sweep.")}
+    sweep_keys = {key.removeprefix("sweep."): value for key, value in given if key.startswith("sweep.")}
     common = [(key, value) for key, value in given if not key.startswith("sweep.")]
-    sweep: Sweep = configuration.build(Sweep, {**configuration.read_yaml(path), **own}, "sweep", str(path))
+    sweep: Sweep = configuration.build(Sweep, {**configuration.read_yaml(path), **sweep_keys}, "sweep", str(path))
     if "=" in (sweep.dir or ""):
         raise UserError(f"{path}: sweep.dir: '{sweep.dir}' must not have a '=', which marks overrides")
     axes = [_axis(str(key), values, f"{path}: sweep.grid") for axis in sweep.grid for key, values in axis.items()]
@@ -158,7 +161,7 @@ def _cell(sweep: Sweep, raw: Mapping[str, Any], choice: Sequence[tuple[str, Chan
         for key in changes.keys() & more.keys():
             raise UserError(f"{where}: {key} is set by two axes")
         changes |= more
-    # As one: options given in one axis belong to the name that another one chooses.
+    # All axes at once: options that one axis sets may belong to the name that another one chooses.
     tree = configuration.override(raw, list(changes.items()), where)
     section = tree.get("run")
     name = f"{labels}-s{section.get('seed', 0) if isinstance(section, Mapping) else 0}"
@@ -168,7 +171,10 @@ def _cell(sweep: Sweep, raw: Mapping[str, Any], choice: Sequence[tuple[str, Chan
 
 
 def _axis(key: str, values: Any, where: str) -> list[tuple[str, Changes]]:
-    """The (label, overrides) of an axis; a seed has no label, since it ends the name of a run anyway."""
+    """The (label, overrides) pairs of an axis: partition.alpha: [0.1, 1.0] has the labels alpha_0.1 and alpha_1.0.
+
+    A seed has the empty label, since every run's name ends with its seed anyway.
+    """
     if isinstance(values, list) and values:
         return [(_label(key, value, where), {key: value}) for value in values]
     if not isinstance(values, dict) or not values:
@@ -197,7 +203,7 @@ def _label(key: str, value: Any, where: str) -> str:
 
 @dataclass
 class _Runner:
-    """Starts the runs, and ends the one in progress when a signal comes."""
+    """Starts one run after the other, and ends the one in progress when a signal comes."""
 
     command: Sequence[str]
     process: subprocess.Popen[bytes] | None = None
@@ -217,16 +223,16 @@ class _Runner:
         self._end()
 
     def _end(self) -> None:
-        # Whatever came: torchrun and mpiexec pass on SIGTERM, but die of SIGUSR2.
+        # SIGTERM for any signal: torchrun and mpiexec pass SIGTERM on to their ranks, but die of SIGUSR2.
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
 
     def __call__(self, cell: Cell) -> str:
-        """Run one cell: COMPLETE, IN_USE, STOPPED, or why it failed."""
+        """Run one cell; returns COMPLETE, IN_USE, STOPPED, or the reason why it failed."""
         directory = cell.config.run_dir
         directory.parent.mkdir(parents=True, exist_ok=True)
         run_directory.atomic_write(cell.file, cell.config.to_yaml().encode())
-        before = run_directory.read_status(directory)
+        status_before = run_directory.read_status(directory)
         if self.signals:
             return STOPPED
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through us.
@@ -235,19 +241,20 @@ class _Runner:
             self._end()
         code = self.process.wait()
         status = run_directory.read_status(directory)
-        said = status if status != before else None  # torchrun turns every code into 1: the status tells
-        if self.signals or code == PREEMPTED or (code and said and said.state == "preempted"):
+        # torchrun turns every exit code into 1, so the status that the run wrote decides.
+        reported = status if status != status_before else None
+        if self.signals or code == PREEMPTED or (code and reported and reported.state == "preempted"):
             return STOPPED
-        now = state(cell)
-        if now in (COMPLETE, IN_USE):
-            return now
-        return said.reason if said and said.state == "failed" else f"exit code {code}, its message is above"
+        status_now = status_of(cell)
+        if status_now in (COMPLETE, IN_USE):
+            return status_now
+        return reported.reason if reported and reported.state == "failed" else f"exit code {code}, its message is above"
 
 
-def state(cell: Cell) -> str:
-    """Where a run stands: complete, in use, preempted, failed, interrupted (killed), extended or waiting.
+def status_of(cell: Cell) -> str:
+    """The status of a run: complete, in use, preempted, failed, interrupted (killed), extended or waiting.
 
-    UserError where its directory holds something else.
+    UserError where its directory holds another run.
     """
     try:
         decision = run_directory.decide(cell.config, cell.config.run_dir, fresh=False, wait_s=0.0)
@@ -262,13 +269,13 @@ def state(cell: Cell) -> str:
 
 
 def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) -> int:
-    """Run those of the `chosen` cells that are not complete, then compare; the exit code."""
+    """Run those of the `chosen` cells that are not complete, then compare all; returns the exit code."""
     failed: dict[int, str] = {}
     busy: list[int] = []
     complete, seconds, todo = 0, 0.0, len(chosen)
     with _Runner(command) as runner:
-        for i in itertools.chain(chosen, busy):  # what another process had at first may be free at the end
-            title, outcome = f"[{i + 1}/{len(cells)}] {cells[i].name}", state(cells[i])
+        for i in itertools.chain(chosen, busy):  # at the end again those that another process was running
+            title, outcome = f"[{i + 1}/{len(cells)}] {cells[i].name}", status_of(cells[i])
             if outcome not in (COMPLETE, IN_USE):
                 print(f"{title}: {outcome}, starting", flush=True)
                 began = time.monotonic()
@@ -289,9 +296,9 @@ def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) ->
 
 
 def _close(cells: Sequence[Cell], chosen: Sequence[int], failed: Mapping[int, str]) -> int:
-    """The comparison of what is complete; what failed and what others have; the exit code."""
-    states = [state(cell) for cell in cells]
-    complete = [cell.config.run_dir for cell, now in zip(cells, states, strict=True) if now == COMPLETE]
+    """Compare the complete runs, name those that failed or are in use elsewhere, and return the exit code."""
+    statuses = [status_of(cell) for cell in cells]
+    complete = [cell.config.run_dir for cell, status in zip(cells, statuses, strict=True) if status == COMPLETE]
     if complete and (len(complete) == len(cells) or len(chosen) == len(cells)):
         out = complete[0].with_name("comparison")
         out.mkdir(exist_ok=True)
@@ -299,7 +306,7 @@ def _close(cells: Sequence[Cell], chosen: Sequence[int], failed: Mapping[int, st
         print(f"wrote {out}: {len(complete)} of {len(cells)} runs compared")
     for i, reason in failed.items():
         print(f"fedhpc.sweep: error: {cells[i].name} failed: {reason}", file=sys.stderr)
-    busy = [cells[i].name for i in chosen if states[i] == IN_USE]
+    busy = [cells[i].name for i in chosen if statuses[i] == IN_USE]
     if busy:
         print(f"fedhpc.sweep: error: in use by another process: {', '.join(busy)}; run again later", file=sys.stderr)
     return FAILED if failed else REFUSED if busy else DONE
@@ -318,7 +325,7 @@ def _command(launch: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """That of the runs: `python` and `torchrun` are this environment's, activated or not."""
+    """The environment of the runs: `python` and `torchrun` are those of this interpreter, activated or not."""
     return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
 
 

@@ -1,29 +1,30 @@
-"""A small text world: one stretch of coast with its towns, venues, people and weather, and its own grammar.
+"""Writes the built-in data: texts of a small invented world with its towns, venues, people and weather.
 
-Everything the embedded default needs is written from the same vocabulary, so that a base pretrained on the
-world's general text knows the language of every task but none of the tasks:
+All of it is written from one vocabulary (vocabulary.json), so that a base pretrained on the world's general text knows
+the language of every task but none of the tasks:
 
-- ``general``: pretraining text: letters about venues, catalogues in slot notation, diaries, stories, lives. A
-  slot list is never followed by its description; at most by a diary that touches on one of the venues listed,
-  in other sentences. Questions have no answers there, texts no topic labels. Columns text, genre.
+- ``general``: pretraining text: letters about venues, lists of their values ("name[The Silver Swan] , type[pub]"),
+  diaries, stories, lives. A list of values is never followed by its description, at most by a diary that mentions one
+  of the venues in other sentences. Questions have no answers, and texts no topic labels. Columns text, genre.
 - ``dining``: data-to-text in the manner of the E2E NLG task (Novikova, Dusek, Rieser, 2017,
-  arXiv:1706.09254): a slot list `mr` and a description `ref` of it by one of 30 papers (the clients); columns
-  mr, ref, name, client, label (the kind of venue). Validation and test have several references for a list.
+  arXiv:1706.09254): a list of values `mr` and a description `ref` of it by one of 30 papers (the clients);
+  columns mr, ref, name, client, label (the type of venue). Validation and test have several references for a list.
 - ``topics``: classification of three sentences, six labels; columns text, label, client.
 - ``passages`` and ``questions``: lives of invented people, and questions that one of the lives answers;
   columns id, title, text, client and question, answer, passage_id, passage (its text), client.
-- ``library``: both, for a search: train are the passages, validation and test the questions.
+- ``library``: both, for retrieval: train are the passages, validation and test the questions.
 
-A client is a paper with a domain (kinds of venue, parts of town, topics), a size and habits of wording; it is
-the same paper in every task. Rows are pure functions of (task, split).
+A client is a newspaper with its subjects (types of venue, parts of town, topics), its size and its habits of wording;
+it is the same paper in every task. The rows depend on task and split alone.
 """
 
 from __future__ import annotations
 
-import textwrap
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fedhpc.errors import UserError, nearest
 from fedhpc.rng import generator
@@ -35,199 +36,48 @@ Venue = dict[str, str]
 _SEED = 2024
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
+_VOCABULARY: dict[str, Any] = json.loads(Path(__file__).with_name("vocabulary.json").read_text(encoding="utf-8"))
 
+TOWNS: list[str] = _VOCABULARY["towns"]
+PAPERS: list[str] = _VOCABULARY["papers"]
+FIRST_NAMES: list[str] = _VOCABULARY["first_names"]
+LAST_NAMES: list[str] = _VOCABULARY["last_names"]
+DAYS: list[str] = _VOCABULARY["days"]
+SEASONS: list[str] = _VOCABULARY["seasons"]
 
-def _lines(text: str) -> list[str]:
-    return textwrap.dedent(text).strip().splitlines()
+# Venues. The tables of wordings have four wordings of each value.
+FIELDS: list[str] = _VOCABULARY["fields"]
+NAME_WORDS: list[str] = _VOCABULARY["name_words"]
+NAME_THINGS: list[str] = _VOCABULARY["name_things"]
+FOODS: dict[str, list[str]] = _VOCABULARY["foods"]  # by the type of venue
+TYPES = list(FOODS)
+AREAS: dict[str, str] = _VOCABULARY["areas"]
+LANDMARKS: list[str] = _VOCABULARY["landmarks"]
+PRICES: dict[str, list[str]] = _VOCABULARY["prices"]
+PRICE_WORDS: dict[str, str] = _VOCABULARY["price_words"]
+RATINGS: dict[str, list[str]] = _VOCABULARY["ratings"]
+CHILDREN: dict[str, list[str]] = _VOCABULARY["children"]
+LEADS: list[str] = _VOCABULARY["leads"]
+CLOSINGS: list[str] = _VOCABULARY["closings"]
 
-
-TOWNS = _words("Brindle Osmere Tarrow Kelvane Lowmarsh Hartsea Pellgate Dunmoor Wexley Skerry")
-PAPERS = _words("Post Guide Letter")
-FIRST_NAMES = _words("""
-    Mira Tomas Nadia Orin Petra Silas Juno Edda Ravi Clara Bram Ines Hugo Lena Marek Tess Anton Willa Pavel
-    Rosa Kofi Greta Yusuf Alma
-""")
-LAST_NAMES = _words("""
-    Vale Thorne Marsh Quill Hollis Brook Wren Carver Lund Ashby Pike Rowan Finch Garrow Teller Moss Nash
-    Ferris Holt Birch
-""")
-
-NAME_WORDS = _words("""
-    Copper Silver Golden Crooked Little Blue Green Red White Old Quiet Merry Hollow Salted Broken Painted
-    Wandering Sleeping Iron Amber
-""")
-NAME_THINGS = _words("""
-    Kettle Anchor Lantern Fox Heron Barrel Spoon Oven Table Swan Ladder Button Compass Pear Wheel Bell Hare
-    Plough Otter Crown
-""")
-FOODS = {
-    "pub": ["stew", "pies", "cheese", "sausages", "soup"],
-    "cafe": ["pancakes", "cakes", "salads", "sandwiches", "soup"],
-    "restaurant": ["seafood", "noodles", "curry", "dumplings", "steak"],
-    "bakery": ["bread", "pies", "cakes", "pastries", "sandwiches"],
-}
-KINDS = list(FOODS)
-AREAS = {
-    "harbour": "by the harbour",
-    "old town": "in the old town",
-    "riverside": "on the riverside",
-    "market square": "on the market square",
-    "station": "behind the station",
-    "hill": "up the hill",
-}
-LANDMARKS = _lines("""
-    lighthouse
-    clock tower
-    stone bridge
-    museum
-    library
-    theatre
-    windmill
-    chapel
-    school
-    ferry
-""")
-PRICES = {
-    "cheap": ["it is cheap", "the prices are low", "you pay little", "it costs next to nothing"],
-    "moderate": _lines("""
-        it is fairly priced
-        the prices are fair
-        you pay a fair sum
-        it costs no more than it should
-    """),
-    "expensive": ["it is expensive", "the prices are high", "you pay a lot", "it costs a small fortune"],
-}
-PRICE_WORDS = {"cheap": "cheap", "moderate": "fairly priced", "expensive": "expensive"}
-RATINGS = {
-    rating: [
-        f"guests rate it {rating}",
-        f"it has {article} {rating} rating",
-        f"the kitchen is {rating}",
-        f"people call it {rating}",
-    ]
-    for rating, article in [("poor", "a"), ("average", "an"), ("good", "a"), ("excellent", "an")]
-}
-CHILDREN = {
-    "yes": _lines("""
-        children are welcome
-        it is good for families
-        you can bring the children
-        young guests are happy there
-    """),
-    "no": _lines("""
-        children are not welcome
-        it is not for families
-        children should stay at home
-        it is for grown guests only
-    """),
-}
-LEADS = ["Dear reader!", "We went again.", "News from the kitchens.", "Good evening."]
-CLOSINGS = ["Go soon.", "We will be back.", "Tell a friend.", "Take your time."]
-SLOTS = ["name", "type", "food", "price", "rating", "area", "children", "near"]
-
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-SEASONS = ["spring", "summer", "autumn", "winter"]
-
-# {p} and {q} are people, {t} and {u} towns, {d} a day, {s} a season. No sentence holds its own label.
-TOPICS: dict[str, list[str]] = {
-    "weather": _lines("""
-        Rain fell on {t} all through {d}.
-        A cold wind came in from the sea.
-        {p} watched the clouds over {t}.
-        The fog did not lift before {d}.
-        Snow lay on the roofs of {t}.
-        It was the warmest {s} in years.
-        {p} heard thunder in the night.
-        The sun came out over {t} on {d}.
-        Frost covered the fields near {t}.
-        The storm broke two trees in {t}.
-    """),
-    "music": _lines("""
-        {p} played the fiddle in {t} on {d}.
-        The choir of {t} sang for an hour.
-        {p} and {q} sang an old song.
-        A drum could be heard across {t}.
-        {p} wrote a tune for {q}.
-        The band from {u} played until late.
-        The organ in {t} was mended in {s}.
-        {p} learned the flute from {q}.
-        They danced to the fiddle on {d}.
-        The concert in {t} drew a large crowd.
-    """),
-    "sport": _lines("""
-        {t} beat {u} by two goals on {d}.
-        {p} won the rowing race.
-        The runners set out from {t}.
-        {p} scored in the last minute.
-        The match on {d} ended in a draw.
-        {q} lost to {p} at chess.
-        The team from {u} trained all {s}.
-        {p} swam across the bay to {t}.
-        A large crowd cheered for {p}.
-        {t} won the cup for the first time.
-    """),
-    "trade": _lines("""
-        {p} sold ten sheep in {t}.
-        The price of wool rose in {s}.
-        A merchant from {u} bought the mill.
-        {p} owes {q} a large sum.
-        The bank in {t} opened on {d}.
-        The fishers of {t} sold their whole catch.
-        {p} opened a shop in {t}.
-        Salt is dear this {s}.
-        {q} bought a boat from {p}.
-        The merchants of {t} counted their coins.
-    """),
-    "travel": _lines("""
-        {p} took the ferry to {t}.
-        The road from {t} to {u} is closed.
-        {p} packed a bag on {d}.
-        The train to {u} was late.
-        {p} and {q} walked from {t} to {u}.
-        The coach leaves {t} on {d}.
-        {p} lost the map near {t}.
-        The voyage to {u} took all {s}.
-        {q} came home from {u} on {d}.
-        There is no bridge between {t} and {u}.
-    """),
-    "gardens": _lines("""
-        {p} planted beans in {s}.
-        The roses of {t} are in bloom.
-        {p} dug the soil on {d}.
-        The apples in {t} are ripe.
-        {q} gave {p} a bag of seeds.
-        The hedge near {t} has grown tall.
-        {p} pulled weeds all {d}.
-        The pears fell early this {s}.
-        A row of onions grows behind the wall.
-        {p} keeps bees among the flowers.
-    """),
-}
+# Sentences by topic. {p} and {q} are people, {t} and {u} towns, {d} a day, {s} a season. None names its own topic.
+TOPICS: dict[str, list[str]] = _VOCABULARY["topics"]
 LABELS = list(TOPICS)
-ASIDES = ["Nobody in {t} was surprised.", "{p} told {q} about it.", "That was on {d}.", "{q} wrote it down."]
+ASIDES: list[str] = _VOCABULARY["asides"]
 
-TRADES = {
-    "baker": "bakes bread",
-    "potter": "makes pots",
-    "smith": "shoes horses",
-    "weaver": "weaves cloth",
-    "teacher": "teaches children",
-    "fisher": "catches fish",
-    "carpenter": "builds boats",
-    "doctor": "mends bones",
-    "printer": "prints books",
-    "miller": "grinds corn",
-}
-INSTRUMENTS = ["fiddle", "flute", "drum", "organ", "harp", "horn"]
-ANIMALS = ["dog", "cat", "goat", "horse", "parrot", "donkey", "goose", "pony"]
-COLOURS = ["blue", "green", "red", "white", "black", "yellow", "grey", "brown"]
+# Lives.
+TRADES: dict[str, str] = _VOCABULARY["trades"]
+INSTRUMENTS: list[str] = _VOCABULARY["instruments"]
+ANIMALS: list[str] = _VOCABULARY["animals"]
+COLOURS: list[str] = _VOCABULARY["colours"]
 MEALS = sorted({food for foods in FOODS.values() for food in foods})
+LIFE_SENTENCES: dict[str, list[str]] = _VOCABULARY["life_sentences"]
+# By the value that answers them. {who} is a name, or a description that fits one person only.
+QUESTIONS: dict[str, list[str]] = _VOCABULARY["questions"]
 
 
 class _Draw:
-    """Draws from one generator, in order; floats come in bulk because single draws are slow."""
+    """Draws random choices from one generator, in order. Floats are drawn in bulk, since single draws are slow."""
 
     def __init__(self, purpose: str, *keys: int) -> None:
         self._rng = generator(_SEED, f"builtin/{purpose}", *keys)
@@ -248,8 +98,8 @@ class _Draw:
         return items[self.below(len(items))]
 
     def sample(self, items: Sequence[T], count: int) -> list[T]:
-        left = list(items)
-        return [left.pop(self.below(len(left))) for _ in range(count)]
+        remaining = list(items)
+        return [remaining.pop(self.below(len(remaining))) for _ in range(count)]
 
     def weighted(self, items: Sequence[T], weights: Sequence[float]) -> T:
         point = self.uniform() * sum(weights)
@@ -281,7 +131,7 @@ class _Paper:
 
     name: str
     weight: float
-    kinds: tuple[float, ...]
+    types: tuple[float, ...]  # of venue: how likely it writes about each; areas and topics likewise
     areas: tuple[float, ...]
     topics: tuple[float, ...]
     habits: _Habits
@@ -314,7 +164,7 @@ def _papers() -> list[_Paper]:
         _Paper(
             name=name,
             weight=1.0 / (i + 3),
-            kinds=taste(draw, len(KINDS), 1),
+            types=taste(draw, len(TYPES), 1),
             areas=taste(draw, len(AREAS), 2),
             topics=taste(draw, len(LABELS), 2),
             habits=_habits(draw),
@@ -323,24 +173,25 @@ def _papers() -> list[_Paper]:
     ]
 
 
-def _venue(draw: _Draw, kinds: Sequence[float] | None = None, areas: Sequence[float] | None = None) -> Venue:
-    kind = draw.weighted(KINDS, kinds or [1.0] * len(KINDS))
+def _venue(draw: _Draw, types: Sequence[float] | None = None, areas: Sequence[float] | None = None) -> Venue:
+    type_ = draw.weighted(TYPES, types or [1.0] * len(TYPES))
     venue = {
         "name": f"The {draw.pick(NAME_WORDS)} {draw.pick(NAME_THINGS)}",
-        "type": kind,
-        "food": draw.pick(FOODS[kind]),
+        "type": type_,
+        "food": draw.pick(FOODS[type_]),
         "price": draw.pick(list(PRICES)),
         "rating": draw.pick(list(RATINGS)),
         "area": draw.weighted(list(AREAS), areas or [1.0] * len(AREAS)),
         "children": draw.pick(list(CHILDREN)),
         "near": draw.pick(LANDMARKS),
     }
-    known = {"name", "type", *draw.sample(SLOTS[2:], 3 + draw.below(4))}
-    return {slot: value for slot, value in venue.items() if slot in known}
+    shown = {"name", "type", *draw.sample(FIELDS[2:], 3 + draw.below(4))}
+    return {field: value for field, value in venue.items() if field in shown}
 
 
-def _notation(venue: Venue, slots: Sequence[str] = tuple(SLOTS)) -> str:
-    return " , ".join(f"{slot}[{venue[slot]}]" for slot in slots if slot in venue)
+def _value_list(venue: Venue, fields: Sequence[str] = tuple(FIELDS)) -> str:
+    """The values of a venue, like "name[The Silver Swan] , type[pub]"."""
+    return " , ".join(f"{field}[{venue[field]}]" for field in fields if field in venue)
 
 
 def _capital(text: str) -> str:
@@ -348,42 +199,42 @@ def _capital(text: str) -> str:
 
 
 def _describe(venue: Venue, habits: _Habits) -> str:
-    """The description of a venue: all of its slots and nothing else, but for a writer's lead and closing."""
-    name, kind, food = venue["name"], venue["type"], venue.get("food")
+    """Describe a venue with all of its values and nothing else, apart from a writer's lead and closing."""
+    name, type_, food = venue["name"], venue["type"], venue.get("food")
     early = habits.early_price and "price" in venue
     if early:
-        kind = f"{PRICE_WORDS[venue['price']]} {kind}"
-    a_kind = f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-    places = [AREAS[venue["area"]]] if "area" in venue else []
-    places += [f"near the {venue['near']}"] if "near" in venue else []
-    place = " ".join(places)
-    at_place = f" {place}" if place else ""
+        type_ = f"{PRICE_WORDS[venue['price']]} {type_}"
+    a_venue = f"an {type_}" if type_[0] in "aeiou" else f"a {type_}"
+    location = " ".join(
+        ([AREAS[venue["area"]]] if "area" in venue else []) + ([f"near the {venue['near']}"] if "near" in venue else [])
+    )
+    at_location = f" {location}" if location else ""
     if habits.opening == 0:
-        opening = f"{name} is {a_kind}{at_place}" + (f" that serves {food}." if food else ".")
+        opening = f"{name} is {a_venue}{at_location}" + (f" that serves {food}." if food else ".")
     elif habits.opening == 1:
-        start = f"{_capital(place)}, you will find" if place else "You will find"
-        opening = f"{start} {name}, {a_kind}" + (f" that serves {food}." if food else ".")
+        start = f"{_capital(location)}, you will find" if location else "You will find"
+        opening = f"{start} {name}, {a_venue}" + (f" that serves {food}." if food else ".")
     elif habits.opening == 2:
-        opening = (f"For {food}, try" if food else "Try") + f" {name}, {a_kind}{at_place}."
+        opening = (f"For {food}, try" if food else "Try") + f" {name}, {a_venue}{at_location}."
     elif habits.opening == 3:
-        opening = f"{_capital(a_kind)} called {name}" + (f" serves {food}" if food else " stands") + f"{at_place}."
-        if not food and not place:
-            opening = f"{_capital(a_kind)} is called {name}."
+        opening = f"{_capital(a_venue)} called {name}" + (f" serves {food}" if food else " stands") + f"{at_location}."
+        if not food and not location:
+            opening = f"{_capital(a_venue)} is called {name}."
     else:
-        opening = f"{name}{at_place} is {a_kind}" + (f" with {food} on the menu." if food else ".")
-    said: list[str] = []
+        opening = f"{name}{at_location} is {a_venue}" + (f" with {food} on the menu." if food else ".")
+    clauses: list[str] = []
     for aspect in habits.order:
         if aspect == 0 and "price" in venue and not early:
-            said.append(PRICES[venue["price"]][habits.price])
+            clauses.append(PRICES[venue["price"]][habits.price])
         elif aspect == 1 and "rating" in venue:
-            said.append(RATINGS[venue["rating"]][habits.rating])
+            clauses.append(RATINGS[venue["rating"]][habits.rating])
         elif aspect == 2 and "children" in venue:
-            said.append(CHILDREN[venue["children"]][habits.children])
+            clauses.append(CHILDREN[venue["children"]][habits.children])
     sentences = [habits.lead, opening]
     if habits.split:
-        sentences += [f"{_capital(clause)}." for clause in said]
-    elif said:
-        sentences.append(_capital(_list(said)) + ".")
+        sentences += [f"{_capital(clause)}." for clause in clauses]
+    elif clauses:
+        sentences.append(_capital(_list(clauses)) + ".")
     return " ".join(sentence for sentence in [*sentences, habits.closing] if sentence)
 
 
@@ -392,12 +243,12 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _habit_today(habits: _Habits, draw: _Draw) -> _Habits:
-    """A writer keeps to the own habits, but for one description in eight."""
+    """The habits of one description: the writer's own, but other ones in one description out of eight."""
     return _habits(draw) if draw.chance(0.125) else habits
 
 
 def _shares(papers: Sequence[_Paper], total: int) -> list[int]:
-    """`total` rows over the papers by weight, every paper with at least one."""
+    """Divide `total` rows among the papers by weight; every paper gets at least one."""
     weights = [paper.weight for paper in papers]
     ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(len(papers))]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -409,7 +260,7 @@ _REFERENCES = {"train": 1, "validation": 4, "test": 4}
 
 def _dining(split: str) -> list[Row]:
     papers = _papers()
-    # Splits are written in one order, so that a list of an earlier split is never used again in a later one.
+    # All splits are written, in this order, so that a later one can leave out the lists of an earlier one.
     seen: set[str] = set()
     for current, total in _DINING_ROWS.items():
         draw = _Draw("dining", list(_DINING_ROWS).index(current))
@@ -428,8 +279,8 @@ def _dining(split: str) -> list[Row]:
         for group in groups:
             mr = ""
             while not mr or mr in seen:
-                venue = _venue(draw, group[0].kinds, group[0].areas)
-                mr = _notation(venue)
+                venue = _venue(draw, group[0].types, group[0].areas)
+                mr = _value_list(venue)
             seen.add(mr)
             refs: list[str] = []
             for paper in group:
@@ -489,7 +340,7 @@ def _topics(split: str) -> list[Row]:
 
 
 def _life(draw: _Draw, name: str, town: str) -> dict[str, str]:
-    """What is known of a person; every value is written out in the person's passage."""
+    """Invent the facts of a person's life; the person's passage tells all of them."""
     others = [first for first in FIRST_NAMES if first != name.split()[0]]
     return {
         "name": name,
@@ -505,29 +356,6 @@ def _life(draw: _Draw, name: str, town: str) -> dict[str, str]:
     }
 
 
-_LIFE = {
-    "town": ["{name} is a {trade} in {town}.", "The {trade} {name} lives in {town}."],
-    "origin": ["{first} was born in {origin}.", "{first} came to {town} from {origin}."],
-    "animal": ["{first} keeps a {colour} {animal}.", "A {colour} {animal} follows {first} about."],
-    "instrument": [
-        "On {day}, {first} plays the {instrument}.",
-        "{first} plays the {instrument} every {day}.",
-    ],
-    "meal": ["The dish {first} likes best is {meal}.", "{first} eats {meal} whenever there is any."],
-    "friend": [
-        "{first} learned the work from {friend}.",
-        "It was {friend} who taught {first} to be a {trade}.",
-    ],
-}
-# What is asked, by the value that answers it. {who} is a name or a description that fits one person only.
-_QUESTIONS = {
-    "origin": ["Where was {who} born?", "From which town did {who} come?"],
-    "animal": ["Which animal does {who} keep?", "What kind of animal belongs to {who}?"],
-    "instrument": ["What does {who} play?", "Which instrument does {who} play?"],
-    "meal": ["What does {who} like to eat?", "Which dish does {who} like best?"],
-    "friend": ["Who taught {who}?", "From whom did {who} learn the work?"],
-    "day": ["On which day does {who} make music?", "When does {who} play?"],
-}
 _PASSAGES = 330
 
 
@@ -541,16 +369,16 @@ def _lives() -> list[tuple[_Paper, dict[str, str]]]:
     return [(paper, _life(draw, name, paper.name.split()[0])) for paper, name in zip(authors, names, strict=True)]
 
 
-def _tell(life: dict[str, str], draw: _Draw, facts: Sequence[str] = tuple(_LIFE)) -> str:
+def _tell(life: dict[str, str], draw: _Draw, facts: Sequence[str] = tuple(LIFE_SENTENCES)) -> str:
     first = life["name"].split()[0]
-    return " ".join(draw.pick(_LIFE[fact]).format(first=first, **life) for fact in facts)
+    return " ".join(draw.pick(LIFE_SENTENCES[fact]).format(first=first, **life) for fact in facts)
 
 
 def _passages(split: str) -> list[Row]:
     draw = _Draw("passages")
     written = []
     for i, (paper, life) in enumerate(_lives()):
-        order = ["town", *draw.sample(list(_LIFE)[1:], len(_LIFE) - 1)]
+        order = ["town", *draw.sample(list(LIFE_SENTENCES)[1:], len(LIFE_SENTENCES) - 1)]
         text = _tell(life, draw, order)
         written.append({"id": f"p{i:03d}", "title": life["name"], "text": text, "client": paper.name})
     return written
@@ -568,12 +396,12 @@ def _questions(split: str) -> list[Row]:
     written: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for i, (paper, life) in enumerate(lives):
         parts = ["train", "test"] + [draw.weighted(list(written), [0.3, 0.5, 0.2])] * draw.chance(0.6)
-        for part, asked in zip(parts, draw.sample(list(_QUESTIONS), len(parts)), strict=True):
+        for part, asked in zip(parts, draw.sample(list(QUESTIONS), len(parts)), strict=True):
             by_name = asked == "animal" or described[descriptions[i]] > 1 or draw.chance(0.6)
             who = life["name"] if by_name else descriptions[i]
             written[part].append(
                 {
-                    "question": draw.pick(_QUESTIONS[asked]).format(who=who),
+                    "question": draw.pick(QUESTIONS[asked]).format(who=who),
                     "answer": life[asked],
                     "passage_id": passages[i]["id"],
                     "passage": passages[i]["text"],
@@ -587,7 +415,7 @@ _GENERAL_ROWS = {"train": 40000, "validation": 400}
 
 
 def _diary(venue: Venue, draw: _Draw) -> list[str]:
-    """Sentences that touch on a venue without describing it: a visit, each with at most one of its values."""
+    """Tell of a visit to a venue without describing it: every sentence has at most one of its values."""
     p, q = draw.sample(FIRST_NAMES, 2)
     notes = {
         "type": [f"The {venue['type']} was full.", f"{p} liked the {venue['type']}."],
@@ -620,19 +448,19 @@ def _diary(venue: Venue, draw: _Draw) -> list[str]:
             f"{q} had read about {venue['name']}.",
         ]
     )
-    known = [slot for slot in notes if slot in venue]
+    fields = [field for field in notes if field in venue]
     return [
         opening,
-        *(draw.pick(notes[slot]) for slot in draw.sample(known, min(len(known), 2 + draw.below(4)))),
+        *(draw.pick(notes[field]) for field in draw.sample(fields, min(len(fields), 2 + draw.below(4)))),
     ]
 
 
 def _catalogue(venues: Sequence[Venue], draw: _Draw) -> str:
-    return " : ".join(_notation(venue, draw.sample(SLOTS, len(SLOTS))) for venue in venues)
+    return " : ".join(_value_list(venue, draw.sample(FIELDS, len(FIELDS))) for venue in venues)
 
 
 def _letters(draw: _Draw) -> str:
-    """Two people on the same venue, each in their own words."""
+    """Let two people describe the same venue, each in their own words."""
     venue = _venue(draw)
     p, q = draw.sample(FIRST_NAMES, 2)
     first, second = _describe(venue, _habits(draw)), _describe(venue, _habits(draw))
@@ -675,20 +503,20 @@ def _biography(draw: _Draw) -> str:
     name = f"{draw.pick(FIRST_NAMES)} {draw.pick(LAST_NAMES)}"
     life = _life(draw, name, draw.pick(TOWNS))
     if draw.chance(0.3):
-        # Names from outside the vocabulary, so that single bytes are not untrained.
+        # A name from outside the vocabulary, so that the tokens of single bytes are trained too.
         letters = [draw.pick(["bcdfghjklmnpqrstvwxyz", "aeiou"][i % 2]) for i in range(3 + draw.below(4))]
         life["name"] = _capital("".join(letters))
-    order = ["town", *draw.sample(list(_LIFE)[1:], 3)]
+    order = ["town", *draw.sample(list(LIFE_SENTENCES)[1:], 3)]
     work = f" {life['name'].split()[0]} {TRADES[life['trade']]}."
     return _tell(life, draw, order) + draw.pick(["", work])
 
 
 def _wonder(draw: _Draw) -> str:
-    """Questions that nothing in the text answers, so that their words are known."""
+    """Ask questions that the text does not answer, so that the base knows the words of questions."""
     p, q = draw.sample(FIRST_NAMES, 2)
     asked = [
-        draw.pick(_QUESTIONS[fact]).format(who=f"{draw.pick(FIRST_NAMES)} {draw.pick(LAST_NAMES)}")
-        for fact in draw.sample(list(_QUESTIONS), 1 + draw.below(3))
+        draw.pick(QUESTIONS[fact]).format(who=f"{draw.pick(FIRST_NAMES)} {draw.pick(LAST_NAMES)}")
+        for fact in draw.sample(list(QUESTIONS), 1 + draw.below(3))
     ]
     start = draw.pick(
         [
@@ -741,9 +569,9 @@ TASKS = tuple(_WRITERS)
 
 
 def rows(task: str, split: str) -> list[Row]:
-    """The rows of one split of a task, always the same ones; the columns are those listed above, all strings.
+    """The rows of one split of a task, always the same; the module's docstring lists the columns, all strings.
 
-    Raises UserError for a task or split that does not exist.
+    UserError for a task or split that does not exist.
     """
     if task not in _WRITERS:
         hint = nearest(task, list(TASKS))

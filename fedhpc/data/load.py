@@ -1,4 +1,4 @@
-"""From the configuration to tokenised splits and the population."""
+"""Loads the data of a run: reads its splits, tokenises them and divides the training data among the clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELD_OUT_MAX = 1000
 
 
 class Public(Protocol):
-    """Which rows all may see; None as in `data`."""
+    """Which rows form the public set, that the server and all clients see; None means: as in the section `data`."""
 
     @property
     def source(self) -> str | None: ...
@@ -46,15 +46,15 @@ class Public(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """All that a run needs of its data."""
+    """The tokenised splits of a run and its clients."""
 
     train: Examples
     validation: Examples
     test: Examples
     population: Population
     messages: list[str]  # for the log: what was decided while loading
-    fingerprint: str  # of the content of all splits: a resumed run must find the same
-    public: Examples | None = None  # what all may see, where a run has such a set
+    fingerprint: str  # hash of the content of all splits: a resumed run must find the same
+    public: Examples | None = None  # the public set, of runs that have one
 
 
 def load_data(
@@ -67,8 +67,8 @@ def load_data(
     """Read, tokenise and divide the data of a run.
 
     kind: how an example is written; data.target is used only where it has a target. write_cache: whether tokens are
-    kept for the next time (`--check` writes nothing). public: the public set that is read beside the splits.
-    UserError for all that is wrong with the data, with its place.
+    cached for the next run (`--check` writes nothing). public: the public set to read beside the splits. A UserError
+    says what is wrong with the data, and in which file and line.
     """
     data = settings.data
     prompt, target = parse(data.prompt, "data.prompt"), parse(data.target if kind.has_target else "", "data.target")
@@ -87,7 +87,9 @@ def load_data(
     for split, table in tables.items():
         prompts = [prompt.render(row) for row in table.rows]
         targets = [target.render(row) for row in table.rows]
-        tokens, message = cached_tokens(prompts, targets, table.places, tokenizer, data.max_length, kind, write_cache)
+        tokens, message = cached_tokens(
+            prompts, targets, table.locations, tokenizer, data.max_length, kind, write_cache
+        )
         if message is not None and message not in messages:
             messages.append(message)
         train = split == "train"
@@ -115,9 +117,9 @@ def load_data(
 def _read_splits(
     settings: config.Config, prompt: Template, target: Template, public: Public | None, messages: list[str]
 ) -> tuple[dict[str, Table], list[str]]:
-    """The rows of train, validation, test and the public set, and the owners of the training rows by name."""
+    """The rows of train, validation, test and the public set, and the names of the training rows' owners."""
     data = settings.data
-    source = sources.joined(sources.open_source(data), data.join)
+    source = sources.with_join(sources.open_source(data), data.join)
     columns = {
         **dict.fromkeys(target.columns, "data.target"),
         **dict.fromkeys(prompt.columns, "data.prompt"),
@@ -132,17 +134,18 @@ def _read_splits(
     owner_names: list[str] = []
     for split in ("train", "validation", "test"):
         name = getattr(data, split)
-        found = sources.find_split(source, name)
-        if found is None and (name != split or split == "train"):
+        name_in_source = sources.find_split(source, name)
+        if name_in_source is None and (name != split or split == "train"):
             raise UserError(
                 f"data.{split}: '{data.source}' has no split or file '{name}'; it has: "
                 f"{', '.join(source.splits()) or 'nothing'}"
             )
         # `train: dev` must not make dev the default validation split too.
-        if found is None or (split != "train" and name == split and found == tables["train"].name):
+        is_train = split != "train" and name == split and name_in_source == tables["train"].name
+        if name_in_source is None or is_train:
             absent.append(split)
             continue
-        table = sources.read_table(source, found, {**columns, **(owner if split == "train" else {})})
+        table = sources.read_table(source, name_in_source, {**columns, **(owner if split == "train" else {})})
         if split == "train" and data.client is not None:
             # Owners whose rows are all filtered out stay clients, without data.
             owner_names = sorted({row[data.client] for row in table.rows})
@@ -156,14 +159,17 @@ def _read_splits(
     if public is not None:
         tables["train"], tables["public"] = _public_rows(settings, public, shared, tables, messages)
     if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
-        tables["train"], owner_names = owners_kept(settings, tables["train"], owner_names, messages)
+        tables["train"], owner_names = owners_with_enough(settings, tables["train"], owner_names, messages)
     return {split: tables[split] for split in ("train", "validation", "test", "public") if split in tables}, owner_names
 
 
 def _public_rows(
     settings: config.Config, public: Public, columns: dict[str, str], tables: dict[str, Table], messages: list[str]
 ) -> tuple[Table, Table]:
-    """The training rows that are left, and those of the public set: a fixed sample, the same for every `run.seed`."""
+    """Separate the public set from the training rows: returns (training rows, public rows).
+
+    A sample of rows is the same for every `run.seed`.
+    """
     train, draw = tables["train"], generator(EVALUATION, "public")
     if public.source is None and public.split is None and not public.where and not public.where_not:
         if public.max_examples >= len(train.rows):
@@ -175,25 +181,25 @@ def _public_rows(
         parts = [train.select(sorted(part.tolist())) for part in np.split(order, [public.max_examples])]
         messages.append(f"data: {public.max_examples} rows are taken out of the training data for the public set")
         return parts[1], parts[0]
-    own = {"where": public.where, "where_not": public.where_not}
+    public_filters = {"where": public.where, "where_not": public.where_not}
     data = settings.data.model_copy(
-        update={**own, **({"source": public.source, "subset": None} if public.source is not None else {})}
+        update={**public_filters, **({"source": public.source, "subset": None} if public.source is not None else {})}
     )
-    with _said_of("method.public"):
-        source = sources.joined(sources.open_source(data), data.join)
+    with _errors_about("method.public"):
+        source = sources.with_join(sources.open_source(data), data.join)
     name = public.split or "train"
-    found = sources.find_split(source, name)
-    if found is None:
+    name_in_source = sources.find_split(source, name)
+    if name_in_source is None:
         raise UserError(
             f"method.public.split: '{data.source}' has no split or file '{name}'; it has: "
             f"{', '.join(source.splits()) or 'nothing'}"
         )
-    filters = {column: f"method.public.{key}" for key, columns in own.items() for column in columns}
-    table = sources.read_table(source, found, {**columns, **filters})
-    with _said_of("method.public"):
+    filters = {column: f"method.public.{key}" for key, columns in public_filters.items() for column in columns}
+    table = sources.read_table(source, name_in_source, {**columns, **filters})
+    with _errors_about("method.public"):
         table = sources.filtered(table, data)
     for split, other in tables.items():
-        both = set(table.places) & set(other.places)
+        both = set(table.locations) & set(other.locations)
         if both:
             raise UserError(
                 f"method.public: {len(both)} of its {len(table.rows)} rows are in {split} too, like {min(both)}; "
@@ -205,8 +211,8 @@ def _public_rows(
 
 
 @contextmanager
-def _said_of(section: str) -> Iterator[None]:
-    """Errors that name keys of `data` name those of `section`."""
+def _errors_about(section: str) -> Iterator[None]:
+    """Let errors that would name a key of the section `data` name the same key of `section`."""
     try:
         yield
     except UserError as error:
@@ -214,8 +220,10 @@ def _said_of(section: str) -> Iterator[None]:
 
 
 def _mislabelled(table: Table, label: str, names: list[str], noise: float, seed: int) -> Table:
-    """Each row with probability `noise` in another class, all others being equally likely; a row that is mislabelled
-    under a smaller noise is so under a larger one, in the same way."""
+    """Give each row, with probability `noise`, another class; all other classes are equally likely.
+
+    A row that is mislabelled at a small `noise` has the same wrong label at a larger one.
+    """
     if len(names) < 2:
         raise UserError(f"data.label_noise: there is no other class, data.label '{label}' has {len(names)}")
     rng = generator(seed, "label_noise")
@@ -230,7 +238,7 @@ def _mislabelled(table: Table, label: str, names: list[str], noise: float, seed:
 
 
 def _hold_out(table: Table, split: str) -> tuple[Table, Table]:
-    """A fixed sample of rows taken out of the training data: what is left, and what was taken."""
+    """Take a fixed sample out of the training rows for a missing split: returns (rows left, rows taken)."""
     count = min(max(int(len(table.rows) * HELD_OUT_SHARE), 1), HELD_OUT_MAX)
     if count >= len(table.rows):
         raise UserError(f"{table.name}: too few rows to hold some out for the missing {split} split; add one")
@@ -238,37 +246,37 @@ def _hold_out(table: Table, split: str) -> tuple[Table, Table]:
     return table.select(sorted(order[count:].tolist())), table.select(sorted(order[:count].tolist()))
 
 
-def owners_kept(
+def owners_with_enough(
     settings: config.Config, table: Table, owner_names: list[str], messages: list[str]
 ) -> tuple[Table, list[str]]:
-    """The training rows and names of the owners with at least `partition.min_examples` rows."""
+    """Leave out the owners with fewer than `partition.min_examples` rows: the rows and names of the others."""
     column, minimum = str(settings.data.client), settings.partition.min_examples
     counts = dict.fromkeys(owner_names, 0)
     for row in table.rows:
         counts[row[column]] += 1
-    kept = [name for name in owner_names if counts[name] >= minimum]
-    if not kept:
+    remaining = [name for name in owner_names if counts[name] >= minimum]
+    if not remaining:
         raise UserError(
             f"partition.min_examples: no owner has {minimum} examples; the largest has {max(counts.values())}"
         )
-    if len(kept) < len(owner_names):
+    if len(remaining) < len(owner_names):
         rows = [number for number, row in enumerate(table.rows) if counts[row[column]] >= minimum]
         messages.append(
-            f"data: {len(owner_names) - len(kept)} of {len(owner_names)} owners have fewer than {minimum} "
+            f"data: {len(owner_names) - len(remaining)} of {len(owner_names)} owners have fewer than {minimum} "
             f"examples and are left out, with {len(table.rows) - len(rows)} rows"
         )
         table = table.select(rows)
-    empty = sum(counts[name] == 0 for name in kept)
+    empty = sum(counts[name] == 0 for name in remaining)
     if empty:
         messages.append(
-            f"data: {empty} of {len(kept)} owners have no examples left and will be rejected when sampled; "
+            f"data: {empty} of {len(remaining)} owners have no examples left and will be rejected when sampled; "
             "partition.min_examples=1 leaves them out"
         )
-    return table, kept
+    return table, remaining
 
 
 def ids_of(table: Table, column: str | None, names: list[str]) -> Int32 | None:
-    """int32[n]: the position in `names` of every row's value."""
+    """The position in `names` of every row's value, int32[n]; None where there is no such column."""
     if column is None:
         return None
     position = {name: number for number, name in enumerate(names)}

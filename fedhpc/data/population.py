@@ -1,4 +1,4 @@
-"""The population: which training examples each client holds, and which of them it keeps for evaluation."""
+"""The population says which training examples each client holds, and which of them it keeps for evaluation."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from fedhpc.data.partitioners.base import Assignment, Draws, Int64, Partitioner,
 from fedhpc.data.tokens import Examples
 from fedhpc.rng import generator
 
-_SHOWN = 10
+_SHOWN = 10  # clients, and at most as many labels, in the table of `--check`
 
 
 @dataclass(frozen=True)
 class Population:
-    """N clients and their examples.
+    """N clients and the training examples that each of them holds, given as indices.
 
-    A virtual population has no assignment: its clients draw their examples when asked. names are the owners
-    of a natural partition.
+    Either all are assigned (`assignment`), or the population is virtual and a client's are drawn when they are asked
+    for (`draw`).
     """
 
     num_clients: int
     seed: int
-    held_out_fraction: float  # of each client's examples
+    held_out_fraction: float  # share of each client's examples that is kept for evaluation
     assignment: Assignment | None = None
     draw: Callable[[int], Int64] | None = None
-    drawn: int = 0  # examples of every client of a virtual population
-    names: list[str] | None = None
+    drawn: int = 0  # how many examples every client of a virtual population has
+    names: list[str] | None = None  # of the clients of a natural partition: the owners of the data
 
     @classmethod
     def divided(cls, settings: config.Config, train: Examples) -> Population:
-        """The population that `partition` makes of the training data; UserError where it cannot."""
+        """Divide the training data among clients as the section `partition` says; UserError where that fails."""
         options, seed = settings.partition, settings.run.seed
         fraction = settings.evaluation.client_fraction
         partitioner: Partitioner = registry.choice("partitioners", options.name, "partition.name")(options, seed)
@@ -47,12 +47,12 @@ class Population:
 
     @classmethod
     def single(cls, settings: config.Config, train: Examples) -> Population:
-        """One client with all training data, for mode centralized."""
+        """A population of one client that holds all training data, for mode centralized."""
         everything = Assignment(np.arange(len(train)), np.array([0, len(train)]))
         return cls(1, settings.run.seed, settings.evaluation.client_fraction, everything)
 
     def indices(self, client: int) -> Int64:
-        """Training examples of a client, ascending, without those held out."""
+        """The examples that a client trains on, ascending: all of its own but those held out."""
         return self._split(client)[0]
 
     def held_out(self, client: int) -> Int64:
@@ -60,17 +60,20 @@ class Population:
         return self._split(client)[1]
 
     def num_examples(self, client: int) -> int:
-        """How many examples the client trains on, held-out ones apart."""
+        """How many examples a client trains on; held-out ones do not count."""
         size = self.drawn if self.draw is not None else len(self._all(client))
         return size - int(self._num_held_out(np.array(size))) if self.held_out_fraction else size
 
     def sizes(self) -> Int64:
-        """int64[N]: num_examples of every client; not for a virtual population."""
+        """How many examples each client trains on, int64[N]. ValueError for a virtual population."""
         sizes = np.diff(self._materialised().offsets)
         return sizes - self._num_held_out(sizes)
 
     def label_counts(self, examples: Examples) -> Int64:
-        """int64[N, C]: examples of each label per client, held-out ones too; not for a virtual population."""
+        """How many examples of each label each client holds, held-out ones too, int64[N, C].
+
+        ValueError for a virtual population, or for examples without labels.
+        """
         if examples.labels is None:
             raise ValueError("these examples have no labels")
         indices, offsets = self._materialised()
@@ -101,19 +104,19 @@ class Population:
         return count
 
     def _split(self, client: int) -> tuple[Int64, Int64]:
-        mine = self._all(client)
+        indices = self._all(client)
         if not self.held_out_fraction:
-            return mine, mine[:0]
-        count = int(self._num_held_out(np.array(len(mine))))
-        chosen = np.zeros(len(mine), bool)
+            return indices, indices[:0]
+        count = int(self._num_held_out(np.array(len(indices))))
+        held_out = np.zeros(len(indices), bool)
         if count:
-            order = generator(self.seed, "held_out", client).permutation(len(mine))
-            chosen[order[:count]] = True
-        return mine[~chosen], mine[chosen]
+            order = generator(self.seed, "held_out", client).permutation(len(indices))
+            held_out[order[:count]] = True
+        return indices[~held_out], indices[held_out]
 
 
 def describe(population: Population, train: Examples) -> list[str]:
-    """Lines for `--check`: how many clients, how large, and how labels spread over the largest ones."""
+    """The lines of `--check` about clients: how many, how large, and the labels of the first ones."""
     if population.assignment is None:
         return [
             f"clients: {population.num_clients} (virtual), {population.num_examples(0)} examples each, "

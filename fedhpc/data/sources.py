@@ -1,7 +1,7 @@
-"""Rows of one split: from a built-in task, a local folder or file, or a data set of the hub.
+"""Reads the rows of a split from built-in data, a local folder or file, or a data set of the Hugging Face hub.
 
-A split is a name (`train`) or a file (`other.csv`). Every value that is used becomes a text as it is read.
-A row keeps its line, so that an error can say where it is.
+A split is named (`train`) or given as a file (`other.csv`). Every value that is used becomes a text as it is read. A
+row remembers where it was read (`data/train.csv:7`), so that an error can name it.
 """
 
 from __future__ import annotations
@@ -24,37 +24,38 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 VALIDATION = ("validation", "dev", "valid", "val")
 _INSTALL = "pip install 'fedhpc[data]'"
 
-# The place of a row (file:line, or data set and row number) and its columns.
-Located = Iterator[tuple[str, Mapping[str, Any]]]
+# Where a row was read ("train.csv:7", "builtin:dining train row 7") and its values by column.
+LocatedRows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one split with the columns that were asked for, as texts, and the place of each row."""
+    """The rows of one split: the columns that were asked for, as texts, and where each row was read."""
 
     name: str
     rows: list[dict[str, str]]
-    places: list[str]
+    locations: list[str]  # of each row, like "train.csv:7"
 
     def select(self, keep: list[int]) -> Table:
-        return replace(self, rows=[self.rows[i] for i in keep], places=[self.places[i] for i in keep])
+        """The table of the rows with these indices."""
+        return replace(self, rows=[self.rows[i] for i in keep], locations=[self.locations[i] for i in keep])
 
 
 class Source(Protocol):
-    """Where splits come from."""
+    """Something that splits are read from, like a folder of files or a data set of the hub."""
 
     def find(self, split: str) -> str | None:
-        """The split's own name or file here, or None where there is none."""
+        """What this source calls a split (a name or the path of a file); None where it has no such split."""
 
     def splits(self) -> list[str]:
-        """The splits there are, for messages."""
+        """The names of all splits, for error messages."""
 
-    def read(self, found: str) -> Located:
-        """The rows of what `find` returned."""
+    def read(self, split: str) -> LocatedRows:
+        """The rows of a split, as `find` named it."""
 
 
 def open_source(data: config.Data) -> Source:
-    """The source that `data.source` names; nothing is read yet."""
+    """Open the source that `data.source` names, without reading any rows yet."""
     path = Path(os.path.expanduser(data.source))
     if data.source.startswith("builtin:"):
         source: Source = _Builtin(data.source.removeprefix("builtin:"))
@@ -70,49 +71,49 @@ def open_source(data: config.Data) -> Source:
 
 
 def find_split(source: Source, split: str) -> str | None:
-    """What `source` calls `split`: its exact name, else another name of the validation split."""
-    for name in (split, *(VALIDATION if split in VALIDATION else ())):
-        found = source.find(name)
-        if found is not None:
-            return found
+    """What `source` calls `split`: for validation also under its other usual names, like dev; None if it has none."""
+    for alias in (split, *(VALIDATION if split in VALIDATION else ())):
+        name = source.find(alias)
+        if name is not None:
+            return name
     return None
 
 
-def read_table(source: Source, found: str, columns: Mapping[str, str]) -> Table:
-    """All rows of a split.
+def read_table(source: Source, split: str, columns: Mapping[str, str]) -> Table:
+    """Read all rows of a split, as `find_split` named it.
 
-    columns: the columns to keep, each with the configuration key that asks for it.
+    columns: the columns to keep, each with the configuration key that asks for it, like {"mr": "data.prompt"}.
     """
-    table = Table(found, [], [])
-    for place, values in source.read(found):
-        table.rows.append({column: _column(values, column, key, place) for column, key in columns.items()})
-        table.places.append(place)
+    table = Table(split, [], [])
+    for location, values in source.read(split):
+        table.rows.append({column: _column(values, column, key, location) for column, key in columns.items()})
+        table.locations.append(location)
     if not table.rows:
-        raise UserError(f"{found}: the split has no rows")
+        raise UserError(f"{split}: the split has no rows")
     return table
 
 
-def joined(source: Source, join: config.Join | None) -> Source:
-    """`source` with the columns of another of its files beside those of each row, which come first."""
+def with_join(source: Source, join: config.Join | None) -> Source:
+    """Add the columns of another file of the source to each row (`data.join`); the row's own values come first."""
     if join is None:
         return source
-    found = find_split(source, join.file)
-    if found is None:
+    file = find_split(source, join.file)
+    if file is None:
         raise UserError(
             f"data.join.file: there is no split or file '{join.file}'; there is: "
             f"{', '.join(source.splits()) or 'nothing'}"
         )
     others: dict[str, Mapping[str, Any]] = {}
-    for place, values in source.read(found):
-        name = _column(values, join.key, "data.join.key", place)
+    for location, values in source.read(file):
+        name = _column(values, join.key, "data.join.key", location)
         if name in others:
-            raise UserError(f"{place}: data.join.key: '{name}' stands twice in the column '{join.key}'")
+            raise UserError(f"{location}: data.join.key: '{name}' stands twice in the column '{join.key}'")
         others[name] = values
     return _Joined(source, join, others)
 
 
 def filtered(table: Table, data: config.Data) -> Table:
-    """The rows that pass `data.where` and `data.where_not`; values are compared as texts."""
+    """Keep the rows that pass `data.where` and `data.where_not`; values are compared as texts."""
     accepted = {column: {text(value) for value in values} for column, values in data.where.items()}
     refused = {column: {text(value) for value in values} for column, values in data.where_not.items()}
     keep = [
@@ -127,9 +128,9 @@ def filtered(table: Table, data: config.Data) -> Table:
 
 
 def text(value: Any) -> str:
-    """A scalar as it stands in a template or is compared by a filter; null is the empty text.
+    """Turn a value into the text that templates and filters use: 3 becomes "3", true "true", null the empty text.
 
-    A list of one scalar is that scalar. ValueError for any other value.
+    A list of one value stands for that value. ValueError for longer lists, objects and bytes.
     """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -147,14 +148,14 @@ def text(value: Any) -> str:
     return result
 
 
-def _column(values: Mapping[str, Any], column: str, key: str, place: str) -> str:
+def _column(values: Mapping[str, Any], column: str, key: str, location: str) -> str:
     if column not in values:
         hint = nearest(column, [str(name) for name in values])
-        raise UserError(f"{place}: {key} names the column '{column}', which is not there; {hint}")
+        raise UserError(f"{location}: {key} names the column '{column}', which is not there; {hint}")
     try:
         return text(values[column])
     except ValueError as error:
-        raise UserError(f"{place}: {key}: the column '{column}' holds {error}; use one text or number") from None
+        raise UserError(f"{location}: {key}: the column '{column}' holds {error}; use one text or number") from None
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,12 @@ class _Joined:
     def find(self, split: str) -> str | None:
         return self.source.find(split)
 
-    def read(self, found: str) -> Located:
-        for place, values in self.source.read(found):
-            name = _column(values, self.join.column, "data.join.column", place)
+    def read(self, split: str) -> LocatedRows:
+        for location, values in self.source.read(split):
+            name = _column(values, self.join.column, "data.join.column", location)
             if name not in self.others:
-                raise UserError(f"{place}: data.join: '{name}' is not in the column '{self.join.key}' of its file")
-            yield place, {**self.others[name], **values}
+                raise UserError(f"{location}: data.join: '{name}' is not in the column '{self.join.key}' of its file")
+            yield location, {**self.others[name], **values}
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,12 @@ class _Builtin:
     def find(self, split: str) -> str | None:
         return split if split in self.splits() else _file_named(split, None)
 
-    def read(self, found: str) -> Located:
-        if found not in self.splits():
-            yield from _read_file(Path(found))
+    def read(self, split: str) -> LocatedRows:
+        if split not in self.splits():
+            yield from _read_file(Path(split))
             return
-        for number, row in enumerate(builtin.rows(self.task, found), 1):
-            yield f"builtin:{self.task} {found} row {number}", row
+        for number, row in enumerate(builtin.rows(self.task, split), 1):
+            yield f"builtin:{self.task} {split} row {number}", row
 
 
 @dataclass(frozen=True)
@@ -229,12 +230,12 @@ class _Files:
             raise UserError(f"{self.path}: several files for the split '{split}': {', '.join(files)}; name one")
         return str(self.path / files[0]) if files else None
 
-    def read(self, found: str) -> Located:
-        return _read_file(Path(found))
+    def read(self, split: str) -> LocatedRows:
+        return _read_file(Path(split))
 
 
 class _Hub:
-    """A data set of the hub, through the library `datasets`."""
+    """A data set of the Hugging Face hub, read by the library `datasets`."""
 
     def __init__(self, name: str, subset: str | None) -> None:
         try:
@@ -259,15 +260,16 @@ class _Hub:
     def find(self, split: str) -> str | None:
         return split if split in self.splits() else _file_named(split, None)
 
-    def read(self, found: str) -> Located:
-        if found not in self.splits():
-            yield from _read_file(Path(found))
+    def read(self, split: str) -> LocatedRows:
+        if split not in self.splits():
+            yield from _read_file(Path(split))
             return
-        rows = self.loaded[found]
-        classes = {column: kind.names for column, kind in rows.features.items() if hasattr(kind, "int2str")}
+        rows = self.loaded[split]
+        # Columns of class numbers give the names of their classes.
+        classes = {column: feature.names for column, feature in rows.features.items() if hasattr(feature, "int2str")}
         for number, row in enumerate(rows, 1):
-            names = {c: known[row[c]] for c, known in classes.items() if row[c] is not None and row[c] >= 0}
-            yield f"{self.name} {found} row {number}", {**row, **names}
+            names = {c: class_names[row[c]] for c, class_names in classes.items() if row[c] is not None and row[c] >= 0}
+            yield f"{self.name} {split} row {number}", {**row, **names}
 
 
 def _stem(path: Path) -> str:
@@ -280,7 +282,7 @@ def _is_data_file(path: Path) -> bool:
 
 
 def _file_named(split: str, folder: Path | None) -> str | None:
-    """The path of a split that is given as a file: in the source's folder, else from here."""
+    """The path of a split that is given as a file: in the source's folder, else in the current one; None if neither."""
     path = Path(os.path.expanduser(split))
     if not _is_data_file(path):
         return None
@@ -288,7 +290,7 @@ def _file_named(split: str, folder: Path | None) -> str | None:
     return next((str(candidate) for candidate in candidates if candidate.is_file()), None)
 
 
-def _read_file(path: Path) -> Located:
+def _read_file(path: Path) -> LocatedRows:
     if not _is_data_file(path):
         raise UserError(f"{path}: a data file ends in {', '.join(SUFFIXES)}, each with or without .gz")
     try:
@@ -297,11 +299,11 @@ def _read_file(path: Path) -> Located:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    return {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[kind](path, content)
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    return {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[suffix](path, content)
 
 
-def _read_jsonl(path: Path, content: bytes) -> Located:
+def _read_jsonl(path: Path, content: bytes) -> LocatedRows:
     for number, line in enumerate(io.BytesIO(content), 1):
         if not line.strip():
             continue
@@ -316,7 +318,7 @@ def _read_jsonl(path: Path, content: bytes) -> Located:
         yield f"{path}:{number}", row
 
 
-def _read_csv(path: Path, content: bytes) -> Located:
+def _read_csv(path: Path, content: bytes) -> LocatedRows:
     try:
         decoded = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -338,7 +340,7 @@ def _read_csv(path: Path, content: bytes) -> Located:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _read_parquet(path: Path, content: bytes) -> Located:
+def _read_parquet(path: Path, content: bytes) -> LocatedRows:
     try:
         import pyarrow
         import pyarrow.parquet

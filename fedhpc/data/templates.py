@@ -1,6 +1,7 @@
-"""Templates over columns: `"{mr} :"` puts the value of the column mr in; `{{` and `}}` are braces.
+"""Templates build a text from the columns of a row: with mr = "Aromi is a bar", "{mr} :" gives "Aromi is a bar :".
 
-Only column names stand between braces, taken literally: no attributes, indices, conversions or formats.
+`{{` and `}}` stand for braces. Between braces there is a column name and nothing else, taken literally: no attributes,
+indices, conversions or formats.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[^{}]+|[{}]")
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed template: texts and column names in turn."""
+    """A parsed template: texts with column names between them. "{mr} :" has the texts "" and " :" around mr."""
 
     texts: tuple[str, ...]  # one more than columns
     columns: tuple[str, ...]
 
     def render(self, row: Mapping[str, str]) -> str:
+        """The text for a row, given as values by column."""
         pieces = [self.texts[0]]
         for column, following in zip(self.columns, self.texts[1:], strict=True):
             pieces += (row[column], following)
@@ -29,7 +31,7 @@ class Template:
 
 
 def parse(template: str, key: str) -> Template:
-    """The template of the configuration key `key`; UserError for a brace without its other half."""
+    """Parse the template that the configuration key `key` holds; UserError for a brace without its other half."""
     texts, columns = [""], []
     for match in _PIECE.finditer(template):
         piece, column = match[0], match[1]

@@ -1,7 +1,7 @@
 """CMA-ES (Hansen 2016, arXiv 1604.00772) by the package `cma`, as functions of the moments of its distribution.
 
-Everything that an iteration leaves behind is in `Moments`, a handful of arrays: they are what is sent, checkpointed and
-compared. An iteration builds a `cma.CMAEvolutionStrategy` from them, so that a run that was interrupted after any
+Everything that one iteration passes on to the next is in `Moments`, a few arrays: they are what is sent, checkpointed
+and compared. An iteration builds a `cma.CMAEvolutionStrategy` from them, so that a run that was interrupted after any
 iteration goes on with the same bits as one that was not, and as one object that lives from the first to the last.
 """
 
@@ -25,7 +25,7 @@ Key = tuple[int, ...]  # (seed, numbers that tell the draws apart)
 
 @dataclass(frozen=True)
 class Moments:
-    """The distribution N(mean, sigma^2 covariance) over R^d, and what its adaptation remembers."""
+    """The distribution N(mean, sigma^2 covariance) over R^d that candidates are drawn from, and its evolution paths."""
 
     mean: Float64  # (d,)
     sigma: Float64  # (): the step size
@@ -35,12 +35,12 @@ class Moments:
     iteration: NDArray[np.int64]  # (): iterations done
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """The arrays by name."""
+        """The arrays by their names."""
         return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> Moments:
-        """The inverse of `tensors`."""
+        """Make moments of arrays by name: the inverse of `tensors`."""
         return cls(**{field.name: np.array(tensors[field.name]) for field in fields(cls)})
 
 
@@ -50,14 +50,8 @@ def initial(dimension: int, sigma: float) -> Moments:
     return _moments(strategy)
 
 
-def fresh(moments: Moments) -> Moments:
-    """The same distribution with nothing remembered, as a client begins with it."""
-    zero = np.zeros_like(moments.mean)
-    return Moments(moments.mean, moments.sigma, moments.covariance, zero, zero, np.array(0))
-
-
 def ask(moments: Moments, popsize: int, sigma_0: float, key: Key) -> Float64:
-    """The candidates of the next iteration (popsize, d), drawn by `key` alone."""
+    """Draw the candidates of the next iteration (popsize, d); the draws depend on `key` alone."""
     samples: Float64 = np.array(_strategy(moments, popsize, sigma_0, key).ask())
     return samples
 
@@ -70,29 +64,30 @@ def tell(
     solutions: Float64 | None = None,
     parents: int | None = None,
 ) -> Moments:
-    """After the iteration in which `ask` with this key gave the candidates, with their losses (popsize,).
+    """Update the moments with the losses (popsize,) of the candidates that `ask` gave with the same key.
 
-    solutions (popsize, d): told in their place; one that is further from the mean than sqrt(d) + 2 d / (d + 2), in
-    the distribution's own measure, counts as that far (Hansen 2011, arXiv 1110.4181). parents: how many of the best
-    make the new mean; default half.
+    solutions (popsize, d): points to use in place of those candidates. A point whose Mahalanobis distance from the mean
+    is above sqrt(d) + 2 d / (d + 2) counts as that far (Hansen 2011, arXiv 1110.4181). parents: how many of the best
+    points make the new mean; by default half of them.
     """
     strategy = _strategy(moments, len(losses), sigma_0, key, parents)
-    drawn = strategy.ask()  # the strategy knows its own samples again, and draws them as it did before
-    # Only now: with a later count `ask` and `tell` read what earlier calls would have left.
+    drawn = strategy.ask()  # the same samples as before, which the strategy must have drawn itself to recognise them
+    # Not before `ask`: with a count above 0 it would read what earlier calls leave in a strategy, and there were none.
     strategy.countiter, strategy.mean_old = int(moments.iteration), strategy.mean
     strategy.tell(drawn if solutions is None else list(solutions.copy()), losses.tolist())
     return _moments(strategy)
 
 
 def parents_of(popsize: int) -> int:
-    """mu: how many of a population make the new mean, where nothing else is said."""
+    """mu: how many of a population make the new mean by default."""
     return int(cma.recombination_weights.RecombinationWeights(popsize).mu)
 
 
 def _fixed() -> dict[str, Any]:
-    """No stopping, no output, no global generator; the decomposition is never left for later, so it follows from C.
+    """The options of `cma` that all strategies have: no stopping, no output, no global random generator.
 
-    The step size follows its path in every dimension (`cma` has another rule for large ones, which keeps no path).
+    The decomposition of C is never postponed, so that it follows from C alone. The step size follows its evolution path
+    at any dimension (`cma` has another rule for large dimensions, which keeps no path).
     """
     return {
         "verbose": -9,

@@ -1,4 +1,4 @@
-"""Passages in front of a question, within a budget of tokens."""
+"""Puts passages in front of a question, as many as a budget of tokens allows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from fedhpc.data.templates import Template
 
 
 def context(tokenizer: Any, passages: Sequence[str], template: Template, budget_tokens: int) -> tuple[str, int, bool]:
-    """What stands in front of a question: the text, how many of the passages are in it, and whether one is cut.
+    """The text in front of a question: returns the text, how many passages are in it, and whether one was cut.
 
-    Passages, best first, are taken while they fit whole; where not even the first does, its beginning is. The best one
-    stands last, next to the question: what is too long loses its front.
+    passages: best first. They are taken for as long as they fit without a cut; of a first passage that is too long, the
+    beginning is taken. The best passage comes last, next to the question, because a prompt that is too long is cut at
+    its front.
     """
 
     def tokens(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     taken: list[str] = []
     used = 0
@@ -25,9 +26,9 @@ def context(tokenizer: Any, passages: Sequence[str], template: Template, budget_
         text = template.render({"passage": passage})
         needed = len(tokens(text))
         if used + needed > budget_tokens and not taken:
-            own = tokens(passage)
-            for room in range(min(len(own), budget_tokens), -1, -1):
-                text = template.render({"passage": tokenizer.decode(own[:room], skip_special_tokens=True)})
+            ids = tokens(passage)
+            for length in range(min(len(ids), budget_tokens), -1, -1):
+                text = template.render({"passage": tokenizer.decode(ids[:length], skip_special_tokens=True)})
                 if len(tokens(text)) <= budget_tokens:
                     return text, 1, True
             return "", 0, True  # the template alone is too long

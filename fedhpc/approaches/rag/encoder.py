@@ -1,8 +1,8 @@
-"""A frozen sentence encoder, and the vectors of passages on disk.
+"""Turns texts into vectors with a frozen sentence encoder, and caches the vectors of passages on disk.
 
-Vectors lie under `$FEDHPC_CACHE/vectors` (default `~/.cache/fedhpc/vectors`), one file per client's passages, named by
-a hash of the encoder, the texts and what computed them. A file begins with a checksum; one that is damaged or does not
-fit is made again.
+The cache is `$FEDHPC_CACHE/vectors` (default `~/.cache/fedhpc/vectors`), one file per client's passages, named by
+a hash of the encoder, the texts, the type of device and the version of torch. A file begins with a checksum; one that
+is damaged or does not fit is made again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ _CHECKSUM = 32  # bytes of SHA-256 in front of a file's content
 
 
 class Encoder:
-    """Texts to vectors on the grid of fedhpc.approaches.rag.dense, each a function of its own text alone."""
+    """Maps texts to vectors on the grid of fedhpc.approaches.rag.dense; a vector depends on its own text alone."""
 
     def __init__(self, name: str, projection: str | None, device: Any) -> None:
-        """name: folder or hub id; projection: folder of a tuned retriever, for queries. UserError where one is not."""
+        """Load the encoder `name` (a folder or hub id) and the tuned `projection` for queries (a folder, or None).
+
+        UserError where one of them cannot be loaded.
+        """
         try:
             self.base = load_base(Model.model_validate({"name": name, "task": "embedding"}), device)
         except UserError as error:
@@ -42,21 +45,21 @@ class Encoder:
         self._projection = None if projection is None else retriever.load(Path(projection), self.base).to(device)
         self._before, self._after = special_ids(self.base.tokenizer)
         limit = self.base.kind.max_positions(self.base)
-        self._room = None if limit is None else limit - len(self._before) - len(self._after)
+        self._max_tokens = None if limit is None else limit - len(self._before) - len(self._after)
 
     @property
     def width(self) -> int:
-        """D, of the vectors."""
+        """D, the length of the vectors."""
         return self.base.hidden_size
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights of encoder and projection."""
+        """A hash of the weights of the encoder and the projection."""
         parts = [] if self._projection is None else [self._projection.cpu().numpy().tobytes()]
         return hashlib.sha256(b"".join([self.base.fingerprint.encode(), *parts])).hexdigest()
 
     def queries(self, texts: Sequence[str]) -> Int16:
-        """(n, D), through the tuned projection where there is one."""
+        """The vectors (n, D) of questions, through the tuned projection where there is one."""
         vectors = embed(self.base, self._ids(texts)[0])
         if self._projection is not None:
             # One at a time, so that a query's vector does not depend on the others.
@@ -65,49 +68,49 @@ class Encoder:
         return on_grid(vectors.cpu().numpy())
 
     def passages(self, texts: Sequence[str]) -> tuple[Int16, list[str]]:
-        """(n, D) of at least one text, from the cache where they have been made before; and what is to be told."""
+        """The vectors (n, D) of n > 0 chunks, from the cache where they are in it, and messages for the log."""
         ids, cut = self._ids(texts)
         notes = [] if not cut else [
-            f"{cut} chunks are longer than the {self._room} tokens that method.encoder reads; their ends are not in "
-            "their vectors: lower method.chunk_words"
+            f"{cut} chunks are longer than the {self._max_tokens} tokens that method.encoder reads; their ends are not "
+            "in their vectors: lower method.chunk_words"
         ]  # fmt: skip
-        # A GPU and another version of torch round differently.
-        about = f"{self.base.fingerprint} {self.base.device.type} {torch.__version__}"
-        digest = hashlib.sha256(about.encode())
+        # The device and the version of torch are part of the name because they round differently.
+        computed_by = f"{self.base.fingerprint} {self.base.device.type} {torch.__version__}"
+        digest = hashlib.sha256(computed_by.encode())
         for one in ids:
             digest.update(np.array([len(one), *one], np.int64).tobytes())
         path = cache_dir().parent / "vectors" / f"{digest.hexdigest()}.vectors"
-        found = _load(path, (len(texts), self.width))
-        if found is None:
+        vectors = _load(path, (len(texts), self.width))
+        if vectors is None:
             if path.exists():
                 notes.append("vectors in the cache were damaged and have been made again")
-            found = on_grid(embed(self.base, ids).cpu().numpy())
+            vectors = on_grid(embed(self.base, ids).cpu().numpy())
             try:
-                _save(path, found)
+                _save(path, vectors)
             except OSError as error:
                 notes.append(f"vectors are not cached in {path.parent}: {error.strerror or error}")
-        return found, notes
+        return vectors, notes
 
     def _ids(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
-        """Token ids with the special ones, cut at the end, and how many texts that concerns."""
+        """The token ids of texts, special ones included, cut at the end, and how many texts had to be cut."""
         encoded = self.base.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
             verbose=False,
         )["input_ids"]  # fmt: skip
-        cut = 0 if self._room is None else sum(len(one) > self._room for one in encoded)
-        return [np.array([*self._before, *one[: self._room], *self._after], np.int64) for one in encoded], cut
+        cut = 0 if self._max_tokens is None else sum(len(one) > self._max_tokens for one in encoded)
+        return [np.array([*self._before, *one[: self._max_tokens], *self._after], np.int64) for one in encoded], cut
 
 
 def _load(path: Path, shape: tuple[int, int]) -> Int16 | None:
-    """The vectors in a file; None where it is absent, damaged or of another shape."""
+    """Read the vectors in a file; None where it is missing, damaged or of another shape."""
     try:
         content = path.read_bytes()
         if hashlib.sha256(content[_CHECKSUM:]).digest() != content[:_CHECKSUM]:
             return None
-        found = np.load(io.BytesIO(content[_CHECKSUM:]), allow_pickle=False)
+        vectors = np.load(io.BytesIO(content[_CHECKSUM:]), allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.shape == shape and found.dtype == np.int16 else None
+    return vectors if vectors.shape == shape and vectors.dtype == np.int16 else None
 
 
 def _save(path: Path, vectors: Int16) -> None:

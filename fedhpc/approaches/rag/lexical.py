@@ -1,10 +1,10 @@
-"""BM25 (Robertson and Zaragoza 2009, equation 3.15) with statistics that several indexes share.
+"""Lexical search by BM25 (Robertson and Zaragoza 2009, equation 3.15) with statistics that several indexes share.
 
-The weight of a term is log(1 + (N - n + 0.5) / (n + 0.5)), which is never negative, for n of N chunks that hold it, and
-lengths are relative to the mean. An index of its own would take both from its own chunks, and its scores would mean
-something else than its neighbour's. Here N, the total length and n of each term asked for are summed over all indexes
-first (`Statistics`), so a chunk scores what it would score in one index of everything. The contribution of each term is
-rounded to a multiple of 2^-22, so that sums are exact in any order.
+A term that n of N chunks hold has the weight log(1 + (N - n + 0.5) / (n + 0.5)), which is never negative; lengths of
+chunks are relative to their mean. If each client took N, n and the mean from its own chunks alone, the scores of two
+clients could not be compared. So these numbers are first summed over all clients' indexes (`Statistics`), and a chunk
+scores what it would score in one index of everything. The contribution of each term is rounded to a multiple of 2^-22,
+so that sums are exact in any order.
 """
 
 from __future__ import annotations
@@ -24,59 +24,63 @@ _TERM = re.compile(r"\w+")
 
 
 def terms(text: str) -> list[str]:
-    """The words of a text, folded to one case; no stemming, no stop words."""
+    """The words of a text, without regard to case; no stemming, no stop words: "A Bar!" gives ["a", "bar"]."""
     return _TERM.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What BM25 knows of all chunks: their number, their terms in all, and how many hold each term asked for."""
+    """The statistics of BM25 over the chunks of all clients."""
 
-    chunks: int
-    length: int
-    holding: dict[str, int]
+    chunks: int  # how many there are
+    length: int  # how many terms they have in all
+    holding: dict[str, int]  # for each term of the questions: how many chunks hold it
 
 
 def statistics(counts: Int64, asked: Sequence[str]) -> Statistics:
-    """From `Lexical.counts`, or a sum of them."""
+    """Make statistics of the result of `Lexical.counts` for the terms `asked`, or of a sum of such results."""
     return Statistics(int(counts[-2]), int(counts[-1]), dict(zip(asked, counts[:-2].tolist(), strict=True)))
 
 
 class Lexical:
-    """The inverted index of some chunks.
-
-    copies: how often each is held, once by default. They count in the statistics, as if all of them were indexed.
-    """
+    """An inverted index of chunks: for each term, the chunks that hold it and how often."""
 
     def __init__(self, texts: Sequence[str], copies: Int64 | None = None) -> None:
+        """Index chunks; `copies` says how often the statistics count each of them (default 1)."""
         self._copies = np.ones(len(texts), np.int64) if copies is None else copies
-        found = [Counter(terms(text)) for text in texts]
-        self._lengths: Int64 = np.array([sum(counts.values()) for counts in found], np.int64)
+        term_counts = [Counter(terms(text)) for text in texts]
+        self._lengths: Int64 = np.array([sum(counts.values()) for counts in term_counts], np.int64)
         postings: dict[str, tuple[list[int], list[int]]] = {}
-        for place, counts in enumerate(found):
+        for chunk, counts in enumerate(term_counts):
             for term, times in counts.items():
-                places, frequencies = postings.setdefault(term, ([], []))
-                places.append(place)
+                chunks, frequencies = postings.setdefault(term, ([], []))
+                chunks.append(chunk)
                 frequencies.append(times)
         self._postings = {
-            term: (np.array(places, np.int64), np.array(times, np.float64))
-            for term, (places, times) in postings.items()
+            term: (np.array(chunks, np.int64), np.array(times, np.float64))
+            for term, (chunks, times) in postings.items()
         }
 
     def counts(self, asked: Sequence[str]) -> Int64:
-        """How many chunks hold each term, how many there are, and their terms in all: (len(asked) + 2,)."""
-        found = [int(self._copies[self._postings[t][0]].sum()) if t in self._postings else 0 for t in asked]
-        return np.array([*found, self._copies.sum(), self._copies @ self._lengths], np.int64)
+        """For each term of `asked` how many chunks hold it, then how many chunks and terms there are in all.
+
+        Shape (len(asked) + 2,).
+        """
+        holding = [int(self._copies[self._postings[t][0]].sum()) if t in self._postings else 0 for t in asked]
+        return np.array([*holding, self._copies.sum(), self._copies @ self._lengths], np.int64)
 
     def scores(
-        self, questions: Sequence[Sequence[str]], known: Statistics, k1: float, b: float, weight: float = 1.0
+        self, questions: Sequence[Sequence[str]], totals: Statistics, k1: float, b: float, weight: float = 1.0
     ) -> Int64:
-        """weight * BM25 of every chunk for questions in terms, in units of 2^-22: (Q, n)."""
+        """weight * BM25 of every chunk for every question (given as its terms), in units of 2^-22: (Q, n).
+
+        totals: the statistics over all clients. k1, b: the parameters of BM25.
+        """
         scores = np.zeros((len(questions), len(self._lengths)), np.int64)
         # A length of 0 happens only where no chunk has a term, and then nothing is scored.
-        relative = self._lengths * (known.chunks / max(known.length, 1))
+        relative = self._lengths * (totals.chunks / max(totals.length, 1))
         part = {
-            term: self._part(term, known, k1 * (1 - b + b * relative), k1, weight)
+            term: self._part(term, totals, k1 * (1 - b + b * relative), k1, weight)
             for term in {term for question in questions for term in question}
             if term in self._postings
         }
@@ -86,9 +90,9 @@ class Lexical:
                     row[self._postings[term][0]] += times * part[term]
         return scores
 
-    def _part(self, term: str, known: Statistics, saturation: np.ndarray, k1: float, weight: float) -> Int64:
-        places, frequencies = self._postings[term]
-        n = known.holding[term]
-        idf = math.log(1 + (known.chunks - n + 0.5) / (n + 0.5))
-        found = weight * idf * (k1 + 1) * frequencies / (frequencies + saturation[places])
-        return np.rint(found * 2.0**SCALE_BITS).astype(np.int64)
+    def _part(self, term: str, totals: Statistics, saturation: np.ndarray, k1: float, weight: float) -> Int64:
+        chunks, frequencies = self._postings[term]
+        n = totals.holding[term]
+        idf = math.log(1 + (totals.chunks - n + 0.5) / (n + 0.5))
+        part = weight * idf * (k1 + 1) * frequencies / (frequencies + saturation[chunks])
+        return np.rint(part * 2.0**SCALE_BITS).astype(np.int64)

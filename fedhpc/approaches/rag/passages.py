@@ -1,7 +1,7 @@
-"""The data of a search: the training split holds passages, which clients own, the others hold questions.
+"""Loads the data of retrieval: the training split holds passages, which the clients own; the others hold questions.
 
-`data.prompt` and `data.target` are of the questions, and `data.where` and `data.where_not` choose among them. A
-question whose target column holds a list has that many references.
+`data.prompt` and `data.target` are templates over the questions' columns, and `data.where` and `data.where_not` choose
+among the questions. A question whose target column holds a list has one reference for each item.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedhpc import config, registry
 from fedhpc.data import sources
-from fedhpc.data.load import Data, ids_of, owners_kept
+from fedhpc.data.load import Data, ids_of, owners_with_enough
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
-from fedhpc.data.sources import Located, Source, Table
+from fedhpc.data.sources import LocatedRows, Source, Table
 from fedhpc.data.templates import Template, parse
 from fedhpc.data.tokens import Examples, Join, Writing, cached_tokens, examples_from
 from fedhpc.errors import UserError
@@ -27,32 +27,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Data):
-    """`train` are the passages, `validation` and `test` the questions, which are the same."""
+    """Passages (`train`) and questions (`validation` and `test`, which are the same)."""
 
     passages: list[str]  # the rendered rows of `train`
-    queries: list[str]  # what is searched for, per row of `test`
-    gold: list[int] | None  # the number of the right passage per row of `test`: `number_of` its text
+    queries: list[str]  # for each row of `test`: the text that is searched for
+    gold: list[int] | None  # for each row of `test`: `number_of` the text of the right passage
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a search reads beside the keys of `data`, as templates and columns of the configuration's `method`."""
+    """Which columns retrieval reads beside those that `data` names; keys of the section `method`."""
 
-    passage: str  # template
+    passage: str  # template over the passages' columns
     passage_id: str  # column of the passages
-    query: str | None  # template over the questions; None: data.prompt
-    gold: str | None  # column of the questions
+    query: str | None  # template over the questions' columns; None: data.prompt
+    gold: str | None  # column of the questions that names the right passage by its passage_id
 
 
 def number_of(text: str) -> int:
-    """63 bits of a hash of a text: its number wherever it is held."""
+    """63 bits of a hash of a text, which identify it on whichever client it is."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def load_passages(
     settings: config.Config, columns: Columns, tokenizer: PreTrainedTokenizerBase, kind: Writing, write_cache: bool
 ) -> Corpus:
-    """Read passages and questions and divide the passages. UserError for all that is wrong with them."""
+    """Read passages and questions and divide the passages among clients. UserError where something is wrong."""
     data, messages = settings.data, list[str]()
     source = sources.open_source(data)
     render, prompt, target = (
@@ -64,15 +64,15 @@ def load_passages(
     named = {columns.passage_id: "method.passage_id"} if columns.gold is not None else {}
     label = {} if data.label is None else {data.label: "data.label"}
     wanted = {**dict.fromkeys(render.columns, "method.passage"), **named, **label, **owner}
-    table = sources.read_table(source, _found(source, data, "train"), wanted)
+    table = sources.read_table(source, _name_of(source, data, "train"), wanted)
     owner_names = sorted({row[data.client] for row in table.rows}) if data.client is not None else []
     texts_by_id = _by_id(table, render, columns.passage_id) if columns.gold is not None else {}
     if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
-        table, owner_names = owners_kept(settings, table, owner_names, messages)
+        table, owner_names = owners_with_enough(settings, table, owner_names, messages)
     passages = [render.render(row) for row in table.rows]
     label_names = sorted({row[data.label] for row in table.rows}) if data.label is not None else []
     tokens, message = cached_tokens(
-        passages, [""] * len(passages), table.places, tokenizer, data.max_length, _Passage(), write_cache
+        passages, [""] * len(passages), table.locations, tokenizer, data.max_length, _Passage(), write_cache
     )
     messages += [message] if message else []
     train = examples_from(
@@ -92,8 +92,8 @@ def load_passages(
         **dict.fromkeys([*data.where, *data.where_not], "data.where"),
         **({} if columns.gold is None else {columns.gold: "method.gold"}),
     }
-    found = _found(source, data, "test")
-    questions = sources.filtered(sources.read_table(_OneReference(source, target.columns), found, asked), data)
+    name = _name_of(source, data, "test")
+    questions = sources.filtered(sources.read_table(_OneReference(source, target.columns), name, asked), data)
     test, message = _examples(questions, prompt, target, tokenizer, data.max_length, kind, write_cache)
     messages += [message] if message and message not in messages else []
     make = Population.single if settings.mode == "centralized" else Population.divided
@@ -112,31 +112,34 @@ def load_passages(
     )
 
 
-def _found(source: Source, data: config.Data, split: str) -> str:
+def _name_of(source: Source, data: config.Data, split: str) -> str:
+    """What the source calls a split."""
     name = getattr(data, split)
-    found = sources.find_split(source, name)
-    if found is None:
-        what = "passages" if split == "train" else "questions"
+    name_in_source = sources.find_split(source, name)
+    if name_in_source is None:
+        content = "passages" if split == "train" else "questions"
         raise UserError(
-            f"data.{split}: '{data.source}' has no split or file '{name}' with {what}; it has: "
+            f"data.{split}: '{data.source}' has no split or file '{name}' with {content}; it has: "
             f"{', '.join(source.splits()) or 'nothing'}"
         )
-    return found
+    return name_in_source
 
 
 def _by_id(table: Table, render: Template, column: str) -> dict[str, int]:
     numbers: dict[str, int] = {}
-    for row, place in zip(table.rows, table.places, strict=True):
+    for row, location in zip(table.rows, table.locations, strict=True):
         number = number_of(render.render(row))
         if numbers.setdefault(row[column], number) != number:
-            raise UserError(f"{place}: method.passage_id: the passage '{row[column]}' stands twice, with other texts")
+            raise UserError(
+                f"{location}: method.passage_id: two passages with different texts are called '{row[column]}'"
+            )
     return numbers
 
 
 def _gold(questions: Table, row: int, column: str, numbers: Mapping[str, int]) -> int:
     name = questions.rows[row][column]
     if name not in numbers:
-        raise UserError(f"{questions.places[row]}: method.gold: there is no passage '{name}' in data.train")
+        raise UserError(f"{questions.locations[row]}: method.gold: there is no passage '{name}' in data.train")
     return numbers[name]
 
 
@@ -144,27 +147,27 @@ def _examples(
     table: Table, prompt: Template, target: Template, tokenizer: Any, max_length: int, kind: Writing, write: bool
 ) -> tuple[Examples, str | None]:
     prompts, targets = ([template.render(row) for row in table.rows] for template in (prompt, target))
-    tokens, message = cached_tokens(prompts, targets, table.places, tokenizer, max_length, kind, write)
+    tokens, message = cached_tokens(prompts, targets, table.locations, tokenizer, max_length, kind, write)
     return examples_from(tokens, prompts=prompts, targets=targets), message
 
 
 @dataclass(frozen=True)
 class _Passage:
-    """How a passage is written in tokens: as it is."""
+    """Writes a passage as its own tokens, without a target."""
 
     name: str = "passage"
     has_target: bool = False
 
     def join(self, tokenizer: Any, max_length: int) -> Join:
-        return lambda prompt, target, place: (prompt, [])
+        return lambda prompt, target, location: (prompt, [])
 
 
 @dataclass(frozen=True)
 class _OneReference:
-    """A source whose rows have one reference each: of a list in one of `columns`, each in a row of its own."""
+    """Splits rows with several references into rows with one each: {answers: ["a", "b"]} gives two rows."""
 
     source: Source
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # those that may hold lists
 
     def find(self, split: str) -> str | None:
         return self.source.find(split)
@@ -172,14 +175,16 @@ class _OneReference:
     def splits(self) -> list[str]:
         return self.source.splits()
 
-    def read(self, found: str) -> Located:
-        for place, values in self.source.read(found):
+    def read(self, split: str) -> LocatedRows:
+        for location, values in self.source.read(split):
             lists = {c: values[c] for c in self.columns if isinstance(values.get(c), list)}
             if not lists:
-                yield place, values
+                yield location, values
                 continue
-            if len({len(several) for several in lists.values()}) > 1:
-                raise UserError(f"{place}: data.target: the lists in its columns {', '.join(lists)} differ in length")
-            # An empty list is left to the error about empty targets.
+            if len({len(items) for items in lists.values()}) > 1:
+                raise UserError(
+                    f"{location}: data.target: the lists in its columns {', '.join(lists)} differ in length"
+                )
+            # An empty list gives a row with an empty target, for which there is an error already.
             for chosen in zip(*lists.values(), strict=True) if all(lists.values()) else [("",) * len(lists)]:
-                yield place, {**values, **dict(zip(lists, chosen, strict=True))}
+                yield location, {**values, **dict(zip(lists, chosen, strict=True))}

@@ -1,8 +1,8 @@
-"""Which clients are worth asking: those with a centroid close to the question.
+"""Chooses the clients that a question is sent to: those with a centroid close to it.
 
-A client registers a few centroids of its vectors (spherical k-means, Dhillon and Modha 2001) in place of the vectors;
-a question goes to the m clients whose nearest centroid is closest. As in resource selection for distributed retrieval
-(Callan 2000) with dense representations.
+A client tells the server a few centroids of its vectors (spherical k-means, Dhillon and Modha 2001) in place of the
+vectors themselves, and a question goes to the m clients whose nearest centroid is closest to it. This is resource
+selection for distributed retrieval (Callan 2000) with dense vectors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ITERATIONS = 10
 
 
 def centroids(vectors: Int16, count: int, seed: int, client: int) -> Int16:
-    """At most `count` centroids of length 1 of the client's vectors (n, D), on the grid."""
+    """Compute at most `count` centroids of a client's vectors (n, D): vectors of length 1, on the grid."""
     points = vectors.astype(np.float64)
     start = generator(seed, "centroids", client).choice(len(points), min(count, len(points)), replace=False)
     centres = points[np.sort(start)]
@@ -30,10 +30,13 @@ def centroids(vectors: Int16, count: int, seed: int, client: int) -> Int16:
     return on_grid(_unit(centres))
 
 
-def closeness(questions: Int16, known: dict[int, Int16]) -> Int64:
-    """Every client as an entry of a ranked list, its key and owner being its number: (Q, len(known), 5)."""
-    entries = nothing(len(questions), len(known))
-    for i, (client, centres) in enumerate(known.items()):
+def closeness(questions: Int16, centroids_of: dict[int, Int16]) -> Int64:
+    """Score every client for every question, as entries of a ranked list: (Q, number of clients, 5).
+
+    KEY and CLIENT of an entry are the client; its score is that of the nearest centroid.
+    """
+    entries = nothing(len(questions), len(centroids_of))
+    for i, (client, centres) in enumerate(centroids_of.items()):
         score = products(questions, centres).max(axis=1)
         entries[:, i, ORDER] = entries[:, i, SCORE] = score
         entries[:, i, KEY] = entries[:, i, CLIENT] = client
@@ -43,5 +46,5 @@ def closeness(questions: Int16, known: dict[int, Int16]) -> Int64:
 
 def _unit(centres: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(centres, axis=1, keepdims=True)
-    found: np.ndarray = centres / np.where(norms > 0, norms, 1)
-    return found
+    normalised: np.ndarray = centres / np.where(norms > 0, norms, 1)
+    return normalised

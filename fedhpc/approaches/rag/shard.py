@@ -1,4 +1,4 @@
-"""One client's passages in chunks with their index, and the search in it."""
+"""A client's part of the collection: its passages in chunks, their index, and the search in it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from fedhpc.approaches.rag.ranking import (
 
 @dataclass(frozen=True)
 class Questions:
-    """What goes down for Q questions; a part that the index does not use is None."""
+    """Q questions as the clients get them; what the index does not use is None."""
 
     vectors: Int16 | None  # (Q, D)
     terms: list[list[str]] | None
-    statistics: Statistics | None  # of all chunks that are searched
+    statistics: Statistics | None  # over all chunks that are searched
 
     def __getitem__(self, rows: Int64) -> Questions:
         return Questions(
@@ -45,10 +45,10 @@ class Questions:
 
 
 class Shard:
-    """The chunks of a client's passages, in ascending order of their keys."""
+    """The chunks of a client's passages, sorted by their keys, and their index."""
 
     def __init__(self, client: int, passages: Sequence[str], options: Any, encoder: Encoder | None) -> None:
-        """options: of method rag."""
+        """Cut and index the passages of a client; `options` are those of method rag."""
         self._client, self._options = client, options
         pieces = [
             (number_of(piece), number_of(passage), piece)
@@ -77,27 +77,30 @@ class Shard:
         return len(self.texts)
 
     def text(self, key: int) -> str:
-        """The chunk with this key."""
+        """The text of the chunk with this key."""
         return self.texts[int(np.searchsorted(self.keys, key))]
 
     def search(self, questions: Questions, count: int, k: int, merge: str) -> Int64:
-        """The client's k best chunks for each of `count` questions, ordered as `merge` has it: (count, k, 5)."""
+        """The client's k best chunks for each of `count` questions, as a ranked list (count, k, 5).
+
+        merge: what lists are merged by, "score" or "reciprocal_rank".
+        """
         ranked = nothing(count, k)
         if not self.texts or not count:
             return ranked
         if self._options.index == "dense" and merge == "score":
             assert self.dense is not None and questions.vectors is not None
-            scores, places = self.dense.search(questions.vectors, k)
+            scores, indices = self.dense.search(questions.vectors, k)
             orders = scores
         else:
-            found = self._scores(questions)
-            everything = sum(found[1:], found[0])
-            order = everything if merge == "score" else reciprocal_ranks(found)
-            places = top(order, k)
-            scores, orders = (np.take_along_axis(a, places, axis=1) for a in (everything, order))
-        width = places.shape[1]
+            rankings = self._scores(questions)
+            total = sum(rankings[1:], rankings[0])
+            order = total if merge == "score" else reciprocal_ranks(rankings)
+            indices = top(order, k)
+            scores, orders = (np.take_along_axis(a, indices, axis=1) for a in (total, order))
+        width = indices.shape[1]
         for column, values in (
-            (ORDER, orders), (SCORE, scores), (KEY, self.keys[places]), (SOURCE, self._sources[places]),
+            (ORDER, orders), (SCORE, scores), (KEY, self.keys[indices]), (SOURCE, self._sources[indices]),
             (CLIENT, self._client),
         ):  # fmt: skip
             ranked[:, :width, column] = values
@@ -107,16 +110,16 @@ class Shard:
         return best(ranked, k, self._options.distinct)
 
     def _scores(self, questions: Questions) -> list[Int64]:
-        """One ranking per kind of index: scores of all chunks (Q, n)."""
-        options, found = self._options, []
+        """The scores of all chunks (Q, n), once for each index that is used: dense, lexical or both."""
+        options, rankings = self._options, []
         if self.dense is not None and questions.vectors is not None:
-            found.append(self.dense.scores(questions.vectors))
+            rankings.append(self.dense.scores(questions.vectors))
         if self.lexical is not None and questions.terms is not None and questions.statistics is not None:
             weight = options.lexical_weight if options.index == "hybrid" else 1.0
-            found.append(self.lexical.scores(questions.terms, questions.statistics, options.k1, options.b, weight))
-        return found
+            rankings.append(self.lexical.scores(questions.terms, questions.statistics, options.k1, options.b, weight))
+        return rankings
 
 
 def score_of(values: Int64) -> np.ndarray:
-    """Scores as numbers: cosines, BM25, or their sum."""
+    """Integer scores as the numbers they stand for: cosines, BM25 scores, or their sum."""
     return values / 2.0**SCALE_BITS
