@@ -63,7 +63,7 @@ def test_a_ladder_ends_where_memory_does_or_where_it_gets_no_faster() -> None:
     found = ladder([1, 2, 4, 8, 16], short, CPU)
     assert (found.best, found.rate, str(found)) == (4, 40.0, "tokens/s 1: 10, 2: 20, 4: 40; 8 does not fit in memory")
     flat = ladder([1, 2, 4, 8], lambda size: (min(10.0 * size, 20.1), 0), CPU)
-    assert (flat.best, list(flat.found), flat.end) == (4, [1, 2, 4], "no faster")
+    assert (flat.best, list(flat.measured), flat.end) == (4, [1, 2, 4], "no faster")
     with pytest.raises(UserError, match="8 does not fit"):
         ladder([8], short, CPU)
 

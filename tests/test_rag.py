@@ -367,7 +367,7 @@ def test_mistakes_are_one_line_with_their_key(world: Path, tmp_path: Path) -> No
         ({"method": {"context_tokens": 256}}, "leaves no room for the question"),
         ({"method": {"context": "{text}"}}, "method.context: must hold {passage}"),
         ({"method": {"passage": "{txt}"}}, "train.jsonl:1: method.passage names the column 'txt'"),
-        ({"method": {"passage_id": "title"}}, "the passage 't' stands twice"),
+        ({"method": {"passage_id": "title"}}, "two passages with different texts are called 't'"),
         ({"method": {"gold": "question"}}, "test.jsonl:1: method.gold: there is no passage"),
         ({"method": {"gold": None}}, "needs method.gold"),
         ({"method": {"adapter": str(tmp_path / "no" / "adapter")}}, "is not the adapter/ of a run"),

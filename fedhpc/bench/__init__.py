@@ -1,5 +1,5 @@
-"""Speed, as ratios measured in one run on one machine: `python -m fedhpc.bench`.
+"""Measures fedhpc's speed as ratios, in one run on one machine: `python -m fedhpc.bench`.
 
-Whatever is compared runs interleaved, one thread per process; figures are medians over the repeats, on a CPU of CPU
-seconds, which a busy machine disturbs least.
+Things that are compared run interleaved, with one thread per process. Figures are medians over the repeats; on a CPU
+they are of CPU seconds, which other programs on the machine disturb least.
 """

@@ -1,8 +1,8 @@
-"""The command line of the bench.
+"""The command line of the benchmark.
 
-python -m fedhpc.bench [--repeats 5] [--quick] [--json]           all ratios that need nothing but this machine
-python -m fedhpc.bench --peers DIR [--environment DIR] [...]      fedhpc beside its peers, as whole programs
-python -m fedhpc.bench --scale [--quick] [--json]                 a round against ranks, cohort and population
+python -m fedhpc.bench [--repeats 5] [--quick] [--json]           all ratios that need only this machine
+python -m fedhpc.bench --peers DIR [--environment DIR] [...]      whole programs: fedhpc and its peers
+python -m fedhpc.bench --scale [--quick] [--json]                 how a round grows with ranks, cohort and population
 python -m fedhpc.bench --gpu [--only PART,...] [--quick] [--json] blocks and runs on a GPU
 """
 
@@ -22,7 +22,7 @@ from fedhpc.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; 1 where something failed, with one line that says what."""
+    """Measure and print the figures; returns 1 where something failed, after one line that says what."""
     parser = argparse.ArgumentParser(prog="python -m fedhpc.bench", description="speed ratios of fedhpc")
     parser.add_argument("--repeats", type=int, help="interleaved repeats; medians are shown (5; of programs 3)")
     parser.add_argument("--quick", action="store_true", help="the small models alone, and 3 repeats (of programs 1)")
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class EndedError(UserError):
-    """Somebody wants this to end."""
+    """The benchmark was asked to end, by SIGTERM or ^C."""
 
 
 def interrupted(number: int, _: object) -> None:
-    """What SIGTERM and ^C do: nothing that was started is left."""
+    """Handle SIGTERM and ^C: raise EndedError, so that every program that was started is ended too."""
     raise EndedError(f"ended by {signal.Signals(number).name}")
 
 
@@ -93,11 +93,11 @@ def _measure(options: argparse.Namespace) -> int:
         print(json.dumps(machine()), flush=True)
     rows: list[table.Row] = []
     failures = 0
-    for part in parts:  # each is shown at once, and one that fails takes no other along
+    for part in parts:  # each is shown at once; the others go on where one fails
         try:
             for figure in part():
                 rows.append(figure)
-                if options.gpu and options.json:  # at once: who lends a GPU may end this before its end
+                if options.gpu and options.json:  # at once: a borrowed GPU may be taken away before the end
                     print(json.dumps(figure.json()), flush=True)
                 elif not options.json:
                     print(table.markdown(figure), flush=True)
@@ -112,7 +112,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the versions that the figures were measured with."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""A base with random weights on a device, what trains on it, and how that is measured: bench --gpu.
+"""A test bed for bench --gpu: a base with random weights on a device, blocks and loops that train on it, their speed.
 
 The base is in bfloat16, rows are random tokens, clients take four steps of plain SGD.
 """
@@ -19,28 +19,28 @@ from fedhpc.bench.workloads import LEARNING_RATE, W1, W2
 from fedhpc.errors import UserError
 
 STEPS = 4  # of a client
-_ROWS = 1024  # different ones, which clients share
-_ENOUGH_S = 1.0  # of one thing measured: then it is not repeated
-_RISE = 1.02  # by which twice as many must be faster for more to be tried
+_ROWS = 1024  # how many different rows there are, which clients share
+_ENOUGH_S = 1.0  # a measurement is not repeated once it has taken this long in all
+_RISE = 1.02  # the next larger size is tried only if the last doubling was faster by this factor
 METHODS: dict[str, Mapping[str, Any]] = {"prefix": W1.method, "lora": W2.method}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Which models and sizes are measured, and for how long."""
 
-    models: Mapping[str, Callable[[], Any]]  # name -> its configuration, of transformers
+    models: Mapping[str, Callable[[], Any]]  # name -> its configuration of transformers
     cells: Sequence[tuple[int, int]]  # a client's batch and the tokens of a row, the most important first
     blocks: Sequence[int] = tuple(2**n for n in range(11))  # clients, ascending
     bare: Sequence[int] = tuple(2**n for n in range(4, 12))  # batches of the loop without federation, ascending
     square: int = 8192  # side of the matrices whose product is the peak
     repeats: int = 3  # at most
-    seconds: float = 180.0  # that a part of the grid may take before it leaves cells out
-    profiled: int = 16  # clients of the block that is profiled
+    seconds: float = 180.0  # after which a part of the grid leaves its other cells out
+    profiled: int = 16  # size of the block that is profiled
 
 
 class Bed:
-    """A random base, a method on it, and what trains with them."""
+    """A base with random weights and a method on it, with blocks and loops that train them."""
 
     def __init__(self, model: str, method: str, device: Any, sizes: Sizes) -> None:
         import torch
@@ -68,7 +68,7 @@ class Bed:
         self.flops = 4 * sum(size[0] * size[1] for module in network.modules() if (size := features(module)))
 
     def config(self, batch: int) -> Any:
-        """Of clients that take `STEPS` steps of `batch` rows."""
+        """The configuration of clients that take `STEPS` steps of `batch` rows."""
         from fedhpc import config
 
         client = {"optimizer": "sgd", "lr": LEARNING_RATE, "batch_size": batch, "steps": STEPS}
@@ -80,7 +80,7 @@ class Bed:
         return draw.integers(self.base.model.config.vocab_size, size=(_ROWS, length), dtype=np.int32)
 
     def block(self, clients: int, batch: int, length: int) -> Callable[[], object]:
-        """A block of so many clients, which trains when it is called."""
+        """A function that trains a block of `clients` clients."""
         from fedhpc.data.tokens import Tokens, examples_from
         from fedhpc.training.block import Work, train_block
 
@@ -90,14 +90,14 @@ class Bed:
         return partial(train_block, self.base, self.method, self.start, works, examples, self.config(batch), 1, 1)
 
     def texts(self, batch: int, length: int) -> Any:
-        """What the loops train on, as one client: int64 (1, STEPS * batch, length)."""
+        """The tokens that a loop without federation trains on, as one client: int64 (1, STEPS * batch, length)."""
         import torch
 
         rows = np.arange(STEPS * batch) % _ROWS
         return torch.from_numpy(self.rows(length)[rows]).long().unsqueeze(0).to(self.device)
 
     def measured(self, run: Callable[[], object], tokens: int) -> tuple[float, int]:
-        """Tokens per second of `run`, which trains so many, and the bytes that it takes beyond what is there."""
+        """Tokens per second of `run`, which trains `tokens` of them, and the bytes it takes beyond those in use."""
         seconds: list[float] = []
         now, before = clock(self.device), reset_peak(self.device)
         while len(seconds) < 2 or (len(seconds) <= self.repeats and sum(seconds[1:]) < _ENOUGH_S):
@@ -107,12 +107,12 @@ class Bed:
         return tokens / statistics.median(seconds[1:]), peak_bytes(self.device) - before  # the first warms up
 
     def blocks(self, ks: Sequence[int], batch: int, length: int) -> Ladder:
-        """Blocks of so many clients."""
+        """Measure blocks of `ks` clients, ascending."""
         each = STEPS * batch * (length - 1)
         return ladder(ks, lambda k: self.measured(self.block(k, batch, length), k * each), self.device)
 
     def looped(self, loop: Callable[[Any, int], None], batches: Sequence[int], length: int) -> Ladder:
-        """`loop`, of peft_loop, with batches of so many rows."""
+        """Measure `loop`, made by peft_loop, with batches of `batches` rows, ascending."""
         return ladder(
             batches,
             lambda b: self.measured(partial(loop, self.texts(b, length), b), STEPS * b * (length - 1)),
@@ -122,52 +122,52 @@ class Bed:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Tokens per second and bytes for each size, and why there is no larger one."""
+    """Tokens per second and bytes for each size that was measured, and why no larger one was."""
 
-    found: Mapping[int, tuple[float, int]]
+    measured: Mapping[int, tuple[float, int]]
     end: str
 
     @property
     def best(self) -> int:
         """The size that is fastest."""
-        return max(self.found, key=lambda size: self.found[size][0])
+        return max(self.measured, key=lambda size: self.measured[size][0])
 
     @property
     def rate(self) -> float:
         """Tokens per second at the best size."""
-        return self.found[self.best][0]
+        return self.measured[self.best][0]
 
     def __str__(self) -> str:
-        rates = ", ".join(f"{size}: {rate:,.0f}" for size, (rate, _) in self.found.items())
+        rates = ", ".join(f"{size}: {rate:,.0f}" for size, (rate, _) in self.measured.items())
         return f"tokens/s {rates}{self.end and f'; {self.end}'}"
 
 
 def ladder(sizes: Sequence[int], measure: Callable[[int], tuple[float, int]], device: Any) -> Ladder:
-    """`measure` of ascending sizes until memory ends or it gets no faster. UserError where none fits."""
+    """Measure ascending sizes until one does not fit in memory or is no faster. UserError where none fits."""
     import torch
 
-    found: dict[int, tuple[float, int]] = {}
+    measured: dict[int, tuple[float, int]] = {}
     end = ""
     for size in sizes:
         try:
             now = measure(size)
         except torch.OutOfMemoryError:
             end = f"{size} does not fit in memory"
-        if end:  # by now nothing holds on to what was computed
+        if end:  # outside the except block, where the exception no longer holds the tensors
             free(device)
             break
-        best = max((rate for rate, _ in found.values()), default=0.0)
-        found[size] = now
+        best = max((rate for rate, _ in measured.values()), default=0.0)
+        measured[size] = now
         if now[0] < _RISE * best:
             end = "no faster"
             break
-    if not found:
+    if not measured:
         raise UserError(end)
-    return Ladder(found, end)
+    return Ladder(measured, end)
 
 
 def matrix_peak(device: Any, sizes: Sizes) -> float:
-    """FLOP/s of a product of large bfloat16 matrices of random numbers, the median of ten."""
+    """FLOP/s of the product of two large random bfloat16 matrices, the median of ten."""
     import torch
 
     left, right = (torch.randn(sizes.square, sizes.square, device=device, dtype=torch.bfloat16) for _ in "ab")

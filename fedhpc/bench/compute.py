@@ -1,7 +1,8 @@
-"""Local training in one process: blocks of K clients against the same clients one after another, against the loop that
-one would write with PEFT, and against that loop without any federation, at the batch size that suits it best.
+"""Measures local training in one process: blocks of K clients compared with three other ways to train.
 
-All run in this process on one thread, on the GPU where there is one. Seconds are CPU seconds, on a GPU wall seconds.
+These are the same clients one after another, the loop that one would write with PEFT, and that loop without federation
+at its fastest batch size. All run in this process on one thread, on the GPU where there is one. Seconds are CPU
+seconds, on a GPU wall seconds.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from fedhpc.errors import UserError
 _CLIENTS = COHORT // 2  # one worker's share of a round
 _BLOCKS = (1, 4, 8)
 _BARE_BATCHES = (4, 16, 64)
-_STEPS = {"small": 4, "big": 2, "large": 2}  # of a client: enough, for every step costs the same
+_STEPS = {"small": 4, "big": 2, "large": 2}  # of a client; a few are enough, since every step costs the same
 
 
 def parts(repeats: int, quick: bool) -> list[Part]:
-    """All figures of this file."""
+    """All parts of this file."""
     chosen = (W1, W2) if quick else (W1, W2, W1_BIG, W2_BIG)
     return [*(partial(_against_loops, workload, repeats) for workload in chosen), _compiled, _padding, _memory]
 
@@ -78,7 +79,7 @@ def _against_loops(workload: Workload, repeats: int) -> list[Row]:
 
 
 def _compiled() -> list[Row]:
-    """Whether there is anything to compare under torch.compile."""
+    """The row that says why nothing is compared under torch.compile."""
     return [skipped("block over one after another, compiled", "fedhpc does not use torch.compile")]
 
 
@@ -92,7 +93,7 @@ def _padding() -> list[Row]:
 
 
 class Trainer:
-    """One worker's share of a round of `workload`, in blocks of k or "auto"; what the loop asks of the approach."""
+    """Trains one worker's share of a round, in blocks of `k` clients (or "auto"), as the round loop does."""
 
     def __init__(self, workload: Workload, folder: Path, k: int | str, **changes: Any) -> None:
         import torch
@@ -103,7 +104,7 @@ class Trainer:
         from fedhpc.ranks.transport.base import LoopbackTransport
 
         torch.set_num_threads(1)
-        memory.keep_freed_memory()  # as a rank does; the loops that it is compared with run here and gain by it too
+        memory.keep_freed_memory()  # as every rank does; the loops for comparison run in this process and profit too
         steps = {"steps": _STEPS[workload.size], "epochs": None} if workload.size else {}
         device = {"device": "auto", "block_size": k}
         config = workloads.read(workloads.write(workload, folder, 1, client=steps, runtime=device, **changes))
@@ -118,20 +119,21 @@ class Trainer:
         self.clients, self.k = self.plan.cohort[:_CLIENTS], self.approach.block_size
 
     def train(self) -> None:
-        """Train the clients, k at a time."""
+        """Train all clients, in blocks of k."""
         for begin in range(0, len(self.clients), self.k):
             self.approach.local(self.plan, self.clients[begin : begin + self.k], self.down)
 
     def train_once(self) -> Any:
-        """Train the first k of them; what the round loop gets of it."""
+        """Train the first block: returns what the round loop would get."""
         return self.approach.local(self.plan, self.clients[: self.k], self.down)
 
 
 def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any, int], None]:
-    """What one would write with PEFT, for a copy of `model` and the `options` of prefix or lora.
+    """Make the training loop that one would write with PEFT, on a copy of `model` with the `options` of prefix or lora.
 
-    loop(texts, batch): every client in turn, each from the same start. texts: int64 (clients, sequences, length); all
-    as one client is the loop without any federation. compiled: by torch.compile, when it is first called.
+    loop(texts, batch) trains every client in turn, each from the same initial parameters. texts: int64 (clients,
+    sequences, length); with all sequences as one client, it is a loop without federation. compiled: torch.compile
+    compiles the model at the first call.
     """
     import copy
 
@@ -155,12 +157,12 @@ def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any
     forward = torch.compile(adapted) if compiled else adapted
 
     def loop(texts: Any, batch: int) -> None:
-        for of_client in texts:
+        for rows in texts:
             with torch.no_grad():
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.copy_(value)
             optimizer = torch.optim.SGD(trained, lr=workloads.LEARNING_RATE)
-            for step in of_client.split(batch):
+            for step in rows.split(batch):
                 loss = forward(input_ids=step, labels=step).loss
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -170,7 +172,7 @@ def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any
 
 
 def clock(device: Any) -> Callable[[], float]:
-    """CPU seconds of this process; on a GPU wall seconds once it has done its work."""
+    """A clock: CPU seconds of this process, or for a GPU wall seconds after waiting for its work."""
     if device.type != "cuda":
         return time.process_time
     import torch
@@ -182,11 +184,11 @@ def clock(device: Any) -> Callable[[], float]:
     return now
 
 
-_RANK = 64  # many parameters beside few activations
+_RANK = 64  # of LoRA, so that there are many parameters and few activations
 
 
 def _memory() -> list[Row]:
-    """What a block takes while it trains, beyond the same rows forward and backward through the base alone."""
+    """Measure the memory of a block beyond that of its rows, forward and backward, on the base alone."""
     taken = {}
     for what in ("block", "base"):
         call = f"from fedhpc.bench import compute; print(*compute.taken_bytes({what!r}))"
@@ -206,9 +208,9 @@ def _memory() -> list[Row]:
 
 
 def taken_bytes(what: str) -> tuple[int, int]:
-    """What this process takes, at its peak, to train a block ("block") or its rows on the base alone; and P.
+    """The peak memory of training a block (what = "block"), or of its rows on the base alone ("base"); and P.
 
-    Of a process of its own: what was freed before is not taken anew.
+    Call it in a new process: memory that was freed before would not be counted.
     """
     import torch
 
@@ -231,7 +233,7 @@ def taken_bytes(what: str) -> tuple[int, int]:
 
 
 def reset_peak(device: Any) -> int:
-    """Count the peak from here on; what is taken now."""
+    """Begin to count the peak anew; returns the bytes that are in use now."""
     import torch
 
     if device.type == "cuda":
@@ -242,7 +244,7 @@ def reset_peak(device: Any) -> int:
 
 
 def peak_bytes(device: Any) -> int:
-    """The most that was taken since `reset_peak`: allocated on a GPU, else resident in memory."""
+    """The most bytes in use since `reset_peak`: allocated on a GPU, otherwise resident in memory."""
     import torch
 
     if device.type == "cuda":
@@ -252,7 +254,7 @@ def peak_bytes(device: Any) -> int:
 
 
 def free(device: Any) -> None:
-    """Give back what nothing refers to any more, also what the allocator of a GPU keeps."""
+    """Free the memory of unreachable objects, also that which a GPU's allocator holds back."""
     import torch
 
     gc.collect()
@@ -261,7 +263,7 @@ def free(device: Any) -> None:
 
 
 def limit_memory(device: Any, size: int | None) -> None:
-    """Let this process take so many bytes of a GPU; all of them with None."""
+    """Let this process use only `size` bytes of a GPU; all of them with None."""
     import torch
 
     share = 1.0 if size is None else size / torch.cuda.get_device_properties(device).total_memory

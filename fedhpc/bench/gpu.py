@@ -1,12 +1,11 @@
-"""Block training on one GPU: `python -m fedhpc.bench --gpu`.
+"""Measures block training on one GPU: `python -m fedhpc.bench --gpu`.
 
-Bases with random weights in bfloat16, rows of random tokens, plain SGD; a prefix of 16, or LoRA of rank 8. Wall
-seconds, each taken once the GPU has done its work; medians of repeats, one thing after another. Tokens are supervised
-ones.
-A frozen base needs 4 FLOPs a token for each weight of its linear layers, 2 forward and 2 for the gradient of what goes
-in; attention's own products are not counted.
+Bases have random weights in bfloat16, rows are random tokens, and clients train a prefix of 16 or LoRA of rank 8 with
+plain SGD. Times are wall seconds, taken once the GPU has done its work, and medians of repeats, one measurement after
+another. Tokens are supervised ones. A frozen base needs 4 FLOPs a token for each weight of its linear layers: 2 in the
+forward pass and 2 for the gradient of the layer's input. The products inside attention are not counted.
 
-A part is a function of the device and of the sizes, so that tests run all of them on a CPU.
+A part is a function of the device and the sizes, so that tests can run all of them on a CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fedhpc.bench.compute import clock, free, peft_loop
 from fedhpc.bench.table import Part, Row, skipped
 from fedhpc.errors import UserError, nearest
 
-_COHORTS = (16, 64, 256)  # for which `auto` chooses a block size
+_COHORTS = (16, 64, 256)  # sizes for which block_size `auto` is measured
 
 
 def _gpt2() -> Any:
@@ -51,7 +50,7 @@ FULL, QUICK = Sizes(MODELS, _CELLS), Sizes({"gpt2": _gpt2}, _CELLS[:1])
 
 
 def parts(only: str, quick: bool, repeats: int) -> list[Part]:
-    """All figures of this file and of gpu_runs.py, or those that `only` names: "grid" is "grid-gpt2-lora" too."""
+    """All parts of this file and of gpu_runs.py, or those that `only` names: "grid" includes "grid-gpt2-lora"."""
     import torch
 
     from fedhpc.bench import gpu_runs
@@ -60,23 +59,23 @@ def parts(only: str, quick: bool, repeats: int) -> list[Part]:
         raise UserError("--gpu: torch sees no NVIDIA GPU here; this measures one and nothing else")
     device, sizes = torch.device("cuda", 0), replace(QUICK if quick else FULL, repeats=repeats)
     both = [(model, method) for model in sizes.models for method in METHODS]
-    found: dict[str, Part] = {"peak": partial(peak, device, sizes)}
-    for kind, part in {"profile": profile, "grid": grid, "compiled": compiled, "auto": auto}.items():
-        found |= {f"{kind}-{model}-{method}": partial(part, model, method, device, sizes) for model, method in both}
-    found["scarce"] = partial(gpu_runs.scarce, device)
-    for kind, run in {"programs": gpu_runs.programs, "bits": gpu_runs.bits}.items():
-        found |= {f"{kind}-{method}": partial(run, method) for method in METHODS}
+    known: dict[str, Part] = {"peak": partial(peak, device, sizes)}
+    for topic, part in {"profile": profile, "grid": grid, "compiled": compiled, "auto": auto}.items():
+        known |= {f"{topic}-{model}-{method}": partial(part, model, method, device, sizes) for model, method in both}
+    known["scarce"] = partial(gpu_runs.scarce, device)
+    for topic, run in {"programs": gpu_runs.programs, "bits": gpu_runs.bits}.items():
+        known |= {f"{topic}-{method}": partial(run, method) for method in METHODS}
     chosen: dict[str, Part] = {}
-    for name in only.split(",") if only else found:
-        named = {part: found[part] for part in found if f"{part}-".startswith(f"{name}-")}
+    for name in only.split(",") if only else known:
+        named = {part: known[part] for part in known if f"{part}-".startswith(f"{name}-")}
         if not named:
-            raise UserError(f"--only: there is no part '{name}'; {nearest(name, list(found))}")
+            raise UserError(f"--only: there is no part '{name}'; {nearest(name, list(known))}")
         chosen |= named
     return [partial(_guarded, name, part, device) for name, part in chosen.items()]
 
 
 def _guarded(name: str, part: Part, device: Any) -> Iterator[Row]:
-    """The rows of a part, whose failure of any kind is a UserError: the other parts go on, with all memory."""
+    """The rows of a part. Any failure becomes a UserError, so that the other parts go on; memory is freed before."""
     free(device)
     try:
         yield from part()
@@ -88,7 +87,7 @@ def _guarded(name: str, part: Part, device: Any) -> Iterator[Row]:
 
 
 def peak(device: Any, sizes: Sizes) -> Iterator[Row]:
-    """What the GPU does at most, and what runs on it."""
+    """The most FLOP/s that the GPU reaches, and its software versions."""
     import torch
 
     driver = "not known: there is no nvidia-smi"
@@ -101,30 +100,30 @@ def peak(device: Any, sizes: Sizes) -> Iterator[Row]:
 
 
 def grid(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]:
-    """Blocks against one client, PEFT's loop client by client, the bare loop at its best batch, and the peak."""
+    """Compare blocks with one client, PEFT's loop client by client, the bare loop at its best batch, and the peak."""
     began, bed = time.monotonic(), Bed(model, method, device, sizes)
     loop, flops = peft_loop(bed.base.model, bed.settings), matrix_peak(device, sizes)
     bare: dict[int, Ladder] = {}
-    for done, (batch, length) in enumerate(sizes.cells):
+    for number, (batch, length) in enumerate(sizes.cells):
         what = f"{model} {method}, batch {batch}, {length} tokens"
         if time.monotonic() - began > sizes.seconds:
-            left = len(sizes.cells) - done
+            left = len(sizes.cells) - number
             yield skipped(f"{what} and the {left - 1} cells after it", f"{sizes.seconds:.0f} s were over")
             return
         blocks, turn = bed.blocks(sizes.blocks, batch, length), bed.looped(loop, [batch], length)
         bare[length] = bare.get(length) or bed.looped(loop, sizes.bare, length)
         k, aimed = blocks.best, batch == 4 and length <= 256
-        yield Row(f"{what}: block of {k} over one client", blocks.rate / blocks.found[1][0], 3.0 if aimed else None,
+        yield Row(f"{what}: block of {k} over one client", blocks.rate / blocks.measured[1][0], 3.0 if aimed else None,
                   note=str(blocks))  # fmt: skip
         yield Row(f"{what}: its share of the matrix peak", blocks.rate * bed.flops / flops, unit="%",
-                  note=f"{blocks.found[k][1] / 2**30:.1f} GiB beyond the base")  # fmt: skip
+                  note=f"{blocks.measured[k][1] / 2**30:.1f} GiB beyond the base")  # fmt: skip
         yield Row(f"{what}: over PEFT's loop, client by client", blocks.rate / turn.rate, note=str(turn))
         yield Row(f"{what}: over the bare loop at its best batch", blocks.rate / bare[length].rate,
                   0.85 if aimed else None, note=str(bare[length]))  # fmt: skip
 
 
 def compiled(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]:
-    """Blocks against PEFT's loop under torch.compile, in the first cell alone: it compiles for a minute."""
+    """Compare blocks with PEFT's loop under torch.compile; only in the first cell, since it compiles for a minute."""
     bed, (batch, length) = Bed(model, method, device, sizes), sizes.cells[0]
     texts, now = bed.texts(batch, length), clock(device)
     loop = peft_loop(bed.base.model, bed.settings, compiled=True)
@@ -138,7 +137,7 @@ def compiled(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row
 
 
 def auto(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]:
-    """What `auto` has one worker train at a time, against the fastest that a cohort has room for, in the first cell."""
+    """Compare the block size that `auto` chooses with the fastest one up to the cohort's size, in the first cell."""
     from fedhpc.participation import most_together, resolve_block_size
 
     bed, (batch, length) = Bed(model, method, device, sizes), sizes.cells[0]
@@ -146,24 +145,24 @@ def auto(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]:
     for cohort in _COHORTS:
         config = bed.config(batch)
         k = min(cohort, most_together(config, resolve_block_size(config, cohort, device.type), device.type))
-        best = Ladder({size: of for size, of in tried.found.items() if size <= cohort}, "")
-        rate = tried.found[k][0] if k in tried.found else bed.blocks([k], batch, length).rate
+        best = Ladder({size: speed for size, speed in tried.measured.items() if size <= cohort}, "")
+        rate = tried.measured[k][0] if k in tried.measured else bed.blocks([k], batch, length).rate
         what = f"{model} {method}, batch {batch}, {length} tokens: block_size auto for a cohort of {cohort}, {k}"
         yield Row(f"{what}, over the best, {best.best}", rate / best.rate, 0.9, note=str(best))
 
 
 def profile(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]:
-    """Where the time of a block's steps goes, in the first cell."""
+    """Profile where the time of a block's steps goes, in the first cell."""
     import torch
 
     bed, (batch, length), k = Bed(model, method, device, sizes), sizes.cells[0], sizes.profiled
     run, now = bed.block(k, batch, length), clock(device)
     seconds = k * STEPS * batch * (length - 1) / bed.measured(run, k * STEPS * batch * (length - 1))[0]
-    kind = device.type.upper()
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profiler:
+    activity = device.type.upper()
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, activity)]) as profiler:
         run()
         now()
-    events = [event for event in profiler.events() if event.device_type.name == kind]
+    events = [event for event in profiler.events() if event.device_type.name == activity]
     spans = [(event.time_range.start, event.time_range.end, event.name) for event in events]
     what = f"{model} {method}, block of {k}, batch {batch}, {length} tokens"
     if not spans:
@@ -172,7 +171,10 @@ def profile(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]
 
 
 def timeline(what: str, spans: Sequence[tuple[float, float, str]], seconds: float) -> Iterator[Row]:
-    """Rows about kernels, (begin, end, name) in microseconds, of a block that takes `seconds` without a profiler."""
+    """Rows about the kernels of a block that takes `seconds` without a profiler.
+
+    spans: (begin, end, name) of each kernel, in microseconds.
+    """
     gaps, busy, reached = [], 0.0, min(begin for begin, _, _ in spans)
     for begin, end, _ in sorted(spans):
         if begin > reached:

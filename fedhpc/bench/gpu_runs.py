@@ -1,7 +1,8 @@
-"""Whole runs on one GPU: what a round costs beside training, the same bits again, and what happens without memory.
+"""Measures whole runs on one GPU: what a round costs beside training, equal bits, and what happens without memory.
 
-Programs as anybody starts them: one process, in which rank 0 hosts the clients itself, or a server on the CPU and a
-worker on the GPU, over gloo. W1 or W2 with a base of 134 million parameters in bfloat16, a cohort of 16 in one block.
+The programs are started as users start them: one process, in which rank 0 hosts the clients itself, or a server on the
+CPU and a worker on the GPU, over gloo. They train W1 or W2 with a base of 134 million parameters in bfloat16, a cohort
+of 16 in one block.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from fedhpc.errors import UserError
 
 _LIMIT_S = 150.0
 _MAIN = ["-m", "fedhpc.main"]
-_Launch = tuple[list[str], list[str]]  # what is before and behind the configuration's name in a command
+_Launch = tuple[list[str], list[str]]  # the arguments before and after the configuration file in a command
 _ONE: _Launch = ([sys.executable, *_MAIN], [])
 _FORKED: _Launch = ([sys.executable, *_MAIN], ["--ranks", "2"])
 _TORCHRUN: _Launch = (
     [str(Path(sysconfig.get_path("scripts"), "torchrun")), "--standalone", "--nproc_per_node=2", *_MAIN],
     [],
 )
-_SCARCE = 0.7  # of what a block takes: enough for half of it
+_SCARCE = 0.7  # share of a block's memory that is left: enough for half of the block
 
 
 class _Runs:
-    """Runs of one configuration, each in a directory of its own; a context manager that leaves nothing behind."""
+    """Runs of one configuration, each in its own directory; a context manager that removes all of them."""
 
     def __init__(self, method: str, size: str, device: str, rounds: int, **runtime: Any) -> None:
         workload = {workload.method["name"]: Workload(workload.name, workload.method, size) for workload in (W1, W2)}
@@ -56,30 +57,30 @@ class _Runs:
         self._temporary.cleanup()
 
     def watched(self, launch: _Launch, name: str, on_line: Callable[[float, str], None]) -> Watched:
-        """The run `name`, begun or gone on with. on_line: told what rank 0 prints."""
-        before, behind = launch
-        command = [*before, str(self.config), f"run.dir={self.folder / name}", *behind]
+        """Start or resume the run `name`. on_line is called with the time and the text of each line of rank 0."""
+        before, after = launch
+        command = [*before, str(self.config), f"run.dir={self.folder / name}", *after]
         environment = {**os.environ, "FEDHPC_CACHE": str(self.folder / "cache")}
         return Watched([(command, environment)], self.folder / f"{name}.log", on_line)
 
-    def done(self, launch: _Launch, name: str) -> tuple[float, str]:
-        """The run to its end: seconds from the command to the end of the first round, and what it says of itself."""
+    def complete(self, launch: _Launch, name: str) -> tuple[float, str]:
+        """Run to the end: seconds from the command to the end of the first round, and the line about its blocks."""
         first: list[float] = []
-        said = ""
+        blocks_line = ""
 
         def on_line(moment: float, line: str) -> None:
-            nonlocal said
+            nonlocal blocks_line
             if " a round in blocks of " in line:
-                said = line.partition(" a round in ")[2].strip()
+                blocks_line = line.partition(" a round in ")[2].strip()
             if line.startswith("round 1/"):
                 first.append(moment)
 
         with self.watched(launch, name, on_line) as watched:
             watched.wait(_LIMIT_S)
-        return (first[0] - watched.began if first else float("nan")), said
+        return (first[0] - watched.began if first else float("nan")), blocks_line
 
     def read(self, name: str, group: str) -> dict[str, np.ndarray]:
-        """A group of results.h5 of the run `name`."""
+        """The columns of a group in results.h5 of the run `name`."""
         import h5py
 
         with h5py.File(self.folder / name / "results.h5") as file:
@@ -87,46 +88,46 @@ class _Runs:
 
 
 def programs(method: str, size: str = "large", device: str = "auto", rounds: int = 6) -> Iterator[Row]:
-    """A round of one process, and of a server and a worker started in two ways; the first round is not counted."""
+    """Compare rounds of one process with those of a server and a worker, started in two ways; without the first."""
     seconds = {}
     with _Runs(method, size, device, rounds) as runs:
         for name, launch in {"one process": _ONE, "torchrun, 2 ranks": _TORCHRUN, "--ranks 2": _FORKED}.items():
-            first_s, said = runs.done(launch, name)
+            first_s, blocks_line = runs.complete(launch, name)
             column = {key: values[2:] for key, values in runs.read(name, "rounds").items()}
-            spent = column["seconds"] - column["seconds_eval"]
-            seconds[name] = float(np.median(spent))
-            outside = 1 - float(column["seconds_local"].sum() / spent.sum())
+            round_seconds = column["seconds"] - column["seconds_eval"]
+            seconds[name] = float(np.median(round_seconds))
+            outside = 1 - float(column["seconds_local"].sum() / round_seconds.sum())
             parts = ", ".join(
                 f"{part} {statistics.median(column[f'seconds_{part}']) * 1e3:.1f}"
                 for part in ("broadcast", "local", "reduce", "server")
             )
             what = f"{method}, {name}"
             yield Row(f"{what}: share of a round outside local training", outside, 0.03, most=True, unit="%",
-                      note=f"ms: {parts}; {said}")  # fmt: skip
+                      note=f"ms: {parts}; {blocks_line}")  # fmt: skip
             yield Row(f"{what}: from the command to the first round done", first_s, unit="s")
     for name in list(seconds)[1:]:
         yield Row(f"{method}: a round of one process over {name}", seconds["one process"] / seconds[name])
 
 
 def bits(method: str, size: str = "large", device: str = "auto", rounds: int = 4) -> Iterator[Row]:
-    """Whether /final of runtime.deterministic is the same: again, on two ranks, killed after two rounds and resumed."""
+    """Check that /final has the same bits under runtime.deterministic: again, on two ranks, and killed and resumed."""
     with _Runs(method, size, device, rounds, deterministic=True) as runs:
         for name, launch in {"first": _ONE, "again": _ONE, "on two ranks": _TORCHRUN}.items():
-            runs.done(launch, name)
+            runs.complete(launch, name)
         _kill(runs, "killed and resumed", after=2)
-        runs.done(_ONE, "killed and resumed")
-        wanted = runs.read("first", "final")
+        runs.complete(_ONE, "killed and resumed")
+        expected = runs.read("first", "final")
         for name in ("again", "on two ranks", "killed and resumed"):
-            found = runs.read(name, "final")
-            same = wanted.keys() == found.keys() and all(
-                wanted[key].tobytes() == found[key].tobytes() for key in wanted
+            final = runs.read(name, "final")
+            same = expected.keys() == final.keys() and all(
+                expected[key].tobytes() == final[key].tobytes() for key in expected
             )
-            apart = max(float(np.abs(wanted[key] - found[key]).max()) for key in wanted)
+            apart = max(float(np.abs(expected[key] - final[key]).max()) for key in expected)
             yield Row(f"{method}: /final has the same bits {name}", float(same), 1.0, note=f"differs by {apart:.1e}")
 
 
 def _kill(runs: _Runs, name: str, after: int) -> None:
-    """Begin the run `name` and kill it once it has reported the round `after`. UserError where it had ended."""
+    """Start the run `name` and kill it once it has reported the round `after`. UserError where it had ended by then."""
     from fedhpc.results import run_directory
 
     reported = threading.Event()
@@ -144,7 +145,7 @@ def _kill(runs: _Runs, name: str, after: int) -> None:
 
 
 def scarce(device: Any, size: str = "large") -> Iterator[Row]:
-    """A round with block_size auto where the GPU's memory is not enough for a block, but for half of one."""
+    """Run a round with block_size auto where the GPU's memory holds half a block, but no whole one."""
     import torch
 
     from fedhpc import federation
@@ -158,13 +159,13 @@ def scarce(device: Any, size: str = "large") -> Iterator[Row]:
         taken = peak_bytes(device) - before
         free(device)
         limit_memory(device, before + int(_SCARCE * taken))
-        ended = "it ran to its end"
+        outcome = "it ran to its end"
         try:
             with quiet():
                 federation.run(work.approach, LoopbackTransport(), True, lambda round_: None)
-        except (torch.OutOfMemoryError, UserError) as error:  # of the evaluation, of a client alone
-            ended = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+        except (torch.OutOfMemoryError, UserError) as error:  # where even one client, or the evaluation, does not fit
+            outcome = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         finally:
             limit_memory(device, None)
         what = f"block_size auto ({work.k}) with {_SCARCE:.0%} of a block's {taken / 2**20:,.0f} MiB: the run ends well"
-        yield Row(what, float(ended == "it ran to its end"), 1.0, note=ended)
+        yield Row(what, float(outcome == "it ran to its end"), 1.0, note=outcome)

@@ -1,9 +1,9 @@
-"""One process of a peer on the very work that fedhpc does: python peer_program.py HARNESS WORK pfl | 'PEFT loop'.
+"""One process of a peer, made to do the same work as fedhpc: python peer_program.py HARNESS WORK pfl | 'PEFT loop'.
 
-Run by the peer's own Python, which has no fedhpc. HARNESS: the folder of the peers' programs, whose `common.py` says
-what they train. WORK: a file of `fedhpc.bench.peers` with the sequences of every round in the order in which they are
-trained, and where the trained parameters start. They take both from there in place of their own; a client is then a
-place in that file. What they reach is written to FEDHPC_BENCH_REACHED.
+It is run by the peer's own Python, which has no fedhpc. HARNESS is the folder of the peers' programs, whose `common.py`
+says what they train. WORK is a file of `fedhpc.bench.peers` with the sequences of every round in the order in which
+they are trained, and the initial values of the trained parameters: the programs use these in place of their own, and a
+client is then an index into that file. The final parameters are written to the file FEDHPC_BENCH_REACHED.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def main(harness: str, work: str, peer: str) -> None:
-    """Make the harness work on `work`, then run one of its programs."""
+    """Make the harness train on the file `work`, then run one of its programs."""
     sys.path.insert(0, harness)
     import common
     import numpy as np
@@ -31,8 +31,8 @@ def main(harness: str, work: str, peer: str) -> None:
     rows = rows.reshape(rounds * cohort, *rows.shape[2:])
     common.PER_ROUND, common.ROUNDS = cohort, rounds
     common.BATCH, common.LR = settings["batch_size"], settings["lr"]
-    common.sampled = lambda round_: [round_ * cohort + place for place in range(cohort)]
-    common.client_data = lambda place: rows[place % len(rows)]
+    common.sampled = lambda round_: [round_ * cohort + index for index in range(cohort)]
+    common.client_data = lambda client: rows[client % len(rows)]
     build_random, checksum = common.build, common.checksum
 
     def build() -> Any:
@@ -47,8 +47,8 @@ def main(harness: str, work: str, peer: str) -> None:
     def check(tensors: Sequence[Any], initial: Sequence[Any]) -> dict[str, float]:
         reached = {name: tensor.numpy() for name, tensor in zip(common.names, tensors, strict=True)}
         np.savez(os.environ["FEDHPC_BENCH_REACHED"], **reached)
-        found: dict[str, float] = checksum(tensors, initial)
-        return found
+        sums: dict[str, float] = checksum(tensors, initial)
+        return sums
 
     common.build, common.checksum = build, check
     if peer == "pfl":
@@ -63,7 +63,7 @@ def main(harness: str, work: str, peer: str) -> None:
 
 
 def _trained(model: Any) -> list[tuple[str, Any]]:
-    """Its trained parameters by the names that PEFT saves them under."""
+    """The trained parameters of a model, with the names under which PEFT saves them."""
     plain = {"prompt_encoder.default.embedding.weight": "prompt_embeddings"}
     return [
         (plain.get(name, name.replace(".default.", ".").removeprefix("base_model.model.")), parameter)
@@ -85,10 +85,10 @@ def _real(folder: str, virtual: int) -> Any:
     forward = model.forward
 
     def on_text(input_ids: Any, labels: Any) -> Any:
-        kept = (input_ids[..., 0] >= 0).long()
-        length = int(kept.sum(dim=1).max())
-        ids, wanted = input_ids[:, :length, 0].clamp(min=0), labels[:, :length, 1]
-        return forward(input_ids=ids, attention_mask=kept[:, :length], labels=wanted)
+        mask = (input_ids[..., 0] >= 0).long()
+        length = int(mask.sum(dim=1).max())
+        ids, targets = input_ids[:, :length, 0].clamp(min=0), labels[:, :length, 1]
+        return forward(input_ids=ids, attention_mask=mask[:, :length], labels=targets)
 
     model.forward = on_text
     model.train()
@@ -97,5 +97,5 @@ def _real(folder: str, virtual: int) -> Any:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # Its results are on the disk. Gloo's threads may abort a process that is finalising (fedhpc.ranks.process.leave).
+    # The results are on the disk. Gloo's threads may abort a process that is finalising (fedhpc.ranks.process.leave).
     os._exit(0)

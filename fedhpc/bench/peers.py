@@ -1,11 +1,11 @@
-"""fedhpc beside its peers: the same clients, tokens and SGD steps as whole programs, run in turn.
+"""Compares fedhpc with its peers, as whole programs that run in turn on the same clients, tokens and SGD steps.
 
-Peers: Apple's pfl-research on two processes of torchrun, and the loop that one would write by hand with PEFT on two
-gloo processes, both from the harness that `--peers` names. Every program trains the same sequences in the same steps
-from the same start, and all must arrive at the same parameters, or there is no figure.
+The peers are Apple's pfl-research on two processes of torchrun, and the loop that one would write by hand with PEFT on
+two gloo processes, both from the harness that `--peers` names. Every program trains the same sequences in the same
+steps from the same initial parameters, and all must arrive at the same parameters, or no figure is given.
 
-fedhpc has a server and two workers over gloo, forked from one process (`--ranks 3`). Its server, which trains nothing,
-and the process that waits for the three are counted.
+fedhpc runs as a server and two workers over gloo, forked from one process (`--ranks 3`). Its server, which trains
+nothing, and the process that waits for the three are counted too.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _FIRST, _MEMORY = 0.5, 0.9
 
 
 @dataclass(frozen=True)
-class Run:
-    """One program on one workload, all its processes together."""
+class ProgramCost:
+    """What one program took for one workload, all its processes together."""
 
-    cpu_s: float  # a round, without the first
-    wall_s: float  # a round, without the first
-    first_round_s: float  # from the command to its end
-    first_cpu_s: float  # until then
-    pss_bytes: int  # peak
+    cpu_s: float  # per round, without the first
+    wall_s: float  # per round, without the first
+    first_round_s: float  # from the command to the end of the first round
+    first_cpu_s: float  # CPU seconds in this time
+    pss_bytes: int  # peak memory; what processes share is counted once
 
     def __str__(self) -> str:
         return (
@@ -59,7 +59,7 @@ class Run:
 
 
 def parts(harness: Path, environment: Path, repeats: int, only: str) -> list[Part]:
-    """All figures of this file. harness, environment: of the peers. only: names of workloads, or all."""
+    """All parts of this file, or those of the workloads that `only` names. harness, environment: of the peers."""
     python = environment / "bin" / "python"
     for needed in (harness / "common.py", python):
         if not needed.exists():
@@ -83,27 +83,27 @@ def _compare(workload: Workload, harness: Path, python: Path, repeats: int) -> l
 
 def _compared(workload: Workload, folder: Path, harness: Path, python: Path, repeats: int) -> list[Row]:
     start, tokens = prepare(workload, folder, _ROUNDS[workload.size])
-    runs: dict[str, list[Run]] = {"fedhpc": [], "pfl": [], "PEFT loop": []}
+    runs: dict[str, list[ProgramCost]] = {"fedhpc": [], "pfl": [], "PEFT loop": []}
     apart: dict[str, float] = {}
     for _ in range(repeats):
         run, reached = fedhpc(folder, tokens)
         runs["fedhpc"].append(run)
         for name, of_peer in (("pfl", python), ("PEFT loop", Path(sys.executable))):
             if name != "pfl" and runs[name]:
-                continue  # once, for the whole to take ten minutes: it only says what is between pfl and bare PEFT
+                continue  # one repeat is enough, to save time: it only shows what pfl adds to bare PEFT
             run, other = peer(name, folder, of_peer, harness, workload)
             runs[name].append(run)
             apart[name] = difference(other, reached, start)
             if not apart[name] <= _SAME:
                 raise UserError(f"{workload.name}: the update of {name} is {apart[name]:.1e} off, so it did other work")
     for name, of_program in runs.items():
-        print(f"{workload.name}, {name}: {_middle(of_program)}", file=sys.stderr, flush=True)
+        print(f"{workload.name}, {name}: {_medians(of_program)}", file=sys.stderr, flush=True)
 
     def over(above: str, below: str, figure: str) -> float:
         pairs = min(len(runs[above]), len(runs[below]))
         return ratio(*([getattr(run, figure) for run in runs[name][:pairs]] for name in (above, below)))
 
-    target, note = _CPU[workload.name], f"fedhpc {_middle(runs['fedhpc'])}; pfl {_middle(runs['pfl'])}"
+    target, note = _CPU[workload.name], f"fedhpc {_medians(runs['fedhpc'])}; pfl {_medians(runs['pfl'])}"
     same = f"updates differ by {apart['pfl']:.0e} and {apart['PEFT loop']:.0e}"
     return [
         Row(
@@ -129,15 +129,17 @@ def _compared(workload: Workload, folder: Path, harness: Path, python: Path, rep
     ]
 
 
-def _middle(runs: Sequence[Run]) -> Run:
-    """The median of each figure."""
-    return Run(*(statistics.median(getattr(run, name) for run in runs) for name in Run.__dataclass_fields__))
+def _medians(runs: Sequence[ProgramCost]) -> ProgramCost:
+    """The median of each figure over the repeats."""
+    return ProgramCost(
+        *(statistics.median(getattr(run, name) for run in runs) for name in ProgramCost.__dataclass_fields__)
+    )
 
 
-def fedhpc(folder: Path, tokens: Sequence[int], workers: int = 2) -> tuple[Run, dict[str, np.ndarray]]:
-    """Run config.yaml of the folder; the figures and the parameters that it reached.
+def fedhpc(folder: Path, tokens: Sequence[int], workers: int = 2) -> tuple[ProgramCost, dict[str, np.ndarray]]:
+    """Run fedhpc on config.yaml of the folder: what it took, and the parameters that it arrived at.
 
-    tokens: supervised ones of every round. UserError where it trained others.
+    tokens: how many supervised tokens each round must have; UserError where they differ.
     """
     import h5py
 
@@ -156,11 +158,13 @@ def fedhpc(folder: Path, tokens: Sequence[int], workers: int = 2) -> tuple[Run, 
         seen = file["rounds"]["tokens"][1:].tolist()
     if seen != list(tokens):
         raise UserError(f"fedhpc trained {seen} tokens, not {list(tokens)}")
-    return _run(watched, ends), reached
+    return _cost(watched, ends), reached
 
 
-def peer(name: str, folder: Path, python: Path, harness: Path, workload: Workload) -> tuple[Run, dict[str, np.ndarray]]:
-    """Run the peer `name` on work.npz of the folder."""
+def peer(
+    name: str, folder: Path, python: Path, harness: Path, workload: Workload
+) -> tuple[ProgramCost, dict[str, np.ndarray]]:
+    """Run the peer `name` on work.npz of the folder: what it took, and the parameters that it arrived at."""
     out, reached = folder / "peer.json", folder / "reached.npz"
     for path in (out, reached):
         path.unlink(missing_ok=True)
@@ -185,17 +189,17 @@ def peer(name: str, folder: Path, python: Path, harness: Path, workload: Workloa
         of_process["FB_T0"] = repr(began)
     with Watched(commands, folder / "peer.log") as watched:
         watched.wait(_LIMIT_S)
-    said = json.loads(out.read_text())
-    ends = list(began + said["t_ready"] + np.cumsum(said["rounds"]))
+    times = json.loads(out.read_text())
+    ends = list(began + times["t_ready"] + np.cumsum(times["rounds"]))
     with np.load(reached) as file:
-        return _run(watched, ends), dict(file)
+        return _cost(watched, ends), dict(file)
 
 
 def prepare(workload: Workload, folder: Path, rounds: int) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Write what fedhpc and its peers run from.
+    """Write the files that fedhpc and its peers run from.
 
-    Returns where the trained parameters start, and the supervised tokens of every round. fedhpc finds its cache of
-    tokens filled, as its peers find theirs.
+    Returns the initial values of the trained parameters, and how many supervised tokens each round has. The cache of
+    tokens is filled, so that fedhpc need not tokenise, as its peers need not.
     """
     from fedhpc import federation
     from fedhpc.approaches.averaging.approach import Averaging
@@ -212,13 +216,13 @@ def prepare(workload: Workload, folder: Path, rounds: int) -> tuple[dict[str, np
     ids = np.full((rounds, workloads.COHORT, workloads.SEQUENCES, longest), -1, dtype=np.int64)
     labels = np.full_like(ids, -100)  # no loss there, as transformers has it
     for round_ in range(rounds):
-        for place, client in enumerate(approach.plan(round_ + 1).cohort):
-            mine = population.indices(client)
-            order = np.concatenate(batches(len(mine), config.client, config.run.seed, round_ + 1, client))
-            for row, example in enumerate(mine[order].tolist()):
+        for index, client in enumerate(approach.plan(round_ + 1).cohort):
+            indices = population.indices(client)
+            order = np.concatenate(batches(len(indices), config.client, config.run.seed, round_ + 1, client))
+            for row, example in enumerate(indices[order].tolist()):
                 tokens, first = train.tokens(example), int(train.prompt_lengths[example])
-                ids[round_, place, row, : len(tokens)] = tokens
-                labels[round_, place, row, first : len(tokens)] = tokens[first:]
+                ids[round_, index, row, : len(tokens)] = tokens
+                labels[round_, index, row, first : len(tokens)] = tokens[first:]
     start = {
         name: tensor[0].numpy()
         for name, tensor in approach.method.payload.views(approach.initial_payload().unsqueeze(0)).items()
@@ -246,11 +250,11 @@ def difference(
     return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1] - flat[2]))
 
 
-def _run(watched: Watched, ends: Sequence[float]) -> Run:
+def _cost(watched: Watched, ends: Sequence[float]) -> ProgramCost:
     if len(ends) < 2:
         raise UserError(f"only {len(ends)} rounds were seen")
     cpu = watched.cpu_at(ends[-1]) - watched.cpu_at(ends[0])
-    return Run(
+    return ProgramCost(
         cpu_s=cpu / (len(ends) - 1),
         wall_s=(ends[-1] - ends[0]) / (len(ends) - 1),
         first_round_s=ends[0] - watched.began,
@@ -260,8 +264,8 @@ def _run(watched: Watched, ends: Sequence[float]) -> Run:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The same for everybody: one thread per process, nothing from a network, files of the run in its folder."""
-    # Modules are compiled once and not at every start, as anywhere else.
+    """The environment of every program: one thread per process, no network, temporary files in the folder."""
+    # Without PYTHONDONTWRITEBYTECODE: modules are compiled once and not at every start, as users have it.
     return {
         **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
         "OMP_NUM_THREADS": "1",

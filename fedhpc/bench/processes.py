@@ -1,4 +1,4 @@
-"""A program of several processes, watched from outside: the CPU seconds and the memory of all of them together."""
+"""Runs programs of several processes and measures, from outside, the CPU seconds and memory of all of them together."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from types import TracebackType
 from fedhpc.errors import UserError
 
 _TICK_S = 0.05
-_EVERY = 12  # ticks between two looks at the memory, for which the kernel walks all pages
-LIMIT_S = 900.0  # that forked ranks may take
-PARTING_S = 10.0  # that they may take to end once one of them has failed
+_EVERY = 12  # ticks between two measurements of memory, for which the kernel walks all pages
+LIMIT_S = 900.0  # how long forked ranks may run
+PARTING_S = 10.0  # how long the others may go on once one of them has failed
 _HERTZ = os.sysconf("SC_CLK_TCK")
 
 
 class Watched:
-    """The processes of some commands and all that they start; a context manager that leaves none behind.
+    """Starts commands and watches their processes and all of their children; a context manager that ends them all.
 
-    commands: (arguments, environment) of each. on_line: told the time and the text of each line that the first writes.
+    commands: (arguments, environment) of each. on_line is called with the time and the text of each line that the first
+    command writes.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Watched:
             thread.start()
 
     def wait(self, limit_s: float) -> None:
-        """Wait for the end of all. UserError where one failed or took too long."""
+        """Wait until all commands have ended. UserError where one failed or took too long."""
         deadline = self.began + limit_s
         codes: list[int | None] = []
         for process in self._processes:
@@ -75,17 +76,19 @@ class Watched:
             codes.append(process.poll())
         self.close()
         if any(codes) or None in codes:
-            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
-            raise UserError(f"{self._commands[0]} ended with {codes} (limit {limit_s:.0f} s): " + " | ".join(said))
+            last_lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
+            raise UserError(
+                f"{self._commands[0]} ended with {codes} (limit {limit_s:.0f} s): " + " | ".join(last_lines)
+            )
 
     def cpu_at(self, moment: float) -> float:
-        """CPU seconds of all processes together until then."""
+        """CPU seconds of all processes together, from their start until `moment`."""
         right = min(max(bisect_left(self._times, moment), 1), len(self._times) - 1)
         (a, b), (x, y) = self._times[right - 1 : right + 1], self._cpu[right - 1 : right + 1]
         return x + (y - x) * min(max((moment - a) / max(b - a, 1e-9), 0.0), 1.0)
 
     def close(self) -> None:
-        """End what still runs."""
+        """Kill the processes that still run."""
         for process in self._processes:
             if process.poll() is None:
                 for pid in reversed(_family([process.pid])):
@@ -126,13 +129,13 @@ class Watched:
 
 def _family(pids: Sequence[int]) -> list[int]:
     """These processes and their descendants, parents first."""
-    found = list(pids)
-    for pid in found:  # grows while it is read
+    family = list(pids)
+    for pid in family:  # grows while it is read
         with contextlib.suppress(OSError):
             for task in os.listdir(f"/proc/{pid}/task"):
                 with contextlib.suppress(OSError):
-                    found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-    return found
+                    family += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return family
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -142,7 +145,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _pss_bytes(pid: int) -> int:
-    """Memory of a process, what it shares with others in equal parts; 0 where it has gone."""
+    """The memory of a process, with its equal share of what several processes share; 0 where it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -151,10 +154,10 @@ def _pss_bytes(pid: int) -> int:
 
 
 def forked(ranks: int, work: Callable[[int], None], why: Path) -> None:
-    """work(rank) in a process per rank; they share what this one has imported.
+    """Call work(rank) in one forked process per rank; they share the modules that this process has imported.
 
-    UserError where one of them fails, or together they take too long; none is left then. why: a file in which they may
-    have said what ended them.
+    UserError where a rank fails or they take too long; all of them are ended then. why: a file into which a rank may
+    write the reason why it ends.
     """
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(ranks)]
@@ -185,17 +188,17 @@ def forked(ranks: int, work: Callable[[int], None], why: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """In the block nothing is printed."""
+    """Print nothing inside this context."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
         os.close(nowhere)
 
 

@@ -1,4 +1,4 @@
-"""Whole rounds: what they cost beside local training, and what a second worker brings.
+"""Measures whole rounds: what they cost beside local training, and how much faster a second worker makes them.
 
 Ranks are processes over gloo, forked from this one, which has imported the libraries; one thread each.
 """
@@ -25,24 +25,24 @@ from fedhpc.bench.workloads import W1
 
 
 def parts(repeats: int, quick: bool) -> list[Part]:
-    """All figures of this file."""
+    """All parts of this file."""
     return [partial(_workers, repeats, 3 if quick else 4), partial(_zero_work, 5 if quick else 11), _default, _placed]
 
 
 def _workers(repeats: int, rounds: int) -> list[Row]:
-    """Two workers against one, and the share of a round that is not local training."""
-    found: dict[int, list[dict[str, np.ndarray]]] = {1: [], 2: []}
+    """Compare two workers with one, and measure the share of a round that is not local training."""
+    columns_of: dict[int, list[dict[str, np.ndarray]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         workloads.write(W1, Path(folder), rounds)
         for _ in range(repeats):
-            for workers, runs in found.items():
+            for workers, runs in columns_of.items():
                 runs.append(_federation(Path(folder), workers + 1))
     seconds = {
         workers: [float(np.median(run["seconds"][1:] - run["seconds_eval"][1:])) for run in runs]
-        for workers, runs in found.items()
+        for workers, runs in columns_of.items()
     }
     outside = [
-        float(1 - (run["seconds_local"].sum() / (run["seconds"] - run["seconds_eval"]).sum())) for run in found[2]
+        float(1 - (run["seconds_local"].sum() / (run["seconds"] - run["seconds_eval"]).sum())) for run in columns_of[2]
     ]
     gain = statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
     return [
@@ -52,7 +52,7 @@ def _workers(repeats: int, rounds: int) -> list[Row]:
 
 
 def _federation(folder: Path, ranks: int) -> dict[str, np.ndarray]:
-    """The columns of /rounds of a run of config.yaml on so many ranks, without row 0."""
+    """Run config.yaml of the folder on `ranks` ranks: the columns of /rounds, without row 0."""
     import h5py
     import torch
     import transformers
@@ -78,7 +78,7 @@ def _federation(folder: Path, ranks: int) -> dict[str, np.ndarray]:
 
 
 def _zero_work(rounds: int) -> list[Row]:
-    """Rounds of clients that return at once, against the size of the cohort and of the population."""
+    """Measure rounds of clients that return at once: how they grow with the cohort and with the population."""
     costs = {}
     for cohort, population in ((32, 10_000), (544, 10_000), (32, 100_000_000)):
         with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def _zero_work(rounds: int) -> list[Row]:
 
 
 def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> float:
-    """CPU seconds of a round, all but the clients' own training: plan, exact sum, server step, records on the disk."""
+    """CPU seconds of a round without the clients' training: plan, exact sum, server step, writing of results."""
     import torch
 
     from fedhpc import federation
@@ -111,7 +111,7 @@ def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> floa
     from fedhpc.task import load_task
 
     class Idle(Averaging):
-        """Every client sends back what it got."""
+        """An approach whose clients train nothing: every update is zero."""
 
         def local(self, plan: Any, clients: Sequence[int], down: Any) -> Returned:
             nothing = np.zeros(len(clients))
@@ -131,12 +131,12 @@ def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> floa
     moments: list[float] = []
     with quiet():
         federation.run(Idle(task), LoopbackTransport(), True, lambda round_: moments.append(time.process_time()))
-    # The first is the start, and the last round evaluates. The least: whatever else runs only adds to it.
+    # The first moment is the start, and the last round evaluates. The least: other programs only add to it.
     return min(b - a for a, b in pairwise(moments[:-1]))
 
 
 def _default(rounds: int = 4) -> list[Row]:
-    """The embedded default in one process, by its command: start-up and evaluation."""
+    """Run the embedded default in one process by its command: its start-up and the share of its evaluations."""
     import h5py
 
     ends: list[float] = []
@@ -161,7 +161,7 @@ def _default(rounds: int = 4) -> list[Row]:
 
 
 def _placed(rounds: int = 50) -> list[Row]:
-    """The busiest worker's tokens x steps over the mean, on a population of very unequal clients."""
+    """Measure the placement of very unequal clients: the busiest worker's tokens x steps over the mean."""
     from fedhpc import config as configuration
     from fedhpc.approaches.averaging.approach import Averaging
     from fedhpc.participation import plan_round, resolve_block_size
@@ -171,7 +171,7 @@ def _placed(rounds: int = 50) -> list[Row]:
     overrides = ["partition.name=quantity_skew", "partition.num_clients=200", "federation.cohort_size=64"]
     config = configuration.load(None, overrides)
     data = load_task(config, Launch(), 1, False, Averaging.read).data
-    block, sizes, found = resolve_block_size(config, 64, "cpu"), data.population.sizes(), []
+    block, sizes, rows = resolve_block_size(config, 64, "cpu"), data.population.sizes(), []
     for workers in (4, 8):
         busiest = []
         for round_ in range(1, rounds + 1):
@@ -179,7 +179,7 @@ def _placed(rounds: int = 50) -> list[Row]:
             for placed in plan_round(config, data.population, data.train, round_, list(cost), block).blocks:
                 cost[placed.worker] += placed.cost
             busiest.append(max(cost.values()) / statistics.mean(cost.values()))
-        found.append(
+        rows.append(
             Row(
                 f"the busiest of {workers} workers over the mean, 64 unequal clients a round",
                 statistics.median(busiest),
@@ -188,4 +188,4 @@ def _placed(rounds: int = 50) -> list[Row]:
                 note=f"{sizes.min()} to {sizes.max()} examples a client, block size {block}; worst {max(busiest):.3g}",
             )
         )
-    return found
+    return rows

@@ -1,5 +1,7 @@
-"""What a round costs beside local training, which is next to nothing here, against the number of ranks, the cohort and
-the population; over gloo, on CPU ranks that share this machine's cores, so only the ratios mean anything.
+"""Measures how the cost of a round beside local training grows with ranks, cohort and population.
+
+Local training is next to nothing here. Ranks run on CPU over gloo and share this machine's cores, so only the ratios
+mean anything.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ _SCALED = {"ranks": 4, "cohort": 32, "population": 10_000, "parameters": 2**13, 
 
 
 def scale(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """One row per setting, one thing changed at a time. Medians over rounds, of seconds and of rank 0's CPU seconds;
-    wire bytes of the busiest rank, and rank 0's memory beyond what it had before the first round.
+    """Measure one setting after the other, each with one thing changed: a row for each.
 
-    UserError where a rank fails or a setting takes longer than 15 minutes; none of its ranks is left then.
+    Rows have the median seconds of a round, rank 0's CPU seconds, the wire bytes of the busiest rank, and rank 0's
+    memory beyond what it had before the first round. UserError where a rank fails or a setting takes longer than
+    15 minutes; all of its ranks are ended then.
     """
     settings: list[dict[str, Any]] = [{"ranks": n} for n in ((2, 4) if quick else (2, 4, 8, 16, 32))]
     settings += [{"cohort": n} for n in ((8, 32) if quick else (8, 32, 128, 512))]
@@ -34,11 +37,11 @@ def scale(quick: bool = False) -> Iterator[dict[str, Any]]:
     for changed in settings:
         setting = {**_SCALED, **changed}
         try:
-            found = _scaled(setting, 4 if quick else 10)
+            costs = _scaled(setting, 4 if quick else 10)
         except UserError as error:
-            about = ", ".join(f"{name} {value}" for name, value in setting.items())
-            raise UserError(f"bench --scale at {about}: {error}") from error
-        yield {**setting, **found}
+            words = ", ".join(f"{name} {value}" for name, value in setting.items())
+            raise UserError(f"bench --scale at {words}: {error}") from error
+        yield {**setting, **costs}
 
 
 def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
@@ -85,39 +88,39 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
 
         def work(rank: int) -> None:
             launch = Launch("torchrun", rank, ranks, rank, ranks, 0, "127.0.0.1", port)
-            spent, memory = [], []
+            cpu_seconds, memory = [], []
 
             def on_round(_: int) -> None:
-                spent.append(time.process_time())
+                cpu_seconds.append(time.process_time())
                 memory.append(federation.peak_memory(torch.device("cpu")))
 
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             with open_transport(launch, "torch", LIMIT_S) as transport:
-                liveness = Liveness(transport, launch, LIMIT_S, on_exit)  # a rank that dies takes the others along
+                liveness = Liveness(transport, launch, LIMIT_S, on_exit)  # ends the other ranks when one dies
                 liveness.start()
                 try:
                     approach = federation.prepare(config, transport, launch, write_cache=True)
                     federation.run(approach, transport, False, on_round)
                 except Exception as error:
-                    reason = repr(error) if rank else f"rank 0: {error!r}"  # the others are named by liveness
+                    reason = repr(error) if rank else f"rank 0: {error!r}"  # liveness names other ranks
                     liveness.fail(1, reason, symptom=isinstance(error, TransportError))
                 liveness.stop()
-            if memory[1:]:  # rank 0 alone is told of every round
-                cpu = statistics.median(b - a for a, b in pairwise(spent[1:]))
-                found = {"cpu_s_of_rank_0": cpu, "memory_of_rank_0": memory[-1] - memory[0]}
-                Path(folder, "rank-0.json").write_text(json.dumps(found))
+            if memory[1:]:  # on rank 0, for which alone on_round is called
+                cpu = statistics.median(b - a for a, b in pairwise(cpu_seconds[1:]))
+                costs = {"cpu_s_of_rank_0": cpu, "memory_of_rank_0": memory[-1] - memory[0]}
+                Path(folder, "rank-0.json").write_text(json.dumps(costs))
 
         forked(ranks, work, why)
-        found: dict[str, float] = json.loads(Path(folder, "rank-0.json").read_text())
+        costs: dict[str, float] = json.loads(Path(folder, "rank-0.json").read_text())
         with h5py.File(Path(folder) / "run" / "results.h5") as file:
             columns = {name: column[2:] for name, column in file["rounds"].items()}
     outside = columns["seconds"] - columns["seconds_local"] - columns["seconds_eval"]
     wire = {"wire_bytes": int(statistics.median(columns["wire_bytes"]))}
-    return {"seconds_outside_training": float(statistics.median(outside)), **found, **wire}
+    return {"seconds_outside_training": float(statistics.median(outside)), **costs, **wire}
 
 
 def markdown(row: dict[str, Any], heading: bool) -> str:
-    """A line of a table of Markdown, after its heading if that is asked for."""
+    """The row as a line of a Markdown table, with `heading` after the heading of the table."""
 
     def shown(value: Any) -> str:
         return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

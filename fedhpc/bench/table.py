@@ -1,4 +1,4 @@
-"""Rows of the bench: what was asked for, what was measured."""
+"""The rows that the benchmark prints: figures, their targets, and the arithmetic of repeats."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. target: at least (or, with `most`, at most) this; None where it is told for its own sake."""
+    """One figure. `target` is the least that it should be, with `most` the most; None where there is no goal."""
 
-    what: str
-    measured: float  # NaN: not measured here, and `note` says why
+    what: str  # is measured, like "W1 small: block of 8 over one after another"
+    measured: float  # NaN where it could not be measured: `note` says why
     target: float | None = None
     most: bool = False
     unit: str = ""
@@ -22,30 +22,30 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """met, missed, or nothing where there is nothing to meet."""
+        """ "met" or "missed"; "" where there is no target or no measurement."""
         if self.target is None or math.isnan(self.measured):
             return ""
         return "met" if (self.measured <= self.target if self.most else self.measured >= self.target) else "missed"
 
     def json(self) -> dict[str, Any]:
-        """As an object of JSON, where NaN is null."""
+        """The row as an object for JSON, with null in place of NaN."""
         measured = None if math.isnan(self.measured) else self.measured
         return {**asdict(self), "measured": measured, "verdict": self.verdict}
 
 
-#: A measurement, when it is called; rows may come one by one.
+#: A part of the benchmark: measures when it is called, and may give its rows one by one.
 Part = Callable[[], Iterable[Row]]
 
 
 def skipped(what: str, why: str) -> Row:
-    """A figure that cannot be had here."""
+    """The row of a figure that cannot be measured on this machine."""
     return Row(what, math.nan, note=why)
 
 
 def interleaved(
     runs: Mapping[str, Callable[[], None]], repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each repeat, by `clock`; one round of warm-up goes before."""
+    """Call the runs in turn, again and again: the seconds of each in every repeat, by `clock`; the first warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, call in runs.items():
@@ -57,7 +57,7 @@ def interleaved(
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the ratios of the repeats: what disturbs a repeat disturbs both sides of it."""
+    """The median of the repeats' ratios. What disturbs a repeat usually disturbs both of its sides."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -65,7 +65,7 @@ HEADING = "|  | measured | target |  |  |\n| --- | --- | --- | --- | --- |"
 
 
 def markdown(row: Row) -> str:
-    """A line of the table under `HEADING`."""
+    """The row as a line of the Markdown table that begins with `HEADING`."""
     bound = "" if row.target is None else f"{'≤' if row.most else '≥'} {_shown(row.target, row.unit)}"
     measured = "-" if math.isnan(row.measured) else _shown(row.measured, row.unit)
     return "| " + " | ".join([row.what, measured, bound, row.verdict, row.note]) + " |"

@@ -1,14 +1,14 @@
-"""What is measured: the workloads, each a folder that the program itself runs from (config.yaml, model/, data/).
+"""The workloads that are measured, each written into a folder that fedhpc runs from (config.yaml, model/, data/).
 
-64 clients, 16 a round, 32 sequences each, batches of 4, one local epoch of plain SGD, FedAvg.
+All have 64 clients with 32 sequences each, 16 clients a round, batches of 4, one local epoch of plain SGD, and FedAvg.
 
 W1, W2: a Llama with random weights and 48 random tokens a sequence; a prefix of 16 (W1), LoRA of rank 8 on q, k, v and
 o (W2). small: hidden 128, 4 layers, vocabulary 2048; big: 288, 6 layers, 4096; large, for a GPU: 768, 12, 32000. The
-data are texts: a word per token, `t17` for token 17. So all goes the way of any data, and everybody else can be given
-the very same tokens. The last token of a sequence is the end of text, which a language model's rows end with.
+data are texts with a word per token, `t17` for token 17. So fedhpc reads them like any other data, and the peers can be
+given exactly the same tokens. The last token of a sequence is the end of text, as in any row of a language model.
 
-W3: real text. A prefix of 16 on tinystories-260k, E2E (`shared/` beside the checkout), lengths as they are, the loss
-on the target alone.
+W3: real text. A prefix of 16 on tinystories-260k with E2E (both in `shared/` beside the checkout); texts keep their
+lengths, and the loss is on the target alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedhpc import config as configuration
 from fedhpc.config import Config
 
 CLIENTS, COHORT, SEQUENCES, LENGTH, BATCH = 64, 16, 32, 48, 4
-TOKENS = COHORT * SEQUENCES * LENGTH  # of a round of W1 and W2
+TOKENS = COHORT * SEQUENCES * LENGTH  # in a round of W1 and W2
 LEARNING_RATE = 0.5  # large: a prefix moves by more than float32's resolution
 SHARED = Path("../shared")  # seen from the repository's root, as in configs/
 _EOS, _FIRST = 2, 3  # the end of text, and the first of the tokens that are drawn
@@ -59,7 +59,7 @@ _LORA = {"name": "lora", "rank": 8, "alpha": 16, "targets": ["q_proj", "k_proj",
 
 @dataclass(frozen=True)
 class Workload:
-    """One of them. size: of the random model, "" for a real one."""
+    """A workload: its name, its method, and the size of its random model ("" where the model is a real one)."""
 
     name: str
     method: Mapping[str, Any] = field(repr=False)
@@ -67,11 +67,11 @@ class Workload:
 
     @property
     def real(self) -> bool:
-        """Whether it is text, with lengths as they are."""
+        """Whether the data are real texts, of their own lengths."""
         return not self.size
 
     def absent(self) -> str | None:
-        """Why it cannot be measured here; None where it can."""
+        """Why the workload cannot be measured on this machine; None where it can."""
         missing = [path for path in (_model(SHARED), _e2e(SHARED)) if not path.is_dir()] if self.real else []
         return f"there is no {' and no '.join(map(str, missing))}" if missing else None
 
@@ -83,9 +83,9 @@ ALL = (W1, W2, W1_BIG, W2_BIG, W3)
 
 
 def write(workload: Workload, folder: Path, rounds: int, **changes: Mapping[str, Any]) -> Path:
-    """The configuration file of `workload` in `folder`, with what it needs beside it.
+    """Write a workload into a folder: model, data and configuration file, whose path is returned.
 
-    changes: keys of sections that are different, such as runtime={"block_size": 1}.
+    changes: other values of configuration keys, by section, such as runtime={"block_size": 1}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data, partition = _real(folder) if workload.real else _random(workload, folder)
@@ -97,7 +97,7 @@ def write(workload: Workload, folder: Path, rounds: int, **changes: Mapping[str,
         "method": dict(workload.method),
         "federation": {"rounds": rounds, "cohort_size": COHORT},
         "client": {"optimizer": "sgd", "lr": LEARNING_RATE, "batch_size": BATCH, "epochs": 1},
-        # Next to nothing: the others do not evaluate.
+        # As little evaluation as possible: the peers do not evaluate.
         "evaluation": {"every": rounds, "metrics": ["loss"], "max_examples": 1, "samples": 0},
         "runtime": {"device": "cpu", "block_size": COHORT // 2},
     }
@@ -109,7 +109,7 @@ def write(workload: Workload, folder: Path, rounds: int, **changes: Mapping[str,
 
 
 def read(path: Path) -> Config:
-    """The configuration that `write` wrote."""
+    """Read the configuration file that `write` wrote."""
     return configuration.load(str(path), [])
 
 
@@ -151,7 +151,7 @@ def _random(workload: Workload, folder: Path) -> tuple[dict[str, Any], dict[str,
 
 
 def _save_model(folder: Path, shape: Mapping[str, int]) -> None:
-    """The random Llama that `common.py` of the peers' harness makes, and a tokenizer that knows one word per token."""
+    """Save the same random Llama as `common.py` of the peers' harness, and a tokenizer with one word per token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -185,7 +185,7 @@ def _public_rows(
     data = settings.data.model_copy(
         update={**public_filters, **({"source": public.source, "subset": None} if public.source is not None else {})}
     )
-    with _errors_about("method.public"):
+    with _errors_of("method.public"):
         source = sources.with_join(sources.open_source(data), data.join)
     name = public.split or "train"
     name_in_source = sources.find_split(source, name)
@@ -196,7 +196,7 @@ def _public_rows(
         )
     filters = {column: f"method.public.{key}" for key, columns in public_filters.items() for column in columns}
     table = sources.read_table(source, name_in_source, {**columns, **filters})
-    with _errors_about("method.public"):
+    with _errors_of("method.public"):
         table = sources.filtered(table, data)
     for split, other in tables.items():
         both = set(table.locations) & set(other.locations)
@@ -211,7 +211,7 @@ def _public_rows(
 
 
 @contextmanager
-def _errors_about(section: str) -> Iterator[None]:
+def _errors_of(section: str) -> Iterator[None]:
     """Let errors that would name a key of the section `data` name the same key of `section`."""
     try:
         yield
