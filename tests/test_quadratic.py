@@ -29,11 +29,11 @@ from fedhpc.kinds.base import Attached, Batch, Kind
 from fedhpc.methods.base import Method, PerClient, Tensors
 from fedhpc.models import Base
 from fedhpc.ranks.placement import Placement
-from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.transport.base import Transport
 from fedhpc.results import run_directory
 from fedhpc.task import Task
 from fedhpc.updates.layout import Layout
-from tests.federations import settings, table
+from tests.federations import on_threads, settings, table
 
 SIZE = 5  # of x
 COUNTS = np.array([1, 3, 4, 6, 9, 2])  # examples of each client
@@ -120,8 +120,13 @@ def _examples(owners: np.ndarray) -> Examples:
     return examples_from(tokens, owners=owners.astype(np.int32))
 
 
-def federated(folder: Path, **sections: Any) -> list[dict[str, np.ndarray]]:
-    """What the server holds after every round: theta and, with client.scaffold, control."""
+def federated(
+    folder: Path, ranks: int = 1, change: Callable[[Averaging], None] = lambda approach: None, **sections: Any
+) -> list[dict[str, np.ndarray]]:
+    """What the server holds after every round, or those since it was resumed: theta and, with client.scaffold, control.
+
+    change: what is done to the approach of each rank before the run.
+    """
     raw: dict[str, Any] = {
         "model": {"dtype": "float64"},
         "partition": {"name": "iid", "num_clients": len(COUNTS)},
@@ -140,27 +145,31 @@ def federated(folder: Path, **sections: Any) -> list[dict[str, np.ndarray]]:
     train, others = _examples(np.repeat(np.arange(len(COUNTS)), COUNTS)), _examples(np.arange(len(COUNTS)))
     assignment = Assignment(np.arange(len(train)), np.concatenate([[0], np.cumsum(COUNTS)]))
     population = Population(len(COUNTS), config.run.seed, 0.0, assignment)
-    method = OneVector(config.method, base, config.run.seed)
     task = Task(
         config=config,
         base=base,
         data=Data(train, others, others, population, [], "quadratic"),
         rounds=config.federation.rounds,
-        workers=(0,),
+        workers=tuple(range(1, ranks)) or (0,),
         label_targets=None,
         placement=Placement(),
     )
-    states: list[dict[str, np.ndarray]] = []
+    states: dict[int, dict[str, np.ndarray]] = {}
 
     def on_round(round_: int) -> None:
         if round_:
             found = run_directory.load_checkpoint(folder)
             assert found is not None and found[1]["round"] == round_
-            states.append({name: found[0][name] for name in ("theta", "control") if name in found[0]})
+            states[round_] = {name: found[0][name] for name in ("theta", "control") if name in found[0]}
 
-    federation.run(Averaging(task, method), LoopbackTransport(), False, on_round)
-    assert len(states) == task.rounds
-    return states
+    def run(transport: Transport) -> None:
+        approach = Averaging(task, OneVector(config.method, base, config.run.seed))
+        change(approach)
+        federation.run(approach, transport, False, on_round if transport.rank == 0 else lambda round_: None)
+
+    on_threads(ranks, run)
+    assert sorted(states) == list(range(min(states), task.rounds + 1))
+    return [states[round_] for round_ in sorted(states)]
 
 
 def cohorts(folder: Path) -> list[np.ndarray]:

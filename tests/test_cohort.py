@@ -1,0 +1,96 @@
+"""The three verbs of a cohort against numpy, and their bits on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.layout import Layout
+from tests.federations import on_threads
+
+LAYOUT = Layout({"a": (700_001,), "b": (3, 5), "c": (400_000,)})  # more coordinates than one exchange has
+PLANNED = [7, 3, 11, 5, 2, 13]
+ACCEPTED = [0, 2, 3, 5]  # positions of those whose updates are used
+SHARES = np.array([0.25, 0.125, 0.25, 0.125, 0.0, 0.25])
+UPDATES = torch.randn(4, LAYOUT.size, generator=torch.Generator().manual_seed(0))
+
+
+def on_ranks(ranks: int, verb: Callable[[Cohort], object]) -> list[object]:
+    """What `verb` gives on every rank, the updates being dealt out in some order."""
+    order = np.random.default_rng(ranks).permutation(len(ACCEPTED))
+    dealt = [order[rank::ranks] for rank in range(ranks)]
+
+    def one(transport: Transport) -> object:
+        mine = dealt[transport.rank]
+        positions = np.array(ACCEPTED)[mine]
+        return verb(Cohort(transport, LAYOUT, PLANNED, SHARES, positions, UPDATES[torch.from_numpy(mine)], float))
+
+    return on_threads(ranks, one)
+
+
+def gram(cohort: Cohort) -> torch.Tensor:
+    return cohort.gram()
+
+
+def weighted_sum(cohort: Cohort) -> torch.Tensor:
+    return cohort.weighted_sum(np.array([0.5, 0.1, 0.3, -0.2]))
+
+
+def largest(cohort: Cohort) -> torch.Tensor:
+    return cohort.by_coordinate(lambda values: values.amax(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("verb", "wanted"),
+    [
+        (weighted_sum, torch.tensor([0.5, 0.1, 0.3, -0.2]).double() @ UPDATES.double()),
+        (largest, UPDATES.double().amax(dim=0)),
+        (gram, UPDATES.double() @ UPDATES.double().T),
+    ],
+    ids=["weighted sum", "by coordinate", "gram"],
+)
+def test_a_verb_is_what_it_says_with_the_same_bits_on_any_number_of_ranks(
+    verb: Callable[[Cohort], torch.Tensor], wanted: torch.Tensor
+) -> None:
+    (alone,) = on_ranks(1, verb)
+    torch.testing.assert_close(alone, wanted, rtol=1e-6, atol=1e-6)
+    for ranks in (2, 3, 5):
+        several = on_ranks(ranks, verb)
+        assert torch.equal(several[0], alone)
+        if verb is gram:
+            assert all(torch.equal(other, alone) for other in several)
+        else:
+            assert all(other.shape == alone.shape for other in several[1:])
+
+
+def test_every_rank_knows_who_was_accepted() -> None:
+    def known(cohort: Cohort) -> tuple[object, ...]:
+        return len(cohort), cohort.num_planned, cohort.clients, cohort.shares.tolist(), cohort.movements.tolist()
+
+    accepted = (4, 6, [7, 11, 5, 13], [0.25, 0.25, 0.125, 0.25], [7.0, 11.0, 5.0, 13.0])
+    assert on_ranks(3, known) == [accepted] * 3
+
+
+def test_the_same_clients_can_have_sent_something_else() -> None:
+    def replaced(transport: Transport) -> torch.Tensor:
+        positions = np.array(ACCEPTED)[transport.rank :: 2]
+        rows = UPDATES[transport.rank :: 2]
+        cohort = Cohort(transport, LAYOUT, PLANNED, SHARES, positions, torch.zeros_like(rows))
+        return cohort.replaced(rows).weighted_sum(np.ones(4))
+
+    assert torch.equal(on_threads(2, replaced)[0], on_ranks(1, lambda cohort: cohort.weighted_sum(np.ones(4)))[0])
+
+
+def test_nobody_accepted_is_a_sum_of_zero() -> None:
+    def empty(transport: Transport) -> torch.Tensor:
+        cohort = Cohort(transport, LAYOUT, PLANNED, SHARES, np.empty(0, np.int64), UPDATES[:0])
+        assert len(cohort) == 0
+        return cohort.weighted_sum(np.empty(0))
+
+    for total in on_threads(2, empty):
+        assert total.shape == (LAYOUT.size,) and not total.any()

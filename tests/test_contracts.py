@@ -1,0 +1,228 @@
+"""What every choice of a family promises, whoever wrote it: tests over all that the registry finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedhpc import config as configuration
+from fedhpc import registry
+from fedhpc.ranks.transport.base import LoopbackTransport, Transport
+from fedhpc.server.state import Server
+from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.layout import Layout
+from fedhpc.updates.pipeline import Pipeline
+from tests.federations import on_threads
+
+LAYOUT = Layout({"a": (40,), "b": (3, 5)})
+CLIENTS = [4, 9, 2, 7, 5]
+SHARES = np.array([0.25, 0.125, 0.25, 0.125, 0.25])  # sums of them have the same bits in any order
+
+
+def made(family: str, name: str) -> Any:
+    """A choice with its default options."""
+    raw: dict[str, Any] = {"partition": {"name": "iid"}, "client": {"optimizer": "sgd"}}
+    section, key = {
+        "aggregators": ("server", "aggregator"),
+        "client_optimizers": ("client", "optimizer"),
+        "server_optimizers": ("server", "optimizer"),
+        "transforms": ("transforms", "name"),
+    }[family]
+    raw[section] = [{key: name}] if section == "transforms" else {key: name}
+    config = configuration.resolve(raw)
+    options = config.transforms[0] if section == "transforms" else getattr(config, section)
+    return registry.choice(family, name)(options)
+
+
+def values(rows: int, seed: int = 0) -> torch.Tensor:
+    """(rows, P) of some size."""
+    return 3 * torch.randn(rows, LAYOUT.size, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- aggregators
+
+
+def aggregated(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
+    """Of the clients in this order, dealt out to the ranks."""
+    updates, chosen = values(len(CLIENTS)), np.array(order)
+
+    def one(transport: Transport) -> torch.Tensor:
+        mine = np.arange(len(order))[transport.rank :: ranks][::-1].copy()
+        cohort = Cohort(
+            transport,
+            LAYOUT,
+            [CLIENTS[i] for i in order],
+            SHARES[chosen],
+            mine,
+            updates[torch.from_numpy(chosen[mine])],
+            lambda client: 0.5 * client,
+        )
+        total: torch.Tensor = made("aggregators", name).combine(cohort)
+        return total
+
+    return on_threads(ranks, one)[0]
+
+
+@pytest.mark.parametrize("name", registry.names("aggregators"))
+def test_an_aggregator_of_one_client_is_the_identity(name: str) -> None:
+    for client in range(len(CLIENTS)):
+        torch.testing.assert_close(
+            aggregated(name, [client]), values(len(CLIENTS))[client].double(), rtol=1e-14, atol=0
+        )
+
+
+@pytest.mark.parametrize("name", registry.names("aggregators"))
+def test_an_aggregator_of_equal_updates_is_that_update(name: str) -> None:
+    updates = values(1).expand(3, -1)
+    cohort = Cohort(
+        LoopbackTransport(), LAYOUT, CLIENTS[:3], SHARES[[0, 2, 4]], np.arange(3), updates, lambda client: 2.0
+    )
+    torch.testing.assert_close(made("aggregators", name).combine(cohort), updates[0].double(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", registry.names("aggregators"))
+def test_an_aggregator_gives_the_same_bits_in_any_order_and_on_any_number_of_ranks(name: str) -> None:
+    alone = aggregated(name, [0, 1, 2, 3, 4])
+    assert alone.dtype == torch.float64 and alone.shape == (LAYOUT.size,)
+    for order, ranks in (([3, 0, 4, 1, 2], 1), ([0, 1, 2, 3, 4], 3), ([4, 3, 2, 1, 0], 2)):
+        assert torch.equal(aggregated(name, order, ranks), alone)
+
+
+# ---------------------------------------------------------------- transforms
+
+
+def sent(
+    name: str, updates: torch.Tensor, clients: list[int], kept: list[dict[str, torch.Tensor]] | None = None
+) -> Any:
+    """What those clients send, in round 3."""
+    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size)
+    raw = np.full(len(clients), 4 * LAYOUT.size)
+    return pipeline.on_clients(updates, 3, clients, kept or [{} for _ in clients], raw)
+
+
+@pytest.mark.parametrize("name", registry.names("transforms"))
+def test_a_transform_sees_every_client_alone(name: str) -> None:
+    """The same bits in a block of any size and order, in every round in which the client keeps something."""
+    updates, order = values(len(CLIENTS)), [3, 0, 4, 1, 2]
+    together = sent(name, updates, CLIENTS)
+    together = sent(name, updates, CLIENTS, together.kept)
+    first = sent(name, updates[order], [CLIENTS[i] for i in order])
+    mixed = sent(name, updates[order], [CLIENTS[i] for i in order], first.kept)
+    for row, i in enumerate(order):
+        alone = sent(name, updates[i : i + 1], [CLIENTS[i]])
+        alone = sent(name, updates[i : i + 1], [CLIENTS[i]], alone.kept)
+        for other, at in ((mixed, row), (alone, 0)):
+            assert torch.equal(other.updates[at], together.updates[i])
+            assert other.bytes_up[at] == together.bytes_up[i]
+            assert other.kept[at].keys() == together.kept[i].keys()
+            assert all(torch.equal(other.kept[at][key], together.kept[i][key]) for key in together.kept[i])
+
+
+@pytest.mark.parametrize("name", registry.names("transforms"))
+def test_a_transform_changes_nothing_in_place_and_keeps_the_dtype(name: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        updates = values(len(CLIENTS)).to(dtype)
+        result = sent(name, updates, CLIENTS)
+        assert torch.equal(updates, values(len(CLIENTS)).to(dtype))
+        assert result.updates.dtype == dtype and result.updates.shape == updates.shape
+        assert torch.isfinite(result.updates).all()
+
+
+@pytest.mark.parametrize("name", registry.names("transforms"))
+def test_a_transform_says_its_bytes_where_it_encodes(name: str) -> None:
+    transform, result = made("transforms", name), sent(name, values(len(CLIENTS)), CLIENTS)
+    assert (result.bytes_up > 0).all()
+    assert transform.encodes or (result.bytes_up == 4 * LAYOUT.size).all()
+
+
+@pytest.mark.parametrize("name", registry.names("transforms"))
+def test_the_server_half_of_a_transform_goes_on_from_what_it_kept(name: str) -> None:
+    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size)
+    total = values(1)[0].double()
+
+    def after(rounds: list[int], kept: dict[str, torch.Tensor]) -> torch.Tensor:
+        for round_ in rounds:
+            result = pipeline.on_server(total.clone(), round_, CLIENTS, kept)
+        return result
+
+    kept, resumed = pipeline.server_tensors(), pipeline.server_tensors()
+    whole = after([1, 2, 3], kept)
+    after([1, 2], resumed)
+    assert torch.equal(after([3], {key: tensor.clone() for key, tensor in resumed.items()}), whole)
+    assert whole.dtype == torch.float64 and whole.shape == total.shape
+
+
+# ---------------------------------------------------------------- optimizers of the server
+
+
+@pytest.mark.parametrize("name", registry.names("server_optimizers"))
+def test_a_server_optimizer_that_was_resumed_goes_on_to_the_bit(name: str) -> None:
+    gradients = values(6).double()
+    whole = Server(values(1, 1)[0].double(), made("server_optimizers", name))
+    for gradient in gradients:
+        before = gradient.clone()
+        whole.step(gradient)
+        assert torch.equal(gradient, before)  # it is the caller's
+    half = Server(values(1, 1)[0].double(), made("server_optimizers", name))
+    for gradient in gradients[:3]:
+        half.step(gradient)
+    resumed = Server(torch.zeros(LAYOUT.size, dtype=torch.float64), made("server_optimizers", name))
+    resumed.load({key: array.copy() for key, array in half.tensors().items()})
+    for gradient in gradients[3:]:
+        resumed.step(gradient)
+    assert torch.equal(resumed.theta, whole.theta)
+
+
+@pytest.mark.parametrize("name", registry.names("server_optimizers"))
+def test_a_server_optimizer_goes_against_the_pseudo_gradient_of_each_coordinate_alone(name: str) -> None:
+    gradient, theta = values(1)[0].double(), torch.zeros(LAYOUT.size, dtype=torch.float64)
+    optimizer = made("server_optimizers", name)
+    after = optimizer.step(theta, gradient, optimizer.buffers(LAYOUT.size))
+    assert (after * gradient < 0).all() and not theta.any()
+    part = optimizer.step(theta[:7], gradient[:7], optimizer.buffers(7))
+    torch.testing.assert_close(part, after[:7], rtol=1e-14, atol=0)
+    still = optimizer.step(theta, torch.zeros_like(theta), optimizer.buffers(LAYOUT.size))
+    assert torch.equal(still, theta)
+
+
+# ---------------------------------------------------------------- optimizers of the clients
+
+
+def trained(name: str, gradients: torch.Tensor, steps: list[int]) -> torch.Tensor:
+    """(K, P) after so many steps of each client, the most first, along `gradients` (steps, K, P)."""
+    optimizer, clients = made("client_optimizers", name), len(steps)
+    theta = torch.ones(clients, LAYOUT.size, dtype=torch.float64)
+    buffers = {key: torch.zeros_like(theta) for key in optimizer.buffers}
+    count = torch.zeros(clients, 1, dtype=torch.float64)
+    for s in range(max(steps)):
+        active = sum(n > s for n in steps)
+        count[:active] += 1
+        leading = {key: buffer[:active] for key, buffer in buffers.items()}
+        rates = torch.full((active, 1), 0.1, dtype=torch.float64)
+        optimizer.step(theta[:active], gradients[s, :active].clone(), leading, count[:active], rates)
+    return theta
+
+
+@pytest.mark.parametrize("name", registry.names("client_optimizers"))
+def test_a_client_optimizer_moves_every_client_as_if_it_were_alone(name: str) -> None:
+    gradients, steps = values(15).double().view(5, 3, LAYOUT.size), [5, 3, 2]
+    together = trained(name, gradients, steps)
+    for client, count in enumerate(steps):
+        alone = trained(name, gradients[:, client : client + 1], [count])
+        torch.testing.assert_close(together[client], alone[0], rtol=1e-14, atol=1e-14)
+        assert not torch.equal(alone, torch.ones_like(alone))
+
+
+@pytest.mark.parametrize("name", registry.names("client_optimizers"))
+def test_a_client_optimizer_says_how_far_it_goes_if_it_sums_gradients(name: str) -> None:
+    optimizer = made("client_optimizers", name)
+    if not optimizer.sums_gradients:
+        with pytest.raises(NotImplementedError):
+            optimizer.movement([0.1])
+        return
+    ones = torch.ones(5, 1, LAYOUT.size, dtype=torch.float64)
+    moved = 1 - trained(name, ones, [5])
+    torch.testing.assert_close(moved, torch.full_like(moved, optimizer.movement([0.1] * 5)), rtol=1e-12, atol=0)
