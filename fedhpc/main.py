@@ -113,16 +113,18 @@ def _imports(model: Model | None = None) -> None:
 def _work(options: argparse.Namespace, rank: Rank) -> None:
     """What the ranks do together: check, or run to the end."""
     from fedhpc import federation
+    from fedhpc.approaches.describe import describe
+    from fedhpc.approaches.prepare import place_ranks, prepare
 
     config, transport = rank.config, rank.transport
     if not options.check and federation.is_finished(config, transport, options.fresh):
         return
-    launch = federation.place_ranks(config, transport, rank.launch, rank.gpus)
-    approach = federation.prepare(config, transport, launch, write_cache=not options.check)
+    launch = place_ranks(config, transport, rank.launch, rank.gpus)
+    approach = prepare(config, transport, launch, write_cache=not options.check)
     if not options.check:
         federation.run(approach, transport, options.fresh, rank.saved.reached, rank.saved.writing)
         return
-    lines = approach.describe(transport.world_size, transport.name)
+    lines = describe(approach, transport)
     if options.ranks:
         from fedhpc.ranks.verdict import on_server
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedhpc import config as configuration
 from fedhpc import federation
+from fedhpc.approaches.prepare import prepare
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config
 from fedhpc.models import BUILTIN
@@ -121,11 +122,11 @@ def federate(
 
     # One after the other, since transformers does not load models in two threads at once.
     seen = _Sized(ranks)
-    tasks = [federation.prepare(config, seen, Launch(), write_cache=True)]
+    tasks = [prepare(config, seen, Launch(), write_cache=True)]
     while len(tasks) < ranks:
         # Prefixes leave the base alone, so threads can share it; other methods and heads hook it or swap its weights.
         again = config.method.name != "prefix" or tasks[0].base.head
-        tasks.append(federation.prepare(config, seen, Launch(), write_cache=True) if again else tasks[0])
+        tasks.append(prepare(config, seen, Launch(), write_cache=True) if again else tasks[0])
 
     def one(rank: int) -> None:
         try:

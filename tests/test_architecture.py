@@ -110,9 +110,7 @@ LAYERS = [
     {"methods"},
     {"server", "training", "report"},
     {"participation", "evaluation"},
-    {"task"},
     {"approaches"},
-    {"book", "planning"},
     {"federation"},
     {"main", "bench", "sweep"},
 ]

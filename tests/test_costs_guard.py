@@ -20,7 +20,7 @@ from fedhpc.data.population import Population
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.methods.base import Method
 from fedhpc.models import Base
-from fedhpc.participation import plan_round
+from fedhpc.participation.schedules.synchronous import Synchronous
 from fedhpc.training.block import Work, train_block
 from tests import tiny
 from tests.federations import federate, settings, write_texts
@@ -141,5 +141,5 @@ def test_a_plan_draws_each_client_once() -> None:
     config = configuration.resolve(
         {"partition": {"name": "virtual", "num_clients": 1000}, "federation": {"cohort_size": 20}}
     )
-    plan = plan_round(config, Population(1000, 0, 0.0, draw=draw, drawn=4), equal_examples(4), 1, [0], 8)
+    plan = Synchronous(config, Population(1000, 0, 0.0, draw=draw, drawn=4), equal_examples(4), [0], 8).plan(1)
     assert sorted(drawn) == sorted(plan.cohort)

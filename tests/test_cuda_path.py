@@ -13,6 +13,7 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import federation, kernels, registry
+from fedhpc.approaches.prepare import prepare
 from fedhpc.bench import bed
 from fedhpc.evaluation.evaluate import evaluate
 from fedhpc.kinds import _loss, causal_lm
@@ -299,12 +300,12 @@ def test_a_run_ends_well(case: dict[str, Any], texts: Path, tmp_path: Path, monk
         **case,
     }
     launch = Launch(placement=Placement(("a GPU",), 1))
-    monkeypatch.setattr("fedhpc.task.device_of", lambda launch: GPU)
-    monkeypatch.setattr("fedhpc.federation.peak_memory", lambda device: 0)
+    monkeypatch.setattr("fedhpc.approaches.inputs.device_of", lambda launch: GPU)
+    monkeypatch.setattr("fedhpc.approaches.report.peak_memory", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(type(causal_lm.KIND), "require_same_logits", lambda *_: None)  # whose numbers there are not
     with fake_gpu(monkeypatch) as gpu:
-        approach = federation.prepare(settings_of(tmp_path / "run", tree), LoopbackTransport(), launch, False)
+        approach = prepare(settings_of(tmp_path / "run", tree), LoopbackTransport(), launch, False)
         assert approach.base.device == GPU
         federation.run(approach, LoopbackTransport(), True, lambda round_: None)
         assert gpu.operators > 500

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import federation
 from fedhpc.approaches.distillation.alignment import Alignment, Vocabularies, edit_distance, matched
 from fedhpc.approaches.distillation.ensemble import exchange, mean
 from fedhpc.approaches.distillation.knowledge import (
@@ -26,6 +25,7 @@ from fedhpc.approaches.distillation.knowledge import (
     token_texts,
     where_known,
 )
+from fedhpc.approaches.prepare import prepare
 from fedhpc.data.tokens import Examples, SoftTargets, Tokens, examples_from
 from fedhpc.kinds import causal_lm
 from fedhpc.kinds._loss import token_losses
@@ -330,7 +330,7 @@ def test_the_error_of_a_short_exchange_of_pretrained_models(shared: Path, capsys
     teachers: dict[int | None, list[Knowledge]] = {k: [] for k in (1, 2, 4, 8, 16, 32, 64, None)}
     for name in ("tinystories-260k", "tinystories-bit-3m"):
         config = configuration.resolve({**raw, **IID, "model": {"name": str(shared / "models" / name)}})
-        approach: Any = federation.prepare(config, LoopbackTransport(), Launch(), False)
+        approach: Any = prepare(config, LoopbackTransport(), Launch(), False)
         model = approach.student
         for k, said in teachers.items():
             about = (model.public, 512, k or 512, 1.0, 40, "float32")

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import federation
 from fedhpc.approaches.distillation import approach, learner
 from fedhpc.approaches.distillation.approach import Distillation
 from fedhpc.approaches.distillation.ensemble import mean
 from fedhpc.approaches.distillation.knowledge import Knowledge, position_offsets, predict, soft_targets
 from fedhpc.approaches.distillation.learner import Group, group_of
+from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
@@ -111,7 +111,7 @@ def distilled(texts: Path, **changes: Any) -> dict[str, Any]:
 
 
 def prepared(config: configuration.Config) -> Distillation:
-    approach = federation.prepare(config, LoopbackTransport(), Launch(), False)
+    approach = prepare(config, LoopbackTransport(), Launch(), False)
     assert isinstance(approach, Distillation)
     return approach
 
@@ -247,7 +247,7 @@ def test_with_what_the_student_knows_the_clients_learn_from_it(tmp_path: Path, t
     config = settings(tmp_path, distilled(texts, method=method, federation={"rounds": 1, "cohort_size": 4}))
     federate(config)
     approach = prepared(config)
-    state = approach.state()
+    state = approach.initial_state()
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     state.load(loaded[0])
@@ -306,7 +306,7 @@ def test_other_tokens_without_an_alignment_are_refused(tmp_path: Path, texts: Pa
     groups = [{"method": LORA}, {"model": str(texts / "words"), "method": LORA}]
     config = settings(tmp_path, distilled(texts, method={**distilled(texts)["method"], "groups": groups}))
     with pytest.raises(RefusedError, match=r"groups\[1\]\.model: '.*words' has other tokens than .*edit_distance"):
-        federation.prepare(config, LoopbackTransport(), Launch(), False)
+        prepare(config, LoopbackTransport(), Launch(), False)
 
 
 @pytest.mark.parametrize("learner_", ["student", "group"])
@@ -315,7 +315,7 @@ def test_a_method_that_does_not_fit_its_base_is_refused(tmp_path: Path, texts: P
     changed = {"student": long} if learner_ == "student" else {"groups": [{"method": long}]}
     config = settings(tmp_path, distilled(texts, method={**distilled(texts)["method"], **changed}))
     with pytest.raises(RefusedError, match="256 tokens and 300 virtual ones exceed the 512 positions"):
-        federation.prepare(config, LoopbackTransport(), Launch(), False)
+        prepare(config, LoopbackTransport(), Launch(), False)
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +348,7 @@ def test_classifiers_need_no_alignment(tmp_path: Path, encoders: Path) -> None:
 
     raw["method"]["groups"][1]["model"] = str(encoders / "model")
     with pytest.raises(RefusedError, match="causal_lm and the server's model as classification"):
-        federation.prepare(settings(tmp_path / "x", raw), LoopbackTransport(), Launch(), False)
+        prepare(settings(tmp_path / "x", raw), LoopbackTransport(), Launch(), False)
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -405,7 +405,7 @@ def test_a_public_set_that_cannot_be_used(tmp_path: Path, texts: Path) -> None:
         method = {**distilled(texts)["method"], "public": public, "groups": []}
         config = settings(tmp_path, distilled(texts, method=method))
         with pytest.raises(RefusedError, match=message) as caught:
-            federation.prepare(config, LoopbackTransport(), Launch(), False)
+            prepare(config, LoopbackTransport(), Launch(), False)
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedhpc import federation
 from fedhpc.approaches.fedbpt.approach import FedBPT, aggregate, cmaes
 from fedhpc.approaches.fedbpt.cmaes import Key, Moments
+from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
 from fedhpc.kinds.base import Attached
 from fedhpc.methods.prompt import PROMPT
@@ -45,7 +45,7 @@ def black_box(texts: Path, exchange: str, **changes: Any) -> dict[str, Any]:
 
 
 def made(folder: Path, raw: dict[str, Any]) -> FedBPT:
-    approach = federation.prepare(settings(folder, raw), LoopbackTransport(), Launch(), False)
+    approach = prepare(settings(folder, raw), LoopbackTransport(), Launch(), False)
     assert isinstance(approach, FedBPT)
     return approach
 

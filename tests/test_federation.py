@@ -18,6 +18,7 @@ import torch
 
 from fedhpc import federation
 from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.approaches.prepare import prepare
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
@@ -143,7 +144,7 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path, variant: str, dtype: 
     """On two workers, in blocks, through the exact sum; by hand one client at a time."""
     config = settings(tmp_path, tree(texts, model={"dtype": dtype}, **VARIANTS[variant]))
     federate(config, ranks=3)
-    task = federation.prepare(config, LoopbackTransport(), Launch(), False)
+    task = prepare(config, LoopbackTransport(), Launch(), False)
     found = flat(final(tmp_path), task)
     assert found.dtype == dtype
     first, wanted = by_hand(config, task)
@@ -584,7 +585,7 @@ def test_a_client_that_overflows_or_has_no_data_is_rejected(
         "client 1: its update is not finite",
         "client 2: it has no training examples",
     ]
-    task = federation.prepare(config, LoopbackTransport(), Launch(), False)
+    task = prepare(config, LoopbackTransport(), Launch(), False)
     np.testing.assert_allclose(flat(final(tmp_path / "run"), task), by_hand(config, task)[1], rtol=0, atol=1e-6)
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedhpc import config as configuration
-from fedhpc import federation
+from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
 from fedhpc.methods._head import with_head
 from fedhpc.methods.lora import Lora
@@ -449,7 +449,7 @@ def test_a_run_stopped_anywhere_and_resumed_equals_one_that_was_not(tmp_path: Pa
 def test_a_run_is_what_numpy_makes_of_it_and_peft_loads_it(tmp_path: Path, texts: Path, variant: str) -> None:
     config = run_settings(tmp_path, raw_of(texts, variant, model={"dtype": "float64"}))
     federate(config, ranks=2)
-    task = federation.prepare(config, LoopbackTransport(), Launch(), False)
+    task = prepare(config, LoopbackTransport(), Launch(), False)
     np.testing.assert_allclose(flat(final(tmp_path), task), by_hand(config, task)[1], rtol=0, atol=1e-10)
 
     model = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=torch.float64)
@@ -495,7 +495,7 @@ def test_a_client_that_diverges_adds_nothing(tmp_path: Path, texts: Path, varian
     federate(config, ranks=2)
     clients = table(tmp_path / "run", "clients")
     assert dict(zip(clients["num_examples"], clients["status"], strict=True)) == {3: 0, 9: 2, 4: 0}
-    task = federation.prepare(config, LoopbackTransport(), Launch(), False)
+    task = prepare(config, LoopbackTransport(), Launch(), False)
     wanted = by_hand(config, task)[1]
     assert np.isfinite(wanted).all() and np.abs(wanted).max() > 1e100
     np.testing.assert_allclose(flat(final(tmp_path / "run"), task) / 1e200, wanted / 1e200, rtol=0, atol=1e-10)

@@ -11,16 +11,10 @@ from fedhpc import config as configuration
 from fedhpc.data.partitioners.base import Assignment
 from fedhpc.data.population import Population
 from fedhpc.errors import UserError
-from fedhpc.participation import (
-    cohort_size,
-    form_blocks,
-    joined,
-    most_together,
-    num_rounds,
-    place,
-    plan_round,
-    resolve_block_size,
-)
+from fedhpc.participation.blocks import assign, form_blocks, joined, most_together, resolve_block_size
+from fedhpc.participation.plan import Plan
+from fedhpc.participation.sampling import cohort_size, num_rounds
+from fedhpc.participation.schedules.synchronous import Synchronous
 from tests import tiny
 
 
@@ -31,6 +25,12 @@ def settings(**sections: Any) -> configuration.Config:
 def population(sizes: list[int]) -> Population:
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     return Population(len(sizes), 0, 0.0, Assignment(np.arange(offsets[-1]), offsets))
+
+
+def plan_round(
+    config: configuration.Config, clients: Population, examples: Any, round_: int, workers: list[int], block_size: int
+) -> Plan:
+    return Synchronous(config, clients, examples, workers, block_size).plan(round_)
 
 
 SIZES = [1, 9, 4, 0, 7, 2, 12, 5, 3, 6, 8, 3]
@@ -77,7 +77,7 @@ def test_dropout_has_its_rate() -> None:
 
 
 def test_placement_is_longest_first() -> None:
-    blocks = place([(0,), (1,), (2,), (3,), (4,)], [5, 4, 3, 3, 3], [1, 2])
+    blocks = assign([(0,), (1,), (2,), (3,), (4,)], [5, 4, 3, 3, 3], [1, 2])
     load = {w: sum(b.cost for b in blocks if b.worker == w) for w in (1, 2)}
     assert sorted(load.values()) == [8, 10]  # 5+3 and 4+3+3
 
@@ -141,7 +141,7 @@ def test_the_busiest_of_eight_workers_is_within_a_tenth_of_the_mean(clients: int
     costs = {c: float(size) for c, size in enumerate(sizes)}
     load: dict[int, float] = {}
     blocks = form_blocks(costs, max(2, min(8, clients // 8)))
-    for block in place(blocks, [sum(costs[c] for c in b) for b in blocks], range(8)):
+    for block in assign(blocks, [sum(costs[c] for c in b) for b in blocks], range(8)):
         load[block.worker] = load.get(block.worker, 0.0) + block.cost
     assert sorted(c for block in blocks for c in block) == list(range(clients))
     assert max(load.values()) <= 1.1 * sum(costs.values()) / 8

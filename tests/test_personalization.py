@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import federation
 from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.approaches.prepare import prepare
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import client_evaluation, over_clients
@@ -50,7 +50,7 @@ def personal(texts: Path, **changes: Any) -> dict[str, Any]:
 
 
 def prepared(config: Config) -> Averaging:
-    return federation.prepare(config, LoopbackTransport(), Launch(), False)
+    return prepare(config, LoopbackTransport(), Launch(), False)
 
 
 def by_hand(config: Config, task: Averaging) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]]]:

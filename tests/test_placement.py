@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import federation
+from fedhpc.approaches.prepare import place_ranks
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement, place
@@ -114,11 +114,11 @@ def test_a_server_on_the_cpu_does_not_evaluate_for_workers_on_gpus() -> None:
 
 
 def test_ranks_agree_on_it_or_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federation, "device_of", lambda launch: torch.device("cpu"))
+    monkeypatch.setattr(prepare, "device_of", lambda launch: torch.device("cpu"))
     config = configuration.load(None, [])
-    launch = federation.place_ranks(config, LoopbackTransport(), Launch(), ["a0", "a1"])
+    launch = place_ranks(config, LoopbackTransport(), Launch(), ["a0", "a1"])
     assert launch.placement == Placement(("a0",), 2)
-    assert federation.place_ranks(config, LoopbackTransport(), Launch(), []).placement == Placement()
+    assert place_ranks(config, LoopbackTransport(), Launch(), []).placement == Placement()
     config = configuration.load(None, ["runtime.server=own"])
     with pytest.raises(RefusedError, match=r"runtime\.server: own needs GPUs"):
-        federation.place_ranks(config, LoopbackTransport(), Launch(), [])
+        place_ranks(config, LoopbackTransport(), Launch(), [])

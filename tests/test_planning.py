@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedhpc import federation
 from fedhpc.approaches.base import Approach
+from fedhpc.approaches.prepare import prepare
 from fedhpc.main import main
-from fedhpc.planning import forecast
+from fedhpc.participation.forecast import forecast
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from tests.federations import federate, settings, table, tree, write_texts
@@ -28,7 +28,7 @@ def approach(tmp_path_factory: pytest.TempPathFactory) -> Approach:
         "runtime": {"block_size": 2},
     }
     config = settings(tmp_path_factory.mktemp("run") / "run", tree(texts, **changes))
-    return federation.prepare(config, LoopbackTransport(), Launch(), False)
+    return prepare(config, LoopbackTransport(), Launch(), False)
 
 
 def pilot(approach: Approach, ranks: int) -> dict[str, np.ndarray]:
@@ -69,7 +69,7 @@ def test_other_numbers_of_ranks(approach: Approach) -> None:
     assert [f.exchange_s for f in (two, three, four, many)] == pytest.approx([1, 2, 2, 10])
     # Five batches of evaluation: three on the busiest of two ranks, two of three or four, one of many.
     assert [f.other_s - 0.5 for f in (two, three, four, many)] == pytest.approx([2.5 * n / 3 for n in (3, 2, 2, 1)])
-    each = approach.exchanged_bytes(approach.plan(1))[1] / 6
+    each = approach.bytes_up(approach.plan(1)) / 6
     assert [f.held for f in (two, three, four, many)] == [6 * each, 4 * each, 2 * each, 2 * each]
     assert four.memory_bytes == 10**9 - 4 * each
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedhpc import federation, registry
+from fedhpc import registry
+from fedhpc.approaches.prepare import prepare
 from fedhpc.approaches.prompt_search import approach as search_rounds
 from fedhpc.approaches.prompt_search.approach import PromptSearch
 from fedhpc.approaches.prompt_search.halving import rungs
@@ -74,7 +75,7 @@ def search(texts: Path, **changes: Any) -> dict[str, Any]:
 
 
 def made(folder: Path, raw: dict[str, Any]) -> PromptSearch:
-    approach = federation.prepare(settings(folder, raw), LoopbackTransport(), Launch(), False)
+    approach = prepare(settings(folder, raw), LoopbackTransport(), Launch(), False)
     assert isinstance(approach, PromptSearch)
     return approach
 

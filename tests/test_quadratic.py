@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedhpc import federation
 from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.data import Data, Examples, Population
 from fedhpc.data.partitioners.base import Assignment
 from fedhpc.data.tokens import Tokens, examples_from
@@ -31,7 +32,6 @@ from fedhpc.models import Base
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results import run_directory
-from fedhpc.task import Task
 from fedhpc.updates.layout import Layout
 from tests.federations import on_threads, settings, table
 
@@ -145,7 +145,7 @@ def federated(
     train, others = _examples(np.repeat(np.arange(len(COUNTS)), COUNTS)), _examples(np.arange(len(COUNTS)))
     assignment = Assignment(np.arange(len(train)), np.concatenate([[0], np.cumsum(COUNTS)]))
     population = Population(len(COUNTS), config.run.seed, 0.0, assignment)
-    task = Task(
+    task = Inputs(
         config=config,
         base=base,
         data=Data(train, others, others, population, [], "quadratic"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedhpc.report.plots import compared_loss
 from fedhpc.report.runs import LoadedRun, group_by_seed, lines_along, load_run
 from fedhpc.report.text import mean_and_half_width, t_975
 from fedhpc.results.progress import Progress, duration, line
+from fedhpc.results.record import RoundRecord
 from fedhpc.results.results_file import CLIENTS, ROUNDS, Results
 from fedhpc.results.run_directory import write_status
 
@@ -252,28 +254,18 @@ def test_bad_input_is_one_line_and_exit_2(kind: str, tmp_path: Path, capsys: pyt
 
 
 def test_progress_in_a_log_is_one_line_a_round(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {
-        "round": 3,
-        "train_loss": 2.3141,
-        "eval_loss": 2.551,
-        "cohort_size": 10,
-        "dropped": 1,
-        "seconds": 1.84,
-    }
+    record = RoundRecord(3, train_loss=2.3141, cohort_size=10, dropped=1, seconds=1.84, metrics={"loss": 2.551})
     display = Progress(20, start_round=2)
     display.message("resumed [after] round 2")
-    display.round(row)
-    display.round({**row, "round": 4, "eval_loss": math.nan, "dropped": 0, "rejected": 2})
+    display.round(record)
+    display.round(replace(record, round=4, metrics={}, dropped=0, rejected=2))
     display.close()
     assert capsys.readouterr().out.splitlines() == [
         "resumed [after] round 2",
         "round 3/20  train_loss 2.314  eval_loss 2.551  cohort 10 (1 dropped)  1.8 s",
         "round 4/20  train_loss 2.314  cohort 10 (2 rejected)  1.8 s",
     ]
-    assert (
-        line({"round": 0, "train_loss": math.nan, "eval_loss": 4.0, "cohort_size": 0}, 5)
-        == "round 0/5  eval_loss 4.000"
-    )
+    assert line(RoundRecord(0, metrics={"loss": 4.0}), 5) == "round 0/5  eval_loss 4.000"
     assert [duration(s) for s in (1.84, 125.0, 12_000.0)] == ["1.8 s", "2 min 05 s", "3 h 20 min"]
 
 

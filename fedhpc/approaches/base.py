@@ -1,83 +1,102 @@
 """What the round loop asks of an approach: what goes down, what a block of clients does with it, how their
 contributions combine, how the server's state moves, what is evaluated and what a run ends with.
 
-Rank 0 alone has the state, so an approach knows the server by `state is not None`. `local` runs on the workers without
-collectives; all that is called collective is called by every rank, in the same order.
+Rank 0 alone has the server's state, so an approach knows that it is there by `server_state is not None`. `local` runs
+on the workers without collectives; whatever is marked collective is called by every rank, in the same order.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from fedhpc import data, registry
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
 from fedhpc.kinds.base import Kind
-from fedhpc.participation import Block, Plan, cohort_size, joined, most_together, plan_round, resolve_block_size
+from fedhpc.participation.blocks import joined, most_together, resolve_block_size
+from fedhpc.participation.plan import Block, Plan
+from fedhpc.participation.sampling import cohort_size
+from fedhpc.participation.schedules.base import Schedule
+from fedhpc.participation.schedules.synchronous import Synchronous
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import FinalResults
 from fedhpc.server.state import State
-from fedhpc.task import Task
 from fedhpc.training.schedule import num_steps
+
+StateT = TypeVar("StateT", bound=State)  # the server's state
+DownloadT = TypeVar("DownloadT")  # what clients know of it in a round
+UploadT = TypeVar("UploadT")  # what a block of clients sends back
+CombinedT = TypeVar("CombinedT")  # all contributions of a round in one
 
 
 @dataclass(frozen=True)
-class Returned:
-    """What a block of K clients sends back and reports; row i belongs to clients[i] as given."""
+class BlockResult(Generic[UploadT]):
+    """What a block of K clients sends back and reports; row i of every column belongs to clients[i]."""
 
-    upload: Any  # what `combine` takes
+    clients: tuple[int, ...]
+    upload: UploadT  # what `combine` takes
     reason: np.ndarray  # int64 (K,): 0 accepted, else the index in `Approach.reasons`
     tokens: np.ndarray  # int64 (K,): supervised tokens seen
     steps: np.ndarray  # int64 (K,)
     loss_sum: np.ndarray  # float64 (K,): summed over those tokens
     loss_first: np.ndarray  # float64 (K,): mean over the tokens of the first step
-    loss_last: np.ndarray  # float64 (K,): and of the last
+    loss_last: np.ndarray  # float64 (K,): mean over the tokens of the last step
     norms: np.ndarray  # float64 (K,): L2 norm of what is sent
-    input_tokens: int = 0
+    bytes_up: np.ndarray  # int64 (K,): protocol bytes of what is sent
     padded_tokens: int = 0
 
+    #: The columns that are reported to rank 0.
+    COLUMNS: ClassVar[tuple[str, ...]] = (
+        "reason",
+        "tokens",
+        "steps",
+        "loss_sum",
+        "loss_first",
+        "loss_last",
+        "norms",
+        "bytes_up",
+    )
 
-@dataclass(frozen=True)
-class Final:
-    """What rank 0 knows at the end of a run."""
-
-    test: Mapping[str, float]
-    base: Mapping[str, float]  # the same metrics of the untouched base
-    tensors: Mapping[str, np.ndarray]  # /final
-    samples: Sequence[Mapping[str, Any]] = ()
-    client_eval: Mapping[str, np.ndarray] | None = None
-    tables: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)  # /tables/<name>/<column>
-    lines: Sequence[str] = ()  # to print
+    @property
+    def accepted(self) -> np.ndarray:
+        """bool (K,): whose contribution is used."""
+        accepted: np.ndarray = self.reason == 0
+        return accepted
 
 
-class Approach(ABC):
-    """One way to customize, on one rank."""
+class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
+    """One way to customize a model together, on one rank."""
 
     #: Why a contribution was not used; the first stands for one that was.
     reasons: ClassVar[tuple[str, ...]] = ("", "its update is not finite")
 
-    #: What metrics can NEED beside the answers of the kind of task.
+    #: What metrics can NEED beside the answers of the base model.
     answers: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, task: Task) -> None:
-        self.config, self.base, self.data = task.config, task.base, task.data
-        for name in (*task.config.evaluation.metrics, *task.config.evaluation.metrics_of_test):
+    def __init__(self, inputs: Inputs) -> None:
+        self.config, self.base, self.data = inputs.config, inputs.base, inputs.data
+        for name in (*self.config.evaluation.metrics, *self.config.evaluation.metrics_of_test):
             needed = registry.choice("metrics", name).needs
             if needed not in self.base.kind.answers | self.answers:
                 raise UserError(
-                    f"evaluation.metrics: {name} is of {needed}, which method.name {task.config.method.name} of "
+                    f"evaluation.metrics: {name} is of {needed}, which method.name {self.config.method.name} of "
                     f"'{self.base.name}' does not give"
                 )
-        self.rounds, self.workers, self.label_targets = task.rounds, task.workers, task.label_targets
-        self.placement = task.placement
-        self.fits: int | None = None  # clients that this rank has memory for at a time, once more were too many
+        self.rounds, self.workers, self.label_targets = inputs.rounds, inputs.workers, inputs.label_targets
+        self.placement = inputs.placement
+        #: How many clients this rank has memory for at a time; None while no block was too large.
+        self.clients_that_fit: int | None = None
 
     @classmethod
     def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> Data:
@@ -86,21 +105,21 @@ class Approach(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights of all models: a resumed run must find the same."""
+        """Of the weights of all models: a resumed run must have the same."""
         return self.base.fingerprint
 
     @property
     def block_size(self) -> int:
-        """Clients that work together, the same on every rank."""
+        """K, how many clients of the plan train in one forward; the same on every rank."""
         return resolve_block_size(self.config, cohort_size(self.config, self.data.population), self.placement.trains_on)
 
     @property
-    def together(self) -> int:
-        """Clients of one worker that work together at most."""
+    def most_together(self) -> int:
+        """How many clients of one worker train in one forward at most, once its blocks are joined."""
         return most_together(self.config, self.block_size, self.placement.trains_on)
 
     @property
-    def exchanges(self) -> bool:
+    def moves_server(self) -> bool:
         """Whether rounds move the server's state."""
         return True
 
@@ -114,121 +133,122 @@ class Approach(ABC):
         """Whether clients keep something from round to round (fedhpc.training.client_state)."""
         return False
 
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Which clients start when."""
+        return Synchronous(self.config, self.data.population, self.data.train, self.workers, self.block_size)
+
     def plan(self, round_: int) -> Plan:
-        """Who does what in a round; pure."""
-        return plan_round(self.config, self.data.population, self.data.train, round_, self.workers, self.block_size)
+        """Who does what in a round. It follows from configuration, population and round alone."""
+        return self.schedule.plan(round_)
 
     def blocks_of(self, plan: Plan, worker: int) -> list[Block]:
         """What a worker trains, a forward each."""
         blocks = [block for block in plan.blocks if block.worker == worker]
-        return joined(blocks, self.together) if self.together > self.block_size else blocks
+        return joined(blocks, self.most_together) if self.most_together > self.block_size else blocks
 
     # ---- a round
 
     @abstractmethod
-    def state(self) -> State:
+    def initial_state(self) -> StateT:
         """The server's state before the first round."""
 
     @abstractmethod
-    def download(self, transport: Transport, state: State | None, plan: Plan) -> Any:
+    def download(self, transport: Transport, server_state: StateT | None, plan: Plan) -> DownloadT:
         """What clients know of the server in this round, on every rank. Collective."""
 
     @abstractmethod
-    def local(self, plan: Plan, clients: Sequence[int], down: Any) -> Returned:
+    def local(self, plan: Plan, clients: Sequence[int], download: DownloadT) -> BlockResult[UploadT]:
         """What a block of clients does. No collectives, no files but the clients' own."""
 
+    def local_in_parts(self, plan: Plan, clients: Sequence[int], download: DownloadT) -> list[BlockResult[UploadT]]:
+        """`local` of a block; in halves, from now on, where the block takes more memory than the GPU has.
+
+        A block that failed has changed nothing: what clients keep is a file of this round, written again.
+        """
+        if self.clients_that_fit is None or len(clients) <= self.clients_that_fit:
+            try:
+                return [self.local(plan, clients, download)]
+            except torch.OutOfMemoryError as error:
+                if len(clients) == 1:
+                    raise UserError(
+                        f"client {clients[0]} alone takes more memory than the GPU has: lower client.batch_size or "
+                        "data.max_length, or set model.gradient_checkpointing"
+                    ) from error
+            torch.cuda.empty_cache()  # not above, where the exception still holds the tensors
+            self.clients_that_fit = math.ceil(len(clients) / 2)
+        half = math.ceil(len(clients) / 2)
+        return [
+            result for part in (clients[:half], clients[half:]) for result in self.local_in_parts(plan, part, download)
+        ]
+
     @abstractmethod
-    def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Any:
+    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[UploadT]]) -> CombinedT:
         """All accepted contributions in one; on rank 0, of no meaning elsewhere. Collective.
 
-        The same bits on any number of ranks. Of no meaning where fewer than `min_cohort` clients completed.
+        results: of this rank's blocks. The same bits on any number of ranks. Of no meaning where fewer than
+        `min_cohort` clients completed.
         """
 
     @abstractmethod
-    def step(self, state: Any, plan: Plan, combined: Any) -> float:
-        """Move the server's state; the L2 norm of the move."""
+    def step(self, server_state: StateT, plan: Plan, combined: CombinedT) -> float:
+        """Move the server's state; returns the L2 norm of the move."""
+
+    # ---- bytes
 
     @abstractmethod
-    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
-        """Protocol bytes of a round, down and up, all clients together.
+    def bytes_down(self, plan: Plan, download: DownloadT | None = None) -> int:
+        """Protocol bytes that a round sends to its clients, all together. download: None for an estimate before it."""
 
-        down: what went down in it; None for an estimate before the run (--check).
-        """
+    @abstractmethod
+    def bytes_up(self, plan: Plan) -> int:
+        """An estimate of the protocol bytes that the clients of a round send; measured are `BlockResult.bytes_up`."""
+
+    def bytes_fetched(self, plan: Plan, combined: CombinedT) -> int:
+        """Protocol bytes that the server asked clients for once it had their answers; 0 for most approaches."""
+        return 0
 
     # ---- results
 
     @abstractmethod
-    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+    def evaluate(self, transport: Transport, server_state: StateT | None, round_: int) -> Outcome | None:
         """Validation after `round_`; the outcome on rank 0. Collective."""
 
     @abstractmethod
-    def finish(self, transport: Transport, state: State | None) -> Final | None:
+    def finish(self, transport: Transport, server_state: StateT | None) -> FinalResults | None:
         """Test, and the export to the run directory's adapter/; the results on rank 0. Collective."""
 
     @abstractmethod
     def attributes(self) -> dict[str, Any]:
         """Root attributes of results.h5 that are the approach's own, such as payload_parameters."""
 
+    # ---- what --check and the first line of the log say of it
+
     @abstractmethod
     def summary(self) -> str:
-        """What is customized, in a few words: for the first line of the log."""
+        """What is customized, in a few words."""
 
     @abstractmethod
     def details(self, plan: Plan) -> list[str]:
         """Lines for --check: what is exchanged, and the memory that it takes."""
-
-    # ---- what is said before a run
 
     def work(self, plan: Plan) -> str:
         """What clients do in a round, in a few words."""
         steps = [num_steps(self.data.population.num_examples(c), self.config.client) for c in plan.training]
         return f"{min(steps, default=0)} to {max(steps, default=0)} local steps"
 
-    def headline(self, world_size: int, transport: str) -> str:
-        """What is about to run, in one line."""
-        config, population = self.config, self.data.population
-        more = f" (up to {self.together} on one GPU)" if self.together > self.block_size else ""
-        return (
-            f"{config.run.name}: {config.mode} {config.method.name} of {self.base.name} "
-            f"({self.summary()}), {population.num_clients:,} clients, "
-            f"{cohort_size(config, population)} a round in blocks of {self.block_size}{more}, {world_size} ranks over "
-            f"{transport} on {self.placement.describe()}"
-        )
 
-    def describe(self, world_size: int, transport: str) -> list[str]:
-        """The plan that --check prints: clients, blocks, steps, what is exchanged, bytes per round, memory."""
-        population, plan = self.data.population, self.plan(1)
-        per_worker = {w: sum(b.cost for b in plan.blocks if b.worker == w) for w in self.workers}
-        largest = max((len(b.clients) for b in plan.blocks), default=0)
-        down, up = self.exchanged_bytes(plan)
-        exchanged, *rest = self.details(plan)
-        return [
-            self.headline(world_size, transport),
-            *self.data.messages,
-            *data.describe(population, self.data.train),
-            f"examples: {len(self.data.train):,} training, {len(self.data.validation):,} validation, "
-            f"{len(self.data.test):,} test",
-            f"rounds: {self.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most "
-            f"{largest}, {self.work(plan)} each",
-            "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
-            exchanged,
-            f"bytes per round: {down:,} down, {up:,} up (protocol)",
-            *rest,
-        ]
-
-
-def broadcast_versions(transport: Transport, state: State | None, clients: Sequence[int]) -> dict[int, int]:
+def broadcast_versions(transport: Transport, server_state: State | None, clients: Sequence[int]) -> dict[int, int]:
     """Which version of each client's own state counts, 0 where it has none; on every rank. Collective."""
-    known = state.versions if state else {}
+    known = server_state.versions if server_state else {}
     versions = torch.tensor([known.get(c, 0) for c in clients], dtype=torch.int64)
     transport.broadcast(versions)
     return dict(zip(clients, versions.tolist(), strict=True))
 
 
-def accepted_slots(plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> np.ndarray:
-    """The place in the cohort of each accepted client of this rank, in the order of `returned`: int64 (c,)."""
-    place = {client: i for i, client in enumerate(plan.cohort)}
+def accepted_indices(plan: Plan, results: Sequence[BlockResult[Any]]) -> np.ndarray:
+    """The position in the cohort of each accepted client of this rank, in the order of `results`: int64 (c,)."""
     accepted = [
-        client for block, back in returned for client, why in zip(block.clients, back.reason, strict=True) if not why
+        client for result in results for client, used in zip(result.clients, result.accepted, strict=True) if used
     ]
-    return np.array([place[client] for client in accepted], dtype=np.int64)
+    return np.array([plan.index[client] for client in accepted], dtype=np.int64)

@@ -98,8 +98,9 @@ class Trainer:
     def __init__(self, workload: Workload, folder: Path, k: int | str, **changes: Any) -> None:
         import torch
 
-        from fedhpc import federation
+        from fedhpc.approaches.prepare import place_ranks, prepare
         from fedhpc.ranks import memory
+        from fedhpc.ranks.devices import visible_gpus
         from fedhpc.ranks.launch import Launch
         from fedhpc.ranks.transport.base import LoopbackTransport
 
@@ -109,13 +110,11 @@ class Trainer:
         device = {"device": "auto", "block_size": k}
         config = workloads.read(workloads.write(workload, folder, 1, client=steps, runtime=device, **changes))
         transport, launch = LoopbackTransport(), Launch()
-        from fedhpc.ranks.devices import visible_gpus
-
-        launch = federation.place_ranks(config, transport, launch, visible_gpus(config))
-        self.approach: Any = federation.prepare(config, transport, launch, write_cache=False)
+        launch = place_ranks(config, transport, launch, visible_gpus(config))
+        self.approach: Any = prepare(config, transport, launch, write_cache=False)
         self.base = self.approach.base
         self.plan = self.approach.plan(1)
-        self.down = self.approach.download(transport, self.approach.state(), self.plan)
+        self.down = self.approach.download(transport, self.approach.initial_state(), self.plan)
         self.clients, self.k = self.plan.cohort[:_CLIENTS], self.approach.block_size
 
     def train(self) -> None:

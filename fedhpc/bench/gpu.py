@@ -138,7 +138,7 @@ def compiled(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row
 
 def auto(model: str, method: str, device: Any, sizes: Sizes) -> Iterator[Row]:
     """Compare the block size that `auto` chooses with the fastest one up to the cohort's size, in the first cell."""
-    from fedhpc.participation import most_together, resolve_block_size
+    from fedhpc.participation.blocks import most_together, resolve_block_size
 
     bed, (batch, length) = Bed(model, method, device, sizes), sizes.cells[0]
     tried = bed.blocks(sizes.blocks, batch, length)

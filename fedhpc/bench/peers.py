@@ -201,7 +201,7 @@ def prepare(workload: Workload, folder: Path, rounds: int) -> tuple[dict[str, np
     Returns the initial values of the trained parameters, and how many supervised tokens each round has. The cache of
     tokens is filled, so that fedhpc need not tokenise, as its peers need not.
     """
-    from fedhpc import federation
+    from fedhpc.approaches import prepare as preparation
     from fedhpc.approaches.averaging.approach import Averaging
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.transport.base import LoopbackTransport
@@ -209,7 +209,7 @@ def prepare(workload: Workload, folder: Path, rounds: int) -> tuple[dict[str, np
 
     config = workloads.read(workloads.write(workload, folder, rounds))
     os.environ["FEDHPC_CACHE"] = _environment(folder)["FEDHPC_CACHE"]
-    approach = federation.prepare(config, LoopbackTransport(), Launch(), write_cache=True)
+    approach = preparation.prepare(config, LoopbackTransport(), Launch(), write_cache=True)
     assert isinstance(approach, Averaging)
     population, train = approach.data.population, approach.data.train
     longest = max(int(train.lengths_of(population.indices(c)).max()) for c in range(population.num_clients))

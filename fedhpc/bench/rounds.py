@@ -58,6 +58,7 @@ def _federation(folder: Path, ranks: int) -> dict[str, np.ndarray]:
     import transformers
 
     from fedhpc import federation
+    from fedhpc.approaches.prepare import prepare
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.transport import open_transport
 
@@ -68,7 +69,7 @@ def _federation(folder: Path, ranks: int) -> dict[str, np.ndarray]:
     def work(rank: int) -> None:
         launch = Launch("torchrun", rank, ranks, rank, ranks, 0, "127.0.0.1", port)
         with open_transport(launch, "torch", 600) as transport:
-            approach = federation.prepare(config, transport, launch, True)
+            approach = prepare(config, transport, launch, True)
             with quiet():
                 federation.run(approach, transport, True, lambda round_: None)
 
@@ -105,19 +106,20 @@ def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> floa
     from fedhpc import federation
     from fedhpc.approaches.averaging.approach import Averaging
     from fedhpc.approaches.averaging.local import Upload
-    from fedhpc.approaches.base import Returned
+    from fedhpc.approaches.base import BlockResult
+    from fedhpc.approaches.inputs import load_inputs
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.transport.base import LoopbackTransport
-    from fedhpc.task import load_task
 
     class Idle(Averaging):
         """An approach whose clients train nothing: every update is zero."""
 
-        def local(self, plan: Any, clients: Sequence[int], down: Any) -> Returned:
+        def local(self, plan: Any, clients: Sequence[int], down: Any) -> BlockResult[Upload]:
             nothing = np.zeros(len(clients))
             counts = nothing.astype(np.int64)
             updates = torch.zeros(len(clients), self.split.shared.size)
-            return Returned(Upload(updates, None, counts), counts, counts, counts, nothing, nothing, nothing, nothing)
+            upload, losses = Upload(updates, None), (nothing, nothing, nothing, nothing)
+            return BlockResult(tuple(clients), upload, counts, counts, counts, *losses, bytes_up=counts)
 
     path = workloads.write(
         W1,
@@ -127,10 +129,10 @@ def _idle_round(folder: Path, cohort: int, population: int, rounds: int) -> floa
         partition={"name": "virtual", "num_clients": population, "examples_per_client": 1},
         federation={"cohort_size": cohort},
     )
-    task = load_task(workloads.read(path), Launch(), 1, False, Averaging.read)
+    inputs = load_inputs(workloads.read(path), Launch(), 1, False, Averaging.read)
     moments: list[float] = []
     with quiet():
-        federation.run(Idle(task), LoopbackTransport(), True, lambda round_: moments.append(time.process_time()))
+        federation.run(Idle(inputs), LoopbackTransport(), True, lambda round_: moments.append(time.process_time()))
     # The first moment is the start, and the last round evaluates. The least: other programs only add to it.
     return min(b - a for a, b in pairwise(moments[:-1]))
 
@@ -164,19 +166,20 @@ def _placed(rounds: int = 50) -> list[Row]:
     """Measure the placement of very unequal clients: the busiest worker's tokens x steps over the mean."""
     from fedhpc import config as configuration
     from fedhpc.approaches.averaging.approach import Averaging
-    from fedhpc.participation import plan_round, resolve_block_size
+    from fedhpc.approaches.inputs import load_inputs
+    from fedhpc.participation.blocks import resolve_block_size
+    from fedhpc.participation.schedules.synchronous import Synchronous
     from fedhpc.ranks.launch import Launch
-    from fedhpc.task import load_task
 
     overrides = ["partition.name=quantity_skew", "partition.num_clients=200", "federation.cohort_size=64"]
     config = configuration.load(None, overrides)
-    data = load_task(config, Launch(), 1, False, Averaging.read).data
+    data = load_inputs(config, Launch(), 1, False, Averaging.read).data
     block, sizes, rows = resolve_block_size(config, 64, "cpu"), data.population.sizes(), []
     for workers in (4, 8):
         busiest = []
         for round_ in range(1, rounds + 1):
             cost = dict.fromkeys(range(workers), 0.0)
-            for placed in plan_round(config, data.population, data.train, round_, list(cost), block).blocks:
+            for placed in Synchronous(config, data.population, data.train, list(cost), block).plan(round_).blocks:
                 cost[placed.worker] += placed.cost
             busiest.append(max(cost.values()) / statistics.mean(cost.values()))
         rows.append(

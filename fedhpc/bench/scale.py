@@ -52,6 +52,8 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
 
     from fedhpc import config as configuration
     from fedhpc import federation
+    from fedhpc.approaches.prepare import prepare
+    from fedhpc.approaches.report import peak_memory
     from fedhpc.models import BUILTIN
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.liveness import Liveness
@@ -92,14 +94,14 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
 
             def on_round(_: int) -> None:
                 cpu_seconds.append(time.process_time())
-                memory.append(federation.peak_memory(torch.device("cpu")))
+                memory.append(peak_memory(torch.device("cpu")))
 
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             with open_transport(launch, "torch", LIMIT_S) as transport:
                 liveness = Liveness(transport, launch, LIMIT_S, on_exit)  # ends the other ranks when one dies
                 liveness.start()
                 try:
-                    approach = federation.prepare(config, transport, launch, write_cache=True)
+                    approach = prepare(config, transport, launch, write_cache=True)
                     federation.run(approach, transport, False, on_round)
                 except Exception as error:
                     reason = repr(error) if rank else f"rank 0: {error!r}"  # liveness names other ranks

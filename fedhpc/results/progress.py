@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
 
 from rich import progress
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
+
+from fedhpc.results.record import FinalResults, RoundRecord
 
 
 class Progress:
@@ -48,24 +49,36 @@ class Progress:
         else:
             self._live.console.print(Text(text))
 
-    def round(self, row: Mapping[str, float | int]) -> None:
-        """Show a finished round: a row of /rounds (fedhpc.results.results_file.ROUNDS). Row 0 is the initial state.
+    def round(self, record: RoundRecord) -> None:
+        """Show a finished round; round 0 is the initial state.
 
         On a terminal the lines of evaluated rounds stay, the others give way to the next one.
         """
-        done = int(row["round"])
-        text = line(row, self._rounds)
+        done = record.round
+        text = line(record, self._rounds)
+        for event in record.events:
+            if event.kind == "memory":
+                self.message(event.message)
         if done == self._start:
             self._began = time.monotonic()
         if self._live is None:
             print(text, flush=True)
             return
         self._bar.update(self._task, completed=done, left=self._left(done))
-        if math.isnan(row.get("eval_loss", math.nan)):
+        if not record.metrics:
             self._live.update(Group(Text(text, overflow="ellipsis", no_wrap=True), self._bar))
         else:
             self._live.update(self._bar)
             self._live.console.print(Text(text))
+
+    def finish(self, results: FinalResults) -> None:
+        """Print the results of the whole run, beside those of the untouched base."""
+        self.close()
+        for name, value in results.test.items():
+            base = f" (untouched base {results.base[name]:.4f})" if name in results.base else ""
+            print(f"test {name} {value:.4f}{base}")
+        for text in results.lines:
+            print(text)
 
     def close(self) -> None:
         """Leave the last state of the display on the screen. May be called twice."""
@@ -80,17 +93,19 @@ class Progress:
         return f"{duration(here / (done - self._start) * (self._rounds - done))} left"
 
 
-def line(row: Mapping[str, float | int], rounds: int) -> str:
+def line(record: RoundRecord, rounds: int) -> str:
     """A round in one line: `round 3/20  train_loss 2.314  eval_loss 2.551  cohort 10 (1 dropped)  1.8 s`."""
-    parts = [f"round {row['round']}/{rounds}"]
-    for name, value in row.items():
-        if (name == "train_loss" or name.startswith("eval_")) and not math.isnan(value):
+    parts = [f"round {record.round}/{rounds}"]
+    losses = {"train_loss": record.train_loss, **{f"eval_{name}": value for name, value in record.metrics.items()}}
+    for name, value in losses.items():
+        if not math.isnan(value):
             parts.append(f"{name} {value:.3f}" if abs(value) < 1e6 else f"{name} {value:.3g}")
-    if row.get("cohort_size"):
-        lost = [f"{row[kind]} {kind}" for kind in ("dropped", "rejected") if row.get(kind)]
-        parts.append(f"cohort {row['cohort_size']}" + (f" ({', '.join(lost)})" if lost else ""))
-    if row.get("seconds"):
-        parts.append(duration(row["seconds"]))
+    if record.cohort_size:
+        missing = {"dropped": record.dropped, "rejected": record.rejected}
+        counts = [f"{count} {status}" for status, count in missing.items() if count]
+        parts.append(f"cohort {record.cohort_size}" + (f" ({', '.join(counts)})" if counts else ""))
+    if record.seconds:
+        parts.append(duration(record.seconds))
     return "  ".join(parts)
 
 

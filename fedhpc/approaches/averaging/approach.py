@@ -21,18 +21,19 @@ from torch import Tensor
 
 from fedhpc import registry
 from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines
-from fedhpc.approaches.averaging.local import BlockTraining, Download
+from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
-from fedhpc.approaches.base import Approach, Final, Returned, accepted_slots, broadcast_versions
+from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
 from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
-from fedhpc.participation import Block, Plan
+from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import FinalResults
 from fedhpc.server.aggregators.base import Aggregator
 from fedhpc.server.state import Server, State
-from fedhpc.task import Task
 from fedhpc.training import client_state
 from fedhpc.training.schedule import learning_rates, num_steps
 from fedhpc.updates.cohort import Cohort
@@ -47,12 +48,12 @@ class Combined:
     clients: list[int]  # the accepted ones
 
 
-class Averaging(Approach):
+class Averaging(Approach[Server, Download, Upload, Combined | None]):
     """See the module. A method (fedhpc.methods) says what the payload is; S is the size of its shared part."""
 
-    def __init__(self, task: Task, method: Method | None = None) -> None:
+    def __init__(self, inputs: Inputs, method: Method | None = None) -> None:
         """method: instead of the one that the configuration names."""
-        super().__init__(task)
+        super().__init__(inputs)
         config = self.config
         made = method or registry.load("methods", config.method.name).METHOD(config.method, self.base, config.run.seed)
         self.method = with_head(made)
@@ -68,7 +69,6 @@ class Averaging(Approach):
         self.split = self.personal.split
         self.training = BlockTraining(config, self.base, self.method, self.data, self.personal, self.rounds)
         self.aggregator: Aggregator = registry.choice("aggregators", config.server.aggregator)(config.server)
-        self._encoded = (0, 0)  # the last round whose updates a transform encoded, and their bytes
         self.evaluation = Evaluation(config, self.base, self.method, self.data, self.label_targets)
 
     @property
@@ -77,12 +77,12 @@ class Averaging(Approach):
         return super().block_size if self.method.shares_base else 1
 
     @property
-    def together(self) -> int:
+    def most_together(self) -> int:
         """See the base class."""
-        return super().together if self.method.shares_base else 1
+        return super().most_together if self.method.shares_base else 1
 
     @property
-    def exchanges(self) -> bool:
+    def moves_server(self) -> bool:
         """See the base class; in mode local every client goes its own way."""
         return self.config.mode != "local"
 
@@ -104,7 +104,7 @@ class Averaging(Approach):
 
     # ---- a round
 
-    def state(self) -> Server:
+    def initial_state(self) -> Server:
         """theta_0, with the server optimizer; what one client alone has trained (centralized) is taken as it is."""
         config, theta = self.config, self.split.apart(self.initial_payload())[0]
         optimizer = registry.choice("server_optimizers", config.server.optimizer)(config.server)
@@ -133,34 +133,27 @@ class Averaging(Approach):
         # In local mode this is all that workers wait for.
         return broadcast_versions(transport, state, clients) if self.keeps_client_state else {}
 
-    def local(self, plan: Plan, clients: Sequence[int], down: Download) -> Returned:
-        """See the base class."""
+    def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
         return self.training.train(plan.round, clients, down)
 
-    def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Combined | None:
+    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Upload]]) -> Combined | None:
         """Aggregate the accepted updates of all ranks: server.aggregator on a `Cohort`, where FedAvg's sum is."""
-        if not self.exchanges:
+        if not self.moves_server:
             return None
-        self._count_bytes(transport, plan, returned)
-        layout, positions = self.split.shared, accepted_slots(plan, returned)
+        layout, positions = self.split.shared, accepted_indices(plan, results)
         none = torch.empty(0, layout.size, dtype=self.payload_dtype)
-        used = [(back.upload, torch.from_numpy(back.reason == 0)) for _, back in returned]
+        used = [(result.upload, torch.from_numpy(result.accepted)) for result in results]
         updates = torch.cat([none, *(upload.updates[ok] for upload, ok in used)])
         shares = self._shares(plan)
         cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, self._movement(plan))
         total = self.aggregator.combine(cohort) if len(cohort) else torch.zeros(layout.size, dtype=torch.float64)
         if not self.config.corrects_drift:
             return Combined(total, None, cohort.clients)
-        changes = cohort.replaced(torch.cat([none, *(upload.changes[ok] for upload, ok in used)]))
+        changes = cohort.replaced(
+            torch.cat([none, *(upload.changes[ok] for upload, ok in used if upload.changes is not None)])
+        )
         change = changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
         return Combined(total, change, cohort.clients)
-
-    def _count_bytes(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> None:
-        """Add up, on rank 0, what the updates of the round took on the wire where a transform says it. Collective."""
-        if self.training.pipeline.encodes:
-            bytes_up = torch.tensor([sum(int(back.upload.bytes_up.sum()) for _, back in returned)])
-            transport.reduce_sum(bytes_up)
-            self._encoded = (plan.round, int(bytes_up))
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
@@ -180,22 +173,27 @@ class Averaging(Approach):
 
         return lambda client: of_steps(num_steps(self.data.population.num_examples(client), options))
 
-    def step(self, state: Any, plan: Plan, combined: Any) -> float:
+    def step(self, state: Server, plan: Plan, combined: Combined | None) -> float:
         """Run the transforms' server halves over the aggregate, then the server optimizer's step."""
+        assert combined is not None  # as moves_server says
         total = self.training.pipeline.on_server(combined.total, plan.round, combined.clients, state.transforms)
         norm: float = state.step(total)
         if combined.change is not None:
             state.correct(combined.change)
         return norm
 
-    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
-        """Shared parts, with client.scaffold control variates too; up what a transform has encoded them as."""
+    def bytes_down(self, plan: Plan, download: Download | None = None) -> int:
+        """The shared part, with client.scaffold c too, to every client of the cohort."""
         if self.config.mode != "federated":
-            return 0, 0
-        times, size = 2 if self.config.corrects_drift else 1, self.split.shared.size
-        sent_down = times * self.payload_dtype.itemsize * size * len(plan.cohort)
-        round_, encoded = self._encoded
-        return sent_down, encoded if round_ == plan.round else times * int(self.training.raw_bytes(plan.training).sum())
+            return 0
+        times = 2 if self.config.corrects_drift else 1
+        return times * self.payload_dtype.itemsize * self.split.shared.size * len(plan.cohort)
+
+    def bytes_up(self, plan: Plan) -> int:
+        """The updates as they are before the transforms, with client.scaffold the changes of c_i too."""
+        if self.config.mode != "federated":
+            return 0
+        return (2 if self.config.corrects_drift else 1) * int(self.training.raw_bytes(plan.training).sum())
 
     # ---- results
 
@@ -216,7 +214,7 @@ class Averaging(Approach):
         """See the base class."""
         return self.evaluation.validation(transport, self._payloads(transport, state, round_))
 
-    def finish(self, transport: Transport, state: State | None) -> Final | None:
+    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
         """Test, per-client evaluation, final payload, export."""
         config = self.config
         payloads = self._payloads(transport, state, self.rounds)
@@ -234,11 +232,12 @@ class Averaging(Approach):
             views = layout.views(self.split.join(_server(state).theta, self.personal.initial))
             self.method.export(views, folder)
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
-        return Final(
+        return FinalResults(
             test=final.metrics,
             base=untouched.metrics,
             samples=final.samples,
             client_eval=per_client,
+            client_summary=over_clients(per_client) if per_client else {},
             tensors={name: view.numpy() for name, view in views.items()},
             lines=[
                 *(client_lines(over_clients(per_client)) if per_client else []),

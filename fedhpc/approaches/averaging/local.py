@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedhpc import registry
 from fedhpc.approaches.averaging.personal import PersonalPart
-from fedhpc.approaches.base import Returned
+from fedhpc.approaches.base import BlockResult
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.errors import UserError
@@ -39,7 +39,6 @@ class Upload:
 
     updates: Tensor  # (K, S): of the shared part, after the transforms
     changes: Tensor | None  # (K, S): of the control variates, with client.scaffold
-    bytes_up: np.ndarray  # int64 (K,): what the updates take on the wire
 
 
 class BlockTraining:
@@ -60,7 +59,7 @@ class BlockTraining:
         numbers = [self.method.numbers_sent(client) - self.split.personal.size for client in clients]
         return self.personal.dtype.itemsize * np.array(numbers, dtype=np.int64)
 
-    def train(self, round_: int, clients: Sequence[int], down: Download) -> Returned:
+    def train(self, round_: int, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
         """Train `clients` together and write what they keep. UserError where a client on its own diverged."""
         config = self.config
         works = [Work(c, self.data.population.indices(c)) for c in clients]
@@ -87,8 +86,11 @@ class BlockTraining:
                 )
             if ok and state:
                 client_state.save(config.run_dir, client, round_, state)
-        return Returned(
-            upload=Upload(updates, change, sent.bytes_up),
+        # Control variates go beside the updates, as they are.
+        bytes_up = sent.bytes_up + self.raw_bytes(clients) if change is not None else sent.bytes_up
+        return BlockResult(
+            clients=tuple(clients),
+            upload=Upload(updates, change),
             reason=np.where(finite, 0, 1),
             tokens=trained.tokens,
             steps=trained.steps,
@@ -96,7 +98,7 @@ class BlockTraining:
             loss_first=trained.loss_first,
             loss_last=trained.loss_last,
             norms=torch.linalg.vector_norm(updates.double(), dim=1).numpy(),
-            input_tokens=trained.input_tokens,
+            bytes_up=bytes_up if config.mode == "federated" else np.zeros_like(bytes_up),
             padded_tokens=trained.padded_tokens,
         )
 

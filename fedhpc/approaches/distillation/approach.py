@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from fedhpc import data
-from fedhpc.approaches.base import Approach, Final, Returned, accepted_slots, broadcast_versions
+from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
 from fedhpc.approaches.distillation.ensemble import MOST_EXAMPLES, exchange
 from fedhpc.approaches.distillation.knowledge import Format, Knowledge, num_classes, own_targets, where_known
 from fedhpc.approaches.distillation.learner import Group, Learner, group_of
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.data.tokens import tokenizer_content
@@ -37,11 +38,11 @@ from fedhpc.evaluation.evaluate import Outcome, evaluate, mixed_probabilities, s
 from fedhpc.kinds.base import Kind
 from fedhpc.methods.base import Method
 from fedhpc.models import load_kind, load_tokenizer
-from fedhpc.participation import Block, Plan
+from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import FinalResults
 from fedhpc.rng import generator
 from fedhpc.server.state import State
-from fedhpc.task import Task
 from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block
 from fedhpc.updates.cohort import accepted
@@ -87,7 +88,7 @@ class StudentState(State):
             self.knowledge = Knowledge(tensors["knowledge.index"].copy(), tensors["knowledge.probability"].copy())
 
 
-class Distillation(Approach):
+class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     """See the module."""
 
     reasons: ClassVar[tuple[str, ...]] = (
@@ -96,8 +97,8 @@ class Distillation(Approach):
         "what it holds likely on the public set is not finite",
     )
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
         options, grouped = self.config.method, self.data
         assert isinstance(grouped, GroupedData)
         self.student = Learner(self.config, options.student, grouped, self.base)
@@ -161,7 +162,7 @@ class Distillation(Approach):
 
     # ---- a round
 
-    def state(self) -> StudentState:
+    def initial_state(self) -> StudentState:
         """See the base class."""
         return StudentState(self.student.initial)
 
@@ -182,13 +183,13 @@ class Distillation(Approach):
         transport.broadcast(records)
         return self._down.unpack(records)
 
-    def local(self, plan: Plan, clients: Sequence[int], down: Download) -> Returned:
+    def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Any]:
         """Learn from what comes down, train on private data, say what is likely on the public set."""
         count = len(clients)
         reason, tokens, steps = (np.zeros(count, np.int64) for _ in range(3))
         loss_sum, first, last, norms = (np.zeros(count) for _ in range(4))
         upload = torch.zeros(count, len(self._targets), self._up.record_bytes, dtype=torch.uint8)
-        input_tokens = padded_tokens = 0
+        padded_tokens = 0
         for group, places in self._parts(clients):
             own = [clients[i] for i in places]
             start = self._own_payloads(group, own, down.versions)
@@ -197,7 +198,6 @@ class Distillation(Approach):
                 knowledge = group.digestible(down.knowledge)
                 learnt = group.learn(payloads, own, knowledge, options.digest, plan.round, self.rounds)
                 payloads = payloads - learnt.updates
-                input_tokens += learnt.input_tokens
                 padded_tokens += learnt.padded_tokens
             works = [Work(c, self.data.population.indices(c)) for c in own]
             about = (works, group.data.train, self.config, plan.round, self.rounds)
@@ -215,9 +215,11 @@ class Distillation(Approach):
             tokens[places], steps[places] = trained.tokens, trained.steps
             loss_sum[places], first[places], last[places] = trained.loss_sum, trained.loss_first, trained.loss_last
             norms[places] = torch.linalg.vector_norm((start - payloads).double(), dim=1).numpy()
-            input_tokens += trained.input_tokens
             padded_tokens += trained.padded_tokens
-        return Returned(upload, reason, tokens, steps, loss_sum, first, last, norms, input_tokens, padded_tokens)
+        bytes_up = np.full(count, self._record_bytes_up)
+        return BlockResult(
+            tuple(clients), upload, reason, tokens, steps, loss_sum, first, last, norms, bytes_up, padded_tokens
+        )
 
     def _parts(self, clients: Sequence[int]) -> Iterator[tuple[Group, list[int]]]:
         """The places of the clients that can train together, by group."""
@@ -236,21 +238,21 @@ class Distillation(Approach):
         ]
         return torch.stack(rows)
 
-    def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Knowledge | None:
+    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Knowledge | None:
         """The ensemble of the accepted clients."""
-        slots = accepted_slots(plan, returned)
-        chosen, owners = accepted(transport, slots, len(plan.cohort))
+        positions = accepted_indices(plan, results)
+        chosen, owners = accepted(transport, positions, len(plan.cohort))
         if not len(chosen):
             return None
         none = torch.empty(0, len(self._targets), self._up.record_bytes, dtype=torch.uint8)
-        records = torch.cat([none, *(back.upload[torch.from_numpy(back.reason == 0)] for _, back in returned)])
+        records = torch.cat([none, *(result.upload[torch.from_numpy(result.accepted)] for result in results)])
         weights = self._weights([plan.cohort[i] for i in chosen])
         if weights.sum() > MOST_EXAMPLES:
             raise UserError(
                 f"server.weighting: the cohort has {weights.sum():,} examples and weights are exact up to "
                 f"{MOST_EXAMPLES:,}: use uniform"
             )
-        return exchange(transport, slots, records, owners, weights, self._up, self._down.k)
+        return exchange(transport, positions, records, owners, weights, self._up, self._down.k)
 
     def _weights(self, clients: Sequence[int]) -> np.ndarray:
         """n_i of each client: int64 (C,)."""
@@ -279,12 +281,19 @@ class Distillation(Approach):
         trained = self.student.learn(theta[None], [nobody], knowledge, learning, round_, self.rounds)
         return theta - trained.updates[0]
 
-    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
-        """Records of all positions. Nothing goes down before there was a first ensemble."""
-        nothing = self.config.method.down == "none" or (down is not None and down.knowledge is None)
-        each = [0 if nothing else self._down.record_bytes, self._up.record_bytes]
-        down_bytes, up_bytes = (len(self._targets) * record for record in each)
-        return down_bytes * len(plan.cohort), up_bytes * len(plan.training)
+    @property
+    def _record_bytes_up(self) -> int:
+        """What a client sends: a record for each position of the public set."""
+        return len(self._targets) * self._up.record_bytes
+
+    def bytes_down(self, plan: Plan, download: Download | None = None) -> int:
+        """Records of all positions; nothing goes down before there was a first ensemble."""
+        if self.config.method.down == "none" or (download is not None and download.knowledge is None):
+            return 0
+        return len(self._targets) * self._down.record_bytes * len(plan.cohort)
+
+    def bytes_up(self, plan: Plan) -> int:
+        return self._record_bytes_up * len(plan.training)
 
     # ---- results
 
@@ -310,7 +319,7 @@ class Distillation(Approach):
             label_targets=self.label_targets,
         )
 
-    def finish(self, transport: Transport, state: State | None) -> Final | None:
+    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
         """Test of the student, of what it is compared with, and export."""
         config, method = self.config, self.student.method
         theta = self._theta(transport, state)
@@ -327,7 +336,7 @@ class Distillation(Approach):
         method.export(views, config.run_dir / "adapter")
         student = outcomes["student"]
         assert student is not None
-        return Final(
+        return FinalResults(
             test=tested["student"],
             base=tested["base"],
             samples=student.samples,

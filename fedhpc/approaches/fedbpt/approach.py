@@ -27,20 +27,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedhpc.approaches.base import Final, Returned, accepted_slots
+from fedhpc.approaches.base import BlockResult, accepted_indices
 from fedhpc.approaches.fedbpt import cmaes
 from fedhpc.approaches.fedbpt.cmaes import Key, Moments
 from fedhpc.approaches.fedbpt.subspace import subspace
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.scoring import likelihoods
 from fedhpc.approaches.scoring.approach import NUMBER_BYTES, Rows, Scores, Scoring
 from fedhpc.approaches.scoring.likelihoods import Float64, Int64, Spent
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
 from fedhpc.methods.prompt import METHOD, PROMPT
-from fedhpc.participation import Block, Plan, cohort_size
+from fedhpc.participation.plan import Plan
+from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import FinalResults
 from fedhpc.server.state import State
-from fedhpc.task import Task
 
 # Purposes of draws, after the seed.
 _SERVER, _CLIENT = 0, 1
@@ -77,11 +79,11 @@ class _Upload:
     spent: tuple[int, int, int]  # pairs of candidate and example; tokens; tokens if nothing were shared
 
 
-class FedBPT(Scoring):
+class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
     """See the module."""
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
         options, seed = self.config.method, self.config.run.seed
         self.method = METHOD(options, self.base, seed)
         origin = self.method.initial()[PROMPT].double().numpy()
@@ -108,7 +110,7 @@ class FedBPT(Scoring):
 
     # ---- a round
 
-    def state(self) -> Distribution:
+    def initial_state(self) -> Distribution:
         """See the base class."""
         return Distribution(self.first)
 
@@ -136,18 +138,18 @@ class FedBPT(Scoring):
         zero = np.zeros(d)
         return Moments(down[0], numbers[-1].numpy(), down[1:], zero, zero, np.array(0))
 
-    def local(self, plan: Plan, clients: Sequence[int], down: Any) -> Returned:
+    def local(self, plan: Plan, clients: Sequence[int], down: Any) -> BlockResult[Any]:
         """See the module; all clients of the block and all their candidates go through the model together."""
         spent = Spent()
         examples = [self.scored(plan.round, c, self.config.method.examples)[0] for c in clients]
         if self.by_moments:
             return self._search(plan, clients, down, examples, spent)
         scores = self._scores(np.repeat(down[None], len(clients), axis=0), examples, spent, shared=True)
-        return self._report(scores.means, np.isfinite(scores.means).all(axis=1), [scores], spent)
+        return self._report(clients, scores.means, np.isfinite(scores.means).all(axis=1), [scores], spent)
 
     def _search(
         self, plan: Plan, clients: Sequence[int], start: Moments, examples: Sequence[Int64], spent: Spent
-    ) -> Returned:
+    ) -> BlockResult[Any]:
         """Every client's own CMA-ES, an iteration of all of them at a time."""
         options = self.config.method
         now, done = [start for _ in clients], []
@@ -167,7 +169,7 @@ class FedBPT(Scoring):
         means = np.stack([one.mean for one in now])
         done.append(self._scores(means[:, None], examples, spent))
         finite &= np.isfinite(done[-1].means[:, 0])
-        return self._report(np.column_stack([means, done[-1].means[:, 0], squares]), finite, done, spent)
+        return self._report(clients, np.column_stack([means, done[-1].means[:, 0], squares]), finite, done, spent)
 
     def _scores(self, z: Float64, examples: Sequence[Int64], spent: Spent, shared: bool = False) -> Scores:
         """The scores of z (K, n, d), client k's candidates on its examples[k]; shared: all clients have the same."""
@@ -183,17 +185,21 @@ class FedBPT(Scoring):
                     rows.add(k, c, c if shared else k * count + c, ids, *answers)
         return self.score(prefixes, rows, clients, count, spent)
 
-    def _report(self, numbers: Float64, finite: Any, done: Sequence[Scores], spent: Spent) -> Returned:
+    def _report(
+        self, clients: Sequence[int], numbers: Float64, finite: Any, done: Sequence[Scores], spent: Spent
+    ) -> BlockResult[Any]:
         rows = sum(int(scores.rows.sum()) for scores in done)
-        return self.report(_Upload(numbers, (rows, spent.tokens, spent.unshared)), finite, numbers, done, spent)
+        upload = _Upload(numbers, (rows, spent.tokens, spent.unshared))
+        bytes_up = np.full(len(clients), NUMBER_BYTES * self._numbers_up)
+        return self.report(clients, upload, finite, numbers, done, spent, bytes_up)
 
-    def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Any:
+    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Any:
         """The scores (popsize,) or what the accepted clients have sent (A, d + 2), and what was spent."""
-        options, slots = self.config.method, accepted_slots(plan, returned)
+        options, slots = self.config.method, accepted_indices(plan, results)
         width = options.dimension + 2 if self.by_moments else options.popsize
-        kept = [back.upload.numbers[back.reason == 0] for _, back in returned]
+        kept = [result.upload.numbers[result.accepted] for result in results]
         numbers = np.concatenate([np.empty((0, width)), *kept])
-        spent = self.spent_by_all(transport, np.sum([(0, 0, 0), *(b.upload.spent for _, b in returned)], axis=0))
+        spent = self.spent_by_all(transport, np.sum([(0, 0, 0), *(result.upload.spent for result in results)], axis=0))
         if not self.by_moments:
             training = set(plan.training)
             rows = np.array([self.num_scored(c, options.examples) if c in training else 0 for c in plan.cohort])
@@ -219,14 +225,21 @@ class FedBPT(Scoring):
         state.rounds.append((plan.round, *spent, float(after.sigma), best))
         return float(np.linalg.norm(after.mean - before.mean))
 
-    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
-        """Candidates down and scores up; with exchange moments m, C (its triangle) and sigma down, d + 2 numbers up."""
+    @property
+    def _numbers_up(self) -> int:
+        """What a client sends: a score for each candidate, or its mean, its loss and its step sizes."""
+        return self.config.method.dimension + 2 if self.by_moments else self.config.method.popsize
+
+    def bytes_down(self, plan: Plan, download: Any = None) -> int:
+        """The candidates, or with exchange moments the mean, the triangle of the covariance and the step size."""
         if self.config.mode != "federated":
-            return 0, 0
-        d, popsize = self.config.method.dimension, self.config.method.popsize
-        each_down = d + d * (d + 1) // 2 + 1 if self.by_moments else popsize * d
-        each_up = d + 2 if self.by_moments else popsize
-        return NUMBER_BYTES * each_down * len(plan.cohort), NUMBER_BYTES * each_up * len(plan.training)
+            return 0
+        d = self.config.method.dimension
+        each = d + d * (d + 1) // 2 + 1 if self.by_moments else self.config.method.popsize * d
+        return NUMBER_BYTES * each * len(plan.cohort)
+
+    def bytes_up(self, plan: Plan) -> int:
+        return NUMBER_BYTES * self._numbers_up * len(plan.training) if self.config.mode == "federated" else 0
 
     # ---- results
 
@@ -244,7 +257,7 @@ class FedBPT(Scoring):
             transport, self.data.validation, options.metrics, options.max_examples, self.method, payload
         )
 
-    def finish(self, transport: Transport, state: State | None) -> Final | None:
+    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
         """Test, and the export as method prompt has it."""
         options, payload = self.config.evaluation, self._payload(transport, state)
         limit = options.test_max_examples or options.max_examples
@@ -259,7 +272,7 @@ class FedBPT(Scoring):
         self.method.export(tensors, self.config.run_dir / "adapter")
         now = _distribution(state)
         columns = np.array(now.rounds, np.float64).reshape(-1, len(_COLUMNS)).T
-        return Final(
+        return FinalResults(
             test=final.metrics,
             base=untouched.metrics,
             samples=final.samples,

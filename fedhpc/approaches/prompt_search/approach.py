@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from fedhpc import registry
-from fedhpc.approaches.base import Final, Returned, accepted_slots
+from fedhpc.approaches.base import BlockResult, accepted_indices
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.prompt_search.halving import rungs
 from fedhpc.approaches.prompt_search.proposers.base import Proposer
 from fedhpc.approaches.scoring import likelihoods
@@ -33,11 +34,11 @@ from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space, label_wo
 from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
-from fedhpc.participation import Block, Plan
+from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import FinalResults
 from fedhpc.rng import generator
 from fedhpc.server.state import State
-from fedhpc.task import Task
 
 _TRIES = 20  # times that proposers are asked for candidates that are new and fit
 _POOL = 64  # shared examples that are kept, the latest
@@ -119,11 +120,11 @@ class _Combined:
 _COLUMNS = ("round", "generation", "rung", "candidates", "evaluations", "tokens", "tokens_unshared", "best")
 
 
-class PromptSearch(Scoring):
+class PromptSearch(Scoring[Population, Any, _Upload, Any]):
     """See the module."""
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
         options = self.config.method
         if options.label_words and self.writer.label is None:
             raise UserError(
@@ -149,7 +150,6 @@ class PromptSearch(Scoring):
         self._first = self._initial()
         #: The rung and the candidates of the round that is going on.
         self._rung, self._candidates = 0, self._first
-        self._shared_bytes = 0  # of the examples that clients have sent in it
         self._rewritten: tuple[str, Examples] | None = None
 
     def _check_lengths(self) -> None:
@@ -183,7 +183,7 @@ class PromptSearch(Scoring):
 
     # ---- a round
 
-    def state(self) -> Population:
+    def initial_state(self) -> Population:
         """The hand-written prompts and what is proposed from them."""
         return Population(self._first)
 
@@ -215,7 +215,7 @@ class PromptSearch(Scoring):
         self._rung, self._candidates = tree["rung"], [Candidate.from_tree(one) for one in tree["candidates"]]
         return self._rung, self._candidates
 
-    def local(self, plan: Plan, clients: Sequence[int], down: Any) -> Returned:
+    def local(self, plan: Plan, clients: Sequence[int], down: Any) -> BlockResult[Any]:
         """Every client scores every candidate on its examples of the rung, all in the same forwards."""
         rung, candidates = down
         train, spent = self.data.train, Spent()
@@ -242,7 +242,11 @@ class PromptSearch(Scoring):
         finite = np.isfinite(scores.means).all(axis=1)
         numbers = (int(scores.rows.sum()), spent.tokens, spent.unshared)
         sent = [self._sent(plan.round, c) for c in clients] if self.config.method.share_demonstrations else []
-        return self.report(_Upload(scores.means, sent, numbers), finite, scores.means, [scores], spent)
+        upload = _Upload(scores.means, sent, numbers)
+        bytes_up = np.full(len(clients), NUMBER_BYTES * len(candidates))
+        if sent:
+            bytes_up += [len(json.dumps(one).encode()) for one in sent]
+        return self.report(clients, upload, finite, scores.means, [scores], spent, bytes_up)
 
     def _budget(self, rung: int) -> tuple[int, int]:
         """The most examples of a client that a rung scores on, and how many are left for demonstrations."""
@@ -255,27 +259,26 @@ class PromptSearch(Scoring):
         place = int(generator(self.config.run.seed, "shared", round_, client).integers(len(indices)))
         return asdict(self.writer.shared(self.data.train, int(indices[place])))
 
-    def combine(self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]) -> Any:
+    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Any:
         """See the base class."""
-        slots = accepted_slots(plan, returned)
-        kept = [back.upload.means[back.reason == 0] for _, back in returned]
+        slots = accepted_indices(plan, results)
+        kept = [result.upload.means[result.accepted] for result in results]
         scores = np.concatenate([np.empty((0, len(self._candidates))), *kept])
         training = set(plan.training)
         most, aside = self._budget(self._rung)
         rows = np.array([self.num_scored(c, most, aside) if c in training else 0 for c in plan.cohort])
         found = self.mean_scores(transport, plan, slots, scores, rows)
-        spent = self.spent_by_all(transport, np.sum([(0, 0, 0), *(back.upload.spent for _, back in returned)], axis=0))
-        shared = self._gathered(transport, slots, returned) if self.config.method.share_demonstrations else []
+        spent = self.spent_by_all(transport, np.sum([(0, 0, 0), *(result.upload.spent for result in results)], axis=0))
+        shared = self._gathered(transport, slots, results) if self.config.method.share_demonstrations else []
         return None if found is None else _Combined(*found, spent, shared)
 
-    def _gathered(self, transport: Transport, slots: Int64, returned: Sequence[tuple[Block, Returned]]) -> list[Shared]:
+    def _gathered(self, transport: Transport, slots: Int64, results: Sequence[BlockResult[Any]]) -> list[Shared]:
         """What the accepted clients have sent, in the order of the cohort."""
         sent = [
-            one for _, back in returned for one, why in zip(back.upload.shared, back.reason, strict=True) if not why
+            one for result in results for one, used in zip(result.upload.shared, result.accepted, strict=True) if used
         ]
         parts = transport.gather_json([[int(slot), one] for slot, one in zip(slots, sent, strict=True)]) or []
         ordered = [one for _, one in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
-        self._shared_bytes = sum(len(json.dumps(one).encode()) for one in ordered)
         return [Shared(**one) for one in ordered]
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
@@ -311,13 +314,17 @@ class PromptSearch(Scoring):
         state.rounds.append((plan.round, generation, rung.number, len(numbers), *combined.spent, best))
         return float(state.best != before)
 
-    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
-        """The candidates as JSON to every client of the cohort, a number for each back; shared examples as JSON too."""
+    def bytes_down(self, plan: Plan, download: Any = None) -> int:
+        """The candidates as JSON, to every client of the cohort."""
         if self.config.mode != "federated":
-            return 0, 0
-        rung, candidates = down or (0, self._first)
-        scores = NUMBER_BYTES * len(candidates) * len(plan.training)
-        return len(_encoded(rung, candidates)) * len(plan.cohort), scores + self._shared_bytes
+            return 0
+        return len(_encoded(*(download or (0, self._first)))) * len(plan.cohort)
+
+    def bytes_up(self, plan: Plan) -> int:
+        """A number for each candidate; how long the examples are that clients share is not known before."""
+        if self.config.mode != "federated":
+            return 0
+        return NUMBER_BYTES * len(self._first) * len(plan.training)
 
     # ---- results
 
@@ -352,7 +359,7 @@ class PromptSearch(Scoring):
             transport, self._rewritten[1], metrics, limit, targets=self.writer.answer_texts(candidate), samples=samples
         )
 
-    def finish(self, transport: Transport, state: State | None) -> Final | None:
+    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
         """The best prompt on the test split, beside the empty one and the hand-written one that validates best."""
         evaluation = self.config.evaluation
         limit = evaluation.test_max_examples or evaluation.max_examples
@@ -376,7 +383,7 @@ class PromptSearch(Scoring):
         self._export(best)
         by_hand = ", ".join(f"{n} {v:.4f}" for metrics in tested[1:-1] for n, v in metrics.items())
         population = _population(state)
-        return Final(
+        return FinalResults(
             test=tested[-1],
             base=tested[0],
             tensors={"prompt": np.frombuffer(best.to_json().encode(), np.uint8)},

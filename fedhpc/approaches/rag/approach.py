@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fedhpc import config as configuration
 from fedhpc import registry
-from fedhpc.approaches.base import Approach, Final, Returned
+from fedhpc.approaches.base import Approach, BlockResult
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.rag.context import context
 from fedhpc.approaches.rag.dense import require
 from fedhpc.approaches.rag.encoder import Encoder
@@ -44,13 +45,14 @@ from fedhpc.kinds.base import Kind
 from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import check_length
-from fedhpc.participation import Block, Plan, form_blocks, place
+from fedhpc.participation.blocks import assign, form_blocks
+from fedhpc.participation.plan import Block, Plan
 from fedhpc.ranks.collectives import broadcast_bytes, gather_bytes, tree_merge
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import FinalResults
 from fedhpc.results.results_file import Results
 from fedhpc.rng import generator
 from fedhpc.server.state import State
-from fedhpc.task import Task
 
 ARMS = ("federated", "central", "own", "none")
 _AT_ONCE = 256  # questions of one search at the end: bounds the memory of scores
@@ -107,15 +109,18 @@ class Answers(State):
         }
 
 
-class Rag(Approach):
+_Ranked = tuple[Int64, dict[tuple[int, int], str]]  # the best passages of each question, and their texts
+
+
+class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     """See the module."""
 
     reasons = ("", "there is no word in its passages")
     answers = frozenset({"rankings"})
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        options = self.options = task.config.method
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        options = self.options = inputs.config.method
         assert isinstance(self.data, Corpus)
         self.corpus: Corpus = self.data
         if "texts" not in self.base.kind.answers:
@@ -154,7 +159,6 @@ class Rag(Approach):
         self._shards: dict[int, Shard] = {}
         self._centroids: dict[int, np.ndarray] = {}
         self._vectors: dict[int, np.ndarray] = {}  # of questions
-        self._text_bytes: dict[int, int] = {}  # round -> bytes of the texts that came up, on rank 0
 
     @classmethod
     def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> Corpus:
@@ -188,7 +192,7 @@ class Rag(Approach):
             if len(indices := population.indices(c))
         }
         blocks = form_blocks(costs, self.block_size)
-        return tuple(place(blocks, [sum(costs[c] for c in b) for b in blocks], self.workers))
+        return tuple(assign(blocks, [sum(costs[c] for c in b) for b in blocks], self.workers))
 
     def plan(self, round_: int) -> Plan:
         """See the base class; every client at its own worker."""
@@ -210,7 +214,7 @@ class Rag(Approach):
 
     # ---- a round
 
-    def state(self) -> Answers:
+    def initial_state(self) -> Answers:
         """See the base class."""
         return Answers(len(self._items), self.candidates)
 
@@ -296,7 +300,7 @@ class Rag(Approach):
         transport.broadcast(routed)
         return routed.numpy()
 
-    def local(self, plan: Plan, clients: Sequence[int], down: Asked) -> Returned:
+    def local(self, plan: Plan, clients: Sequence[int], down: Asked) -> BlockResult[Any]:
         """Search the indexes of `clients`: one list for the block."""
         options = self.options
         width = min(options.per_client or self.candidates, self.candidates)
@@ -311,7 +315,8 @@ class Rag(Approach):
             answered[i] = len(rows)
             lists.append(found)
         zeros, unknown = np.zeros(len(clients)), np.full(len(clients), np.nan)
-        return Returned(
+        return BlockResult(
+            clients=tuple(clients),
             upload=best(np.concatenate(lists, axis=1), self.candidates, options.distinct),
             reason=reason,
             tokens=np.zeros(len(clients), np.int64),
@@ -320,19 +325,17 @@ class Rag(Approach):
             loss_first=unknown,
             loss_last=unknown,
             norms=zeros,
+            bytes_up=self._answer_bytes(plan, answered),
         )
 
-    def combine(
-        self, transport: Transport, plan: Plan, returned: Sequence[tuple[Block, Returned]]
-    ) -> tuple[Int64, dict[tuple[int, int], str]]:
+    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> _Ranked:
         """The best of all lists, and the texts in them."""
         numbers = self._batch(plan.round)
-        mine = np.concatenate([nothing(len(numbers), 1), *(back.upload for _, back in returned)], axis=1)
+        mine = np.concatenate([nothing(len(numbers), 1), *(result.upload for result in results)], axis=1)
         ranked = _merged(
             transport, best(mine, self.candidates, self.options.distinct), self.candidates, self.options.distinct
         )
         texts = self._texts(transport, ranked)
-        self._text_bytes[plan.round] = sum(len(text.encode()) for text in texts.values())
         return ranked, texts
 
     def _texts(self, transport: Transport, ranked: Int64) -> dict[tuple[int, int], str]:
@@ -354,33 +357,58 @@ class Rag(Approach):
         state.texts |= texts
         return 0.0
 
-    def exchanged_bytes(self, plan: Plan, down: Any = None) -> tuple[int, int]:
-        """Questions (vectors, terms with their counts) down; lists, counts, the texts that won and, in a client's first
-        round with a router, its centroids up. Nothing is known of the texts before a round."""
-        if self.config.mode != "federated":
+    def _count_bytes(self, plan: Plan) -> tuple[int, int]:
+        """Bytes of the distinct terms of a round's questions, and of a count for each; none where vectors decide."""
+        if self.options.index == "dense":
             return 0, 0
-        options, numbers, size = self.options, self._batch(plan.round), len(plan.cohort)
+        asked = {term for number in self._batch(plan.round) for term in terms(self._query(number))}
+        return sum(len(term.encode()) + 1 for term in asked), _COUNT_BYTES * (len(asked) + 2)
 
-        def pairs(clients: Sequence[int]) -> int:
-            if down is None:
-                return round(len(numbers) * len(clients) * min(options.route or size, size) / size)
-            return sum(len(down.rows(c)) for c in clients)
+    def _answer_bytes(self, plan: Plan, questions: Int64) -> Int64:
+        """What clients send that were asked so many questions each: their lists, and the counts of the terms."""
+        if self.config.mode != "federated":
+            return np.zeros_like(questions)
+        entries = min(self.options.per_client or self.candidates, self.candidates)
+        return questions * entries * _ENTRY_BYTES + self._count_bytes(plan)[1]
 
-        entries = min(options.per_client or self.candidates, self.candidates)
-        sent_down, sent_up = 0, pairs(plan.training) * entries * _ENTRY_BYTES + self._text_bytes.get(plan.round, 0)
+    def _estimated_questions(self, plan: Plan, clients: int) -> int:
+        """How many questions so many clients of the cohort are asked, all together, by what is known before."""
+        asked = min(self.options.route or len(plan.cohort), len(plan.cohort))
+        return round(len(self._batch(plan.round)) * clients * asked / len(plan.cohort))
+
+    def bytes_down(self, plan: Plan, download: Asked | None = None) -> int:
+        """Questions: their vectors, and the terms with their counts, which go to every client."""
+        if self.config.mode != "federated":
+            return 0
+        size = len(plan.cohort)
+        total = sum(self._count_bytes(plan)) * size
         if self._encoder is not None:
-            vector = self._encoder.width * _UNIT_BYTES
-            sent_down += pairs(plan.cohort) * vector
-            if options.route is not None:
-                new = sum(round_ == plan.round for round_ in self._registered.values())
-                sent_up += new * options.centroids * vector
-        if options.index != "dense":
-            # The terms of the round go to every client, and their sums when the counts of all have come back.
-            asked = {term for i in numbers for term in terms(self._query(i))}
-            counts = _COUNT_BYTES * (len(asked) + 2)
-            sent_down += (sum(len(term.encode()) + 1 for term in asked) + counts) * size
-            sent_up += counts * len(plan.training)
-        return sent_down, sent_up
+            questions = (
+                self._estimated_questions(plan, size)
+                if download is None
+                else sum(len(download.rows(c)) for c in plan.cohort)
+            )
+            total += questions * self._encoder.width * _UNIT_BYTES
+        return total
+
+    def bytes_up(self, plan: Plan) -> int:
+        """Lists, counts and centroids; nothing is known of the texts before a round."""
+        clients = len(plan.training)
+        if self.config.mode != "federated" or not clients:
+            return self._centroid_bytes(plan)
+        questions = np.array([self._estimated_questions(plan, clients), *([0] * (clients - 1))])
+        return int(self._answer_bytes(plan, questions).sum()) + self._centroid_bytes(plan)
+
+    def bytes_fetched(self, plan: Plan, combined: _Ranked) -> int:
+        """The texts that won and, in a client's first round with a router, its centroids."""
+        texts = sum(len(text.encode()) for text in combined[1].values()) if self.config.mode == "federated" else 0
+        return texts + self._centroid_bytes(plan)
+
+    def _centroid_bytes(self, plan: Plan) -> int:
+        if self.config.mode != "federated" or self.options.route is None or self._encoder is None:
+            return 0
+        new = sum(round_ == plan.round for round_ in self._registered.values())
+        return new * self.options.centroids * self._encoder.width * _UNIT_BYTES
 
     # ---- results
 
@@ -432,7 +460,7 @@ class Rag(Approach):
         ranks = first_hits(state.ranked[:, : self.options.k], self._gold)[done]
         return Outcome(self._rankings(self.config.evaluation.metrics, ranks), [], None, 0.0)
 
-    def finish(self, transport: Transport, state: State | None) -> Final | None:
+    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
         """Answer every question with the passages of each arm, and with none."""
         found: dict[str, tuple[Int64, dict[tuple[int, int], str]]] = {}
         if isinstance(state, Answers):
@@ -470,7 +498,7 @@ class Rag(Approach):
         arms = {arm: self._summary(arm, contexts[arm], ranks.get(arm), outcomes[arm]) for arm in ARMS}
         missed = int((state.rounds == 0).sum())
         chosen = self.config.evaluation.metrics_of_test
-        return Final(
+        return FinalResults(
             test={**federated.metrics, **self._rankings(chosen, ranks["federated"])},
             base=none.metrics,
             samples=federated.samples,

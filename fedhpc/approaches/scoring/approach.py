@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from fedhpc import registry
-from fedhpc.approaches.base import Approach, Returned
+from fedhpc.approaches.base import Approach, BlockResult, CombinedT, DownloadT, StateT, UploadT
+from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, Prefixes, Spent, log_likelihoods
 from fedhpc.approaches.scoring.objective import row_losses
 from fedhpc.approaches.scoring.prompts import Candidate, Writer
@@ -21,10 +22,9 @@ from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate, subset
 from fedhpc.methods.base import Method
 from fedhpc.models import autocast
-from fedhpc.participation import Plan
+from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.rng import generator
-from fedhpc.task import Task
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
 
@@ -58,13 +58,13 @@ class Scores:
     rows: Int64  # (K, n)
 
 
-class Scoring(Approach):
+class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
     """Clients score; nothing is trained."""
 
     reasons: ClassVar[tuple[str, ...]] = ("", "its scores are not finite")
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
         name, options = self.config.method.name, self.config.method
         if self.base.kind.name != "causal_lm":
             raise UserError(
@@ -142,14 +142,27 @@ class Scoring(Approach):
             means = summed(scores) / np.maximum(counts, 1)
         return Scores(means, summed(row_losses("loss", found, right)), summed(lengths).astype(np.int64), counts)
 
-    def report(self, upload: Any, finite: Any, sent: Float64, scores: Sequence[Scores], spent: Spent) -> Returned:
-        """What a block sends back: `sent` (K, m) are its numbers, `scores` those it has made one after the other."""
+    def report(
+        self,
+        clients: Sequence[int],
+        upload: Any,
+        finite: Any,
+        sent: Float64,
+        scores: Sequence[Scores],
+        spent: Spent,
+        bytes_up: Int64,
+    ) -> BlockResult[Any]:
+        """What a block sends back: `sent` (K, m) are its numbers, `scores` those it has made one after the other.
+
+        bytes_up (K,): of what each client sends, where it sends anything at all (mode federated).
+        """
         tokens = sum(one.tokens.sum(axis=1) for one in scores)
 
         def per_token(losses: Float64, of: Int64) -> Float64:
             return np.asarray(losses / np.maximum(of, 1))
 
-        return Returned(
+        return BlockResult(
+            clients=tuple(clients),
             upload=upload,
             reason=np.where(finite, 0, 1),
             tokens=np.asarray(tokens),
@@ -158,7 +171,7 @@ class Scoring(Approach):
             loss_first=per_token(scores[0].losses[:, 0], scores[0].tokens[:, 0]),
             loss_last=per_token(scores[-1].losses[:, -1], scores[-1].tokens[:, -1]),
             norms=np.linalg.norm(sent, axis=1),
-            input_tokens=spent.tokens,
+            bytes_up=bytes_up if self.config.mode == "federated" else np.zeros(len(finite), np.int64),
             padded_tokens=spent.padded,
         )
 

@@ -59,6 +59,11 @@ class Transport(ABC):
         #: The ranks that share an evaluation.
         self.evaluators: tuple[int, ...] = tuple(range(world_size))
 
+    @property
+    def is_server(self) -> bool:
+        """Whether this is rank 0, the server's."""
+        return self.rank == 0
+
     def place(self, placement: Placement) -> None:
         """Learn the GPUs of all ranks, this one's being torch's current device. Collective, once."""
         self.evaluators = placement.evaluators(self.world_size)

@@ -1,4 +1,4 @@
-"""What every rank knows before the first round, whatever is exchanged: model, data, population; loaded and checked."""
+"""What every rank knows before the first round, whatever is exchanged: base model, data, population, devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedhpc.data.templates import parse
 from fedhpc.errors import UserError
 from fedhpc.kinds.base import Kind
 from fedhpc.models import Base, check_length, load_base, load_kind, load_tokenizer
-from fedhpc.participation import cohort_size, num_rounds
+from fedhpc.participation.sampling import cohort_size, num_rounds
 from fedhpc.ranks.devices import device_of
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
@@ -21,7 +21,7 @@ from fedhpc.training.schedule import num_steps
 
 
 @dataclass(frozen=True)
-class Task:
+class Inputs:
     """What every rank knows before the first round."""
 
     config: Config
@@ -33,40 +33,37 @@ class Task:
     placement: Placement  # where the ranks work
 
 
-def load_task(
+def load_inputs(
     config: Config,
     launch: Launch,
     world_size: int,
     write_cache: bool,
     read: Callable[[Config, Any, Kind, bool], Data],
-) -> Task:
-    """Load and check model and data, which `read` reads; no run directory is needed.
-
-    UserError for all that a person can mend.
-    """
+) -> Inputs:
+    """Load and check the model and the data, which `read` reads. UserError for all that a person can mend."""
     kind = load_kind(config.model)
     kind.check(config)
-    loaded = read(config, load_tokenizer(config.model), kind, write_cache)
-    base = load_base(config.model, device_of(launch), loaded.train.label_names, config.run.seed)
+    data = read(config, load_tokenizer(config.model), kind, write_cache)
+    base = load_base(config.model, device_of(launch), data.train.label_names, config.run.seed)
     check_length(base, config.data.max_length, int(getattr(config.method, "num_virtual_tokens", 0)))
-    size = cohort_size(config, loaded.population)
+    size = cohort_size(config, data.population)
     if config.federation.min_cohort > size:
         raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")
-    if config.mode == "centralized" and num_steps(loaded.population.num_examples(0), config.client) == 0:
+    if config.mode == "centralized" and num_steps(data.population.num_examples(0), config.client) == 0:
         raise UserError("data.train: there is no training example left")
     ranks = range(world_size)
-    return Task(
+    return Inputs(
         config=config,
         base=base,
-        data=loaded,
-        rounds=num_rounds(config, loaded.population),
+        data=data,
+        rounds=num_rounds(config, data.population),
         workers=tuple(ranks[1:]) or (0,),
-        label_targets=_label_targets(config, kind, loaded),
+        label_targets=_label_targets(config, kind, data),
         placement=launch.placement,
     )
 
 
-def _label_targets(config: Config, kind: Kind, loaded: Data) -> list[str] | None:
+def _label_targets(config: Config, kind: Kind, data: Data) -> list[str] | None:
     """The rendered target of every label, between which accuracy decides; a head has the labels themselves."""
     evaluation = config.evaluation
     metrics = {*evaluation.metrics, *evaluation.metrics_of_test}
@@ -74,11 +71,11 @@ def _label_targets(config: Config, kind: Kind, loaded: Data) -> list[str] | None
     if not of_labels:
         return None
     if not kind.has_target:
-        return loaded.train.label_names
+        return data.train.label_names
     target = parse(config.data.target, "data.target")
     if list(target.columns) != [config.data.label]:
         raise UserError(
             f"evaluation.metrics: {of_labels[0]} is of choices between labels, so data.target must be made of the "
             f"label alone, like ' {{{config.data.label}}}'"
         )
-    return [target.render({str(config.data.label): name}) for name in loaded.train.label_names]
+    return [target.render({str(config.data.label): name}) for name in data.train.label_names]

@@ -18,12 +18,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fedhpc.approaches.base import Approach
-from fedhpc.participation import place
+from fedhpc.config import Config
+from fedhpc.participation.blocks import assign
+from fedhpc.participation.plan import Plan
+
+
+class Forecastable(Protocol):
+    """As much of an approach as a forecast asks for."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def rounds(self) -> int: ...
+    def plan(self, round_: int) -> Plan: ...
+    def bytes_down(self, plan: Plan) -> int: ...
+    def bytes_up(self, plan: Plan) -> int: ...
+
 
 _ROUNDS = 50  # plans that are looked at: enough for a mean
 
@@ -51,12 +67,12 @@ class _Load(NamedTuple):
     busy: float
 
 
-def _load(approach: Approach, ranks: int, rounds: int) -> _Load:
+def _load(approach: Forecastable, ranks: int, rounds: int) -> _Load:
     tokens, clients, busy = [], [], []
     workers = range(1, ranks) if ranks > 1 else range(1)
     for round_ in range(1, rounds + 1):
         blocks = approach.plan(round_).blocks
-        placed = place([b.clients for b in blocks], [b.cost for b in blocks], workers)
+        placed = assign([b.clients for b in blocks], [b.cost for b in blocks], workers)
         cost: dict[int, float] = {}
         held: dict[int, int] = {}
         for block in placed:
@@ -69,12 +85,12 @@ def _load(approach: Approach, ranks: int, rounds: int) -> _Load:
 
 
 def forecast(
-    approach: Approach, counts: Sequence[int], pilot: Mapping[str, np.ndarray] | None, pilot_ranks: int
+    approach: Forecastable, counts: Sequence[int], pilot: Mapping[str, np.ndarray] | None, pilot_ranks: int
 ) -> list[Forecast]:
     """One forecast per number of ranks. pilot: the columns of /rounds of a run on `pilot_ranks`; None: no seconds."""
     config, plan = approach.config, approach.plan(1)
     rounds = min(approach.rounds, _ROUNDS)
-    each = approach.exchanged_bytes(plan)[1] / max(len(plan.training), 1)  # of one client's update
+    each = approach.bytes_up(plan) / max(len(plan.training), 1)  # of one client's update
     known = None
     if pilot is not None and len(pilot["round"]) > 1:
         known = {name: np.asarray(column[1:]) for name, column in pilot.items()}  # without the initial state
@@ -101,10 +117,10 @@ def forecast(
 
 
 def lines(
-    approach: Approach, counts: Sequence[int], pilot: Mapping[str, np.ndarray] | None, pilot_ranks: int
+    approach: Forecastable, counts: Sequence[int], pilot: Mapping[str, np.ndarray] | None, pilot_ranks: int
 ) -> list[str]:
     """`forecast` as a table for --check."""
-    down, up = approach.exchanged_bytes(approach.plan(1))
+    down, up = approach.bytes_down(approach.plan(1)), approach.bytes_up(approach.plan(1))
     blocks = len(approach.plan(1).blocks)
     said = [
         f"forecast: {down / 2**20:.2f} MiB down and {up / 2**20:.2f} MiB up a round on any number of ranks; "

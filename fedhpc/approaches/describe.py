@@ -1,0 +1,94 @@
+"""What a run says of itself before it begins: the first line of the log, and the plan that --check prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedhpc import data, registry
+from fedhpc.approaches.base import Approach
+from fedhpc.participation.sampling import cohort_size
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import RunDescription, Scalar
+
+Run = Approach[Any, Any, Any, Any]
+
+
+def headline(approach: Run, transport: Transport) -> str:
+    """What is about to run, in one line."""
+    config, population = approach.config, approach.data.population
+    joined = approach.most_together > approach.block_size
+    more = f" (up to {approach.most_together} on one GPU)" if joined else ""
+    return (
+        f"{config.run.name}: {config.mode} {config.method.name} of {approach.base.name} "
+        f"({approach.summary()}), {population.num_clients:,} clients, "
+        f"{cohort_size(config, population)} a round in blocks of {approach.block_size}{more}, "
+        f"{transport.world_size} ranks over {transport.name} on {approach.placement.describe()}"
+    )
+
+
+def describe(approach: Run, transport: Transport) -> list[str]:
+    """The plan that --check prints: clients, blocks, steps, what is exchanged, bytes per round, memory."""
+    splits, plan = approach.data, approach.plan(1)
+    per_worker = {w: sum(b.cost for b in plan.blocks if b.worker == w) for w in approach.workers}
+    largest = max((len(b.clients) for b in plan.blocks), default=0)
+    exchanged, *rest = approach.details(plan)
+    return [
+        headline(approach, transport),
+        *splits.messages,
+        *data.describe(splits.population, splits.train),
+        f"examples: {len(splits.train):,} training, {len(splits.validation):,} validation, {len(splits.test):,} test",
+        f"rounds: {approach.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most "
+        f"{largest}, {approach.work(plan)} each",
+        "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
+        exchanged,
+        f"bytes per round: {approach.bytes_down(plan):,} down, {approach.bytes_up(plan):,} up (protocol)",
+        *rest,
+    ]
+
+
+def run_description(approach: Run, transport: Transport) -> RunDescription:
+    """What the observers of a run know before its first round."""
+    config, device = approach.config, approach.base.device
+    identity: dict[str, Scalar] = {
+        "block_size": approach.block_size,
+        "fingerprint_data": approach.data.fingerprint,
+        "fingerprint_model": approach.fingerprint,
+    }
+    return RunDescription(
+        directory=config.run_dir,
+        rounds=approach.rounds,
+        metrics=[registry.short_name(name) for name in config.evaluation.metrics],
+        attributes={
+            "config": config.to_yaml(),
+            "method": config.method.name,
+            "mode": config.mode,
+            "model": config.model.name,
+            "seed": config.run.seed,
+            "world_size": transport.world_size,
+            "transport": transport.name,
+            # A server on the CPU sees the workers' GPUs, or at least knows of them.
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else approach.placement.trains_on,
+            **approach.attributes(),
+            **identity,
+        },
+        identity=identity,
+        partition=_partition(approach),
+    )
+
+
+def _partition(approach: Run) -> dict[str, Any]:
+    population, train = approach.data.population, approach.data.train
+    if population.assignment is None:
+        return {}
+    indices, offsets = population.assignment
+    labelled = train.labels is not None
+    return {
+        "num_examples": np.diff(offsets),
+        "label_counts": population.label_counts(train) if labelled else None,
+        "label_names": train.label_names if labelled else None,
+        "indices": indices,
+        "offsets": offsets,
+    }

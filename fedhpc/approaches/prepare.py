@@ -1,0 +1,58 @@
+"""Before the first round: where the ranks work, and the approach with its inputs, agreed by all ranks.
+
+Rank 0 loads and checks first, so that a mistake is said once and the other ranks find the cache filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from fedhpc import registry
+from fedhpc.approaches.base import Approach
+from fedhpc.approaches.inputs import load_inputs
+from fedhpc.config import Config
+from fedhpc.ranks.devices import device_of
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.placement import Placement, place
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.ranks.verdict import on_server
+
+
+def place_ranks(config: Config, transport: Transport, launch: Launch, gpus: Sequence[str]) -> Launch:
+    """`launch` with the GPUs of all ranks, agreed by all. gpus: unique ids of those that this rank may use."""
+    visible = transport.gather_json(list(gpus))
+    quantized = config.model.quantize != "none"
+    trains = getattr(registry.load("methods", config.method.name), "SERVER_TRAINS", False)
+    chosen = on_server(transport, lambda: asdict(place(visible or [], config.runtime.server, quantized, trains)))
+    placement = Placement(tuple(chosen["gpus"]), chosen["seen"])
+    # Under an MPI launcher that fedhpc.ranks.launch does not know, the transport alone knows the rank.
+    launch = replace(launch, rank=transport.rank, placement=placement)
+    device = device_of(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    transport.place(placement)
+    return launch
+
+
+def prepare(config: Config, transport: Transport, launch: Launch, write_cache: bool) -> Approach[Any, Any, Any, Any]:
+    """The approach that the configuration names, with its inputs loaded and checked; no run directory is needed.
+
+    RefusedError on every rank where rank 0 found what a person can mend.
+    """
+    approach_class: type[Approach[Any, Any, Any, Any]] = registry.approach(registry.load("methods", config.method.name))
+
+    def make() -> Approach[Any, Any, Any, Any]:
+        return approach_class(load_inputs(config, launch, transport.world_size, write_cache, approach_class.read))
+
+    approach: Approach[Any, Any, Any, Any] | None = None
+
+    def first() -> None:
+        nonlocal approach
+        approach = make()
+
+    on_server(transport, first)
+    return approach or make()

@@ -1,0 +1,194 @@
+"""What all ranks report of a round, summed on rank 0 and made into one RoundRecord.
+
+Every client of the cohort has a row and every rank has one; each is filled by one rank, so the sum is exact in any
+order, and what is not finite stays in its row.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedhpc.approaches.base import Approach, BlockResult
+from fedhpc.participation.plan import Plan
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.results.record import DROPPED, OK, REJECTED, Event, RoundRecord
+
+Run = Approach[Any, Any, Any, Any]
+
+
+class Clock:
+    """Wall seconds of the phases of a round, one after the other."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._marks: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """The phase ends with the block."""
+        yield
+        self._marks[phase] = time.perf_counter()
+
+    def seconds(self, phase: str) -> float:
+        """From the end of the phase before, or the beginning, to the end of this one."""
+        earlier = [mark for mark in self._marks.values() if mark < self._marks[phase]]
+        return self._marks[phase] - max(earlier, default=self._began)
+
+    @property
+    def total(self) -> float:
+        """Seconds from the beginning to the end of the last phase."""
+        return max(self._marks.values()) - self._began
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a rank reports of a round, as numbers that are sent as float64."""
+
+    padded_tokens: float
+    seconds_local: float
+    peak_memory_bytes: float
+    wire_bytes: float
+    clients_that_fit: float  # 0: as many as before
+
+
+@dataclass(frozen=True)
+class Reports:
+    """The reports of a round on rank 0: a column per field, a row per client of the cohort and per rank."""
+
+    clients: dict[str, np.ndarray]  # float64 (C,) each; `reported` is 0 where a client sent nothing
+    ranks: dict[str, np.ndarray]  # float64 (world size,) each
+
+    def status(self, plan: Plan) -> np.ndarray:
+        """int8 (C,): OK, DROPPED or REJECTED."""
+        accepted = (self.clients["reported"] > 0) & (self.clients["reason"] == 0)
+        status = np.where(accepted, OK, REJECTED).astype(np.int8)
+        status[[plan.index[client] for client in plan.dropped]] = DROPPED
+        return status
+
+
+def collect(
+    transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]], approach: Run, fitted: int | None,
+    seconds_local: float, wire_bytes_before: int,
+) -> Reports | None:  # fmt: skip
+    """The reports of all ranks on rank 0, None elsewhere. Collective: one sum of float64.
+
+    fitted: `approach.clients_that_fit` before the round. wire_bytes_before: the transport's count at its beginning.
+    """
+    clients = np.zeros((len(plan.cohort), 1 + len(BlockResult.COLUMNS)))
+    for result in results:
+        rows = [plan.index[client] for client in result.clients]
+        clients[rows] = np.column_stack([np.ones(len(rows)), *(getattr(result, n) for n in BlockResult.COLUMNS)])
+    ranks = np.zeros((transport.world_size, len(fields(RankReport))))
+    wire_bytes = transport.wire_bytes - wire_bytes_before + clients.nbytes + ranks.nbytes
+    own = RankReport(
+        padded_tokens=sum(result.padded_tokens for result in results),
+        seconds_local=seconds_local,
+        peak_memory_bytes=peak_memory(approach.base.device),
+        wire_bytes=wire_bytes if transport.world_size > 1 else 0,
+        clients_that_fit=approach.clients_that_fit or 0 if approach.clients_that_fit != fitted else 0,
+    )
+    ranks[transport.rank] = [getattr(own, field.name) for field in fields(own)]
+    both = torch.from_numpy(np.concatenate([clients.ravel(), ranks.ravel()]))
+    transport.reduce_sum(both)
+    if not transport.is_server:
+        return None
+    clients = both[: clients.size].reshape(clients.shape).numpy()
+    ranks = both[clients.size :].reshape(ranks.shape).numpy()
+    return Reports(
+        clients={name: clients[:, i] for i, name in enumerate(("reported", *BlockResult.COLUMNS))},
+        ranks={field.name: ranks[:, i] for i, field in enumerate(fields(RankReport))},
+    )
+
+
+def make_record(
+    approach: Run, plan: Plan, reports: Reports, clock: Clock, update_norm: float, bytes_down: int, bytes_up: int,
+    evaluators: Sequence[int],
+) -> RoundRecord:  # fmt: skip
+    """The record of a round, before its evaluation. bytes_up: beyond what the clients report."""
+    column, ranks, status = reports.clients, reports.ranks, reports.status(plan)
+    ok = status == OK
+    tokens = column["tokens"][ok].sum()
+    # A worker may have begun a moment before rank 0 had sent all.
+    waited = clock.seconds("local") + clock.seconds("reduce")
+    local = min(float(ranks["seconds_local"].max()), waited)
+    return RoundRecord(
+        round=plan.round,
+        train_loss=column["loss_sum"][ok].sum() / tokens if tokens else float("nan"),
+        cohort_size=len(plan.cohort),
+        completed=int(ok.sum()),
+        dropped=len(plan.dropped),
+        rejected=int((status == REJECTED).sum()),
+        tokens=int(column["tokens"].sum()),
+        padded_tokens=int(ranks["padded_tokens"].sum()),
+        bytes_down=bytes_down,
+        bytes_up=int(column["bytes_up"].sum()) + bytes_up,
+        wire_bytes=int(ranks["wire_bytes"].sum()),
+        update_norm=update_norm,
+        seconds=clock.total,
+        seconds_broadcast=clock.seconds("broadcast"),
+        seconds_local=local,
+        seconds_reduce=waited - local,
+        seconds_server=clock.seconds("server"),
+        # Memory of a GPU and of a server on the CPU cannot be compared.
+        peak_memory_bytes=int(ranks["peak_memory_bytes"][list(evaluators)].max()),
+        clients=_client_columns(approach, plan, column, status),
+        events=[*_rejections(approach, plan, column, status), *_memory_events(ranks)],
+    )
+
+
+def _client_columns(approach: Run, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> dict[str, Any]:
+    """The rows of /clients."""
+    trained_in = {c: (block.worker, i) for i, block in enumerate(plan.blocks) for c in block.clients}
+
+    def reported(name: str) -> np.ndarray:
+        return np.where(column["reported"] > 0, column[name], np.nan)
+
+    return {
+        "round": np.full(len(plan.cohort), plan.round),
+        "client_id": np.array(plan.cohort),
+        "num_examples": np.array([approach.data.population.num_examples(c) for c in plan.cohort]),
+        "tokens": column["tokens"],
+        "steps": column["steps"],
+        "loss_first": reported("loss_first"),
+        "loss_last": reported("loss_last"),
+        "update_norm": reported("norms"),
+        "status": status,
+        "worker": np.array([trained_in.get(c, (-1, -1))[0] for c in plan.cohort]),
+        "block": np.array([trained_in.get(c, (-1, -1))[1] for c in plan.cohort]),
+    }
+
+
+def _rejections(approach: Run, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> list[Event]:
+    reasons = [approach.reasons[int(reason)] for reason in column["reason"]]
+    return [
+        Event("rejected", f"client {c}: {'it has no training examples' if c in plan.empty else reasons[i]}")
+        for i, c in enumerate(plan.cohort)
+        if status[i] == REJECTED
+    ]
+
+
+def _memory_events(ranks: dict[str, np.ndarray]) -> list[Event]:
+    return [
+        Event(
+            "memory", f"rank {rank}: its memory is enough for {fit:.0f} clients at a time; larger blocks train in parts"
+        )
+        for rank, fit in enumerate(ranks["clients_that_fit"])
+        if fit
+    ]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this process so far, in bytes: allocated on its GPU, else resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

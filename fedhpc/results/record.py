@@ -1,0 +1,103 @@
+"""What one round did, and what a run ends with: made once on rank 0, read by every observer of the run.
+
+An observer is told of each round in a stated order (fedhpc.federation): the results file first, then the screen, then
+trackers. So what is on the screen is on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+OK, DROPPED, REJECTED = 0, 1, 2  # the status of a sampled client
+
+Scalar = str | int | float | bool
+
+
+class Event(NamedTuple):
+    """Something that a reader of the results should know: a rejected client, a void round, a resume."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What is known of a run before its first round."""
+
+    directory: Path
+    rounds: int
+    metrics: Sequence[str]  # of the validation split, in the order of the configuration
+    attributes: Mapping[str, Scalar]  # root attributes of results.h5
+    identity: Mapping[str, Any]  # what a resumed run must share: block_size and fingerprints
+    partition: Mapping[str, Any]  # the groups of /partition, empty for a virtual population
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one round did. The fields are the columns of /rounds; row 0 is the evaluated initial state."""
+
+    round: int
+    train_loss: float = float("nan")  # mean loss of the supervised tokens of local training, nats
+    cohort_size: int = 0
+    completed: int = 0
+    dropped: int = 0
+    rejected: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    wire_bytes: int = 0
+    update_norm: float = 0.0
+    seconds: float = 0.0
+    seconds_broadcast: float = 0.0
+    seconds_local: float = 0.0
+    seconds_reduce: float = 0.0
+    seconds_server: float = 0.0
+    seconds_eval: float = 0.0
+    peak_memory_bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the validation split; empty: not evaluated
+    clients: Mapping[str, np.ndarray] = field(default_factory=dict)  # columns of /clients, a row per sampled client
+    events: Sequence[Event] = ()
+
+    def row(self) -> dict[str, float | int]:
+        """The row of /rounds; eval_<metric> only where the round was evaluated."""
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_ROW}
+        return {**numbers, **{f"eval_{name}": value for name, value in self.metrics.items()}}
+
+
+_NOT_IN_ROW = {"metrics", "clients", "events"}
+
+
+@dataclass(frozen=True)
+class FinalResults:
+    """What rank 0 knows at the end of a run."""
+
+    test: Mapping[str, float]
+    base: Mapping[str, float]  # the same metrics of the untouched base
+    tensors: Mapping[str, np.ndarray]  # /final
+    samples: Sequence[Mapping[str, Any]] = ()
+    client_eval: Mapping[str, np.ndarray] | None = None
+    client_summary: Mapping[str, float] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)  # /tables/<name>/<column>
+    lines: Sequence[str] = ()  # to print
+
+
+class Observer(Protocol):
+    """Follows a run on rank 0."""
+
+    def message(self, text: str) -> None:
+        """Take one line for whoever watches."""
+
+    def round(self, record: RoundRecord) -> None:
+        """Take the record of a round, the initial state (round 0) included."""
+
+    def finish(self, results: FinalResults) -> None:
+        """Take the results of the whole run, which is complete by now."""
+
+    def close(self) -> None:
+        """Let go of what is open; also after a failure. May be called twice."""

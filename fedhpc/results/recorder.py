@@ -1,0 +1,120 @@
+"""The recorder writes a run to its directory: checkpoint and results.h5, in the order that loses nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedhpc.results import run_directory
+from fedhpc.results.record import FinalResults, RoundRecord, RunDescription
+from fedhpc.results.results_file import Results
+
+
+class Saved(Protocol):
+    """The server's state, as far as a checkpoint is concerned."""
+
+    def tensors(self) -> dict[str, np.ndarray]: ...
+
+
+class Recorder:
+    """Writes what the rounds of a run did, and the server's state, on rank 0 alone.
+
+    Checkpoint first, then results.h5: the rows that the file lacks are in the checkpoint, so a writer that is killed
+    at any moment loses no round that was recorded.
+    """
+
+    def __init__(
+        self,
+        run: RunDescription,
+        results: Results,
+        server_state: Saved,
+        every: int,
+        writing: AbstractContextManager[object],
+        saved: Callable[[int], None],
+    ) -> None:
+        """every: rounds between checkpoints. `writing` is held while files are written. `saved` is told of each round
+        that is on disk, while `writing` is held."""
+        self.run, self.results = run, results
+        self._server_state, self._every, self._writing, self._saved = server_state, every, writing, saved
+        self._began = time.perf_counter()
+        self._seconds_before = float(results.attributes.get("wall_seconds", 0.0))
+        self._written_at, self._write_s = -float("inf"), 0.0
+
+    def message(self, text: str) -> None:
+        """Lines for whoever watches are not recorded; events are, with their round."""
+
+    def round(self, record: RoundRecord) -> None:
+        """Add a round; save it where a checkpoint is due."""
+        self.results.add_round(record.row())
+        if record.clients:
+            self.results.add_clients(record.clients)
+        for event in record.events:
+            self.results.add_event(record.round, event.kind, event.message)
+        if record.round % self._every == 0 or record.round in (0, self.run.rounds):
+            with self._writing:
+                self._save(record.round)
+                self._saved(record.round)
+
+    def finish(self, results: FinalResults) -> None:
+        """Write the test, the final payload and the rest; the run is then complete."""
+        file = self.results
+        file.set_test(results.test)
+        file.set_base(results.base)
+        file.set_samples(results.samples)
+        if results.client_eval is not None:
+            file.set_client_eval(results.client_eval, results.client_summary)
+        file.set_final(results.tensors)
+        file.set_tables(results.tables)
+        with self._writing:
+            self._save(self.run.rounds, complete=True)
+            run_directory.write_status(self.run.directory, "complete", self.run.rounds)
+
+    def close(self) -> None:
+        """Nothing is open between two writes."""
+
+    def _save(self, round_: int, complete: bool = False) -> None:
+        directory = self.run.directory
+        meta_rows, arrays = self.results.pending()
+        meta = {"round": round_, **self.run.identity, "rows": meta_rows}
+        rows = {f"rows/{name}": array for name, array in arrays.items()}
+        run_directory.save_checkpoint(directory, {**self._server_state.tensors(), **rows}, meta)
+        now = time.perf_counter()
+        # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
+        if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:
+            self.results.attributes["wall_seconds"] = self._seconds_before + now - self._began
+            self.results.write(directory / "results.h5", complete)
+            self._written_at = time.perf_counter()
+            self._write_s = self._written_at - now
+        run_directory.write_status(directory, "running", round_)
+
+
+def new_results(run: RunDescription) -> Results:
+    """Empty results with the attributes and the partition of a run."""
+    results = Results(run.attributes, run.metrics)
+    if run.partition:
+        results.set_partition(**run.partition)
+    return results
+
+
+def restored(run: RunDescription, resumed_on: str) -> tuple[Results, int, Mapping[str, Any]]:
+    """The results of the run in the directory, its last round, and the tensors of its checkpoint.
+
+    New results, round 0 and no tensors where it has no checkpoint yet. resumed_on: for the event that says so.
+    """
+    loaded = run_directory.load_checkpoint(run.directory)
+    if loaded is None:
+        return new_results(run), 0, {}
+    tensors, meta = loaded
+    path = run.directory / "results.h5"
+    # A run killed before its first results.h5 has every row in the checkpoint.
+    results = Results.read(path) if path.exists() else new_results(run)
+    rows = {n.removeprefix("rows/"): t for n, t in tensors.items() if n.startswith("rows/")}
+    round_ = int(meta["round"])
+    results.restore((meta["rows"], rows), round_)
+    results.attributes |= run.attributes
+    results.add_event(round_, "resumed", f"on {resumed_on}")
+    return results, round_, tensors
