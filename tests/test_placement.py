@@ -114,7 +114,7 @@ def test_a_server_on_the_cpu_does_not_evaluate_for_workers_on_gpus() -> None:
 
 
 def test_ranks_agree_on_it_or_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "device_of", lambda launch: torch.device("cpu"))
+    monkeypatch.setattr("fedhpc.approaches.prepare.device_of", lambda launch: torch.device("cpu"))
     config = configuration.load(None, [])
     launch = place_ranks(config, LoopbackTransport(), Launch(), ["a0", "a1"])
     assert launch.placement == Placement(("a0",), 2)
