@@ -104,10 +104,11 @@ def _check_forks(forks: int | None, config: Config, launch: Launch) -> None:
 
 def _imports(model: Model | None = None) -> None:
     """The heavy modules of a run; with `model` also those of its architecture, for the ranks that are forked."""
-    from fedhpc import federation, models  # noqa: F401
+    from fedhpc import federation  # noqa: F401
+    from fedhpc.models.load import import_classes
 
     if model is not None:
-        models.import_classes(model)
+        import_classes(model)
 
 
 def _work(options: argparse.Namespace, rank: Rank) -> None:

@@ -38,7 +38,6 @@ ROOT = Path(__file__).parent
 FAMILIES = {
     "aggregators": ["server/aggregators/*.py"],
     "client_optimizers": ["training/optimizers/*.py"],
-    "kinds": ["kinds/*.py"],
     "methods": ["methods/*.py", "methods/*/__init__.py", "approaches/*/options.py"],
     "metrics": ["evaluation/metrics/*.py"],
     "objectives": ["objectives/*.py"],

@@ -23,7 +23,7 @@ from fedhpc import federation
 from fedhpc.approaches.prepare import prepare
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config
-from fedhpc.models import BUILTIN
+from fedhpc.models.load import BUILTIN
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 

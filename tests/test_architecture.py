@@ -104,9 +104,8 @@ LAYERS = [
     {"config", "builtin"},
     {"data", "results"},
     {"ranks"},
-    {"kinds"},
     {"models"},
-    {"updates"},
+    {"updates", "objectives"},
     {"methods"},
     {"server", "training", "report"},
     {"participation", "evaluation"},
@@ -150,7 +149,7 @@ def test_who_may_import_what(library: str, allowed: set[str]) -> None:
 def test_methods_and_rules_know_nothing_of_a_run() -> None:
     edges = graph(only_at_run_time=False, group=top)
     leaves = ("server.aggregators", "updates.transforms", "training.optimizers", "server.optimizers", "methods")
-    allowed = {"errors", "lazy", "registry", "rng", "updates", "models", "kinds", "kernels", "", "methods"}
+    allowed = {"errors", "lazy", "registry", "rng", "updates", "models", "kernels", "", "methods"}
     for module in modules():
         if module.removeprefix("fedhpc.").startswith(leaves):
             inside = {
@@ -160,7 +159,7 @@ def test_methods_and_rules_know_nothing_of_a_run() -> None:
             }
             assert {top(name) for name in inside} <= allowed, module
     assert not edges["training"] & {"participation", "server"}
-    assert not edges["data"] & {"kinds", "models", "methods", "training", "ranks", "results"}
+    assert not edges["data"] & {"objectives", "models", "methods", "training", "ranks", "results"}
     assert {part for part in edges if "federation" in edges[part]} <= {"main", "bench"}
 
 

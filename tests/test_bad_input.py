@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fedhpc.main import main
-from fedhpc.models import BUILTIN
+from fedhpc.models.load import BUILTIN
 from fedhpc.results.run_directory import CHECKPOINT
 from tests.ranks import Launcher, Result, run_ranks
 

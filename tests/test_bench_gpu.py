@@ -146,10 +146,10 @@ def test_auto_is_compared_with_the_best_that_a_cohort_has_room_for(monkeypatch: 
 def test_a_run_without_memory_for_its_block_is_told(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
     limits: list[Any] = []
 
-    def train(base: Any, method: Any, start: Any, works: Any, *about: Any) -> Any:
+    def train(base: Any, method: Any, objective: Any, start: Any, works: Any, *about: Any) -> Any:
         if limits and len(works) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
-        return train_block(base, method, start, works, *about)
+        return train_block(base, method, objective, start, works, *about)
 
     monkeypatch.setattr(local, "train_block", train)
     monkeypatch.setattr(gpu_runs, "limit_memory", lambda device, size: limits.append(size))

@@ -117,7 +117,7 @@ def test_a_client_trains_as_peft_and_torch_optim_do(family: str, client: dict[st
     method = make(base)
     start = start_of(method, torch.float64)
     work = works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     wanted = peft_reference(base, method, data, work, config, start)
     assert relative(found, wanted, start[0]) < 1e-9
 
@@ -128,7 +128,7 @@ def test_every_family_trains_as_in_peft_in_float32(family: str) -> None:
     method = make(base)
     start = start_of(method, torch.float32)
     work = works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     wanted = peft_reference(base, method, data, work, config, start)
     assert relative(found, wanted, start[0]) < 1e-4
 
@@ -138,7 +138,7 @@ def test_an_exchanged_mlp_trains_as_pefts_projection() -> None:
     method = make(base, exchange="mlp", hidden_size=24, init="random")
     start = start_of(method, torch.float64)
     work = works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     assert relative(found, peft_reference(base, method, data, work, config, start), start[0]) < 1e-9
 
 
@@ -151,9 +151,9 @@ def test_a_block_equals_its_clients_alone(family: str, count: int, exchange: str
     method = make(base, exchange=exchange, hidden_size=24)
     start = start_of(method, torch.float64)
     group = works(count)
-    together = train_block(base, method, start, group, data, config, 1, 1)
+    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, start, [work], data, config, 1, 1)
+        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1)
         error = torch.linalg.vector_norm(together.updates[i] - alone.updates[0])
         assert float(error / torch.linalg.vector_norm(alone.updates[0])) < 1e-9
         for name in ("steps", "tokens", "num_examples"):
@@ -176,9 +176,11 @@ def test_clients_with_starts_of_their_own_keep_their_optimizer_state() -> None:
             Memory({k: torch.full((size,), 0.01, dtype=torch.float64) for k in ("mean", "square")}, i) for i in range(n)
         ]
 
-    together = train_block(base, method, starts, group, data, config, 1, 1, memories(3))
+    together = train_block(base, method, tiny.objective(base), starts, group, data, config, 1, 1, memories(3))
     for i, work in enumerate(group):
-        alone = train_block(base, method, starts[i : i + 1], [work], data, config, 1, 1, [memories(3)[i]])
+        alone = train_block(
+            base, method, tiny.objective(base), starts[i : i + 1], [work], data, config, 1, 1, [memories(3)[i]]
+        )
         torch.testing.assert_close(together.updates[i], alone.updates[0], rtol=1e-8, atol=1e-10)
         assert together.memories[i].count == alone.memories[0].count
         torch.testing.assert_close(together.memories[i].buffers["mean"], alone.memories[0].buffers["mean"])
@@ -188,7 +190,9 @@ def test_zero_learning_rate_gives_a_zero_update() -> None:
     base, data, config = tiny.base("llama"), tiny.examples(), settings(lr=0.0)
     for exchange in ("raw", "mlp", "materialised"):
         method = make(base, exchange=exchange, hidden_size=24)
-        trained = train_block(base, method, start_of(method, torch.float64), works(2), data, config, 1, 1)
+        trained = train_block(
+            base, method, tiny.objective(base), start_of(method, torch.float64), works(2), data, config, 1, 1
+        )
         assert not trained.updates.any()
 
 
@@ -200,7 +204,7 @@ def test_the_proximal_term_pulls_towards_the_start() -> None:
 
     def moved(steps: int, mu: float) -> torch.Tensor:
         config = settings(optimizer="sgd", lr=0.5, steps=steps, proximal=mu)
-        return train_block(base, method, start, works(3), data, config, 1, 1).updates
+        return train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
 
     assert torch.equal(moved(1, 0.0), moved(1, 0.7))
     torch.testing.assert_close(moved(2, 0.7), moved(2, 0.0) - 0.5 * 0.7 * moved(1, 0.0), rtol=1e-9, atol=1e-12)
@@ -216,13 +220,17 @@ def test_a_correction_is_added_to_every_gradient() -> None:
 
     def moved(corrections: torch.Tensor | None, **client: Any) -> torch.Tensor:
         config = settings(optimizer="sgd", lr=0.5, **client)
-        return train_block(base, method, start, group, data, config, 1, 1, corrections=corrections).updates
+        return train_block(
+            base, method, tiny.objective(base), start, group, data, config, 1, 1, corrections=corrections
+        ).updates
 
     one = moved(pull, steps=1, clip_norm=0.1) - moved(None, steps=1, clip_norm=0.1)
     torch.testing.assert_close(one, 0.5 * pull, rtol=1e-9, atol=1e-12)
     for i, work in enumerate(group):
         config = settings(optimizer="sgd", lr=0.5)
-        alone = train_block(base, method, start, [work], data, config, 1, 1, corrections=pull[i : i + 1])
+        alone = train_block(
+            base, method, tiny.objective(base), start, [work], data, config, 1, 1, corrections=pull[i : i + 1]
+        )
         torch.testing.assert_close(moved(pull)[i], alone.updates[0], rtol=1e-9, atol=1e-12)
 
 
@@ -230,19 +238,19 @@ def test_the_same_block_twice_gives_the_same_bits() -> None:
     base, data, config = tiny.base("gpt2", torch.float32), tiny.examples(), settings()
     method = make(base)
     start = start_of(method, torch.float32)
-    one, two = (train_block(base, method, start, works(4), data, config, 1, 1) for _ in range(2))
+    one, two = (train_block(base, method, tiny.objective(base), start, works(4), data, config, 1, 1) for _ in range(2))
     assert torch.equal(one.updates, two.updates)
 
 
 def test_logits_in_pieces_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     base, data, config = tiny.base("llama"), tiny.examples(), settings()
     # As where the head is trained or changed: without the frozen head's own gradient.
-    monkeypatch.setattr(type(base.kind), "frozen_head", lambda *_: None)
+    monkeypatch.setattr(type(base), "frozen_head", lambda *_: None)
     method = make(base)
     start = start_of(method, torch.float64)
-    whole = train_block(base, method, start, works(3), data, config, 1, 1)
-    monkeypatch.setattr("fedhpc.kinds._tokens._LOGITS_AT_ONCE", 7 * tiny.VOCABULARY)
-    pieces = train_block(base, method, start, works(3), data, config, 1, 1)
+    whole = train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1)
+    monkeypatch.setattr("fedhpc.models.base.LOGITS_AT_ONCE", 7 * tiny.VOCABULARY)
+    pieces = train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1)
     torch.testing.assert_close(whole.updates, pieces.updates, rtol=1e-9, atol=1e-12)
 
 

@@ -16,10 +16,11 @@ from fedhpc import federation, kernels, registry
 from fedhpc.approaches.prepare import prepare
 from fedhpc.bench import bed
 from fedhpc.evaluation.evaluate import evaluate
-from fedhpc.kinds import _loss, causal_lm
 from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
-from fedhpc.models import Base
+from fedhpc.models.base import Base
+from fedhpc.models.causal_lm import CausalLM
+from fedhpc.objectives import base as objectives_base
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import LoopbackTransport
@@ -77,7 +78,9 @@ def waits(
             gpu.waits.clear()
             memories = [Memory.fresh(names, method.trainable.size, torch.float32) for _ in group] if remember else None
             config = settings(steps, precision, client)
-            trained = train_block(base, method, start_of(method), group, data_of(family), config, 1, 1, memories)
+            trained = train_block(
+                base, method, tiny.objective(base), start_of(method), group, data_of(family), config, 1, 1, memories
+            )
             assert trained.updates.shape == (len(group), method.payload.size)
             assert trained.updates.dtype == torch.float32
             found.append(gpu.waits.copy())
@@ -187,7 +190,7 @@ def test_fedkseed_reads_its_coefficients_and_nothing_else(monkeypatch: pytest.Mo
 
 
 def test_a_frozen_head_in_pieces_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_loss._LOGITS_AT_ONCE, "cuda", 20 * tiny.VOCABULARY)
+    monkeypatch.setitem(objectives_base._LOGITS_AT_ONCE, "cuda", 20 * tiny.VOCABULARY)
     one, three = waits(monkeypatch, "llama", "prefix", {})
     assert three - one == Counter()
 
@@ -201,7 +204,17 @@ def outcome(base: Base, method: Method, family: str, metrics: list[str], precisi
     targets = ["a", "bb", "ccc"] if "accuracy" in metrics else None
     chosen = np.arange(9)
     found = evaluate(
-        base, method, payloads, data, chosen, metrics, options, precision, LoopbackTransport(), label_targets=targets
+        base,
+        tiny.objective(base),
+        method,
+        payloads,
+        data,
+        chosen,
+        metrics,
+        options,
+        precision,
+        LoopbackTransport(),
+        label_targets=targets,
     )
     assert found is not None and set(found.metrics) == set(metrics)
 
@@ -239,8 +252,12 @@ def test_masks_that_are_not_read_hide_the_same(family: str, name: str, monkeypat
     start = start_of(method).double() + 0.1
     updates = []
     for _ in range(2):
-        updates.append(train_block(base, method, start, works(3), data_of(family), settings(2, "float32", SGD), 1, 1))
-        monkeypatch.setattr("fedhpc.kinds._masks._READ_FOR_NOTHING", ())
+        updates.append(
+            train_block(
+                base, method, tiny.objective(base), start, works(3), data_of(family), settings(2, "float32", SGD), 1, 1
+            )
+        )
+        monkeypatch.setattr("fedhpc.models.masks._READ_FOR_NOTHING", ())
     plain, made = (trained.updates for trained in updates)
     assert float((plain - made).norm() / plain.norm()) < 1e-9
 
@@ -303,7 +320,7 @@ def test_a_run_ends_well(case: dict[str, Any], texts: Path, tmp_path: Path, monk
     monkeypatch.setattr("fedhpc.approaches.inputs.device_of", lambda launch: GPU)
     monkeypatch.setattr("fedhpc.approaches.report.peak_memory", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(type(causal_lm.KIND), "require_same_logits", lambda *_: None)  # whose numbers there are not
+    monkeypatch.setattr(CausalLM, "require_same_logits", lambda *_: None)  # whose numbers there are not
     with fake_gpu(monkeypatch) as gpu:
         approach = prepare(settings_of(tmp_path / "run", tree), LoopbackTransport(), launch, False)
         assert approach.base.device == GPU

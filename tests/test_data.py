@@ -18,8 +18,8 @@ from fedhpc.data import describe, group_references, load_data
 from fedhpc.data.templates import parse
 from fedhpc.data.tokens import _save, cache_dir, cached_tokens, tokenize
 from fedhpc.errors import UserError
-from fedhpc.kinds.causal_lm import KIND as CAUSAL
-from fedhpc.kinds.classification import KIND as CLASSIFICATION
+from fedhpc.models.causal_lm import CausalLM
+from fedhpc.models.encoder import Classifier
 
 COLUMNS = {"prompt": "{q} :", "target": " {a}"}
 
@@ -49,7 +49,7 @@ def settings(source, seed=0, mode="federated", partition=None, evaluation=None, 
 
 
 def load(source, tokenizer=None, **options):
-    return load_data(settings(source, **options), tokenizer or words(), CAUSAL)
+    return load_data(settings(source, **options), tokenizer or words(), CausalLM)
 
 
 def write_jsonl(path: Path, rows) -> Path:
@@ -166,8 +166,7 @@ def test_label_noise_draws_evenly_among_the_other_classes(tmp_path):
 def test_label_noise_changes_the_classes_of_a_classifier(folder):
     """It has no target, so the label alone counts."""
     clean, noisy = (
-        load_data(settings(folder, seed=1, label="k", label_noise=noise), words(), CLASSIFICATION)
-        for noise in (0.0, 0.5)
+        load_data(settings(folder, seed=1, label="k", label_noise=noise), words(), Classifier) for noise in (0.0, 0.5)
     )
     assert 5 < (clean.train.labels != noisy.train.labels).sum() < 25
     assert noisy.test.fingerprint == clean.test.fingerprint
@@ -353,7 +352,7 @@ def test_layout_of_an_example(folder):
 
 
 def one(prompt, target, max_length, tokenizer=None):
-    tokens = tokenize([prompt], [target], ["file:1"], tokenizer or words(), max_length, CAUSAL)
+    tokens = tokenize([prompt], [target], ["file:1"], tokenizer or words(), max_length, CausalLM)
     return (tokenizer or words()).decode(tokens.ids).replace(" ", ""), int(tokens.prompt_lengths[0])
 
 
@@ -403,18 +402,18 @@ def test_references_of_one_prompt_are_one_item(tmp_path):
 def test_the_cache_gives_the_same_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path / "cache"))
     texts = [["abc :", "d :"], [" x", " yz"], ["f:1", "f:2"]]
-    plain = tokenize(*texts, words(), 16, CAUSAL)
-    unwritten, message = cached_tokens(*texts, words(), 16, CAUSAL, write=False)
+    plain = tokenize(*texts, words(), 16, CausalLM)
+    unwritten, message = cached_tokens(*texts, words(), 16, CausalLM, write=False)
     assert not cache_dir().exists()
-    made, message = cached_tokens(*texts, words(), 16, CAUSAL)
-    found, _ = cached_tokens(*texts, words(), 16, CAUSAL)
+    made, message = cached_tokens(*texts, words(), 16, CausalLM)
+    found, _ = cached_tokens(*texts, words(), 16, CausalLM)
     assert message is None
     for tokens in (unwritten, made, found):
         assert all(np.array_equal(a, b) for a, b in zip(plain, tokens, strict=True))
     assert isinstance(found.ids, np.memmap)
     (entry,) = cache_dir().iterdir()
     (entry / "ids.npy").write_bytes(b"\x93NUMPY damaged")
-    mended, _ = cached_tokens(*texts, words(), 16, CAUSAL)
+    mended, _ = cached_tokens(*texts, words(), 16, CausalLM)
     assert np.array_equal(mended.ids, plain.ids)
     assert [path.name for path in cache_dir().iterdir()] == [entry.name]
 
@@ -429,10 +428,10 @@ def test_the_cache_tells_contents_apart(tmp_path, monkeypatch):
         (["ab"], ["c"], words(bos=None), 16),
     ]
     for number, (prompts, targets, made_of, length) in enumerate(variants, 1):
-        cached_tokens(prompts, targets, ["f:1"], made_of, length, CAUSAL)
+        cached_tokens(prompts, targets, ["f:1"], made_of, length, CausalLM)
         assert len(list(cache_dir().iterdir())) == number
     tokenizer(["ab", "abc"], padding=True, truncation=True, max_length=2)
-    cached_tokens(["ab"], ["c"], ["f:1"], tokenizer, 16, CAUSAL)
+    cached_tokens(["ab"], ["c"], ["f:1"], tokenizer, 16, CausalLM)
     assert len(list(cache_dir().iterdir())) == len(variants)
 
 
@@ -451,7 +450,7 @@ def test_a_user_without_a_home_is_no_error(folder, monkeypatch):
 
     monkeypatch.delenv("FEDHPC_CACHE")
     monkeypatch.setattr(Path, "expanduser", homeless)
-    assert cached_tokens(["a"], ["b"], ["f:1"], words(), 8, CAUSAL)[1] == (
+    assert cached_tokens(["a"], ["b"], ["f:1"], words(), 8, CausalLM)[1] == (
         "tokens are not cached: Could not determine home directory."
     )
 
@@ -459,7 +458,7 @@ def test_a_user_without_a_home_is_no_error(folder, monkeypatch):
 def test_a_sound_cache_entry_is_never_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path))
     texts = (["ab"], ["c"], ["f:1"])
-    tokens, _ = cached_tokens(*texts, words(), 16, CAUSAL)
+    tokens, _ = cached_tokens(*texts, words(), 16, CausalLM)
     (entry,) = cache_dir().iterdir()
     inode = (entry / "ids.npy").stat().st_ino
     _save(entry, tokens)  # what a slower process does

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,16 @@ from fedhpc.approaches.distillation.knowledge import (
     own_targets,
     position_offsets,
     predict,
-    soft_targets,
     token_texts,
     where_known,
 )
 from fedhpc.approaches.prepare import prepare
-from fedhpc.data.tokens import Examples, SoftTargets, Tokens, examples_from
-from fedhpc.kinds import causal_lm
-from fedhpc.kinds._loss import token_losses
-from fedhpc.kinds.base import Attached, Soft
+from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.methods import lora
 from fedhpc.methods._head import with_head
+from fedhpc.models.base import Attached
+from fedhpc.objectives.language_modelling import LanguageModelling
+from fedhpc.objectives.soft_targets import SoftTargets, soft_losses
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.block import Work, train_block
@@ -49,8 +47,8 @@ def softmax(z: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- the loss
 
 
-def soft(p: np.ndarray, index: np.ndarray, temperature: float, hard_weight: float = 0.0) -> Soft:
-    return Soft(torch.from_numpy(index), torch.from_numpy(p), temperature, hard_weight)
+def soft(p: np.ndarray, index: np.ndarray, temperature: float, hard_weight: float = 0.0) -> tuple[Any, ...]:
+    return torch.from_numpy(index), torch.from_numpy(p), temperature, hard_weight
 
 
 def test_the_loss_with_all_classes_is_hintons() -> None:
@@ -59,11 +57,11 @@ def test_the_loss_with_all_classes_is_hintons() -> None:
     p, q = softmax(teacher / 2.5), softmax(z / 2.5)
     expected = 0.7 * 2.5**2 * (p * np.log(p / q)).sum(axis=1) + 0.3 * -np.log(softmax(z)[np.arange(7), y])
     everything = np.broadcast_to(np.arange(11), (7, 11)).copy()
-    found = token_losses(torch.from_numpy(z), torch.from_numpy(y), soft(p, everything, 2.5, 0.3))
+    found = soft_losses(torch.from_numpy(z), torch.from_numpy(y), *soft(p, everything, 2.5, 0.3))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
     # The gradient of T^2 KL is T (q - p), whatever classes the teacher names.
     logits = torch.from_numpy(z).requires_grad_()
-    token_losses(logits, torch.from_numpy(y), soft(p, everything, 2.5)).sum().backward()
+    soft_losses(logits, torch.from_numpy(y), *soft(p, everything, 2.5)).sum().backward()
     np.testing.assert_allclose(logits.grad, 2.5 * (q - p), rtol=0, atol=1e-12)
 
 
@@ -78,7 +76,7 @@ def test_the_loss_with_k_classes_has_one_more_for_the_rest_and_is_never_larger()
         pk, qk = np.take_along_axis(p, index, 1), np.take_along_axis(q, index, 1)
         pr, qr = 1 - pk.sum(axis=1), 1 - qk.sum(axis=1)
         expected = (pk * np.log(pk / qk)).sum(axis=1) + pr * np.log(pr / qr)
-        found = token_losses(torch.from_numpy(z), torch.zeros(50, dtype=torch.int64), soft(pk, index, 1.0)).numpy()
+        found = soft_losses(torch.from_numpy(z), torch.zeros(50, dtype=torch.int64), *soft(pk, index, 1.0)).numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-9)
         assert (found <= whole + 1e-12).all() and (found >= before - 1e-12).all()
         before = found
@@ -90,48 +88,48 @@ def test_places_that_are_not_needed_change_nothing() -> None:
     logits, y = torch.from_numpy(rng.normal(size=(4, 9))), torch.zeros(4, dtype=torch.int64)
     narrow = soft(np.full((4, 1), 0.6), np.full((4, 1), 5), 1.0)
     wide = soft(np.array([[0.6, 0, 0]] * 4), np.full((4, 3), 5), 1.0)
-    torch.testing.assert_close(token_losses(logits, y, narrow), token_losses(logits, y, wide))
+    torch.testing.assert_close(soft_losses(logits, y, *narrow), soft_losses(logits, y, *wide))
     certain = one_hot(np.full(4, 3, np.int32), 3)
     hard = soft(certain.probability.astype(np.float64), certain.index.astype(np.int64), 1.0)
     by_label = torch.nn.functional.cross_entropy(logits, torch.full((4,), 3), reduction="none")
-    torch.testing.assert_close(token_losses(logits, y, hard), by_label)
+    torch.testing.assert_close(soft_losses(logits, y, *hard), by_label)
 
 
-# ---------------------------------------------------------------- in the kinds and the trainer
+# ---------------------------------------------------------------- as an objective, and in the trainer
 
 
-def with_soft(examples: Examples, base: Any, k: int, seed: int = 0, temperature: float = 2.0) -> Examples:
-    """`examples` with random teachers."""
-    offsets = position_offsets(base.kind, examples)
+def with_soft(examples: Examples, base: Any, k: int, seed: int = 0, temperature: float = 2.0) -> SoftTargets:
+    """The objective of `examples` with random teachers."""
+    labels = tiny.objective(base)
+    offsets = position_offsets(labels, examples)
     rng = np.random.default_rng(seed)
-    classes = base.kind.num_classes(base)
+    classes = base.num_classes
     p = softmax(rng.normal(size=(offsets[-1], classes)) * 3)
     index = np.argsort(-p, axis=1)[:, :k]
-    return replace(
-        examples, soft=SoftTargets(index.astype(np.int32), np.take_along_axis(p, index, 1), offsets, temperature, 0.25)
-    )
+    p = np.take_along_axis(p, index, 1)
+    return SoftTargets(labels, index.astype(np.int32), p, offsets, temperature, 0.25)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_a_kind_gives_every_token_the_loss_of_its_own_teacher(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_token_has_the_loss_of_its_own_teacher(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny.base(family)
-    examples = with_soft(tiny.labelled(12) if family == "bert" else tiny.examples(12), base, 2)
-    assert examples.soft is not None
+    examples = tiny.labelled(12) if family == "bert" else tiny.examples(12)
+    objective = with_soft(examples, base, 2)
     rows = np.array([5, 0, 7])
-    positions = np.concatenate([np.arange(*examples.soft.offsets[r : r + 2]) for r in rows])
-    batch: Any = base.kind.batch(base, examples, rows)
+    positions = np.concatenate([np.arange(*objective.offsets[r : r + 2]) for r in rows])
+    batch = objective.batch(base, examples, rows)
     with torch.no_grad():
-        logits = torch.cat(list(base.kind.predictions(base, Attached(), batch)))
-        losses = base.kind.losses(base, Attached(), batch)
+        logits = torch.cat(list(base.predictions(Attached(), batch.examples)))
+        losses = objective.losses(base, Attached(), batch)
     assert len(logits) == len(positions)
-    index, p = examples.soft.index[positions].astype(np.int64), examples.soft.probability[positions]
-    targets = torch.from_numpy(own_targets(base.kind, examples)[positions].astype(np.int64))
-    torch.testing.assert_close(losses, token_losses(logits, targets, soft(p, index, 2.0, 0.25)))
+    index, p = objective.index[positions].astype(np.int64), objective.probability[positions]
+    targets = torch.from_numpy(own_targets(tiny.objective(base), examples)[positions].astype(np.int64))
+    torch.testing.assert_close(losses, soft_losses(logits, targets, *soft(p, index, 2.0, 0.25)))
     # A piece of the logits at a time gives the same.
-    monkeypatch.setattr("fedhpc.kinds._tokens._LOGITS_AT_ONCE", 3 * tiny.VOCABULARY)
+    monkeypatch.setattr("fedhpc.models.base.LOGITS_AT_ONCE", 3 * tiny.VOCABULARY)
     with torch.no_grad():
-        torch.testing.assert_close(losses, base.kind.losses(base, Attached(), batch))
-        torch.testing.assert_close(logits, torch.cat(list(base.kind.predictions(base, Attached(), batch))))
+        torch.testing.assert_close(losses, objective.losses(base, Attached(), batch))
+        torch.testing.assert_close(logits, torch.cat(list(base.predictions(Attached(), batch.examples))))
 
 
 def lora_of(base: Any) -> Any:
@@ -144,12 +142,14 @@ def test_training_on_a_teacher_comes_close_to_it() -> None:
     examples = tiny.examples(8)
     start = method.payload.flatten(method.initial())[None]
     teacher = start + 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(3))
-    (known,) = predict(base, method, teacher, examples, tiny.VOCABULARY, 8, 1.0, 16, "float32")
+    objective = tiny.objective(base)
+    (known,) = predict(base, method, objective, teacher, examples, tiny.VOCABULARY, 8, 1.0, 16, "float32")
     assert known is not None
-    taught = replace(examples, soft=soft_targets(known, position_offsets(base.kind, examples), 1.0, 0.0))
+    offsets = position_offsets(objective, examples)
+    taught = SoftTargets(objective, known.index, known.probability, offsets, 1.0, 0.0)
     client = {"optimizer": "adamw", "lr": 0.02, "batch_size": 8, "steps": 60}
     config = configuration.resolve({"client": client, **IID})
-    trained = train_block(base, method, start, [Work(0, np.arange(8))], taught, config, 1, 1)
+    trained = train_block(base, method, taught, start, [Work(0, np.arange(8))], examples, config, 1, 1)
     assert trained.loss_last[0] < 0.1 * trained.loss_first[0]
 
 
@@ -200,16 +200,16 @@ def test_the_likeliest_classes_of_a_model() -> None:
     payloads = start + 0.05 * noise
     payloads[1, 0] = torch.nan
     first, second, third = predict(
-        base, method, payloads, examples, tiny.VOCABULARY, 5, 2.0, 12, "float32", confident=True
+        base, method, tiny.objective(base), payloads, examples, tiny.VOCABULARY, 5, 2.0, 12, "float32", confident=True
     )
     assert second is None and first is not None and third is not None
-    offsets = position_offsets(base.kind, examples)
+    offsets = position_offsets(tiny.objective(base), examples)
     for model, known in ((0, first), (2, third)):
         for e in range(len(examples)):
-            batch = base.kind.batch(base, examples, np.array([e]))
+            batch = base.batch(examples, np.array([e]))
             views = method.payload.views(payloads[model : model + 1])
             with torch.no_grad(), method.attach(views, views, torch.zeros(1, dtype=torch.int64)) as attached:
-                p = softmax(torch.cat(list(base.kind.predictions(base, attached, batch))).numpy() / 2.0)
+                p = softmax(torch.cat(list(base.predictions(attached, batch))).numpy() / 2.0)
             here = slice(offsets[e], offsets[e + 1])
             np.testing.assert_array_equal(known.index[here], np.argsort(-p, axis=1)[:, :5])
             np.testing.assert_allclose(known.probability[here], -np.sort(-p, axis=1)[:, :5], rtol=1e-3, atol=1e-7)
@@ -300,16 +300,20 @@ def test_the_exchange_has_the_same_bits_on_any_number_of_ranks(weighted: bool, m
 def test_the_error_of_a_short_exchange_against_a_whole_one() -> None:
     """The mean over real models' predictions: what k classes leave out is bounded by the probability left out."""
     base = tiny.base("llama", scale=1.0)
-    method, examples = lora_of(base), tiny.examples(30)
+    method, examples, objective = lora_of(base), tiny.examples(30), tiny.objective(base)
     start = method.payload.flatten(method.initial())
     noise = torch.randn(4, len(start), generator=torch.Generator().manual_seed(1), dtype=start.dtype)
     weights = np.ones(4, np.int64)
-    classes = base.kind.num_classes(base)
-    whole = predict(base, method, start + 0.1 * noise, examples, classes, classes, 1.0, 64, "float32")
+    classes = base.num_classes
+    whole = predict(base, method, objective, start + 0.1 * noise, examples, classes, classes, 1.0, 64, "float32")
     reference = dense(mean(together([c for c in whole if c]), weights, classes), classes)
     errors = []
     for k in (1, 4, 16, 32, classes):
-        short = [c for c in predict(base, method, start + 0.1 * noise, examples, classes, k, 1.0, 64, "float32") if c]
+        short = [
+            c
+            for c in predict(base, method, objective, start + 0.1 * noise, examples, classes, k, 1.0, 64, "float32")
+            if c
+        ]
         found = dense(mean(together(short), weights, k), classes)
         left_out = 1 - found.sum(axis=1)
         # Of each class less is known, never more, but for rounding.
@@ -334,7 +338,11 @@ def test_the_error_of_a_short_exchange_of_pretrained_models(shared: Path, capsys
         model = approach.student
         for k, said in teachers.items():
             about = (model.public, 512, k or 512, 1.0, 40, "float32")
-            said += [known for known in predict(model.base, model.method, model.initial[None], *about) if known]
+            said += [
+                known
+                for known in predict(model.base, model.method, model.objective, model.initial[None], *about)
+                if known
+            ]
     weights = np.ones(2, np.int64)
     whole = dense(mean(together(teachers[None]), weights, 512), 512)
     errors = {
@@ -395,7 +403,7 @@ def test_knowledge_in_another_tokenizer() -> None:
     assert token_texts(theirs) == ["<bos>", "<eos>", " now", " get", "s", " colour"]
     of = rows_of([[0, 2, 3, 4, 1], [0, 5, 1]])  # now get s eos, colour eos
     to = rows_of([[0, 4, 3, 1], [0, 2, 1]])  # now gets eos, color eos
-    alignment = Alignment(causal_lm.KIND, of, token_texts(theirs), to, token_texts(ours))
+    alignment = Alignment(LanguageModelling(), of, token_texts(theirs), to, token_texts(ours))
     assert alignment.position.tolist() == [0, -1, 3, 4, 5]  # " gets" is two tokens there
     assert alignment.share == 0.8
     index = np.array([[2, 3], [3, 2], [4, 3], [1, 4], [5, 3], [1, 5]], np.int32)
@@ -412,7 +420,7 @@ def test_knowledge_in_another_tokenizer() -> None:
 def test_a_tokenizer_aligned_with_itself_changes_nothing() -> None:
     words = Words([f"w{i}" for i in range(20)])
     rows = rows_of([[0, 2, 3, 4, 5, 1], [0, 7, 8, 1]])
-    alignment = Alignment(causal_lm.KIND, rows, token_texts(words), rows, token_texts(words))
+    alignment = Alignment(LanguageModelling(), rows, token_texts(words), rows, token_texts(words))
     assert alignment.share == 1.0
     known = random_knowledge(np.random.default_rng(0), 8, 22, 5, False)
     np.testing.assert_array_equal(dense(alignment(known, 5), 22), dense(known, 22))
@@ -421,5 +429,5 @@ def test_a_tokenizer_aligned_with_itself_changes_nothing() -> None:
 def test_the_examples_own_targets() -> None:
     examples = tiny.examples(5)
     expected = [t for e in range(5) for t in examples.tokens(e)[examples.prompt_lengths[e] :].tolist()]
-    assert own_targets(causal_lm.KIND, examples).tolist() == expected
-    assert position_offsets(causal_lm.KIND, examples)[-1] == len(expected)
+    assert own_targets(LanguageModelling(), examples).tolist() == expected
+    assert position_offsets(LanguageModelling(), examples)[-1] == len(expected)

@@ -1,4 +1,4 @@
-"""Distillation from end to end: against the formulas by hand, on ranks, resumed, with models of several kinds."""
+"""Distillation from end to end: against the formulas by hand, on ranks, resumed, with different models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from fedhpc import config as configuration
 from fedhpc.approaches.distillation import approach, learner
 from fedhpc.approaches.distillation.approach import Distillation
 from fedhpc.approaches.distillation.ensemble import mean
-from fedhpc.approaches.distillation.knowledge import Knowledge, position_offsets, predict, soft_targets
+from fedhpc.approaches.distillation.knowledge import Knowledge, position_offsets, predict
 from fedhpc.approaches.distillation.learner import Group, group_of
 from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
+from fedhpc.objectives.soft_targets import SoftTargets
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
@@ -121,7 +122,7 @@ def prepared(config: configuration.Config) -> Distillation:
 
 def opinion(model: Any, payload: torch.Tensor, k: int) -> Knowledge:
     classes = len(model.base.tokenizer)
-    (known,) = predict(model.base, model.method, payload, model.public, classes, k, 1.0, 32, "float32")
+    (known,) = predict(model.base, model.method, model.objective, payload, model.public, classes, k, 1.0, 32, "float32")
     assert known is not None
     return known
 
@@ -132,15 +133,15 @@ def by_hand(config: configuration.Config, approach: Distillation) -> tuple[torch
     draws = torch_seed(config.run.seed, "public set")
 
     def learn(model: Any, payload: torch.Tensor, client: int, known: Knowledge, lr: float, t: int) -> torch.Tensor:
-        taught = soft_targets(known, position_offsets(model.base.kind, model.public), 1.0, 0.0)
+        offsets = position_offsets(model.objective, model.public)
+        taught = SoftTargets(model.objective, known.index, known.probability, offsets, 1.0, 0.0)
         changed = {
             "run": config.run.model_copy(update={"seed": draws}),
             "client": config.client.model_copy(update={"lr": lr, "steps": None, "epochs": 1}),
         }
-        examples = type(model.public)(**{**vars(model.public), "soft": taught})
-        work = [Work(client, np.arange(len(examples)))]
+        work = [Work(client, np.arange(len(model.public)))]
         trained = train_block(
-            model.base, model.method, payload, work, examples, config.model_copy(update=changed), t, 2
+            model.base, model.method, taught, payload, work, model.public, config.model_copy(update=changed), t, 2
         )
         return payload - trained.updates
 
@@ -156,7 +157,9 @@ def by_hand(config: configuration.Config, approach: Distillation) -> tuple[torch
             work = [Work(client, population.indices(client))]
             payload = (
                 payload
-                - train_block(group.base, group.method, payload, work, approach.data.train, config, t, 2).updates
+                - train_block(
+                    group.base, group.method, group.objective, payload, work, approach.data.train, config, t, 2
+                ).updates
             )
             own[client] = payload
             said.append(opinion(group, payload, options.top_k))
@@ -189,7 +192,7 @@ def test_a_run_is_the_algorithm_by_hand_on_any_number_of_ranks(tmp_path: Path, t
     assert np.isfinite(comparison["loss"]).all() and len(set(comparison["loss"])) == 4
     assert comparison["loss"][0] == table(tmp_path / "1", "test")["loss"]
     rounds = table(tmp_path / "1", "rounds")
-    positions = position_offsets(approach.base.kind, approach.student.public)[-1]
+    positions = position_offsets(approach.objective, approach.student.public)[-1]
     assert rounds["bytes_up"].tolist() == [0, *[5 * positions * 20] * 2]  # five classes of 2 + 2 bytes
     assert rounds["bytes_down"].tolist() == [0, 0, 5 * positions * 20]
     described = "\n".join(approach.describe(1, "loopback"))
@@ -269,7 +272,7 @@ def test_confidence_and_uniform_weights(tmp_path: Path, texts: Path) -> None:
         theta = client_state.load(tmp_path, client, 1)["theta"][None]
         classes = len(group.base.tokenizer)
         about = (group.public, classes, 5, 1.0, 32, "float32")
-        (known,) = predict(group.base, group.method, theta, *about, confident=True)
+        (known,) = predict(group.base, group.method, group.objective, theta, *about, confident=True)
         assert known is not None and known.confidence is not None
         p = np.zeros((len(known), classes))
         np.put_along_axis(p, known.index, known.probability.astype(np.float64), 1)
@@ -284,7 +287,7 @@ def test_confidence_and_uniform_weights(tmp_path: Path, texts: Path) -> None:
     np.testing.assert_array_equal(loaded[0]["knowledge.probability"], of_order)
 
 
-# ---------------------------------------------------------------- other tokens, other kinds
+# ---------------------------------------------------------------- other tokens, other models
 
 
 def test_models_with_tokens_of_their_own_teach_each_other(tmp_path: Path, texts: Path) -> None:

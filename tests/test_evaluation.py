@@ -15,12 +15,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from fedhpc import config, models, registry
+from fedhpc import config, registry
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.evaluation.evaluate import Outcome, _Work, client_evaluation, evaluate, subset
-from fedhpc.kinds import causal_lm
 from fedhpc.methods.base import Attached, Method
-from fedhpc.models import Base
+from fedhpc.models import load as models
+from fedhpc.models.base import Base
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from tests import tiny
@@ -126,7 +126,18 @@ def run(
     indices = kw.pop("indices", np.arange(len(examples)))
     options = config.Evaluation(batch_size=kw.pop("batch_size", 4), max_new_tokens=kw.pop("max_new_tokens", 6))
     return evaluate(  # type: ignore[return-value]
-        base, method, payloads, examples, indices, metrics, options, "float32", transport, label_targets=LABELS, **kw
+        base,
+        tiny.objective(base),
+        method,
+        payloads,
+        examples,
+        indices,
+        metrics,
+        options,
+        "float32",
+        transport,
+        label_targets=LABELS,
+        **kw,
     )
 
 
@@ -175,7 +186,9 @@ def test_client_evaluation(count: int) -> None:
 
     def on(transport: Transport) -> dict[str, Any] | None:
         options = config.Evaluation(batch_size=4)
-        return client_evaluation(base, method, payloads, examples, clients, held_out, options, "float32", transport)
+        return client_evaluation(
+            base, tiny.objective(base), method, payloads, examples, clients, held_out, options, "float32", transport
+        )
 
     columns = on(LoopbackTransport())
     assert columns is not None
@@ -219,7 +232,7 @@ def test_label_predictions_are_those_of_the_likeliest_target(count: int) -> None
                 for label in LABELS
             ]
         )
-    work = _Work(base, method, payloads, 4, "float32", LoopbackTransport())
+    work = _Work(base, tiny.objective(base), method, payloads, 4, "float32", LoopbackTransport())
     n = np.arange(len(examples))
     np.testing.assert_allclose(work.label_scores(examples, n, LABELS, n % count), want_scores, rtol=1e-10)
     predictions = np.argmax(want_scores, axis=1).tolist()
@@ -234,10 +247,10 @@ def test_a_label_longer_than_the_room_shortens_the_prompt_but_for_its_start() ->
     answers = [np.array([20, 2], np.int32), np.array([21, 22, 2], np.int32)]
     base = tiny.base("gpt2")  # of 96 positions
     room_for_4 = Attached(embeddings=torch.zeros(2, 92, 32))
-    joined = causal_lm.KIND.with_answers(base, room_for_4, prompts, answers)
+    joined = base.with_answers(room_for_4, prompts, answers)
     assert [joined.tokens(i).tolist() for i in range(2)] == [[1, 7, 20, 2], [9, 21, 22, 2]]
     assert joined.prompt_lengths.tolist() == [2, 1]
-    whole = causal_lm.KIND.with_answers(base, Attached(), prompts, answers)
+    whole = base.with_answers(Attached(), prompts, answers)
     assert [whole.tokens(i).tolist() for i in range(2)] == [[1, 5, 6, 7, 20, 2], [8, 9, 21, 22, 2]]
 
 
@@ -254,11 +267,11 @@ def generate(
 ) -> list[list[int]]:
     with torch.no_grad():
         if method is None:
-            return base.kind.generate(base, Attached(), prompts, count).tolist()
+            return base.generate(Attached(), prompts, count).tolist()
         lead = method.payload.views(payloads)
         rows = torch.arange(len(prompts)) % len(payloads)
         with method.attach(method.start(lead), lead, rows) as now:
-            return base.kind.generate(base, now, prompts, count).tolist()
+            return base.generate(now, prompts, count).tolist()
 
 
 @pytest.mark.parametrize("with_prefix", [True, False])

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedhpc.methods.adapter import load
-from fedhpc.models import BUILTIN
+from fedhpc.models.load import BUILTIN
 from tests.federations import federate, settings, table, tree, write_texts
 
 

@@ -16,8 +16,8 @@ from fedhpc.approaches.fedbpt.approach import FedBPT, aggregate, cmaes
 from fedhpc.approaches.fedbpt.cmaes import Key, Moments
 from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
-from fedhpc.kinds.base import Attached
 from fedhpc.methods.prompt import PROMPT
+from fedhpc.models.base import Attached
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
@@ -138,11 +138,11 @@ def mean_losses(approach: FedBPT, z: Float64, examples: Any) -> Float64:
     """The loss per example of each z (n, d), by the kind of task's own forward."""
     train, base = approach.data.train, approach.base
     prompts = approach.subspace.prompts(z).to(base.dtype)
-    batch: Any = base.kind.batch(base, train, examples)
+    batch: Any = base.batch(train, examples)
     found = []
     for prompt in prompts:
         with torch.no_grad():
-            losses = base.kind.losses(base, Attached(embeddings=prompt.expand(len(examples), -1, -1)), batch)
+            losses = approach.objective.losses(base, Attached(embeddings=prompt.expand(len(examples), -1, -1)), batch)
         found.append(float(losses.double().sum()) / len(examples))
     return np.array(found)
 

@@ -693,11 +693,11 @@ def crowded(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[int]:
     """Let blocks of more than `fits` clients run out of memory; the sizes that were tried."""
     tried: list[int] = []
 
-    def train(base: Any, method: Any, start: Any, works: Any, *about: Any, **more: Any) -> Any:
+    def train(base: Any, method: Any, objective: Any, start: Any, works: Any, *about: Any, **more: Any) -> Any:
         tried.append(len(works))
         if len(works) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return train_block(base, method, start, works, *about, **more)
+        return train_block(base, method, objective, start, works, *about, **more)
 
     monkeypatch.setattr("fedhpc.approaches.averaging.local.train_block", train)
     return tried

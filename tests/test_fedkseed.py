@@ -100,7 +100,12 @@ def test_a_client_trains_as_a_plain_loop_does(family: str, client: dict[str, Any
     method = make("fedkseed", base, num_seeds=K)
     c = 1e-3 * np.random.default_rng(0).standard_normal(K)
     work = works(1)[0]
-    found = c - train_block(base, method, torch.from_numpy(c)[None], [work], data, config, 1, 1).updates[0].numpy()
+    found = (
+        c
+        - train_block(base, method, tiny.objective(base), torch.from_numpy(c)[None], [work], data, config, 1, 1)
+        .updates[0]
+        .numpy()
+    )
     wanted = by_hand(base, method, data, work, config, c)
     assert relative(*(torch.from_numpy(x) for x in (found, wanted, c))) < 1e-9
 
@@ -131,7 +136,7 @@ def test_no_history_leaks_into_a_client(dtype: torch.dtype) -> None:
     one, other = works(2)
 
     def update(method: Any, work: Any, scale: float = 1.0) -> torch.Tensor:
-        return train_block(base, method, scale * start, [work], data, config, 1, 1).updates
+        return train_block(base, method, tiny.objective(base), scale * start, [work], data, config, 1, 1).updates
 
     used = make("fedkseed", base, num_seeds=K)
     fresh = update(make("fedkseed", base, num_seeds=K), one)
@@ -146,7 +151,9 @@ def test_the_loss_falls() -> None:
     base, data = tiny.base("llama", torch.float32, scale=1.0), tiny.examples()
     method = make("fedkseed", base, num_seeds=512)
     config = client_settings(optimizer="sgd", lr=3e-3, steps=150, batch_size=SIZES[0])
-    trained = train_block(base, method, start_of(method, torch.float32), works(1), data, config, 1, 1)
+    trained = train_block(
+        base, method, tiny.objective(base), start_of(method, torch.float32), works(1), data, config, 1, 1
+    )
     assert trained.loss_first[0] - trained.loss_last[0] > 0.1
 
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 import transformers as tf
 
-from fedhpc import models, registry
+from fedhpc import registry
 from fedhpc.config import Evaluation, Model
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate
-from fedhpc.kinds import seq2seq
 from fedhpc.methods._head import WithHead, with_head
 from fedhpc.methods.base import Method
-from fedhpc.models import Base
+from fedhpc.models import load as models
+from fedhpc.models.base import Base
+from fedhpc.models.seq2seq import Seq2Seq
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.block import train_block
 from fedhpc.training.schedule import batches
@@ -59,7 +60,7 @@ def in_peft(name: str, base: Base, method: Method) -> tuple[Any, dict[str, torch
     if name == "full":
         model.requires_grad_(True)
         return model, {n: p for n, p in model.named_parameters() if n in method.payload.shapes}
-    o, kind = method.options, base.kind.task_type
+    o, kind = method.options, base.task_type
     soft = {"task_type": kind, "num_virtual_tokens": 5}
     layout: dict[str, int] = {}
     if kind == "SEQ_2_SEQ_LM" and name == "prefix":  # so that every layer of the decoder has a prefix of its own
@@ -93,7 +94,7 @@ def give(base: Base, named: dict[str, torch.nn.Parameter], payload: dict[str, to
     """Our payload into PEFT's parameters."""
     with torch.no_grad():
         for key, value in payload.items():
-            laid = base.kind.peft_prefix(value, base.num_layers)[0] if value.shape != named[key].shape else value
+            laid = base.peft_prefix(value)[0] if value.shape != named[key].shape else value
             named[key].copy_(laid)
 
 
@@ -126,7 +127,9 @@ def test_layers_computed_again_give_the_same_updates(name: str, family: str) -> 
         if again:
             models.checkpoint_layers(base.model)
         method = make(name, base)
-        updates.append(train_block(base, method, warm(method), works(1), data, config, 1, 1).updates)
+        updates.append(
+            train_block(base, method, tiny.objective(base), warm(method), works(1), data, config, 1, 1).updates
+        )
     assert float(updates[0].norm()) > 1e-3
     assert torch.equal(updates[0], updates[1])
 
@@ -140,7 +143,7 @@ def test_a_classifier_trains_as_peft_and_torch_optim_do(name: str, family: str) 
     base, data, config = tiny.base(family), tiny.labelled(), settings(optimizer="sgd", lr=0.3, epochs=2)
     method = make(name, base)
     start, work = warm(method), works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
 
     model, named = in_peft(name, base, method)
     give(base, named, method.payload.views(start[0]))
@@ -168,9 +171,9 @@ def test_a_block_of_classifiers_equals_its_clients_alone(name: str, family: str)
     method = make(name, base)
     first, group = warm(method), works(4)
     starts = torch.cat([first, first * 0.9, first * 1.1, first])  # heads of their own from the beginning
-    together = train_block(base, method, starts, group, data, config, 1, 1)
+    together = train_block(base, method, tiny.objective(base), starts, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, starts[i : i + 1], [work], data, config, 1, 1)
+        alone = train_block(base, method, tiny.objective(base), starts[i : i + 1], [work], data, config, 1, 1)
         error = (together.updates[i] - alone.updates[0]).norm() / alone.updates[0].norm()
         assert float(error) < 1e-9
         assert together.tokens[i] == alone.tokens[0] == len(work.indices)
@@ -181,10 +184,10 @@ def test_a_reparametrised_prefix_has_a_head_too(exchange: str) -> None:
     base, data, config = tiny.base("bert"), tiny.labelled(), settings(optimizer="adamw", lr=0.02)
     method = make("prefix", base, exchange=exchange, hidden_size=24)
     start, group = warm(method), works(3)
-    together = train_block(base, method, start, group, data, config, 1, 1)
+    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     moved = method.payload.views(together.updates)
     for i, work in enumerate(group):
-        alone = train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
         assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
         assert all(part[i].norm() > 1e-3 for part in moved.values())
 
@@ -213,8 +216,8 @@ def test_an_exported_classifier_scores_the_same(name: str, family: str, tmp_path
         loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").double()
     views = method.payload.views(start)
     with torch.no_grad(), method.attach(views, views, torch.zeros(7, dtype=torch.int64)) as attached:
-        batch = base.kind.batch(base, data, indices)
-        ours = base.kind.logits(base, attached, batch.ids, batch.mask)  # type: ignore[attr-defined]
+        batch = base.batch(data, indices)
+        ours = base.class_logits(attached, batch.ids, batch.mask)
     theirs = loaded.eval()(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(ours, plain, atol=1e-2)
@@ -226,7 +229,7 @@ def run(
 ) -> Outcome:
     options, every = Evaluation(batch_size=4), np.arange(len(examples))
     return evaluate(  # type: ignore[return-value]
-        base, method, payloads, examples, every, metrics, options, "float32", LoopbackTransport(),
+        base, tiny.objective(base), method, payloads, examples, every, metrics, options, "float32", LoopbackTransport(),
         label_targets=examples.label_names, samples=samples,
     )  # fmt: skip
 
@@ -246,7 +249,7 @@ def test_metrics_of_a_classifier_are_those_of_the_model_row_by_row(name: str) ->
                 logits = base.model(input_ids=ids).logits
             else:
                 with torch.no_grad(), method.attach(views, views, torch.zeros(1, dtype=torch.int64)) as attached:
-                    logits = base.kind.logits(base, attached, ids, torch.ones_like(ids))  # type: ignore[attr-defined]
+                    logits = base.class_logits(attached, ids, torch.ones_like(ids))
             losses.append(float(-logits.log_softmax(-1)[0, data.labels[i]]))
             right.append(int(logits.argmax()) == data.labels[i])
         outcome = run(base, chosen, payload, data, ["loss", "perplexity", "accuracy", "macro_f1"])
@@ -300,7 +303,7 @@ def test_an_encoder_decoder_trains_as_peft_and_torch_optim_do(name: str, family:
     method = make(name, base)
     assert not isinstance(method, WithHead)
     start, work = warm(method), works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     model, named = in_peft(name, base, method)
     give(base, named, method.payload.views(start[0]))
     rule = torch.optim.SGD(named.values(), lr=lr)
@@ -320,9 +323,9 @@ def test_a_block_of_encoder_decoders_equals_its_clients_alone(name: str, family:
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method = make(name, base)
     start, group = warm(method), works(4)
-    together = train_block(base, method, start, group, data, config, 1, 1)
+    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, start, [work], data, config, 1, 1)
+        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1)
         assert float((together.updates[i] - alone.updates[0]).norm() / alone.updates[0].norm()) < 1e-9
         targets = (data.lengths - data.prompt_lengths)[work.indices]
         assert together.tokens[i] == alone.tokens[0] == targets.sum()
@@ -345,9 +348,9 @@ def test_an_exported_encoder_decoder_scores_and_writes_the_same(name: str, famil
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).double()
     views, prompts = method.payload.views(start), [data.prompt(i) for i in range(5)]
     with torch.no_grad(), method.attach(views, views, torch.zeros(5, dtype=torch.int64)) as attached:
-        batch = base.kind.batch(base, data, indices)
-        ours = base.kind.losses(base, attached, batch)
-        together = base.kind.generate(base, attached, prompts, 8).tolist()
+        batch = base.batch(data, indices)
+        ours = tiny.objective(base).losses(base, attached, batch)
+        together = base.generate(attached, prompts, 8).tolist()
     with torch.no_grad():
         torch.testing.assert_close(pair_losses(loaded, inputs), ours, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(pair_losses(base.model, inputs), plain)  # nothing stays attached
@@ -389,14 +392,13 @@ def test_labels_and_losses_of_an_encoder_decoder_are_those_of_the_model_row_by_r
 
 def test_a_row_of_an_encoder_decoder_is_written_as_its_tokenizer_writes(texts: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(texts / "t5")
-    kind = seq2seq.KIND
     prompt, target = "name[The Blue Barrel] , type[pub]", "News from the kitchens."
     plain = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, target)]
     whole = tuple(tokenizer(t)["input_ids"] for t in (prompt, target))
-    assert kind.join(tokenizer, 32)(*plain, "f:1") == whole
-    assert kind.join(tokenizer, 5)(*plain, "f:1") == ([*whole[0][:4], 1], whole[1])  # the prompt loses its end
+    assert Seq2Seq.join(tokenizer, 32)(*plain, "f:1") == whole
+    assert Seq2Seq.join(tokenizer, 5)(*plain, "f:1") == ([*whole[0][:4], 1], whole[1])  # the prompt loses its end
     with pytest.raises(UserError, match=r"f:1: the target has 4 tokens .* use at least 5"):
-        kind.join(tokenizer, 4)(*plain, "f:1")
+        Seq2Seq.join(tokenizer, 4)(*plain, "f:1")
 
 
 # ---------------------------------------------------------------- loading
@@ -454,7 +456,7 @@ def test_a_pooling_layer_without_weights_is_part_of_the_head(texts: Path, tmp_pa
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").double().eval()
     ids, views = torch.randint(4, 40, (2, 9)), method.payload.views(payload)
     with torch.no_grad(), method.attach(views, views, torch.zeros(2, dtype=torch.int64)) as attached:
-        ours = base.kind.logits(base, attached, ids, torch.ones_like(ids))  # type: ignore[attr-defined]
+        ours = base.class_logits(attached, ids, torch.ones_like(ids))
     torch.testing.assert_close(loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, ours)
 
 
@@ -465,8 +467,8 @@ def test_another_missing_tensor_is_refused(texts: Path, tmp_path: Path) -> None:
 
 
 def test_positions_of_roberta_begin_behind_the_padding() -> None:
-    assert tiny.base("bert").kind.max_positions(tiny.base("bert")) == 96
-    assert tiny.base("roberta").kind.max_positions(tiny.base("roberta")) == 95
+    assert tiny.base("bert").max_positions == 96
+    assert tiny.base("roberta").max_positions == 95
 
 
 # ---------------------------------------------------------------- from end to end

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers as tf
 
-from fedhpc.kinds import _llama
-from fedhpc.kinds._cache import prefix_cache
-from fedhpc.kinds._llama import hidden_at, last_hidden, written_out
-from fedhpc.kinds._loss import frozen_head
 from fedhpc.methods import full, ia3, lora, prefix
-from fedhpc.models import checkpoint_layers
+from fedhpc.models import llama
+from fedhpc.models.llama import hidden_at, last_hidden, written_out
+from fedhpc.models.load import checkpoint_layers
+from fedhpc.models.prefix_cache import prefix_cache
+from fedhpc.objectives.base import through_frozen_head
 from tests import tiny
 
 FAMILIES = ["llama", "qwen2"]
@@ -54,7 +54,7 @@ def inputs_and_prefix(model: Any, n: int) -> tuple[torch.Tensor, list[tuple[torc
 def test_states_and_gradients_are_those_of_transformers(
     family: str, n: int, stretch: int, some: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_llama, "_STRETCH", stretch)
+    monkeypatch.setattr(llama, "_STRETCH", stretch)
     model = network(family)
     inputs, past = inputs_and_prefix(model, n)
     leaves = [inputs, *(t for pair in past for t in pair)]
@@ -78,7 +78,7 @@ def test_states_and_gradients_are_those_of_transformers(
 def test_states_are_those_at_the_positions_asked_for(
     everywhere: bool, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_llama, "_MOST_WANTED", most)
+    monkeypatch.setattr(llama, "_MOST_WANTED", most)
     model = network("llama")
     inputs, past = inputs_and_prefix(model, 5)
     rows, positions = torch.tensor([0, 0, 0, 2]), torch.tensor([8, 9, 10, 0])  # none of row 1
@@ -166,7 +166,7 @@ def test_a_padded_row_has_the_states_that_it_has_alone() -> None:
 
 
 def test_the_frozen_head_gives_the_losses_and_gradients_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedhpc.kinds._loss._LOGITS_AT_ONCE", {"cpu": 16 * 61})
+    monkeypatch.setattr("fedhpc.objectives.base._LOGITS_AT_ONCE", {"cpu": 16 * 61})
     noise = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 8, generator=noise, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(61, 8, generator=noise, dtype=torch.float64)
@@ -174,6 +174,6 @@ def test_the_frozen_head_gives_the_losses_and_gradients_of_autograd(monkeypatch:
     weights = torch.rand(37, generator=noise, dtype=torch.float64)
     losses = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
     (wanted,) = torch.autograd.grad((losses * weights).sum(), hidden)
-    found = frozen_head(hidden.detach(), weight, targets, weights)
+    found = through_frozen_head(hidden.detach(), weight, targets, weights)
     torch.testing.assert_close(found[0], losses.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[1], wanted, rtol=1e-12, atol=1e-12)

@@ -72,13 +72,13 @@ def test_a_block_with_dropout_equals_its_clients_alone(family: str) -> None:
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method, plain = lora(base, dropout=0.3), lora(base)
     start, group = warm(method, torch.float64), works(5)
-    together = train_block(base, method, start, group, data, config, 2, 3).updates
+    together = train_block(base, method, tiny.objective(base), start, group, data, config, 2, 3).updates
     for i, work in enumerate(group):
-        alone = train_block(base, method, start, [work], data, config, 2, 3).updates[0]
+        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 2, 3).updates[0]
         assert float((together[i] - alone).norm() / alone.norm()) < 1e-9
     without = train_block(base, plain, start, group, data, config, 2, 3).updates
     assert float((together - without).norm() / without.norm()) > 1e-2
-    another_round = train_block(base, method, start, group, data, config, 3, 3).updates
+    another_round = train_block(base, method, tiny.objective(base), start, group, data, config, 3, 3).updates
     assert float((together - another_round).norm() / together.norm()) > 1e-2
 
 
@@ -122,7 +122,7 @@ def test_with_the_same_masks_peft_trains_alike(family: str, client: dict[str, An
     base, data, config = tiny.base(family), tiny.examples(), settings(**client)
     method = lora(base, dropout=0.3)
     start, work = warm(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
 
     model, named = in_peft("lora", base, method)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_with_ffa_b_is_trained_as_by_peft_with_a_frozen(family: str) -> None:
     assert not set(drawn) & set(method.payload.shapes)
     assert set(drawn) | set(method.payload.shapes) == set(plain.payload.shapes)
     start, group = warm(method, torch.float64), works(3)
-    together = train_block(base, method, start, group, data, config, 1, 1).updates
+    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates
     for i, work in enumerate(group):
         model, named = in_peft("lora", base, plain)
         with torch.no_grad():
@@ -187,7 +187,9 @@ def test_with_ffa_the_mean_of_the_products_is_the_product_of_the_means(family: s
     def difference(method: Lora) -> float:
         """Largest distance between the two, in units of the mean of the products."""
         start = warm(method, torch.float64)
-        ends = (start - train_block(base, method, start, works(3), data, config, 1, 1).updates).numpy()
+        ends = (
+            start - train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
+        ).numpy()
         clients = []
         for end in [*ends, np.average(ends, axis=0, weights=weights)]:
             folder = tmp_path / f"{method.options.aggregation}{len(clients)}"
@@ -343,7 +345,7 @@ def test_a_block_that_folds_equals_its_clients_alone(options: dict[str, Any], fa
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method, group = lora(base, **options), works(5)
     start = warm(method, torch.float64)
-    together = start - train_block(base, method, start, group, data, config, 2, 3).updates
+    together = start - train_block(base, method, tiny.objective(base), start, group, data, config, 2, 3).updates
     for i, work in enumerate(group):
         alone = torch.from_numpy(trained(method, start, [work], 2)[0])
         assert relative(together[i], alone, start[0]) < 1e-9
@@ -506,9 +508,9 @@ def test_a_classifier_folds_beside_its_head(aggregation: str) -> None:
     base, data, config = tiny.base("bert"), tiny.labelled(), settings(optimizer="adamw", lr=0.02)
     method = with_head(lora(base, aggregation=aggregation))
     start, group = warm(method, torch.float64), works(3)
-    together = start - train_block(base, method, start, group, data, config, 1, 1).updates
+    together = start - train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates
     head = sum(p.numel() for p in base.model.classifier.parameters())
     assert method.numbers_sent(7) == head + 4 * 3 * (32 + 32)
     for i, work in enumerate(group):
-        alone = start - train_block(base, method, start, [work], data, config, 1, 1).updates
+        alone = start - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates
         assert relative(together[i], alone[0], start[0]) < 1e-9

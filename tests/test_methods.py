@@ -115,7 +115,7 @@ def test_a_client_trains_as_peft_and_torch_optim_do(name: str, family: str, clie
     base, data, config = tiny.base(family), tiny.examples(), settings(**client)
     method = make(name, base)
     start, work = warm(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
 
     model, named = in_peft(name, base, method)
     with torch.no_grad():
@@ -132,17 +132,15 @@ def test_a_block_equals_its_clients_alone(name: str, family: str, count: int) ->
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method = make(name, base)
     start, group = warm(method, torch.float64), works(count)
-    together = train_block(base, method, start, group, data, config, 1, 1)
+    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
         assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: str, tmp_path: Path) -> None:
-    from fedhpc.kinds.causal_lm import KIND
-
     base = tiny.base(family)
     method = make(name, base)
     start = warm(method, torch.float64)
@@ -152,7 +150,7 @@ def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: s
     views = method.payload.views(start)
     batch: Any = SimpleNamespace(ids=ids, row=torch.arange(2).repeat_interleave(9), positions=torch.arange(18))
     with torch.no_grad(), method.attach(views, views, torch.zeros(2, dtype=torch.int64)) as attached:
-        ours = KIND.logits(base, KIND.hidden(base, attached, batch)).view(2, 9, -1)
+        ours = base.logits(base.states(attached, batch)).view(2, 9, -1)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).double()
     theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -9:]
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
@@ -218,7 +216,7 @@ def test_adapters_train_as_wrapped_layers_do(
     base, data, config = tiny.base(family), tiny.examples(), settings(**client)
     method = make("adapter", base, placement=placement, activation=activation)
     start, work = warm(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     model, named = with_bottlenecks(base, method.options)
     assert list(named) == list(method.payload.shapes)
     with torch.no_grad():
@@ -290,7 +288,7 @@ def test_full_trains_what_its_options_say_as_torch_optim_does(family: str, part:
     assert list(method.payload.shapes) == list(chosen)
     config = settings(optimizer="sgd", lr=0.05, clip_norm=None)
     start, work = start_of(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     assert relative(found, trained_by_torch(model, chosen, method, data, config, work), start[0]) < 1e-9
 
 

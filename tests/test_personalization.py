@@ -65,7 +65,9 @@ def by_hand(config: Config, task: Averaging) -> tuple[dict[str, torch.Tensor], d
             mine = own.get(client, {n: initial[n] for n in names if "lora_B" in n})
             start = task.method.payload.flatten({**shared, **mine})[None]
             work = Work(client, task.data.population.indices(client))
-            trained = train_block(task.base, task.method, start, [work], task.data.train, config, t, task.rounds)
+            trained = train_block(
+                task.base, task.method, task.objective, start, [work], task.data.train, config, t, task.rounds
+            )
             after = task.method.payload.views((start - trained.updates)[0])
             own[client] = {n: after[n] for n in mine}
             arrived.append({n: after[n] for n in shared})
@@ -105,14 +107,15 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path) -> None:
     for client in range(8):
         alone = task.method.payload.flatten({**start, **own.get(client, {})})[None]
         work = Work(client, task.data.population.indices(client))
-        trained = train_block(task.base, task.method, alone, [work], task.data.train, tuning, 4, 4)
+        trained = train_block(task.base, task.method, task.objective, alone, [work], task.data.train, tuning, 4, 4)
         assert trained.steps.tolist() == [2]
         for column, payload in (
             ("loss", task.method.payload.flatten(start)[None]),
             ("loss_personal", alone - trained.updates),
         ):
             held = client_evaluation(
-                task.base, task.method, payload, task.data.train, [client], [task.data.population.held_out(client)],
+                task.base, task.objective, task.method, payload, task.data.train, [client],
+                [task.data.population.held_out(client)],
                 config.evaluation, "float32", LoopbackTransport(),
             )  # fmt: skip
             assert held is not None

@@ -26,7 +26,7 @@ from fedhpc.config import Config, load
 from fedhpc.data.templates import parse
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import evaluate
-from fedhpc.kinds.base import Attached
+from fedhpc.models.base import Attached
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
@@ -125,15 +125,15 @@ def test_soft_prompts_score_as_an_attached_prompt_does() -> None:
     prompts = torch.randn(2, 5, base.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     which, every = np.arange(12) % 2, np.arange(12)
     with torch.no_grad():
-        batch: Any = base.kind.batch(base, examples, every)
-        losses = base.kind.losses(base, Attached(embeddings=prompts[which]), batch)
+        batch: Any = base.batch(examples, every)
+        losses = tiny.objective(base).losses(base, Attached(embeddings=prompts[which]), batch)
         wanted = -np.bincount(np.repeat(every, batch.supervised), weights=losses.numpy())
         found = likelihoods.log_likelihoods(
             base,
             likelihoods.of_embeddings(base, prompts, Spent()),
             which,
             [examples.prompt(e) for e in every],
-            [[examples.tokens(e)[examples.prompt_lengths[e] :]] for e in every],
+            [[examples.target(e)] for e in every],
             Spent(),
         )
     np.testing.assert_allclose(found[:, 0], wanted, rtol=0, atol=1e-9)
@@ -167,7 +167,7 @@ def writer_of(base: Any, label: str | None = "label") -> Writer:
 @pytest.fixture(scope="module")
 def builtin() -> Any:
     from fedhpc.config import Model
-    from fedhpc.models import load_base
+    from fedhpc.models.load import load_base
 
     return load_base(Model(), torch.device("cpu"))
 
@@ -253,11 +253,11 @@ def test_the_scores_of_a_round_are_those_of_its_pooled_examples(tmp_path: Path, 
             own = approach.writer.own(candidate, train, pool, client)
             whole = approach.writer.rewritten(candidate, train, [own])
             found = evaluate(
-                approach.base, None, torch.empty(1, 0), whole, scored, ["loss"], approach.config.evaluation, "float32",
-                LoopbackTransport(),
+                approach.base, approach.objective, None, torch.empty(1, 0), whole, scored, ["loss"],
+                approach.config.evaluation, "float32", LoopbackTransport(),
             )  # fmt: skip
             assert found is not None
-            total += found.metrics["loss"] * approach.base.kind.supervised(whole, scored).sum()
+            total += found.metrics["loss"] * approach.objective.num_supervised(whole, scored).sum()
             rows_seen += len(scored)
         assert count == rows_seen
         assert score == pytest.approx(total / rows_seen, rel=1e-12)

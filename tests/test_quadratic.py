@@ -1,7 +1,7 @@
 """Federated optimisation on quadratic clients, through the whole round loop, against plain numpy from the papers.
 
 Client i has F_i(x) = 1/2 (x - b_i)' H_i (x - b_i): curvatures, optima, numbers of examples and of local steps all
-differ. Only the ends of the program stand in: a task kind whose loss is F_i of the owner of each example, and a method
+differ. Only the ends of the program stand in: an objective whose loss is F_i of the owner of each example, and a method
 whose payload is the one vector x. All between them is what every run uses. The references know of it only which
 clients were in a round.
 """
@@ -26,9 +26,9 @@ from fedhpc.approaches.inputs import Inputs
 from fedhpc.data import Data, Examples, Population
 from fedhpc.data.partitioners.base import Assignment
 from fedhpc.data.tokens import Tokens, examples_from
-from fedhpc.kinds.base import Attached, Batch, Kind
 from fedhpc.methods.base import Method, PerClient, Tensors
-from fedhpc.models import Base
+from fedhpc.models.base import Attached, Base, Batch
+from fedhpc.objectives.base import Objective
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results import run_directory
@@ -66,34 +66,30 @@ class Owners(Batch):
     owner: Tensor  # int64 (B,)
 
 
-class Quadratic(Kind):
+class NoModel(Base):
+    """Nothing is asked of it."""
+
+    def _none(self, *_: Any) -> Any:
+        raise AssertionError("a quadratic has no such thing")
+
+    fits = join = sizes = max_positions = activations = _none
+
+
+class Quadratic(Objective):
     """One supervised token per example, whose loss is F of its owner."""
 
-    name, needs, auto_class, task_type = "quadratic", "", "", ""
-    answers = frozenset({"losses"})
-
-    def supervised(self, examples: Examples, indices: np.ndarray) -> np.ndarray:
+    def num_supervised(self, examples: Examples, indices: np.ndarray) -> np.ndarray:
         return np.ones(len(indices), np.int64)
 
-    def batch(self, base: Any, examples: Examples, indices: np.ndarray) -> Owners:
+    def batch(self, base: Any, examples: Examples, indices: np.ndarray, clients: Any = None) -> Owners:
         owners, count = torch.from_numpy(examples.owners[indices].astype(np.int64)), len(indices)
-        return Owners(torch.arange(count), self.supervised(examples, indices), count, count, owners)
+        return Owners(torch.arange(count), self.num_supervised(examples, indices), count, count, owners)
 
     def losses(self, base: Any, attached: Attached, batch: Owners) -> Tensor:
         # Without a method, as the untouched base is evaluated, x = 0.
         x = torch.zeros(1, SIZE).double() if attached.embeddings is None else attached.embeddings[:, 0]
         apart = x - torch.from_numpy(B)[batch.owner]
         return 0.5 * torch.einsum("bp,bpq,bq->b", apart, torch.from_numpy(H)[batch.owner], apart)
-
-    def backward(self, base: Any, attached: Attached, batch: Owners, row_weights: Tensor, scale: float = 1.0) -> Tensor:
-        losses = self.losses(base, attached, batch)
-        (losses * row_weights * scale).sum().backward()
-        return losses.detach()
-
-    def _none(self, *_: Any) -> Any:
-        raise AssertionError("a quadratic has no such thing")
-
-    fits = join = sizes = max_positions = activations = label_rows = label_scores = num_classes = predictions = _none
 
 
 class OneVector(Method):
@@ -141,13 +137,14 @@ def federated(
         del raw["client"]["epochs"]
     config = settings(folder, raw)
     model = SimpleNamespace(dtype=torch.float64, parameters=lambda: [])
-    base = Base(model, None, torch.device("cpu"), "quadratic", "quadratic", 0, 0, 0, 0, Quadratic())
+    base = NoModel(model, None, torch.device("cpu"), "quadratic", "quadratic", 0, 0, 0, 0)
     train, others = _examples(np.repeat(np.arange(len(COUNTS)), COUNTS)), _examples(np.arange(len(COUNTS)))
     assignment = Assignment(np.arange(len(train)), np.concatenate([[0], np.cumsum(COUNTS)]))
     population = Population(len(COUNTS), config.run.seed, 0.0, assignment)
     task = Inputs(
         config=config,
         base=base,
+        objective=Quadratic(),
         data=Data(train, others, others, population, [], "quadratic"),
         rounds=config.federation.rounds,
         workers=tuple(range(1, ranks)) or (0,),

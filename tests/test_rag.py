@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
+from fedhpc.approaches.prepare import prepare
 from fedhpc.approaches.rag.approach import Rag
 from fedhpc.approaches.rag.chunks import chunks
 from fedhpc.approaches.rag.encoder import Encoder
@@ -20,7 +21,6 @@ from fedhpc.approaches.rag.passages import number_of
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config
 from fedhpc.errors import UserError
-from fedhpc.federation import prepare
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedhpc import models
+from fedhpc.approaches.prepare import prepare
 from fedhpc.approaches.rag.encoder import Encoder
 from fedhpc.builtin import rows
 from fedhpc.config import Model
 from fedhpc.data import load_data
 from fedhpc.errors import UserError
-from fedhpc.federation import prepare
-from fedhpc.kinds import embedding
-from fedhpc.kinds.embedding import TEMPERATURE
 from fedhpc.methods.retriever import PROJECTION, Options, Retriever, load
+from fedhpc.models import load as models
+from fedhpc.objectives import contrastive
+from fedhpc.objectives.contrastive import TEMPERATURE, Contrastive
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
@@ -74,7 +74,7 @@ def by_torch(base: Any, data: Any, work: Work, client: Any) -> torch.Tensor:
     for picked in batches(len(work.indices), client, 0, 1, work.client_id):
         chosen = work.indices[picked]
         questions = [data.prompt(int(i)) for i in chosen]
-        passages = [data.tokens(int(i))[len(q) :] for i, q in zip(chosen, questions, strict=True)]
+        passages = [data.target(int(i)) for i in chosen]
         q = projection(torch.stack([vector(ids) for ids in questions]))
         q = q / q.norm(dim=1, keepdim=True)
         p = torch.stack([vector(ids) for ids in passages])
@@ -113,9 +113,11 @@ def test_a_block_equals_its_clients_alone(encoder: Path, tmp_path: Path) -> None
     noise = torch.randn(5, 32 * 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = approach.initial_payload() + 0.05 * noise
     about = (approach.data.train, approach.config, 1, 1)
-    together = train_block(approach.base, approach.method, start, works, *about)
+    together = train_block(approach.base, approach.method, approach.objective, start, works, *about)
     for i, work in enumerate(works):
-        alone = train_block(approach.base, approach.method, start[i : i + 1], [work], *about).updates[0]
+        alone = train_block(
+            approach.base, approach.method, approach.objective, start[i : i + 1], [work], *about
+        ).updates[0]
         if len(work.indices) > 1:
             assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
         else:  # a lone pair has nothing to be told from
@@ -176,7 +178,7 @@ def test_vectors_are_kept_on_disk_by_who_made_them_and_in_memory_up_to_a_limit(
         return torch.zeros(len(ids), 32)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedhpc.approaches.rag.encoder.embed", counted)
+        patch.setattr(type(search.base), "vectors", counted)
         assert np.array_equal(search.passages(texts)[0], wanted) and not made
         patch.setattr(search, "base", replace(search.base, device=torch.device("cuda")))
         assert not search.passages(texts)[0].any()
@@ -185,13 +187,18 @@ def test_vectors_are_kept_on_disk_by_who_made_them_and_in_memory_up_to_a_limit(
     assert made == [3, 3] and len(list((tmp_path / "vectors").iterdir())) == 3
 
     ids = [np.array([1, i, 2], np.int64) for i in range(4, 9)]
-    vectors, base = embedding.embed(search.base, ids), search.base
-    monkeypatch.setattr(embedding, "_KEPT_BYTES", 3 * vectors[0].nbytes)
+    objective, base, vectors = Contrastive(), search.base, search.base.vectors(ids)
+    encode, made = type(base).vectors, []
+
+    def told(base: Any, ids: Any) -> torch.Tensor:
+        made.extend(int(one[1]) for one in ids)
+        return encode(base, ids)
+
+    monkeypatch.setattr(type(base), "vectors", told)
+    monkeypatch.setattr(contrastive, "CACHED_BYTES", 3 * vectors[0].nbytes)
     for chosen in ([0, 1], [1, 2, 3, 1], [0, 3, 4], [4, 3, 2, 1, 0]):
-        found = embedding._kept(base, [ids[i] for i in chosen])
-        assert torch.equal(found, vectors[chosen])
-        assert len(base.kept) <= 3 and all(row.untyped_storage().nbytes() == row.nbytes for row in base.kept.values())
-    assert list(base.kept) == [ids[i].tobytes() for i in (4, 2, 1)]
+        assert torch.equal(objective.vectors(base, [ids[i] for i in chosen]), vectors[chosen])
+    assert made == [4, 5, 6, 7, 4, 8, 6, 5]  # the oldest of more than three have gone
 
 
 def test_mistakes_are_one_line(encoder: Path, tmp_path: Path) -> None:
@@ -232,10 +239,10 @@ def test_owners_without_pairs_are_rejected(encoder: Path, tmp_path: Path) -> Non
     assert len(messages) == 1 and "it has no training examples" in messages[0]
 
 
-def test_data_loads_by_its_kind(encoder: Path, tmp_path: Path) -> None:
+def test_data_loads_as_the_model_writes_it(encoder: Path, tmp_path: Path) -> None:
     approach = task(encoder, tmp_path / "run")
-    kind, tokenizer = approach.base.kind, approach.base.tokenizer
-    data = load_data(approach.config, tokenizer, kind, False).train
+    tokenizer = approach.base.tokenizer
+    data = load_data(approach.config, tokenizer, type(approach.base), False).train
     text = tokenizer.decode(data.tokens(0))
     assert text.count("[CLS]") == 2 and text.count("[SEP]") == 2
     assert len(data.prompt(0)) < len(data.tokens(0)) and data.tokens(0)[0] == tokenizer.cls_token_id

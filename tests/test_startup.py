@@ -56,7 +56,7 @@ def test_what_transformers_would_import_unasked_stays_out_until_it_is_asked_for(
     for name in ("scipy", "sklearn"):
         (tmp_path / f"{name}.py").write_text("")  # installed as far as Python can see, and of no use to transformers
     program = (
-        "import sys; import torch; from fedhpc.config import Model; from fedhpc.models import load_base\n"
+        "import sys; import torch; from fedhpc.config import Model; from fedhpc.models.load import load_base\n"
         "load_base(Model(), torch.device('cpu'))\n"
         "print(*{'scipy', 'sklearn', 'jinja2'} & set(sys.modules))\n"
         "import scipy, jinja2; print(scipy.__file__, jinja2.__name__)"

@@ -32,7 +32,6 @@ NAMES_ALLOWED: dict[str, int] = {
     "approaches/scoring": 20,
     "data": 3,
     "evaluation": 14,
-    "kinds": 21,
     "methods": 20,
     "participation": 2,
     "ranks": 15,
@@ -48,7 +47,6 @@ DOCSTRINGS_ALLOWED: dict[str, int] = {
     "approaches/prompt_search": 9,
     "approaches/rag": 13,
     "approaches/scoring": 2,
-    "kinds": 36,
     "methods": 12,
     "ranks": 1,
 }

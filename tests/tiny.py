@@ -8,10 +8,12 @@ import numpy as np
 import torch
 import transformers as tf
 
+from fedhpc import objectives
 from fedhpc.data.tokens import Examples, Tokens, examples_from
-from fedhpc.kinds import causal_lm, classification, seq2seq
-from fedhpc.kinds.base import Kind
-from fedhpc.models import Base
+from fedhpc.models.base import Base
+from fedhpc.models.causal_lm import CausalLM
+from fedhpc.models.encoder import Classifier
+from fedhpc.models.seq2seq import Seq2Seq
 
 VOCABULARY = 61
 FAMILIES: dict[str, Any] = {
@@ -81,10 +83,10 @@ SEQ2SEQ: dict[str, Any] = {
         )
     ),
 }  # fmt: skip
-KINDS: dict[str, Kind] = {
-    **dict.fromkeys(FAMILIES, causal_lm.KIND),
-    **dict.fromkeys(ENCODERS, classification.KIND),
-    **dict.fromkeys(SEQ2SEQ, seq2seq.KIND),
+CLASSES: dict[str, type[Base]] = {
+    **dict.fromkeys(FAMILIES, CausalLM),
+    **dict.fromkeys(ENCODERS, Classifier),
+    **dict.fromkeys(SEQ2SEQ, Seq2Seq),
 }
 
 
@@ -100,7 +102,7 @@ class TinyTokenizer:
 
 def base(
     family: str, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 3.0, device: str = "cpu"
-) -> Base:
+) -> Any:
     """A random model; weights larger than usual, so that what a payload does shows."""
     torch.manual_seed(seed)
     model = {**FAMILIES, **ENCODERS, **SEQ2SEQ}[family]().to(dtype).eval().requires_grad_(False)
@@ -121,21 +123,12 @@ def base(
             ):
                 p.mul_(scale)
     model.to(device)
-    kind = KINDS[family]
-    sizes = kind.sizes(model.config)
-    return Base(
-        model=model,
-        tokenizer=TinyTokenizer(),
-        device=torch.device(device),
-        name=family,
-        fingerprint=family,
-        num_layers=sizes.num_layers,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        hidden_size=sizes.hidden_size,
-        kind=kind,
-        head=kind.head(model, []),
-    )
+    return CLASSES[family].of(model, TinyTokenizer(), torch.device(device), family, family)
+
+
+def objective(base: Base) -> Any:
+    """What such a model is trained with."""
+    return objectives.for_model(type(base))
 
 
 def examples(count: int = 60, seed: int = 0, longest: int = 20) -> Examples:

@@ -23,7 +23,7 @@ from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
-from fedhpc.kinds.base import Kind
+from fedhpc.models.base import Base
 from fedhpc.participation.blocks import joined, most_together, resolve_block_size
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.participation.sampling import cohort_size
@@ -81,14 +81,14 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     #: Why a contribution was not used; the first stands for one that was.
     reasons: ClassVar[tuple[str, ...]] = ("", "its update is not finite")
 
-    #: What metrics can NEED beside the answers of the base model.
+    #: What metrics can need beside the answers of the base model.
     answers: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, inputs: Inputs) -> None:
-        self.config, self.base, self.data = inputs.config, inputs.base, inputs.data
+        self.config, self.base, self.objective, self.data = inputs.config, inputs.base, inputs.objective, inputs.data
         for name in (*self.config.evaluation.metrics, *self.config.evaluation.metrics_of_test):
             needed = registry.choice("metrics", name).needs
-            if needed not in self.base.kind.answers | self.answers:
+            if needed not in self.base.answers | self.answers:
                 raise UserError(
                     f"evaluation.metrics: {name} is of {needed}, which method.name {self.config.method.name} of "
                     f"'{self.base.name}' does not give"
@@ -99,9 +99,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         self.clients_that_fit: int | None = None
 
     @classmethod
-    def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> Data:
+    def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> Data:
         """The splits and the population. UserError for all that is wrong with the data."""
-        return data.load_data(config, tokenizer, kind, write_cache)
+        return data.load_data(config, tokenizer, model, write_cache)
 
     @property
     def fingerprint(self) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedhpc import registry
+from fedhpc import objectives, registry
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.data.templates import parse
 from fedhpc.errors import UserError
-from fedhpc.kinds.base import Kind
-from fedhpc.models import Base, check_length, load_base, load_kind, load_tokenizer
+from fedhpc.models.base import Base
+from fedhpc.models.load import check_length, load_base, load_tokenizer, model_class
+from fedhpc.objectives.base import Objective
 from fedhpc.participation.sampling import cohort_size, num_rounds
 from fedhpc.ranks.devices import device_of
 from fedhpc.ranks.launch import Launch
@@ -26,6 +27,7 @@ class Inputs:
 
     config: Config
     base: Base
+    objective: Objective
     data: Data
     rounds: int
     workers: tuple[int, ...]
@@ -38,12 +40,13 @@ def load_inputs(
     launch: Launch,
     world_size: int,
     write_cache: bool,
-    read: Callable[[Config, Any, Kind, bool], Data],
+    read: Callable[[Config, Any, type[Base], bool], Data],
 ) -> Inputs:
     """Load and check the model and the data, which `read` reads. UserError for all that a person can mend."""
-    kind = load_kind(config.model)
-    kind.check(config)
-    data = read(config, load_tokenizer(config.model), kind, write_cache)
+    model = model_class(config.model)
+    objective = objectives.for_model(model)
+    objective.check(config, model)
+    data = read(config, load_tokenizer(config.model), model, write_cache)
     base = load_base(config.model, device_of(launch), data.train.label_names, config.run.seed)
     check_length(base, config.data.max_length, int(getattr(config.method, "num_virtual_tokens", 0)))
     size = cohort_size(config, data.population)
@@ -55,22 +58,23 @@ def load_inputs(
     return Inputs(
         config=config,
         base=base,
+        objective=objective,
         data=data,
         rounds=num_rounds(config, data.population),
         workers=tuple(ranks[1:]) or (0,),
-        label_targets=_label_targets(config, kind, data),
+        label_targets=_label_targets(config, model, data),
         placement=launch.placement,
     )
 
 
-def _label_targets(config: Config, kind: Kind, data: Data) -> list[str] | None:
+def _label_targets(config: Config, model: type[Base], data: Data) -> list[str] | None:
     """The rendered target of every label, between which accuracy decides; a head has the labels themselves."""
     evaluation = config.evaluation
     metrics = {*evaluation.metrics, *evaluation.metrics_of_test}
     of_labels = sorted(name for name in metrics if registry.choice("metrics", name).needs == "labels")
     if not of_labels:
         return None
-    if not kind.has_target:
+    if not model.has_target:
         return data.train.label_names
     target = parse(config.data.target, "data.target")
     if list(target.columns) != [config.data.label]:

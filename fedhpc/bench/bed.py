@@ -47,9 +47,9 @@ class Bed:
         from transformers import AutoModelForCausalLM
 
         from fedhpc import registry
-        from fedhpc.kinds.causal_lm import KIND
         from fedhpc.methods._linear import features
-        from fedhpc.models import Base
+        from fedhpc.models.causal_lm import CausalLM
+        from fedhpc.objectives.language_modelling import LanguageModelling
 
         self.device, self.repeats, shape = device, sizes.repeats, sizes.models[model]()
         self.options = dict(METHODS[method])
@@ -59,9 +59,8 @@ class Bed:
         with device:
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa")
         network.requires_grad_(False).eval()
-        self.base = Base(
-            network, SimpleNamespace(pad_token_id=0), device, model, model, **vars(KIND.sizes(shape)), kind=KIND
-        )
+        self.base = CausalLM.of(network, SimpleNamespace(pad_token_id=0), device, model, model)
+        self.objective = LanguageModelling()
         self.settings = self.config(1).method
         self.method = registry.load("methods", method).METHOD(self.settings, self.base, 0)
         self.start = self.method.payload.flatten(self.method.initial()).unsqueeze(0)
@@ -87,7 +86,9 @@ class Bed:
         ones, each = np.ones(_ROWS, np.int32), STEPS * batch
         examples = examples_from(Tokens(self.rows(length).ravel(), np.arange(_ROWS + 1) * length, ones))
         works = [Work(client, np.arange(client * each, client * each + each) % _ROWS) for client in range(clients)]
-        return partial(train_block, self.base, self.method, self.start, works, examples, self.config(batch), 1, 1)
+        return partial(
+            train_block, self.base, self.method, self.objective, self.start, works, examples, self.config(batch), 1, 1
+        )
 
     def texts(self, batch: int, length: int) -> Any:
         """The tokens that a loop without federation trains on, as one client: int64 (1, STEPS * batch, length)."""

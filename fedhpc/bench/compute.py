@@ -213,11 +213,14 @@ def taken_bytes(what: str) -> tuple[int, int]:
     """
     import torch
 
+    from fedhpc.models.causal_lm import CausalLM
+
     with tempfile.TemporaryDirectory() as folder:
         work = Trainer(W2, Path(folder), _CLIENTS, method={"rank": _RANK})
         base, train = work.base, work.approach.data.train
         rows = work.approach.data.population.indices(work.clients[0])[:1].repeat(_CLIENTS * BATCH)
-        batch: Any = base.kind.batch(base, train, rows)
+        assert isinstance(base, CausalLM)
+        batch = base.batch(train, rows)
 
         def alone() -> None:
             inputs = base.model.get_input_embeddings()(batch.ids).detach().requires_grad_()

@@ -60,18 +60,18 @@ class Data:
 def load_data(
     settings: config.Config,
     tokenizer: PreTrainedTokenizerBase,
-    kind: Writing,
+    writing: Writing,
     write_cache: bool = True,
     public: Public | None = None,
 ) -> Data:
     """Read, tokenise and divide the data of a run.
 
-    kind: how an example is written; data.target is used only where it has a target. write_cache: whether tokens are
+    writing: how an example is written; data.target is used only where it has a target. write_cache: whether tokens are
     cached for the next run (`--check` writes nothing). public: the public set to read beside the splits. A UserError
     says what is wrong with the data, and in which file and line.
     """
     data = settings.data
-    prompt, target = parse(data.prompt, "data.prompt"), parse(data.target if kind.has_target else "", "data.target")
+    prompt, target = parse(data.prompt, "data.prompt"), parse(data.target if writing.has_target else "", "data.target")
     messages: list[str] = []
     tables, owner_names = _read_splits(settings, prompt, target, public, messages)
     label_names: list[str] = []
@@ -79,7 +79,7 @@ def load_data(
         label_names = sorted({row[data.label] for table in tables.values() for row in table.rows})
     true_labels = ids_of(tables["train"], data.label, label_names)
     if data.label is not None and data.label_noise:
-        if kind.has_target and data.label not in target.columns:
+        if writing.has_target and data.label not in target.columns:
             raise UserError(f"data.label_noise: data.target must have {{{data.label}}}, or the noise changes no target")
         tables["train"] = _mislabelled(tables["train"], data.label, label_names, data.label_noise, settings.run.seed)
 
@@ -88,7 +88,7 @@ def load_data(
         prompts = [prompt.render(row) for row in table.rows]
         targets = [target.render(row) for row in table.rows]
         tokens, message = cached_tokens(
-            prompts, targets, table.locations, tokenizer, data.max_length, kind, write_cache
+            prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache
         )
         if message is not None and message not in messages:
             messages.append(message)

@@ -1,7 +1,11 @@
-"""Tokenised examples: the prompt and the target tokenised apart and joined as the kind of task (kinds/) has it.
+"""Tokenised examples: prompt and target are tokenised apart and joined as the model (fedhpc.models) writes a row.
+
+The tokens that a model is trained to predict are the *supervised* ones. They lie in spans, stretches of a row: the
+target, or each assistant turn of a chat.
 
 The tokens of a split lie in memory-mapped files under `$FEDHPC_CACHE` (default `~/.cache/fedhpc`), named by a
-hash of all they follow from: texts, kind of task, tokenizer, length limit. With no place to write they stay in memory.
+hash of all they follow from: texts, `model.task`, tokenizer, length limit. Where nothing can be written they stay in
+memory.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedhpc.data.partitioners.base import Int32, Int64
 from fedhpc.errors import UserError
@@ -29,19 +32,27 @@ if TYPE_CHECKING:
 _CHUNK = 8192  # examples tokenised at once: bounds the Python lists
 _FORMAT = "fedhpc-tokens-1"
 
-# (ids of the prompt, ids of the target, place of the row) -> the ids in front of the supervised ones, and those.
-# UserError, with the place, where they make no example.
+# (ids of the prompt, ids of the target, where the row is) -> the ids in front of the supervised ones, and those.
+# UserError, which says where, if they make no example.
 Join = Callable[[list[int], list[int], str], tuple[list[int], list[int]]]
 
 
 class Writing(Protocol):
-    """How a kind of task (kinds/) writes an example."""
+    """How a model writes an example as a row of tokens; the classes of fedhpc.models do."""
 
     @property
-    def name(self) -> str: ...
+    def task(self) -> str: ...  # as in `model.task`; part of the cache's key
     @property
     def has_target(self) -> bool: ...
     def join(self, tokenizer: Any, max_length: int) -> Join: ...
+
+
+class Spans(NamedTuple):
+    """The stretches of supervised tokens of each example, in order and apart from each other."""
+
+    offsets: Int64  # [n + 1]; the spans of example e are those from offsets[e] to offsets[e + 1]
+    starts: Int32  # [spans]: the first token of a span, counted within its example
+    ends: Int32  # [spans]: one behind its last
 
 
 class Tokens(NamedTuple):
@@ -49,22 +60,7 @@ class Tokens(NamedTuple):
 
     ids: Int32  # [total]
     offsets: Int64  # [n + 1]; example e is ids[offsets[e]:offsets[e + 1]]
-    prompt_lengths: Int32  # [n]; tokens before the target, special ones included, at least 1
-
-
-@dataclass(frozen=True)
-class SoftTargets:
-    """What teachers hold likely at the supervised positions of a split, one example after the other.
-
-    k classes per position (token ids, or labels of a classifier); all others share what is left of the probability. A
-    place that is not needed repeats the first class with probability 0.
-    """
-
-    index: Int32  # [positions, k]
-    probability: NDArray[np.floating[Any]]  # [positions, k]: softmax(logits / temperature)
-    offsets: Int64  # [n + 1]; the positions of example e are offsets[e] to offsets[e + 1]
-    temperature: float
-    hard_weight: float  # of the loss on the examples' own targets beside that on these
+    prompt_lengths: Int32  # [n]; tokens in front of the first span, special ones included; 0 where there are none
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,13 @@ class Examples:
     """The examples of one split.
 
     labels index label_names and owners index owner_names; prompts and targets are the rendered texts, kept
-    for validation and test only. With `soft` models learn from these beside, or instead of, the examples' own targets.
+    for validation and test only.
     """
 
     ids: Int32  # [total]
     offsets: Int64  # [n + 1]
     prompt_lengths: Int32  # [n]
+    spans: Spans | None  # None: each example has one span, from its prompt to its end
     labels: Int32 | None  # [n]
     label_names: list[str]
     owners: Int32 | None  # [n]
@@ -85,7 +82,6 @@ class Examples:
     prompts: list[str] | None
     targets: list[str] | None
     fingerprint: str  # of all of the above
-    soft: SoftTargets | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -104,14 +100,58 @@ class Examples:
         return self.ids[self.offsets[example] : self.offsets[example + 1]]
 
     def prompt(self, example: int) -> Int32:
-        """Those before the target."""
-        start = self.offsets[example]
-        return self.ids[start : start + self.prompt_lengths[example]]
+        """The token ids in front of the first span of one example."""
+        return self.tokens(example)[: self.prompt_lengths[example]]
+
+    def target(self, example: int) -> Int32:
+        """The token ids from the first span of one example to its end."""
+        return self.tokens(example)[self.prompt_lengths[example] :]
+
+    def num_supervised(self, indices: Int64) -> Int64:
+        """int64 (len(indices),): supervised tokens of these examples."""
+        if self.spans is None:
+            return self.lengths_of(indices) - self._first(indices)
+        starts, ends, row = self._spans_of(indices)
+        return np.bincount(row, weights=ends - starts, minlength=len(indices)).astype(np.int64)
+
+    def supervised(self, indices: Int64) -> tuple[Int64, Int64]:
+        """Where the supervised tokens of these examples are, in order: two arrays int64 (S,).
+
+        Which of `indices` a token belongs to, counted from 0, and its position within that example.
+        """
+        starts, ends, row = self._spans_of(indices)
+        return np.repeat(row, ends - starts), ranges(starts, ends)
+
+    def _first(self, indices: Int64) -> Int64:
+        """int64 (len(indices),): where the first span starts.
+
+        Nothing stands in front of the first token of a row, so nothing can predict it.
+        """
+        return np.maximum(self.prompt_lengths[indices].astype(np.int64), 1)
+
+    def _spans_of(self, indices: Int64) -> tuple[Int64, Int64, Int64]:
+        """Starts and ends of the spans of these examples, and which of `indices` each belongs to."""
+        if self.spans is None:
+            return self._first(indices), self.lengths_of(indices), np.arange(len(indices))
+        first, last = self.spans.offsets[indices], self.spans.offsets[indices + 1]
+        chosen = ranges(first, last)
+        starts, ends = (bounds[chosen].astype(np.int64) for bounds in (self.spans.starts, self.spans.ends))
+        starts = np.maximum(starts, 1)
+        return starts, np.maximum(ends, starts), np.repeat(np.arange(len(indices)), last - first)
+
+
+def ranges(starts: Int64, ends: Int64) -> Int64:
+    """The whole numbers from each start up to its end, one range after the other: ranges([2, 7], [4, 8]) is 2, 3, 7."""
+    counts = ends - starts
+    before = np.cumsum(counts) - counts
+    numbers: Int64 = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    return numbers
 
 
 def examples_from(
     tokens: Tokens,
     *,
+    spans: Spans | None = None,
     labels: Int32 | None = None,
     label_names: Sequence[str] = (),
     owners: Int32 | None = None,
@@ -119,9 +159,9 @@ def examples_from(
     prompts: list[str] | None = None,
     targets: list[str] | None = None,
 ) -> Examples:
-    """Examples with the fingerprint of their content."""
+    """Examples with the fingerprint of their content. spans: where an example has another number of them than one."""
     digest = hashlib.sha256(_FORMAT.encode())
-    for array in (*tokens, labels, owners):
+    for array in (*tokens, *(spans or ()), labels, owners):
         digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
     for texts in (label_names, owner_names, prompts or (), targets or ()):
         _update(digest, texts)
@@ -129,6 +169,7 @@ def examples_from(
         ids=tokens.ids,
         offsets=tokens.offsets,
         prompt_lengths=tokens.prompt_lengths,
+        spans=spans,
         labels=labels,
         label_names=list(label_names),
         owners=owners,
@@ -158,13 +199,13 @@ def tokenize(
     places: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    kind: Writing,
+    writing: Writing,
 ) -> Tokens:
     """Tokens of the rendered texts, at most `max_length` each.
 
     places: where each row is, for the UserError about an empty target or texts that make no example.
     """
-    join = kind.join(tokenizer, max_length)
+    join = writing.join(tokenizer, max_length)
     ids: list[Int32] = []
     lengths = np.empty(len(prompts), np.int64)
     prompt_lengths = np.empty(len(prompts), np.int32)
@@ -174,7 +215,7 @@ def tokenize(
         encoded_prompts = _encode(tokenizer, list(distinct))
         pieces: list[list[int]] = []
         for number, target in enumerate(_encode(tokenizer, targets[chunk]), start):
-            if kind.has_target and (not target or not targets[number].strip()):
+            if writing.has_target and (not target or not targets[number].strip()):
                 raise UserError(f"{places[number]}: data.target is empty here; leave the row out with data.where_not")
             front, supervised = join(encoded_prompts[distinct[prompts[number]]], target, places[number])
             pieces += (front, supervised)
@@ -192,24 +233,24 @@ def cached_tokens(
     places: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    kind: Writing,
+    writing: Writing,
     write: bool = True,
 ) -> tuple[Tokens, str | None]:
     """`tokenize`, from the cache where it has been done before, and a message where it could not be kept.
 
     write: whether to keep what was not there.
     """
-    digest = hashlib.sha256(f"{_FORMAT} {kind.name} {max_length} {tokenizer_content(tokenizer)}".encode())
+    digest = hashlib.sha256(f"{_FORMAT} {writing.task} {max_length} {tokenizer_content(tokenizer)}".encode())
     _update(digest, prompts)
     _update(digest, targets)
     try:
         folder = cache_dir() / digest.hexdigest()
     except RuntimeError as error:  # a user without a home directory
-        return tokenize(prompts, targets, places, tokenizer, max_length, kind), f"tokens are not cached: {error}"
+        return tokenize(prompts, targets, places, tokenizer, max_length, writing), f"tokens are not cached: {error}"
     tokens = _load(folder, len(prompts))
     if tokens is not None:
         return tokens, None
-    tokens = tokenize(prompts, targets, places, tokenizer, max_length, kind)
+    tokens = tokenize(prompts, targets, places, tokenizer, max_length, writing)
     if not write:
         return tokens, None
     try:

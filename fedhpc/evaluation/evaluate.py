@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 
 from fedhpc import registry
 from fedhpc.config import Evaluation
-from fedhpc.data.tokens import Examples, group_references
+from fedhpc.data.tokens import Examples, group_references, ranges
 from fedhpc.evaluation.metrics.base import Metric, Outputs
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Attached, Method
-from fedhpc.models import Base, autocast
+from fedhpc.models.base import Base, Predictor
+from fedhpc.models.generative import Generative
+from fedhpc.models.load import autocast
+from fedhpc.objectives.base import Objective
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.rng import EVALUATION, generator
 
@@ -58,6 +61,7 @@ def subset(n: int, limit: int) -> Int64:
 
 def evaluate(
     base: Base,
+    objective: Objective,
     method: Method | None,
     payloads: Tensor,
     examples: Examples,
@@ -83,14 +87,14 @@ def evaluate(
     chosen: dict[str, Metric] = {registry.short_name(name): registry.choice("metrics", name)() for name in metrics}
     needs = {metric.needs for metric in chosen.values()}
     count = 1 if method is None else len(payloads)
-    work = _Work(base, method, payloads, options.batch_size, precision, transport)
+    work = _Work(base, objective, method, payloads, options.batch_size, precision, transport)
     outputs: dict[str, Any] = {}
     kept, per_payload = [], None
 
     if "losses" in needs:
         pairs = np.tile(indices, count)
         nll = work.losses(examples, pairs, np.repeat(np.arange(count), len(indices)))
-        sums, tokens = nll.reshape(count, -1).sum(axis=1), int(base.kind.supervised(examples, indices).sum())
+        sums, tokens = nll.reshape(count, -1).sum(axis=1), int(objective.num_supervised(examples, indices).sum())
         outputs |= {"nll_sum": float(sums.sum()), "tokens": count * tokens}
         per_payload = sums / tokens if count > 1 else None
     if "labels" in needs:
@@ -98,7 +102,7 @@ def evaluate(
             raise ValueError("metrics on labels need the examples' labels and a target for each of them")
         scores = work.label_scores(examples, indices, label_targets, np.arange(len(indices)) % count)
         outputs |= {"labels": examples.labels[indices].astype(np.int64), "predictions": scores.argmax(axis=1)}
-    samples = samples if "texts" in base.kind.answers else 0
+    samples = samples if "texts" in base.answers else 0
     if "texts" in needs or samples:
         groups = group_references(examples)
         items = subset(len(groups), len(indices))
@@ -124,6 +128,7 @@ def evaluate(
 
 def likelihoods(
     base: Base,
+    objective: Objective,
     method: Method | None,
     payloads: Tensor,
     examples: Examples,
@@ -132,13 +137,14 @@ def likelihoods(
     transport: Transport,
 ) -> Float64 | None:
     """Negative log-likelihood of the target of each example under one payload (1, P); on rank 0. Collective."""
-    work = _Work(base, method, payloads, options.batch_size, precision, transport)
+    work = _Work(base, objective, method, payloads, options.batch_size, precision, transport)
     summed = work.losses(examples, np.arange(len(examples)), np.zeros(len(examples), np.int64))
     return summed if transport.rank == 0 else None
 
 
 def client_evaluation(
     base: Base,
+    objective: Objective,
     method: Method,
     payloads: Tensor,
     examples: Examples,
@@ -161,7 +167,7 @@ def client_evaluation(
     sizes = np.array([len(part) for part in held_out], np.int64)
     indices = np.concatenate([np.empty(0, np.int64), *held_out])
     owner = np.repeat(np.arange(len(clients)), sizes)
-    work = _Work(base, method, payloads, options.batch_size, precision, transport)
+    work = _Work(base, objective, method, payloads, options.batch_size, precision, transport)
     nll = work.losses(examples, indices, owner % len(payloads))
     right = None
     if label_targets is not None and examples.labels is not None:
@@ -169,7 +175,7 @@ def client_evaluation(
         right = scores.argmax(axis=1) == examples.labels[indices]
     if transport.rank != 0:
         return None
-    tokens = np.bincount(owner, weights=base.kind.supervised(examples, indices), minlength=len(clients)).astype(
+    tokens = np.bincount(owner, weights=objective.num_supervised(examples, indices), minlength=len(clients)).astype(
         np.int64
     )
 
@@ -190,6 +196,7 @@ def client_evaluation(
 
 def mixed_probabilities(
     base: Base,
+    objective: Objective,
     method: Method,
     payloads: Tensor,
     weights: Float64,
@@ -205,7 +212,7 @@ def mixed_probabilities(
     Of the supervised tokens of the examples `indices`, in their order: (S,). Where `label_targets` are given, of the
     labels too, p_i being the softmax of the model's scores: (len(indices), labels).
     """
-    work = _Work(base, method, payloads, options.batch_size, precision, LoopbackTransport())
+    work = _Work(base, objective, method, payloads, options.batch_size, precision, LoopbackTransport())
     count = len(payloads)
     pairs, owner = np.tile(indices, count), np.repeat(np.arange(count), len(indices))
     losses = work.token_losses(examples, pairs, owner).reshape(count, -1)
@@ -251,13 +258,14 @@ class _Work:
     def __init__(
         self,
         base: Base,
+        objective: Objective,
         method: Method | None,
         payloads: Tensor,
         batch_size: int,
         precision: str,
         transport: Transport,
     ) -> None:
-        self.base, self.method, self.payloads = base, method, payloads
+        self.base, self.objective, self.method, self.payloads = base, objective, method, payloads
         self.batch_size, self.precision, self.transport = batch_size, precision, transport
         self._attached = np.empty(0, np.int64)  # the payloads of _lead and _state
         self._lead: Mapping[str, Tensor] = {}
@@ -268,51 +276,51 @@ class _Work:
         slots = torch.zeros(len(indices), dtype=torch.float64)
         for rows in self._batches(payload, examples.lengths[indices]):
             with self._attach(payload[rows]) as attached:
-                slots[rows] = self._nll(attached, examples, indices[rows])
+                row, losses = self._losses(attached, examples, indices[rows], payload[rows])
+            slots[rows] = torch.from_numpy(np.bincount(row, weights=losses, minlength=len(rows)))
         return self._sum(slots)
 
     def token_losses(self, examples: Examples, indices: Int64, payload: Int64) -> Float64:
         """Negative log-likelihood of every supervised token of the examples, one after the other: (S,)."""
-        offsets = np.concatenate([[0], np.cumsum(self.base.kind.supervised(examples, indices))])
+        offsets = np.concatenate([[0], np.cumsum(self.objective.num_supervised(examples, indices))])
         slots = torch.zeros(int(offsets[-1]), dtype=torch.float64)
         for rows in self._batches(payload, examples.lengths[indices]):
             with self._attach(payload[rows]) as attached:
-                _, losses = self._losses(attached, examples, indices[rows])
-            places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
+                _, losses = self._losses(attached, examples, indices[rows], payload[rows])
+            places = ranges(offsets[rows], offsets[rows + 1])
             slots[torch.from_numpy(places)] = torch.from_numpy(losses)
         return self._sum(slots)
 
     def label_scores(self, examples: Examples, indices: Int64, targets: Sequence[str], payload: Int64) -> Float64:
         """Score of every label for every example, the higher the likelier: (n, labels)."""
-        kind = self.base.kind
-        rows = kind.label_rows(self.base, examples, indices, targets)
+        base = self.base
+        assert isinstance(base, Predictor)
+        rows = base.label_rows(examples, indices, targets)
         payload = np.repeat(payload, len(rows.example) // max(len(indices), 1))
         slots = torch.zeros(len(rows.example), rows.width, dtype=torch.float64)
         for part in self._batches(payload, rows.lengths):
-            with self._attach(payload[part]) as attached, torch.no_grad(), autocast(self.base, self.precision):
-                slots[part] = kind.label_scores(self.base, attached, examples, rows, part, targets)
+            with self._attach(payload[part]) as attached, torch.no_grad(), autocast(base, self.precision):
+                slots[part] = base.label_scores(attached, examples, rows, part, targets)
         return self._sum(slots).reshape(len(indices), len(targets))
 
     def texts(self, examples: Examples, indices: Int64, payload: Int64, max_new_tokens: int) -> Int64:
         """Greedy continuations of the prompts of the examples: (n, max_new_tokens), -1 after the end."""
+        base = self.base
+        assert isinstance(base, Generative)
         slots = torch.zeros(len(indices), max_new_tokens, dtype=torch.int32)
         for rows in self._batches(payload, examples.prompt_lengths[indices]):
             prompts = [examples.prompt(int(i)) for i in indices[rows]]
-            with self._attach(payload[rows]) as attached, torch.no_grad(), autocast(self.base, self.precision):
+            with self._attach(payload[rows]) as attached, torch.no_grad(), autocast(base, self.precision):
                 # Plus one: an empty slot is 0.
-                generated = self.base.kind.generate(self.base, attached, prompts, max_new_tokens)
+                generated = base.generate(attached, prompts, max_new_tokens)
                 slots[rows] = generated.to("cpu", torch.int32) + 1
         return self._sum(slots).astype(np.int64) - 1
 
-    def _nll(self, attached: Attached, examples: Examples, indices: Int64) -> Tensor:
-        row, losses = self._losses(attached, examples, indices)
-        return torch.from_numpy(np.bincount(row, weights=losses, minlength=len(indices)))
-
-    def _losses(self, attached: Attached, examples: Examples, indices: Int64) -> tuple[Int64, Float64]:
+    def _losses(self, attached: Attached, examples: Examples, indices: Int64, payload: Int64) -> tuple[Int64, Float64]:
         """The row of each supervised token, and its loss."""
-        batch = self.base.kind.batch(self.base, examples, indices)
+        batch = self.objective.batch(self.base, examples, indices, payload)
         with torch.no_grad(), autocast(self.base, self.precision):
-            losses = self.base.kind.losses(self.base, attached, batch)
+            losses = self.objective.losses(self.base, attached, batch)
         return np.repeat(np.arange(len(indices)), batch.supervised), losses.to("cpu", torch.float64).numpy()
 
     def _batches(self, payload: Int64, lengths: NDArray[Any]) -> Iterator[Int64]:

@@ -8,7 +8,7 @@ from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 
 if TYPE_CHECKING:
-    from fedhpc.models import Base
+    from fedhpc.models.base import Base
 
 
 def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedhpc import models
+from fedhpc.models.load import BUILTIN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedhpc.models.base import Base
 
-def virtual_tokens(prompt: Tensor, base: models.Base) -> dict[str, Any]:
+
+def virtual_tokens(prompt: Tensor, base: Base) -> dict[str, Any]:
     """The keys that PEFT's soft prompts (n, D) have in common."""
     return {
         "num_virtual_tokens": prompt.shape[0],
@@ -24,16 +26,16 @@ def virtual_tokens(prompt: Tensor, base: models.Base) -> dict[str, Any]:
     }
 
 
-def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: models.Base) -> None:
+def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base) -> None:
     """adapter_config.json and adapter_model.safetensors in the folder `path`, on the CPU, contiguous."""
     path.mkdir(parents=True, exist_ok=True)
-    source = str(models.BUILTIN) if base.name == "builtin" else base.name
-    full = {"task_type": base.kind.task_type, **config, "base_model_name_or_path": source, "inference_mode": True}
+    source = str(BUILTIN) if base.name == "builtin" else base.name
+    full = {"task_type": base.task_type, **config, "base_model_name_or_path": source, "inference_mode": True}
     (path / "adapter_config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     _save(path, tensors)
 
 
-def add_modules(path: Path, tensors: Mapping[str, Tensor], base: models.Base) -> None:
+def add_modules(path: Path, tensors: Mapping[str, Tensor], base: Base) -> None:
     """Put layers of the base itself, trained beside the method, into the adapter in `path` (modules_to_save)."""
     from safetensors.torch import load_file
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fedhpc.errors import UserError
 
 if TYPE_CHECKING:
-    from fedhpc.models import Base
+    from fedhpc.models.base import Base
 
 INIT_TEXT = "Here are the facts, and then a short text that says the same in plain words."
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedhpc.models import Base
+    from fedhpc.models.base import Base
 
     Places = Mapping[str, list[tuple[Any, str]]]
 

@@ -50,12 +50,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedhpc.kinds.base import Attached as Attached
 from fedhpc.lazy import Tensor
+from fedhpc.models.base import Attached as Attached
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    from fedhpc.models import Base
+    from fedhpc.models.base import Base
 
 #: Values of a layout for one client: name -> (*shape).
 Tensors = Mapping[str, Tensor]

@@ -34,7 +34,7 @@ from fedhpc.rng import normals, torch_seed
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    from fedhpc.models import Base
+    from fedhpc.models.base import Base
 
 COEFFICIENTS = "coefficients"
 

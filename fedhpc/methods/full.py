@@ -22,7 +22,7 @@ from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods._weights import places, quantized, save_model, swapped
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
-from fedhpc.models import layer_stacks
+from fedhpc.models.load import layer_stacks
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
 

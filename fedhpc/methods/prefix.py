@@ -32,7 +32,7 @@ from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    from fedhpc.models import Base
+    from fedhpc.models.base import Base
 
 PREFIX = "prompt_embeddings"
 
@@ -52,7 +52,7 @@ class Prefix(Method):
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)
-        base.kind.check_past(base)
+        base.check_past()
 
     @property
     def _width(self) -> int:
@@ -136,7 +136,7 @@ class Prefix(Method):
         with torch.no_grad():
             received = as_one_client(values)
             prefix = self.prefix(self.start(received), received)[0]
-        prefix, layout = self.base.kind.peft_prefix(prefix, self.base.num_layers)
+        prefix, layout = self.base.peft_prefix(prefix)
         config = {
             "peft_type": "PREFIX_TUNING",
             "num_virtual_tokens": self.options.num_virtual_tokens,
@@ -176,7 +176,7 @@ class Prefix(Method):
     def _activations(self) -> Tensor:
         n = self.options.num_virtual_tokens
         ids = first_tokens(self.base, self.options.init_text, n)
-        layers = self.base.kind.activations(self.base, ids)  # each (H, n, d)
+        layers = self.base.activations(ids)  # each (H, n, d)
         stacked = torch.stack(layers).to("cpu", self.base.payload_dtype)  # (2L, H, n, d)
         return stacked.permute(2, 0, 1, 3).reshape(n, self._width).contiguous()
 

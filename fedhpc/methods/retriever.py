@@ -3,7 +3,7 @@
 As the query half of a dual encoder (Karpukhin et al. 2020, arXiv 2004.04906, section 3) with the passages' half frozen:
 the vectors of indexed passages stay as they are, so clients need not index anything again. The map W (D, D) starts as
 the identity, with which a search finds what it found before; W q is scaled to length 1. The loss is that of
-kinds/embedding.py.
+objectives/contrastive.py.
 
 The export is a folder of its own, `adapter_config.json` and `adapter_model.safetensors`, that `rag` takes as
 `method.retriever`.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
-    from fedhpc.models import Base
+    from fedhpc.models.base import Base
 
 PROJECTION = "query_projection.weight"
 _FORMAT = "fedhpc-retriever"
@@ -54,7 +55,7 @@ class Retriever(Method):
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)
-        if base.kind.name != "embedding":
+        if base.task != "embedding":
             raise UserError(
                 "method.name: retriever trains behind the vectors of sentences: use model.task embedding and the "
                 "encoder as model.name"
@@ -72,13 +73,20 @@ class Retriever(Method):
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        yield Attached(projection=trained[PROJECTION], rows=rows)
+        yield Attached(questions=partial(_mapped, trained[PROJECTION], rows))
 
     def export(self, values: Tensors, path: Path) -> None:
         """The map, and which encoder it belongs to."""
         from fedhpc.methods._peft import write_adapter
 
         write_adapter(path, {"format": _FORMAT, "fingerprint": self.base.fingerprint}, values, self.base)
+
+
+def _mapped(projection: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
+    """The vectors (B, D) of questions behind the maps (K, D, D) of their clients `rows` (B,), or (1, D, D) of all."""
+    weight = projection.to(vectors.dtype)
+    of_rows = weight if len(weight) == 1 else weight.index_select(0, rows)
+    return torch.nn.functional.normalize(torch.matmul(of_rows, vectors.unsqueeze(-1)).squeeze(-1), dim=1)
 
 
 def load(path: Path, base: Base) -> Tensor:

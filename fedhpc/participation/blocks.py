@@ -109,6 +109,6 @@ def assign(blocks: Sequence[tuple[int, ...]], costs: Sequence[float], workers: S
 def client_cost(config: Config, population: Population, examples: Examples, client: int) -> float:
     """Tokens that a client sees in a round: its mean example times the rows of its local steps."""
     indices = population.indices(client)
-    tokens = float((examples.offsets[indices + 1] - examples.offsets[indices]).sum())
+    tokens = float(examples.lengths_of(indices).sum())
     rows = num_steps(len(indices), config.client) * config.client.batch_size
     return tokens / len(indices) * rows

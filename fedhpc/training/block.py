@@ -26,10 +26,11 @@ import numpy as np
 from fedhpc import registry
 from fedhpc.config import Config
 from fedhpc.data.tokens import Examples
-from fedhpc.kinds.base import Batch
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
-from fedhpc.models import Base, autocast
+from fedhpc.models.base import Base, Batch
+from fedhpc.models.load import autocast
+from fedhpc.objectives.base import Objective
 from fedhpc.rng import bits, generator, torch_seed
 from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.schedule import batches, learning_rates
@@ -89,6 +90,7 @@ class Trained:
 def train_block(
     base: Base,
     method: Method,
+    objective: Objective,
     payloads: Tensor,
     works: Sequence[Work],
     examples: Examples,
@@ -142,11 +144,11 @@ def train_block(
         active = int((steps > s).sum())
         picked = [works[order[i]].indices[plans[order[i]][s]] for i in range(active)]
         owners = np.repeat(np.arange(active), [len(rows) for rows in picked])
-        of_rows = base.kind.supervised(examples, np.concatenate(picked))
+        of_rows = objective.num_supervised(examples, np.concatenate(picked))
         step_tokens = np.bincount(owners, weights=of_rows, minlength=active).astype(np.int64)
         counts = kernels.on_device(np.maximum(step_tokens, 1), device)
         parts = []
-        for batch, owner, place in _micro_batches(base, examples, picked):
+        for batch, owner, place in _micro_batches(base, objective, examples, picked):
             rows = kernels.on_device(owner, device)
             # A row's draws follow from its client, the step and its place in the client's step alone.
             row_keys = bits(keys.index_select(0, rows), kernels.on_device(place + (s << 32), device))
@@ -156,7 +158,7 @@ def train_block(
             input_tokens += passes * batch.tokens
         live = gradient[:active].zero_()
         if method.finite_difference_step is None:
-            step_loss = _losses(base, method, theta, lead, parts, active, config, scale)
+            step_loss = _losses(base, method, objective, theta, lead, parts, active, config, scale)
             if scale != 1.0:
                 live.div_(scale)
         else:
@@ -167,8 +169,8 @@ def train_block(
             along = kernels.on_device(np.array(drawn), device).unsqueeze(1)
             away = torch.zeros_like(live).scatter_(1, along, method.finite_difference_step)
             with torch.no_grad():
-                ahead = _losses(base, method, theta[:active] + away, lead, parts, active, config, None)
-                behind = _losses(base, method, theta[:active] - away, lead, parts, active, config, None)
+                ahead = _losses(base, method, objective, theta[:active] + away, lead, parts, active, config, None)
+                behind = _losses(base, method, objective, theta[:active] - away, lead, parts, active, config, None)
             slope = (ahead - behind) / counts / (2 * method.finite_difference_step)
             live.scatter_(1, along, slope.to(live.dtype).unsqueeze(1))
             step_loss = (ahead + behind) / 2
@@ -231,6 +233,7 @@ class _Part:
 def _losses(
     base: Base,
     method: Method,
+    objective: Objective,
     theta: Tensor,
     lead: Mapping[str, Tensor],
     parts: Sequence[_Part],
@@ -249,15 +252,15 @@ def _losses(
             method.attach(method.trainable.views(theta), lead, part.rows, part.row_keys) as attached,
         ):
             if scale is None:
-                losses = base.kind.losses(base, attached, part.batch)
+                losses = objective.losses(base, attached, part.batch)
             else:
-                losses = base.kind.backward(base, attached, part.batch, part.row_weights, scale)
+                losses = objective.backward(base, attached, part.batch, part.row_weights, scale)
         summed.index_add_(0, part.rows.index_select(0, part.batch.row), losses.double())
     return summed
 
 
 def _micro_batches(
-    base: Base, examples: Examples, picked: Sequence[np.ndarray]
+    base: Base, objective: Objective, examples: Examples, picked: Sequence[np.ndarray]
 ) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
     """The rows of a step, sorted by length and cut where that saves padding.
 
@@ -270,8 +273,8 @@ def _micro_batches(
     place = np.concatenate([np.arange(len(p)) for p in picked])
     rows, owner, place = rows[order], owner[order], place[order]
     cost = _FORWARD_COST_TOKENS[base.device.type]
-    cuts = [0, len(rows)] if base.kind.contrasts else cut_by_length(lengths[order], cost)
-    return [(base.kind.batch(base, examples, rows[a:b]), owner[a:b], place[a:b]) for a, b in pairwise(cuts)]
+    cuts = [0, len(rows)] if objective.needs_full_steps else cut_by_length(lengths[order], cost)
+    return [(objective.batch(base, examples, rows[a:b], owner[a:b]), owner[a:b], place[a:b]) for a, b in pairwise(cuts)]
 
 
 def cut_by_length(lengths: np.ndarray, forward_cost: int) -> list[int]:

@@ -67,9 +67,11 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
         self.personal = PersonalPart(config, self.method, self.payload_dtype)
         #: The payload in two: what is exchanged, and what stays on the client.
         self.split = self.personal.split
-        self.training = BlockTraining(config, self.base, self.method, self.data, self.personal, self.rounds)
+        self.training = BlockTraining(
+            config, self.base, self.method, self.objective, self.data, self.personal, self.rounds
+        )
+        self.evaluation = Evaluation(config, self.base, self.method, self.objective, self.data, self.label_targets)
         self.aggregator: Aggregator = registry.choice("aggregators", config.server.aggregator)(config.server)
-        self.evaluation = Evaluation(config, self.base, self.method, self.data, self.label_targets)
 
     @property
     def block_size(self) -> int:
@@ -257,7 +259,7 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
             def personalize(block: Sequence[int]) -> Tensor:
                 states = client_state.load_all(config.run_dir, block, versions)
                 start = self.split.join(theta.unsqueeze(0), self.personal.of_clients(states)).expand(len(block), -1)
-                return fine_tuned(config, self.base, self.method, self.data, self.rounds, start, block)
+                return fine_tuned(config, self.base, self.method, self.objective, self.data, self.rounds, start, block)
 
             personal = self.evaluation.personalized(transport, personalize, clients, self.block_size)
             if results is not None:

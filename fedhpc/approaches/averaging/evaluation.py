@@ -14,7 +14,8 @@ from fedhpc.data import Data
 from fedhpc.data.tokens import Examples
 from fedhpc.evaluation.evaluate import Outcome, client_evaluation, evaluate, subset
 from fedhpc.methods.base import Method
-from fedhpc.models import Base
+from fedhpc.models.base import Base
+from fedhpc.objectives.base import Objective
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.rng import generator
 
@@ -23,9 +24,15 @@ class Evaluation:
     """What is measured of a payload, or of one payload per client. Every method is collective."""
 
     def __init__(
-        self, config: Config, base: Base, method: Method, data: Data, label_targets: Sequence[str] | None
+        self,
+        config: Config,
+        base: Base,
+        method: Method,
+        objective: Objective,
+        data: Data,
+        label_targets: Sequence[str] | None,
     ) -> None:
-        self.config, self.base, self.method, self.data = config, base, method, data
+        self.config, self.base, self.method, self.objective, self.data = config, base, method, objective, data
         self.label_targets = label_targets
 
     def validation(self, transport: Transport, payloads: Tensor) -> Outcome | None:
@@ -56,6 +63,7 @@ class Evaluation:
     ) -> Outcome | None:
         return evaluate(
             self.base,
+            self.objective,
             method,
             payloads,
             examples,
@@ -83,6 +91,7 @@ class Evaluation:
         options = self.config.evaluation
         return client_evaluation(
             self.base,
+            self.objective,
             self.method,
             payloads.to(self.base.device),
             self.data.train,

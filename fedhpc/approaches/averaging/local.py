@@ -16,7 +16,8 @@ from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
-from fedhpc.models import Base
+from fedhpc.models.base import Base
+from fedhpc.objectives.base import Objective
 from fedhpc.training import client_state
 from fedhpc.training.block import Memory, Trained, Work, train_block
 from fedhpc.training.optimizers.base import ClientOptimizer
@@ -45,9 +46,16 @@ class BlockTraining:
     """The clients' side of the rounds of one run. S is the size of the payload's shared part."""
 
     def __init__(
-        self, config: Config, base: Base, method: Method, data: Data, personal: PersonalPart, rounds: int
+        self,
+        config: Config,
+        base: Base,
+        method: Method,
+        objective: Objective,
+        data: Data,
+        personal: PersonalPart,
+        rounds: int,
     ) -> None:
-        self.config, self.base, self.method, self.data = config, base, method, data
+        self.config, self.base, self.method, self.objective, self.data = config, base, method, objective, data
         self.personal, self.split, self.rounds = personal, personal.split, rounds
         self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
         transforms = [registry.choice("transforms", section.name)(section) for section in config.transforms]
@@ -111,13 +119,15 @@ class BlockTraining:
         start = self.split.join(down.theta.unsqueeze(0), own)
         about = (works, self.data.train, self.config, round_, self.rounds)
         if down.control is None:
-            trained = train_block(self.base, self.method, start, *about)
+            trained = train_block(self.base, self.method, self.objective, start, *about)
             if not self.split.personal.shapes:
                 return trained, None, [{} for _ in works]
             return trained, None, [{"personal": part} for part in own - self.split.apart(trained.updates)[1]]
         zero = torch.zeros_like(down.control)
         controls = torch.stack([state.get("control", zero) for state in found])
-        trained = train_block(self.base, self.method, start, *about, corrections=down.control - controls)
+        trained = train_block(
+            self.base, self.method, self.objective, start, *about, corrections=down.control - controls
+        )
         change = scaffold.change(down.control, trained.updates, trained.distance)
         return trained, change, [{"control": control} for control in controls + change]
 
@@ -137,7 +147,7 @@ class BlockTraining:
         else:
             start = torch.stack([state["theta"] if state else self.personal.initial_payload() for state in found])
         about = (works, self.data.train, self.config, round_, self.rounds)
-        trained = train_block(self.base, self.method, start, *about, memories)
+        trained = train_block(self.base, self.method, self.objective, start, *about, memories)
         kept = [client_state.pack(memory) for memory in trained.memories]
         if theta is None:
             kept = [{"theta": own, **state} for own, state in zip(start - trained.updates, kept, strict=True)]

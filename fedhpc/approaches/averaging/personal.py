@@ -13,7 +13,8 @@ from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
-from fedhpc.models import Base
+from fedhpc.models.base import Base
+from fedhpc.objectives.base import Objective
 from fedhpc.training.block import Work, train_block
 from fedhpc.updates.layout import Layout, Split
 
@@ -44,7 +45,14 @@ class PersonalPart:
 
 
 def fine_tuned(
-    config: Config, base: Base, method: Method, data: Data, rounds: int, payloads: Tensor, clients: Sequence[int]
+    config: Config,
+    base: Base,
+    method: Method,
+    objective: Objective,
+    data: Data,
+    rounds: int,
+    payloads: Tensor,
+    clients: Sequence[int],
 ) -> Tensor:
     """(K, P) after personalization.finetune_steps local steps of each client from its row of `payloads` (K, P).
 
@@ -60,7 +68,7 @@ def fine_tuned(
     after = rounds + 1  # of draws that no round has made
     about = ([works[i] for i in rows], data.train, config, after, after)
     tuned = payloads.clone()
-    tuned[rows] -= train_block(base, method, payloads[rows], *about).updates
+    tuned[rows] -= train_block(base, method, objective, payloads[rows], *about).updates
     return tuned
 
 

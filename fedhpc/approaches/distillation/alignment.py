@@ -25,7 +25,7 @@ from fedhpc.approaches.distillation.knowledge import (
     position_offsets,
 )
 from fedhpc.data.tokens import Examples
-from fedhpc.kinds.base import Kind
+from fedhpc.objectives.base import PredictedObjective
 
 _UNIT = 2**24
 
@@ -110,13 +110,18 @@ class Alignment:
     """From the positions and tokens of `of` to those of `to`: the same texts in two tokenisations."""
 
     def __init__(
-        self, kind: Kind, of: Examples, of_texts: Sequence[str], to: Examples, to_texts: Sequence[str]
+        self,
+        objective: PredictedObjective,
+        of: Examples,
+        of_texts: Sequence[str],
+        to: Examples,
+        to_texts: Sequence[str],
     ) -> None:
         """of_texts, to_texts: of the two vocabularies (`knowledge.token_texts`)."""
         self.vocabularies = Vocabularies(of_texts, to_texts)
-        self.targets = own_targets(kind, to)
-        from_targets = own_targets(kind, of)
-        starts, to_starts = position_offsets(kind, of), position_offsets(kind, to)
+        self.targets = own_targets(objective, to)
+        from_targets = own_targets(objective, of)
+        starts, to_starts = position_offsets(objective, of), position_offsets(objective, to)
         #: For each position of `to` the one of `of` that it has its knowledge from, -1 where there is none: (S,).
         self.position = np.full(len(self.targets), -1, np.int64)
         for e in range(len(to)):

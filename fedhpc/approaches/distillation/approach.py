@@ -35,9 +35,10 @@ from fedhpc.data import Data
 from fedhpc.data.tokens import tokenizer_content
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate, mixed_probabilities, subset
-from fedhpc.kinds.base import Kind
 from fedhpc.methods.base import Method
-from fedhpc.models import load_kind, load_tokenizer
+from fedhpc.models.base import Base, Predictor
+from fedhpc.models.load import load_tokenizer, model_class
+from fedhpc.objectives.base import PredictedObjective
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
@@ -91,6 +92,9 @@ class StudentState(State):
 class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     """See the module."""
 
+    base: Predictor
+    objective: PredictedObjective
+
     reasons: ClassVar[tuple[str, ...]] = (
         "",
         "its parameters are not finite",
@@ -101,7 +105,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         super().__init__(inputs)
         options, grouped = self.config.method, self.data
         assert isinstance(grouped, GroupedData)
-        self.student = Learner(self.config, options.student, grouped, self.base)
+        self.student = Learner(self.config, options.student, grouped, self.base, self.objective)
         listed = [(_model(self.config, group.model), group.method, group.share) for group in options.groups]
         listed = listed or [(self.config.model, options.student, 1.0)]  # read() has None for it
         self.groups = [
@@ -115,39 +119,39 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         k = classes if options.top_k is None else min(options.top_k, classes)
         weighted = options.aggregation == "entropy" or any(group.aligned for group in self.groups)
         self._up, self._down = Format(classes, k, weighted), Format(classes, k, weighted=False)
-        self._targets = own_targets(self.base.kind, self.student.public)
+        self._targets = own_targets(self.objective, self.student.public)
 
     @classmethod
-    def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> GroupedData:
+    def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> GroupedData:
         """The splits and the public set in the tokens of the server and of every group."""
-        own = data.load_data(config, tokenizer, kind, write_cache, config.method.public)
+        own = data.load_data(config, tokenizer, model, write_cache, config.method.public)
         groups: list[Data | None] = []
         found: dict[str, Data] = {}
         for i, group in enumerate(config.method.groups):
-            model = _model(config, group.model)
+            of_group = _model(config, group.model)
             groups.append(None)
-            if model == config.model:
+            if of_group == config.model:
                 continue
             key = f"method.groups[{i}].model"
             try:
-                theirs, their_kind = load_tokenizer(model), load_kind(model)
+                theirs, their_class = load_tokenizer(of_group), model_class(of_group)
             except UserError as error:
                 raise UserError(f"{key}: {str(error).removeprefix('model.name: ')}") from error
-            if their_kind.name != kind.name:
+            if their_class.task != model.task:
                 raise UserError(
-                    f"{key}: '{model.name}' is trained as {their_kind.name} and the server's model as {kind.name}: "
-                    "they answer different questions; choose models of one kind"
+                    f"{key}: '{of_group.name}' is trained as {their_class.task} and the server's model as "
+                    f"{model.task}: they answer different questions; choose models of one kind"
                 )
             content = tokenizer_content(theirs)
             if content == tokenizer_content(tokenizer):
                 continue
             if content not in found:
-                changed = config.model_copy(update={"model": model})
-                found[content] = data.load_data(changed, theirs, kind, write_cache, config.method.public)
-            same = kind.has_target and _speak_alike(tokenizer, own, theirs, found[content])
-            if kind.has_target and not same and config.method.align == "none":
+                changed = config.model_copy(update={"model": of_group})
+                found[content] = data.load_data(changed, theirs, model, write_cache, config.method.public)
+            same = model.has_target and _speak_alike(tokenizer, own, theirs, found[content])
+            if model.has_target and not same and config.method.align == "none":
                 raise UserError(
-                    f"{key}: '{model.name}' has other tokens than '{config.model.name}', so what one holds likely "
+                    f"{key}: '{of_group.name}' has other tokens than '{config.model.name}', so what one holds likely "
                     "means nothing to the other; method.align edit_distance maps the one to the other"
                 )
             groups[-1] = None if same else found[content]
@@ -201,7 +205,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
                 padded_tokens += learnt.padded_tokens
             works = [Work(c, self.data.population.indices(c)) for c in own]
             about = (works, group.data.train, self.config, plan.round, self.rounds)
-            trained = train_block(group.base, group.method, payloads, *about)
+            trained = train_block(group.base, group.method, group.objective, payloads, *about)
             payloads = payloads - trained.updates
             finite = torch.isfinite(payloads).all(dim=1).tolist()
             for i, payload, sound, opinion in zip(
@@ -308,6 +312,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         config, examples = self.config, self.data.validation
         return evaluate(
             self.base,
+            self.objective,
             self.student.method,
             self._theta(transport, state),
             examples,
@@ -349,6 +354,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         config, test = self.config, self.data.test
         return evaluate(
             self.base,
+            self.objective,
             method,
             payloads,
             test,
@@ -388,7 +394,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         spoken = not any(group.aligned for group in self.groups)
         # Each block has slots of its own, so the sums do not depend on the number of ranks.
         blocks = [clients[begin : begin + self.block_size] for begin in range(0, len(clients), self.block_size)]
-        tokens = int(self.base.kind.supervised(test, indices).sum()) if spoken else 0
+        tokens = int(self.objective.num_supervised(test, indices).sum()) if spoken else 0
         of_tokens = torch.zeros(len(blocks), tokens, dtype=torch.float64)
         of_labels = torch.zeros(len(blocks), len(indices), len(targets or ()), dtype=torch.float64)
         for number, block in enumerate(blocks):
@@ -398,6 +404,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
                 own = [block[i] for i in places]
                 found, labels = mixed_probabilities(
                     group.base,
+                    group.objective,
                     group.method,
                     self._own_payloads(group, own, versions).to(group.base.device),
                     self._weights(own) / weights.sum(),

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.data.tokens import Examples, SoftTargets
-from fedhpc.kinds.base import Kind
+from fedhpc.data.tokens import Examples, ranges
 from fedhpc.lazy import lazy
 from fedhpc.methods.base import Method
-from fedhpc.models import Base, autocast
+from fedhpc.models.base import Predictor
+from fedhpc.models.load import autocast
+from fedhpc.objectives.base import Objective, PredictedObjective
 
 if TYPE_CHECKING:
     import torch
@@ -116,8 +117,9 @@ def likeliest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tenso
 
 
 def predict(
-    base: Base,
+    base: Predictor,
     method: Method,
+    objective: PredictedObjective,
     payloads: Tensor,
     examples: Examples,
     classes: int,
@@ -133,7 +135,7 @@ def predict(
     token uses. confident: with exp(-entropy), the inverse of the number of classes
     between which a model wavers, as the confidence. batch_size: rows of a forward, of all models together.
     """
-    models, offsets = len(payloads), position_offsets(base.kind, examples)
+    models, offsets = len(payloads), position_offsets(objective, examples)
     index = np.zeros((models, offsets[-1], k), np.int32)
     probability = np.zeros((models, offsets[-1], k), np.float16)
     confidence = np.zeros((models, offsets[-1]), np.float16)
@@ -145,8 +147,8 @@ def predict(
     for start in range(0, len(order), each):
         rows = order[start : start + each]
         owner = np.repeat(np.arange(models), len(rows))
-        batch = base.kind.batch(base, examples, np.tile(rows, models))
-        positions = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
+        batch = base.batch(examples, np.tile(rows, models))
+        positions = ranges(offsets[rows], offsets[rows + 1])
         place = (np.repeat(np.arange(models), len(positions)), np.tile(positions, models))
         done = 0
         with (
@@ -154,7 +156,7 @@ def predict(
             autocast(base, precision),
             method.attach(state, lead, torch.from_numpy(owner).to(base.device)) as attached,
         ):
-            for logits in base.kind.predictions(base, attached, batch):
+            for logits in base.predictions(attached, batch):
                 part = tuple(axis[done : done + len(logits)] for axis in place)
                 done += len(logits)
                 found = likeliest(logits[:, :classes], k, temperature)
@@ -167,9 +169,9 @@ def predict(
     ]
 
 
-def num_classes(base: Base) -> int:
+def num_classes(base: Predictor) -> int:
     """V: the tokens of the vocabulary, or the labels."""
-    return len(token_texts(base.tokenizer)) if base.kind.has_target else base.kind.num_classes(base)
+    return len(token_texts(base.tokenizer)) if base.has_target else base.num_classes
 
 
 def token_texts(tokenizer: Any) -> list[str]:
@@ -186,25 +188,15 @@ def token_texts(tokenizer: Any) -> list[str]:
     return texts
 
 
-def position_offsets(kind: Kind, examples: Examples) -> Int64:
+def position_offsets(objective: Objective, examples: Examples) -> Int64:
     """The supervised positions of example e are offsets[e] to offsets[e + 1]: int64 (n + 1,)."""
-    return np.concatenate([[0], np.cumsum(kind.supervised(examples, np.arange(len(examples))))]).astype(np.int64)
+    counts = objective.num_supervised(examples, np.arange(len(examples)))
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def own_targets(kind: Kind, examples: Examples) -> Int32:
+def own_targets(objective: PredictedObjective, examples: Examples) -> Int32:
     """The classes that the examples themselves have at their supervised positions: (S,)."""
-    if not kind.has_target:
-        if examples.labels is None:
-            raise ValueError("these examples have no labels")
-        return examples.labels
-    counts = kind.supervised(examples, np.arange(len(examples)))
-    ends = examples.offsets[1:]
-    return np.concatenate([examples.ids[end - count : end] for end, count in zip(ends, counts, strict=True)])
-
-
-def soft_targets(knowledge: Knowledge, offsets: Int64, temperature: float, hard_weight: float) -> SoftTargets:
-    """What models learn from."""
-    return SoftTargets(knowledge.index, knowledge.probability, offsets, temperature, hard_weight)
+    return objective.targets(examples, np.arange(len(examples)))
 
 
 def one_hot(classes: Int32, k: int) -> Knowledge:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,6 @@ from fedhpc.approaches.distillation.knowledge import (
     num_classes,
     position_offsets,
     predict,
-    soft_targets,
     token_texts,
 )
 from fedhpc.config import Config, Model
@@ -25,7 +23,10 @@ from fedhpc.data import Data
 from fedhpc.data.tokens import Examples
 from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
-from fedhpc.models import Base, check_length, load_base
+from fedhpc.models.base import Predictor
+from fedhpc.models.load import check_length, load_base
+from fedhpc.objectives.base import PredictedObjective
+from fedhpc.objectives.soft_targets import SoftTargets
 from fedhpc.rng import generator, torch_seed
 from fedhpc.training.block import Trained, Work, train_block
 
@@ -35,12 +36,13 @@ _GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly howev
 class Learner:
     """A base, the method by which it is trained, and the public set in its tokens."""
 
-    def __init__(self, config: Config, method: Any, data: Data, base: Base) -> None:
+    def __init__(self, config: Config, method: Any, data: Data, base: Predictor, objective: PredictedObjective) -> None:
         """config: of the run; method: the options of the learner's own."""
         self.config, self.data, self._method, self._base = config, data, method, base
+        self.objective = objective
 
     @property
-    def base(self) -> Base:
+    def base(self) -> Predictor:
         """The frozen base."""
         return self._base
 
@@ -77,10 +79,16 @@ class Learner:
         learning: `distil` or `digest` of the method's options. clients: whose draws these are.
         """
         options, client, examples = self.config.method, self.config.client, self.public
+        objective: PredictedObjective = self.objective
         if knowledge is not None:
-            offsets = position_offsets(self.base.kind, examples)
-            soft = soft_targets(knowledge, offsets, options.temperature, options.hard_weight)
-            examples = replace(examples, soft=soft)
+            objective = SoftTargets(
+                objective,
+                knowledge.index,
+                knowledge.probability,
+                position_offsets(objective, examples),
+                options.temperature,
+                options.hard_weight,
+            )
         changes = {
             "lr": client.lr if learning.lr is None else learning.lr,
             "batch_size": learning.batch_size or client.batch_size,
@@ -95,7 +103,7 @@ class Learner:
             }
         )
         works = [Work(c, np.arange(len(examples))) for c in clients]
-        return train_block(self.base, self.method, payloads, works, examples, config, round_, rounds)
+        return train_block(self.base, self.method, objective, payloads, works, examples, config, round_, rounds)
 
     def knowledge(self, payloads: Tensor) -> list[Knowledge | None]:
         """What the models `payloads` (K, P) hold likely on the public set; None where it is not finite."""
@@ -103,6 +111,7 @@ class Learner:
         return predict(
             self.base,
             self.method,
+            self.objective,
             payloads,
             self.public,
             classes,
@@ -120,30 +129,32 @@ class Group(Learner):
     def __init__(self, config: Config, model: Model, method: Any, data: Data | None, server: Learner) -> None:
         """data: in the group's own tokens, None where they are the server's, whose base it shares if `model` is the
         run's."""
-        super().__init__(config, method, data or server.data, server.base)
+        super().__init__(config, method, data or server.data, server.base, server.objective)
         self.model, self.server = model, server
         #: Whether its knowledge is of other tokens than the server's; labels are the same for all.
-        self.aligned = data is not None and server.base.kind.has_target
+        self.aligned = data is not None and server.base.has_target
 
     @cached_property
-    def base(self) -> Base:
+    def base(self) -> Predictor:
         """See the base class."""
         if self.model == self.config.model:
             return self.server.base
         names = self.data.train.label_names
-        return load_base(self.model, self.server.base.device, names, self.config.run.seed)
+        base = load_base(self.model, self.server.base.device, names, self.config.run.seed)
+        assert isinstance(base, Predictor)
+        return base
 
     @cached_property
     def upwards(self) -> Alignment:
         """From the group's tokens to the server's."""
-        kind, own, theirs = self.server.base.kind, *self._texts
-        return Alignment(kind, self.public, own, self.server.public, theirs)
+        own, theirs = self._texts
+        return Alignment(self.objective, self.public, own, self.server.public, theirs)
 
     @cached_property
     def downwards(self) -> Alignment:
         """From the server's tokens to the group's."""
-        kind, own, theirs = self.server.base.kind, *self._texts
-        return Alignment(kind, self.server.public, theirs, self.public, own)
+        own, theirs = self._texts
+        return Alignment(self.objective, self.server.public, theirs, self.public, own)
 
     @property
     def _texts(self) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedhpc.approaches.scoring.likelihoods import Float64
 from fedhpc.lazy import lazy
-from fedhpc.models import Base
+from fedhpc.models.base import Base
 from fedhpc.rng import generator
 
 if TYPE_CHECKING:

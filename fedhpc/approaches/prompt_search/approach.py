@@ -153,7 +153,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         self._rewritten: tuple[str, Examples] | None = None
 
     def _check_lengths(self) -> None:
-        options, limit = self.config.method, self.base.kind.max_positions(self.base)
+        options, limit = self.config.method, self.base.max_positions
         longest = self.config.data.max_length + options.max_prompt_tokens
         if limit is not None and longest > limit:
             raise UserError(

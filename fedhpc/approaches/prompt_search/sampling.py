@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedhpc.approaches.scoring.likelihoods import Float64, Int32
-from fedhpc.kinds.base import pad_id
 from fedhpc.lazy import lazy
-from fedhpc.models import Base
+from fedhpc.models.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     import torch
@@ -18,17 +17,16 @@ else:
     torch = lazy("torch")
 
 
-def continuations(base: Base, prompts: Sequence[Int32], uniform: Float64, temperature: float) -> list[Int32]:
+def continuations(base: CausalLM, prompts: Sequence[Int32], uniform: Float64, temperature: float) -> list[Int32]:
     """What follows each of B non-empty token arrays, up to eos: token t of row b is drawn by uniform[b, t] in [0, 1).
 
     uniform (B, T): T is the most tokens to draw. Call it without gradients.
     """
     from transformers import DynamicCache
 
-    kind: Any = base.kind
     lengths = np.array([len(prompt) for prompt in prompts])
     width = int(lengths.max())
-    ids_ = np.full((len(prompts), width), pad_id(base), np.int64)
+    ids_ = np.full((len(prompts), width), base.pad_id, np.int64)
     for b, prompt in enumerate(prompts):
         ids_[b, width - len(prompt) :] = prompt
     places = np.arange(width) - (width - lengths)[:, None]
@@ -40,7 +38,7 @@ def continuations(base: Base, prompts: Sequence[Int32], uniform: Float64, temper
         hidden = base.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        shares = (kind.logits(base, hidden).double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+        shares = (base.logits(hidden).double() / temperature).softmax(dim=-1).cumsum(dim=-1)
         # The last share may round to less than 1.
         token = torch.searchsorted(shares, draws[:, step : step + 1].contiguous()).clamp(max=shares.shape[1] - 1)
         chosen.append(token)

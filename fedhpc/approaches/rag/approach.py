@@ -41,10 +41,10 @@ from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate, likelihoods, subset
 from fedhpc.evaluation.metrics._answers import within, words
 from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.kinds.base import Kind
 from fedhpc.methods._head import with_head
 from fedhpc.methods.base import Method
-from fedhpc.models import check_length
+from fedhpc.models.base import Base
+from fedhpc.models.load import check_length
 from fedhpc.participation.blocks import assign, form_blocks
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.ranks.collectives import broadcast_bytes, gather_bytes, tree_merge
@@ -123,7 +123,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         options = self.options = inputs.config.method
         assert isinstance(self.data, Corpus)
         self.corpus: Corpus = self.data
-        if "texts" not in self.base.kind.answers:
+        if "texts" not in self.base.answers:
             raise UserError(f"model.name: '{self.base.name}' writes no texts; method.name rag needs a language model")
         self._template = parse(options.context, "method.context")
         if set(self._template.columns) != {"passage"}:
@@ -161,11 +161,11 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         self._vectors: dict[int, np.ndarray] = {}  # of questions
 
     @classmethod
-    def read(cls, config: Config, tokenizer: Any, kind: Kind, write_cache: bool) -> Corpus:
+    def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> Corpus:
         """See the base class."""
         options = config.method
         columns = Columns(options.passage, options.passage_id, options.query, options.gold)
-        return load_passages(config, columns, tokenizer, kind, write_cache)
+        return load_passages(config, columns, tokenizer, model, write_cache)
 
     @property
     def fingerprint(self) -> str:
@@ -572,7 +572,13 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         if pairs:
             examples = self._examples(pairs[::2], pairs[1::2], "candidate")
             losses = likelihoods(
-                self.base, *self._model, examples, self.config.evaluation, self.config.runtime.precision, transport
+                self.base,
+                self.objective,
+                *self._model,
+                examples,
+                self.config.evaluation,
+                self.config.runtime.precision,
+                transport,
             )
         if ranked is None or not pairs:
             return nothing(len(self._items), self.candidates)
@@ -587,8 +593,8 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     def _examples(self, prompts: list[str], targets: list[str], what: str) -> Examples:
         places = [f"{what} {i}" for i in range(len(prompts))]
-        tokenizer, kind = self.base.tokenizer, self.base.kind
-        tokens = tokenize(prompts, targets, places, tokenizer, self.config.data.max_length, kind)
+        max_length = self.config.data.max_length
+        tokens = tokenize(prompts, targets, places, self.base.tokenizer, max_length, type(self.base))
         return examples_from(tokens, prompts=prompts, targets=targets)
 
     def _answered(self, transport: Transport, contexts: Sequence[str], arm: str) -> Outcome | None:
@@ -599,6 +605,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         metrics = [m for m in options.metrics_of_test if registry.choice("metrics", m).needs != "rankings"]
         return evaluate(
             self.base,
+            self.objective,
             *self._model,
             self._examples(prompts, list(test.targets or []), "question"),
             subset(len(test), options.test_max_examples or options.max_examples),

@@ -22,10 +22,10 @@ from fedhpc.approaches.rag.dense import Int16, on_grid
 from fedhpc.config import Model
 from fedhpc.data.tokens import cache_dir
 from fedhpc.errors import UserError
-from fedhpc.kinds.base import special_ids
-from fedhpc.kinds.embedding import embed
 from fedhpc.methods import retriever
-from fedhpc.models import load_base
+from fedhpc.models.base import special_ids
+from fedhpc.models.encoder import SentenceEncoder
+from fedhpc.models.load import load_base
 
 _CHECKSUM = 32  # bytes of SHA-256 in front of a file's content
 
@@ -39,12 +39,14 @@ class Encoder:
         UserError where one of them cannot be loaded.
         """
         try:
-            self.base = load_base(Model.model_validate({"name": name, "task": "embedding"}), device)
+            base = load_base(Model.model_validate({"name": name, "task": "embedding"}), device)
         except UserError as error:
             raise UserError(str(error).replace("model.name:", "method.encoder:", 1)) from error
+        assert isinstance(base, SentenceEncoder)
+        self.base = base
         self._projection = None if projection is None else retriever.load(Path(projection), self.base).to(device)
         self._before, self._after = special_ids(self.base.tokenizer)
-        limit = self.base.kind.max_positions(self.base)
+        limit = self.base.max_positions
         self._max_tokens = None if limit is None else limit - len(self._before) - len(self._after)
 
     @property
@@ -60,7 +62,7 @@ class Encoder:
 
     def queries(self, texts: Sequence[str]) -> Int16:
         """The vectors (n, D) of questions, through the tuned projection where there is one."""
-        vectors = embed(self.base, self._ids(texts)[0])
+        vectors = self.base.vectors(self._ids(texts)[0])
         if self._projection is not None:
             # One at a time, so that a query's vector does not depend on the others.
             tuned = torch.stack([self._projection.to(v.dtype) @ v for v in vectors])
@@ -84,7 +86,7 @@ class Encoder:
         if vectors is None:
             if path.exists():
                 notes.append("vectors in the cache were damaged and have been made again")
-            vectors = on_grid(embed(self.base, ids).cpu().numpy())
+            vectors = on_grid(self.base.vectors(ids).cpu().numpy())
             try:
                 _save(path, vectors)
             except OSError as error:

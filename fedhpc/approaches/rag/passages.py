@@ -50,7 +50,7 @@ def number_of(text: str) -> int:
 
 
 def load_passages(
-    settings: config.Config, columns: Columns, tokenizer: PreTrainedTokenizerBase, kind: Writing, write_cache: bool
+    settings: config.Config, columns: Columns, tokenizer: PreTrainedTokenizerBase, writing: Writing, write_cache: bool
 ) -> Corpus:
     """Read passages and questions and divide the passages among clients. UserError where something is wrong."""
     data, messages = settings.data, list[str]()
@@ -94,7 +94,7 @@ def load_passages(
     }
     name = _name_of(source, data, "test")
     questions = sources.filtered(sources.read_table(_OneReference(source, target.columns), name, asked), data)
-    test, message = _examples(questions, prompt, target, tokenizer, data.max_length, kind, write_cache)
+    test, message = _examples(questions, prompt, target, tokenizer, data.max_length, writing, write_cache)
     messages += [message] if message and message not in messages else []
     make = Population.single if settings.mode == "centralized" else Population.divided
     return Corpus(
@@ -144,10 +144,10 @@ def _gold(questions: Table, row: int, column: str, numbers: Mapping[str, int]) -
 
 
 def _examples(
-    table: Table, prompt: Template, target: Template, tokenizer: Any, max_length: int, kind: Writing, write: bool
+    table: Table, prompt: Template, target: Template, tokenizer: Any, max_length: int, writing: Writing, write: bool
 ) -> tuple[Examples, str | None]:
     prompts, targets = ([template.render(row) for row in table.rows] for template in (prompt, target))
-    tokens, message = cached_tokens(prompts, targets, table.locations, tokenizer, max_length, kind, write)
+    tokens, message = cached_tokens(prompts, targets, table.locations, tokenizer, max_length, writing, write)
     return examples_from(tokens, prompts=prompts, targets=targets), message
 
 
@@ -155,7 +155,7 @@ def _examples(
 class _Passage:
     """Writes a passage as its own tokens, without a target."""
 
-    name: str = "passage"
+    task: str = "passage"
     has_target: bool = False
 
     def join(self, tokenizer: Any, max_length: int) -> Join:

@@ -21,7 +21,8 @@ from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate, subset
 from fedhpc.methods.base import Method
-from fedhpc.models import autocast
+from fedhpc.models.causal_lm import CausalLM
+from fedhpc.models.load import autocast
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.rng import generator
@@ -61,15 +62,17 @@ class Scores:
 class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
     """Clients score; nothing is trained."""
 
+    base: CausalLM
+
     reasons: ClassVar[tuple[str, ...]] = ("", "its scores are not finite")
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
         name, options = self.config.method.name, self.config.method
-        if self.base.kind.name != "causal_lm":
+        if not isinstance(self.base, CausalLM):
             raise UserError(
                 f"method.name: {name} scores answers of a decoder-only model, and '{self.base.name}' is used for "
-                f"{self.base.kind.name}: take a decoder-only model, or another method such as prefix"
+                f"{self.base.task}: take a decoder-only model, or another method such as prefix"
             )
         target, label = parse(self.config.data.target, "data.target"), self.config.data.label
         labelled = label is not None and list(target.columns) == [label]
@@ -114,7 +117,7 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         """
         train = self.data.train
         if not labels:
-            return [train.tokens(example)[train.prompt_lengths[example] :]], 0
+            return [train.target(example)], 0
         assert train.labels is not None
         right = int(train.labels[example])
         return ([labels[right]], 0) if self.config.method.objective == "loss" else (labels, right)
@@ -217,6 +220,7 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         """Metrics on a fixed subset of `examples`; targets: of the labels, in place of the data's. Collective."""
         return evaluate(
             self.base,
+            self.objective,
             method,
             torch.empty(1, 0) if payload is None else payload,
             examples,

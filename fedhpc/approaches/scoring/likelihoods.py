@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.kinds.base import pad_id
 from fedhpc.lazy import lazy
-from fedhpc.models import Base
+from fedhpc.models.causal_lm import CausalLM
 from fedhpc.training.block import cut_by_length
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Spent:
         self.unshared += other.unshared
 
 
-def of_texts(base: Base, texts: Sequence[Int32], spent: Spent) -> Prefixes:
+def of_texts(base: CausalLM, texts: Sequence[Int32], spent: Spent) -> Prefixes:
     """The prefixes of M token arrays; those may be empty. Call it without gradients."""
     lengths = np.array([len(text) for text in texts], np.int64)
     width = int(lengths.max(initial=0))
@@ -82,7 +81,7 @@ def of_texts(base: Base, texts: Sequence[Int32], spent: Spent) -> Prefixes:
     return Prefixes(_layers(cache), lengths)
 
 
-def of_embeddings(base: Base, embeddings: Tensor, spent: Spent) -> Prefixes:
+def of_embeddings(base: CausalLM, embeddings: Tensor, spent: Spent) -> Prefixes:
     """The prefixes of M soft prompts (M, n, D). Call it without gradients."""
     cache = _cache(())
     base.model.base_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
@@ -92,7 +91,7 @@ def of_embeddings(base: Base, embeddings: Tensor, spent: Spent) -> Prefixes:
 
 
 def log_likelihoods(
-    base: Base,
+    base: CausalLM,
     prefixes: Prefixes,
     which: Int64,
     rows: Sequence[Int32],
@@ -123,7 +122,7 @@ def log_likelihoods(
 
 
 def _one_answer(
-    base: Base,
+    base: CausalLM,
     prefixes: Prefixes,
     which: Int64,
     rows: Sequence[Int32],
@@ -140,7 +139,7 @@ def _one_answer(
 
 
 def _several_answers(
-    base: Base,
+    base: CausalLM,
     prefixes: Prefixes,
     which: Int64,
     rows: Sequence[Int32],
@@ -173,7 +172,7 @@ def _several_answers(
 
 
 def _behind(
-    base: Base, prefixes: Prefixes, which: Int64, rows: Sequence[Int32], spent: Spent
+    base: CausalLM, prefixes: Prefixes, which: Int64, rows: Sequence[Int32], spent: Spent
 ) -> tuple[Tensor, Any, Tensor]:
     """The rows behind their prefixes: last hidden states (B, T, D), the cache, and the mask of all of it (B, n + T)."""
     index = torch.from_numpy(which).to(base.device)
@@ -189,19 +188,18 @@ def _behind(
     return hidden, cache, mask
 
 
-def _token_scores(base: Base, hidden: Tensor, targets: Tensor) -> Tensor:
+def _token_scores(base: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """Log-likelihood of every target token: hidden (R, A, D), targets (R, A) -> float64 (R, A)."""
-    kind: Any = base.kind
-    logits = kind.logits(base, hidden).float() if hidden.dtype != torch.float64 else kind.logits(base, hidden)
+    logits = base.logits(hidden).float() if hidden.dtype != torch.float64 else base.logits(hidden)
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return -losses.double().view(targets.shape)
 
 
-def _left_padded(base: Base, texts: Sequence[Int32], before: Int64) -> tuple[Tensor, Tensor, Tensor]:
+def _left_padded(base: CausalLM, texts: Sequence[Int32], before: Int64) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and positions (B, T) of texts that have so many tokens in front of them."""
     lengths = np.array([len(text) for text in texts], np.int64)
     width = int(lengths.max())
-    ids = np.full((len(texts), width), pad_id(base), np.int64)
+    ids = np.full((len(texts), width), base.pad_id, np.int64)
     for b, text in enumerate(texts):
         ids[b, width - len(text) :] = text
     places = np.arange(width) - (width - lengths)[:, None]
@@ -210,11 +208,11 @@ def _left_padded(base: Base, texts: Sequence[Int32], before: Int64) -> tuple[Ten
     return ids_, mask, positions
 
 
-def _padded(base: Base, texts: Sequence[Int32], side: str) -> tuple[Tensor, Tensor]:
+def _padded(base: CausalLM, texts: Sequence[Int32], side: str) -> tuple[Tensor, Tensor]:
     """Ids (R, A) of texts, padded at their `side`, and which of them are real."""
     lengths = np.array([len(text) for text in texts])
     width = int(lengths.max())
-    ids, real = np.full((len(texts), width), pad_id(base), np.int64), np.zeros((len(texts), width))
+    ids, real = np.full((len(texts), width), base.pad_id, np.int64), np.zeros((len(texts), width))
     for b, text in enumerate(texts):
         place = slice(width - len(text), None) if side == "left" else slice(0, len(text))
         ids[b, place], real[b, place] = text, 1.0

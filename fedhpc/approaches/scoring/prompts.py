@@ -133,7 +133,7 @@ class Writer:
     def right(self, answers: Sequence[Int32], examples: Examples, example: int) -> Int32:
         """The answer that is right for an example, with eos; answers: of each label, as `answers` gives them."""
         if self.label is None:
-            return examples.tokens(example)[examples.prompt_lengths[example] :]
+            return examples.target(example)
         assert examples.labels is not None
         return answers[examples.labels[example]]
 
@@ -143,7 +143,7 @@ class Writer:
         if self.label is not None:
             assert examples.labels is not None
             return Shared(text, int(examples.labels[example]))
-        ids = examples.tokens(example)[examples.prompt_lengths[example] : -1]
+        ids = examples.target(example)[:-1]
         return Shared(text, self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
     def rewritten(self, candidate: Candidate, examples: Examples, own: Sequence[Int32]) -> Examples:

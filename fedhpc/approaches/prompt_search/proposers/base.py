@@ -12,7 +12,7 @@ from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space
 from fedhpc.registry import Section
 
 if TYPE_CHECKING:
-    from fedhpc.models import Base
+    from fedhpc.models.causal_lm import CausalLM
 
 
 class Proposer(ABC):
@@ -23,7 +23,7 @@ class Proposer(ABC):
 
     Options: ClassVar[type[Section]] = Section
 
-    def __init__(self, options: Any, space: Space, base: Base) -> None:
+    def __init__(self, options: Any, space: Space, base: CausalLM) -> None:
         self.options, self.space, self.base = options, space, base
 
     @abstractmethod

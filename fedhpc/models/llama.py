@@ -134,9 +134,9 @@ class _Take(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (flat,) = ctx.saved_tensors
         # Adding them up, as index_select's own gradient does, takes as long as a product.
-        whole = grad.new_zeros(ctx.shape)
-        whole.flatten(0, 1)[flat] = grad.flatten(0, 1)
-        return whole, None
+        of_x = grad.new_zeros(ctx.shape)
+        of_x.flatten(0, 1)[flat] = grad.flatten(0, 1)
+        return of_x, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -219,14 +219,14 @@ class _Attention(torch.autograd.Function):
         shares, seen = [], torch.empty_like(queries)
         stretches = _stretches(width) if wanted is None else [(0, width, length)]
         for near, far, end in stretches:
-            own = slice(near * shared, far * shared)
-            scores = torch.bmm(queries[:, own], keys[:, : n + end].mT)
+            stretch = slice(near * shared, far * shared)
+            scores = torch.bmm(queries[:, stretch], keys[:, : n + end].mT)
             if wanted is None:
                 scores[:, :, n + near :] += _corner(scores, far - near, shared)
             else:
                 scores.view(rows, groups, width, shared, -1)[..., n:] += _behind(scores, wanted, length)
             shares.append(scores.softmax(dim=-1))
-            seen[:, own] = product(shares[-1], values[:, : n + end])
+            seen[:, stretch] = product(shares[-1], values[:, : n + end])
         ctx.save_for_backward(queries, keys, values, cos, sin, cos_q, sin_q, *shares)
         ctx.sizes = rows, width, length, groups, shared, n, scale
         ctx.stretches = stretches
@@ -240,14 +240,14 @@ class _Attention(torch.autograd.Function):
         of_seen = _split(grad, groups, shared).reshape(queries.shape)
         of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         for (near, far, end), share in zip(ctx.stretches, shares, strict=True):
-            own, before = slice(near * shared, far * shared), slice(n + end)
-            of_share = torch.bmm(of_seen[:, own], values[:, before].mT)
+            stretch, before = slice(near * shared, far * shared), slice(n + end)
+            of_share = torch.bmm(of_seen[:, stretch], values[:, before].mT)
             of_scores = torch._softmax_backward_data(of_share, share, -1, share.dtype)
             # baddbmm_ on such a slice would be one product after another.
-            of_values[:, before] += product(share.mT, of_seen[:, own])
-            of_keys[:, before] += product(of_scores.mT, queries[:, own])
+            of_values[:, before] += product(share.mT, of_seen[:, stretch])
+            of_keys[:, before] += product(of_scores.mT, queries[:, stretch])
             if ctx.needs_input_grad[0]:
-                of_queries[:, own] = product(of_scores, keys[:, before])
+                of_queries[:, stretch] = product(of_scores, keys[:, before])
         of_q = of_k = of_v = None
         of_keys, of_values = (t.view(rows, groups, n + length, -1) for t in (of_keys, of_values))
         if ctx.needs_input_grad[0]:

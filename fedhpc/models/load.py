@@ -1,66 +1,36 @@
-"""Base models: the built-in one, a local folder or a hub id, frozen, on one device.
-
-What differs between decoder-only language models, classifiers and encoder-decoders is in fedhpc/kinds/.
-"""
+"""Loading base models: the built-in one, a local folder or a hub id, frozen, on one device."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedhpc import kinds
 from fedhpc.config import Model
 from fedhpc.errors import UserError
-from fedhpc.kinds.base import Kind
+from fedhpc.models.base import Base
+from fedhpc.models.causal_lm import CausalLM
+from fedhpc.models.encoder import Classifier, SentenceEncoder
+from fedhpc.models.seq2seq import Seq2Seq
 from fedhpc.rng import torch_seed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BUILTIN = Path(__file__).parent / "builtin" / "base"
+BUILTIN = Path(__file__).parents[1] / "builtin" / "base"
 _SAMPLE = 65_536  # elements per tensor that go into the fingerprint
+#: What `model.task` can name; auto takes the first that fits the model.
+MODELS: dict[str, type[Base]] = {model.task: model for model in (CausalLM, Classifier, SentenceEncoder, Seq2Seq)}
 # What transformers imports where it is installed: for the losses of object detection, assisted generation, templates
-# of chats. Nothing here asks for any of it.
+# of chats.
 _UNASKED = ("scipy", "sklearn", "jinja2")
-
-
-@dataclass(frozen=True)
-class Base:
-    """A frozen model, its tokenizer and the kind of task it is trained for."""
-
-    model: Any  # transformers.PreTrainedModel
-    tokenizer: Any  # transformers.PreTrainedTokenizerBase
-    device: torch.device
-    name: str
-    fingerprint: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    kind: Kind
-    head: tuple[str, ...] = ()  # linear layers that every method trains beside its own payload
-    #: What its kind need not compute twice (kinds/embedding.py).
-    kept: dict[bytes, Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
-    @property
-    def payload_dtype(self) -> torch.dtype:
-        """What is trained and exchanged has at least 32 bits, whatever the base computes in."""
-        import torch
-
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 def source_of(model: Model) -> str:
@@ -86,10 +56,28 @@ def _transformers() -> Any:
 
         for remembers in (is_scipy_available, is_sklearn_available):  # most of its modules are imported later
             remembers()
+        _import_jinja_when_asked()
     finally:
         for name in absent:
             del modules[name]
     return transformers
+
+
+def _import_jinja_when_asked() -> None:
+    """Let the first template of a chat that transformers renders import jinja2, which is hidden now.
+
+    Its module about such templates looks for jinja2 once, when it is imported, and asks `is_jinja_available` again
+    before it compiles one.
+    """
+    from transformers.utils import chat_template_utils, import_utils
+
+    def look_again() -> bool:
+        import_utils.is_jinja_available.cache_clear()
+        importlib.reload(chat_template_utils)  # in place: functions that others have imported see its new names
+        return bool(import_utils.is_jinja_available())
+
+    if getattr(chat_template_utils, "jinja2", None) is None:
+        chat_template_utils.is_jinja_available = look_again
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -100,16 +88,30 @@ def load_tokenizer(model: Model) -> Any:
         )
 
 
-def load_kind(model: Model) -> Kind:
-    """The kind of task that `model` is trained for. UserError where `model.task` does not fit it."""
-    return kinds.choose(model.task, _load_config(model), model.name)
+def model_class(model: Model) -> type[Base]:
+    """The class of base that `model` is loaded as. UserError where `model.task` does not fit it, or nothing does."""
+    config = _load_config(model)
+    fitting = [one for one in MODELS.values() if one.fits(config)]
+    if not fitting:
+        raise UserError(
+            f"model.name: '{model.name}' ({config.model_type}) is none of what can be trained here: "
+            + "; ".join(f"{one.needs} ({task})" for task, one in MODELS.items())
+        )
+    if model.task == "auto":
+        return fitting[0]
+    if MODELS[model.task] not in fitting:
+        raise UserError(
+            f"model.task: {model.task} needs {MODELS[model.task].needs}, but '{model.name}' ({config.model_type}) is "
+            f"{fitting[0].needs}: leave model.task out, or choose another model"
+        )
+    return MODELS[model.task]
 
 
 def import_classes(model: Model) -> None:
     """Import all that `load_base` and `load_tokenizer` will need. UserError where there is no such model."""
-    config, kind = _load_config(model), load_kind(model)
+    config, chosen = _load_config(model), model_class(model)
     with _loading(model, "model"):
-        getattr(_transformers(), kind.auto_class)._model_mapping[type(config)]  # imports the module that has it
+        getattr(_transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
 
 
 def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), seed: int = 0) -> Base:
@@ -123,10 +125,10 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     quantization = _quantization(model, device)
     source = source_of(model)
     tokenizer = load_tokenizer(model)
-    kind = load_kind(model)
-    config = _load_config(model, **kind.config_options(labels))
+    chosen = model_class(model)
+    config = _load_config(model, **chosen.config_options(labels))
     with _loading(model, "model"):
-        network, info = getattr(_transformers(), kind.auto_class).from_pretrained(
+        network, info = getattr(_transformers(), chosen.auto_class).from_pretrained(
             source,
             config=config,
             revision=model.revision,
@@ -138,7 +140,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             **quantization,
         )
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    new = sorted(name for name in absent if kind.may_be_new(network, name))
+    new = sorted(name for name in absent if chosen.may_be_new(network, name))
     unfit = absent.difference(new)
     if unfit:
         raise UserError(
@@ -154,21 +156,8 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             f"model.name: the tokenizer of '{model.name}' has {len(tokenizer)} tokens but the model embeds only "
             f"{network.get_input_embeddings().weight.shape[0]}: they do not belong together"
         )
-    sizes = kind.sizes(config)
-    base = Base(
-        model=network,
-        tokenizer=tokenizer,
-        device=device,
-        name=model.name,
-        fingerprint=_fingerprint(network, new),
-        num_layers=sizes.num_layers,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        hidden_size=sizes.hidden_size,
-        kind=kind,
-        head=kind.head(network, new),
-    )
-    kind.check_model(base)
+    base = chosen.of(network, tokenizer, device, model.name, _fingerprint(network, new), new)
+    base.check()
     if model.gradient_checkpointing:
         checkpoint_layers(network)
     return base
@@ -176,7 +165,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
 
 def check_length(base: Base, max_length: int, virtual: int) -> None:
     """UserError where the model has no positions for so many tokens of a text and virtual ones in front."""
-    limit = base.kind.max_positions(base)
+    limit = base.max_positions
     if limit is not None and max_length + virtual > limit:
         raise UserError(
             f"data.max_length: {max_length} tokens and {virtual} virtual ones exceed the {limit} positions of "

@@ -7,106 +7,91 @@ token of a row is a target only, so it is not an input. A label is scored by the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fedhpc.data.tokens import Examples, Join
 from fedhpc.errors import UserError
-from fedhpc.kinds._tokens import TokenBatch, TokenKind, at, joined, require_eos
-from fedhpc.kinds.base import Attached, Int64, Loaded, Sizes, in_mapping, pad_id, soft_targets
-from fedhpc.lazy import lazy
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
+from fedhpc.lazy import Tensor, kernels, torch
+from fedhpc.models.base import Attached, Int64, Sizes, in_mapping
+from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
 # Keys of a model's configuration that change its logits behind the output layer.
 _AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
-class CausalLM(TokenKind):
-    """See the module.
+class CausalLM(Generative):
+    """A decoder-only language model, which predicts each token of a row from those before it.
 
     Any Hugging Face model whose logits are `output_embeddings(last_hidden_state)`, with an optional soft cap or
     scale (checked when it is loaded).
     """
 
-    name = "causal_lm"
+    task = "causal_lm"
+    objective = "language_modelling"
     needs = "a decoder-only language model"
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
 
-    def fits(self, config: Any) -> bool:
+    @classmethod
+    def fits(cls, config: Any) -> bool:
         """Whether it is a decoder and nothing else: BERT's class for language modelling is one only if it says so."""
         encoder = in_mapping("AutoModelForMaskedLM", config) and not getattr(config, "is_decoder", False)
-        return in_mapping(self.auto_class, config) and not encoder and not getattr(config, "is_encoder_decoder", False)
+        return in_mapping(cls.auto_class, config) and not encoder and not getattr(config, "is_encoder_decoder", False)
 
     # ---- data
 
-    def join(self, tokenizer: Any, max_length: int) -> Join:
+    @classmethod
+    def join(cls, tokenizer: Any, max_length: int) -> Join:
         """`[bos] prompt target [eos]`; an over-long example loses the front of its prompt, never of its target."""
         eos = require_eos(tokenizer)
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
-        def join(prompt: list[int], target: list[int], place: str) -> tuple[list[int], list[int]]:
+        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
             room = max_length - len(bos) - len(target) - 1
             if room < 0 or (room == 0 and not bos):
                 raise UserError(
-                    f"{place}: the target has {len(target)} tokens and does not fit in "
+                    f"{where}: the target has {len(target)} tokens and does not fit in "
                     f"data.max_length {max_length}; use at least {max_length - room + (not bos)}, "
                     "or leave the row out"
                 )
             prompt = prompt[max(len(prompt) - room, 0) :]
             if not bos and not prompt:
                 raise UserError(
-                    f"{place}: the prompt is empty and the tokenizer has no start token (bos): give "
+                    f"{where}: the prompt is empty and the tokenizer has no start token (bos): give "
                     "data.prompt a text, so that something comes before the target"
                 )
             return bos + prompt, [*target, eos]
 
         return join
 
-    def answer_ids(self, tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    @classmethod
+    def answer_ids(cls, tokenizer: Any, ids: Sequence[int]) -> list[int]:
         """The target and eos."""
         return [*ids, require_eos(tokenizer)]
 
-    def supervised(self, examples: Examples, indices: Int64) -> Int64:
-        """Target and eos. Nothing stands in front of the first token of a row, so it cannot be predicted."""
-        return examples.lengths_of(indices) - np.maximum(examples.prompt_lengths[indices], 1)
-
-    def batch(self, base: Loaded, examples: Examples, indices: Int64) -> TokenBatch:
-        """See the base class."""
-        starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
-        lengths = (ends - starts).astype(np.int64)
-        # Nothing stands in front of the first token, so it cannot be predicted even if there is no prompt.
-        first = np.maximum(examples.prompt_lengths[indices].astype(np.int64), 1)
+    def batch(self, examples: Examples, indices: Int64) -> TokenBatch:
+        starts, lengths, device = examples.offsets[indices], examples.lengths_of(indices), self.device
         columns = np.arange(max(int(lengths.max()) - 1, 1))
-        places = starts[:, None] + columns
         inside = columns < (lengths - 1)[:, None]
-        ids = np.where(inside, examples.ids[np.where(inside, places, 0)], pad_id(base)).astype(np.int64)
-        chosen = inside & (columns >= (first - 1)[:, None])
-        supervised, device = lengths - first, base.device
+        ids = np.where(inside, examples.ids[np.where(inside, starts[:, None] + columns, 0)], self.pad_id)
+        row, position = examples.supervised(indices)
         return TokenBatch(
-            ids=kernels.on_device(ids, device),
-            positions=kernels.on_device(np.flatnonzero(chosen), device),
-            targets=kernels.on_device(examples.ids[places[chosen] + 1].astype(np.int64), device),
-            row=kernels.on_device(np.repeat(np.arange(len(indices)), supervised), device),
-            supervised=supervised,
+            ids=kernels.on_device(ids.astype(np.int64), device),
+            positions=kernels.on_device(row * len(columns) + position - 1, device),
+            targets=kernels.on_device(examples.ids[starts[row] + position].astype(np.int64), device),
+            row=kernels.on_device(row, device),
+            supervised=examples.num_supervised(indices),
             tokens=int(ids.size),
             real_tokens=int((lengths - 1).sum()),
-            soft=soft_targets(base, examples, indices),
         )
 
     def with_answers(
-        self, base: Loaded, attached: Attached, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+        self, attached: Attached, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
     ) -> Examples:
         """A row that is longer than the model's positions loses the front of its prompt, but for the bos."""
-        limit, bos = self.max_positions(base), base.tokenizer.bos_token_id
+        limit, bos = self.max_positions, self.tokenizer.bos_token_id
         cut = []
         for prompt, answer in zip(prompts, answers, strict=True):
             excess = 0 if limit is None else len(prompt) + len(answer) - (limit - attached.virtual_length)
@@ -116,8 +101,8 @@ class CausalLM(TokenKind):
 
     # ---- the model
 
-    def sizes(self, config: Any) -> Sizes:
-        """See the base class."""
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
         text = config.get_text_config(decoder=True)
         heads = text.num_attention_heads
         return Sizes(
@@ -127,15 +112,14 @@ class CausalLM(TokenKind):
             hidden_size=text.hidden_size,
         )
 
-    def max_positions(self, base: Loaded) -> int | None:
-        """See the base class."""
-        limit = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    @property
+    def max_positions(self) -> int | None:
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return int(limit) if limit else None
 
-    def logits(self, base: Loaded, hidden: Tensor) -> Tensor:
-        """See the base class."""
-        logits: Tensor = base.model.get_output_embeddings()(hidden)
-        config = base.model.config
+    def logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        config = self.model.config
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
         if (scaling := getattr(config, "logits_scaling", None)) is not None:
@@ -144,54 +128,50 @@ class CausalLM(TokenKind):
             logits = (logits / cap).tanh() * cap
         return logits
 
-    def frozen_head(self, base: Loaded) -> Tensor | None:
-        """See the base class."""
-        layer, config = base.model.get_output_embeddings(), base.model.config
+    def frozen_head(self) -> Tensor | None:
+        layer, config = self.model.get_output_embeddings(), self.model.config
         changed = any(getattr(config, key, None) is not None for key in _AFTER_THE_HEAD)
         attached = layer._forward_hooks or layer._forward_pre_hooks
         if type(layer) is not torch.nn.Linear or layer.bias is not None or changed or attached:
             return None
         exact = layer.weight.dtype in (torch.float32, torch.float64)
-        frozen = exact and not layer.weight.requires_grad and not torch.is_autocast_enabled(base.device.type)
+        frozen = exact and not layer.weight.requires_grad and not torch.is_autocast_enabled(self.device.type)
         return layer.weight if frozen else None
 
-    def check_model(self, base: Loaded) -> None:
-        """See the base class."""
-        ids = torch.tensor([[1, 2, 3]], device=base.device) % base.model.config.get_text_config().vocab_size
+    def check(self) -> None:
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.config.get_text_config().vocab_size
         with torch.inference_mode():
-            own = base.model(input_ids=ids, use_cache=False).logits
-            ours = self.logits(base, base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        self.require_same_logits(base, own, ours)
+            theirs = self.model(input_ids=ids, use_cache=False).logits
+            ours = self.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        self.require_same_logits(theirs, ours)
 
-    def activations(self, base: Loaded, ids: Sequence[int]) -> list[Tensor]:
-        """See the base class."""
+    def activations(self, ids: Sequence[int]) -> list[Tensor]:
         with torch.no_grad():
-            cache = base.model.base_model(
-                input_ids=torch.tensor([ids], device=base.device), use_cache=True
+            cache = self.model.base_model(
+                input_ids=torch.tensor([ids], device=self.device), use_cache=True
             ).past_key_values
         return [t for layer in cache.layers for t in (layer.keys[0], layer.values[0])]
 
-    def hidden(self, base: Loaded, attached: Attached, batch: TokenBatch) -> Tensor:
-        """See the base class."""
-        from fedhpc.kinds._cache import prefix_cache
-        from fedhpc.kinds._llama import hidden_at, written_out
+    def states(self, attached: Attached, batch: TokenBatch) -> Tensor:
+        from fedhpc.models.llama import hidden_at, written_out
+        from fedhpc.models.prefix_cache import prefix_cache
 
-        inputs = base.model.get_input_embeddings()(batch.ids)
+        inputs = self.model.get_input_embeddings()(batch.ids)
         if attached.embeddings is not None:
             inputs = torch.cat([attached.embeddings, inputs], dim=1)
         # Positions of a row of inputs: behind virtual embeddings.
         rows, length = batch.row, batch.ids.shape[1]
         positions = batch.positions - rows * length + inputs.shape[1] - length
-        if written_out(base.model):
-            return hidden_at(base.model, inputs, attached.past, rows, positions, attached.by_position)
-        cache = prefix_cache(attached.past, self.sizes(base.model.config).num_layers)
-        hidden = base.model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        if written_out(self.model):
+            return hidden_at(self.model, inputs, attached.past, rows, positions, attached.by_position)
+        cache = prefix_cache(attached.past, self.num_layers)
+        hidden = self.model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
         return at(hidden, rows * inputs.shape[1] + positions)
 
     # ---- answers
 
-    def generate(self, base: Loaded, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
-        """See the base class.
+    def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
+        """The most likely next token, again and again (see Generative).
 
         Prompts are left-padded, so that all rows go on in the same column; the attention mask hides the padding, and
         the first real token of a row has position n, behind its n virtual ones, as in training. So a row's text does
@@ -199,11 +179,11 @@ class CausalLM(TokenKind):
         """
         from transformers import DynamicCache
 
-        n, device = attached.virtual_length, base.device
+        n, device = attached.virtual_length, self.device
         lengths = np.array([len(prompt) for prompt in prompts])
         width = int(lengths.max())
         padding = width - lengths
-        ids_ = np.full((len(prompts), width), pad_id(base), np.int64)
+        ids_ = np.full((len(prompts), width), self.pad_id, np.int64)
         mask_ = np.ones((len(prompts), n + width), np.int64)
         for b, prompt in enumerate(prompts):
             ids_[b, padding[b] :] = prompt
@@ -211,21 +191,21 @@ class CausalLM(TokenKind):
         positions_ = n + (np.arange(width) - padding[:, None]).clip(min=0)
         ids, mask, positions = (kernels.on_device(array, device) for array in (ids_, mask_, positions_))
 
-        limit = self.max_positions(base)
+        limit = self.max_positions
         cache = DynamicCache(list(attached.past)) if attached.past else DynamicCache()
         generated = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        embed = base.model.get_input_embeddings()
+        embed = self.model.get_input_embeddings()
         for step in range(max_new_tokens):
             inputs = embed(ids)
             if step == 0 and attached.embeddings is not None:
                 inputs = torch.cat([attached.embeddings, inputs], dim=1)
                 positions = torch.cat([torch.arange(n, device=device).expand(len(prompts), -1), positions], dim=1)
-            hidden = base.model.base_model(
+            hidden = self.model.base_model(
                 inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
-            chosen = self.logits(base, hidden).argmax(dim=-1)
-            ended |= chosen == base.tokenizer.eos_token_id
+            chosen = self.logits(hidden).argmax(dim=-1)
+            ended |= chosen == self.tokenizer.eos_token_id
             generated[:, step] = torch.where(ended, -1, chosen)
             positions = positions[:, -1:] + 1
             if limit is not None:
@@ -236,6 +216,3 @@ class CausalLM(TokenKind):
             ids = chosen.unsqueeze(1)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         return generated
-
-
-KIND = CausalLM()

@@ -1,0 +1,269 @@
+"""What every base model can do, and what it is given: batches, and what a method attaches to its inputs.
+
+Shapes: B rows, T positions, S supervised tokens of a batch, D hidden size, V classes, n virtual positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.data.tokens import Examples, Join
+from fedhpc.lazy import Tensor, torch
+
+Int64 = NDArray[np.int64]
+
+# Logits of more supervised tokens than fit in so many elements are computed and differentiated piece by piece.
+LOGITS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What an attached method adds to the inputs and outputs of the base.
+
+    past: per layer (key, value), each (B, kv_heads, n, head_dim), or empty.
+    embeddings: (B, n, D) in front of the embedded text, or None.
+    questions: what becomes of the vectors (B, D) of the rows' questions, for an encoder of sentences; None: nothing.
+    by_position: hooks on layers tell the positions of a row apart, so a layer must be given all of them.
+    """
+
+    past: tuple[tuple[Tensor, Tensor], ...] = ()
+    embeddings: Tensor | None = None
+    questions: Callable[[Tensor], Tensor] | None = None
+    by_position: bool = False
+
+    @property
+    def virtual_length(self) -> int:
+        """n, the number of virtual positions in front of the text."""
+        if self.embeddings is not None:
+            return int(self.embeddings.shape[1])
+        return int(self.past[0][0].shape[2]) if self.past else 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one forward pass; who makes it adds the tensors."""
+
+    row: Tensor  # int64 (S,): the row of each supervised token
+    supervised: np.ndarray  # int64 (B,): supervised tokens per row
+    tokens: int  # input tokens, padding included
+    real_tokens: int  # without padding
+
+
+@dataclass(frozen=True)
+class TargetBatch(Batch):
+    """Rows with a class to be predicted at each supervised token."""
+
+    targets: Tensor  # int64 (S,)
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """The rows to compute so that every example has a score for every label: each gives `width` scores, in order."""
+
+    example: Int64  # (R,)
+    label: Int64  # (R,): the first label of the row
+    lengths: NDArray[Any]  # (R,): input tokens
+    width: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of the layers that keys and values can be put in front of."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Base(ABC):
+    """A frozen model and its tokenizer, on one device.
+
+    What can be told from the model's configuration alone is said by the class, before any weights are loaded.
+    """
+
+    task: ClassVar[str]  # as in `model.task`
+    objective: ClassVar[str]  # the file of fedhpc.objectives that it is trained with by default
+    needs: ClassVar[str]  # the models it takes, for messages
+    auto_class: ClassVar[str]  # of transformers
+    task_type: ClassVar[str]  # in PEFT
+    has_target: ClassVar[bool] = True  # whether an example has a target text (data.target)
+    answers: ClassVar[frozenset[str]] = frozenset({"losses"})  # what metrics can need of it: losses, labels, texts
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    device: torch.device
+    name: str
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    head: tuple[str, ...] = ()  # linear layers that every method trains beside its own payload
+
+    @classmethod
+    def of(
+        cls, network: Any, tokenizer: Any, device: torch.device, name: str, fingerprint: str, new: Sequence[str] = ()
+    ) -> Base:
+        """The base that a loaded transformers model is; its parameters `new` had no stored weights."""
+        sizes = vars(cls.sizes(network.config))
+        return cls(network, tokenizer, device, name, fingerprint, **sizes, head=cls.head_layers(network, new))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def payload_dtype(self) -> torch.dtype:
+        """What is trained and exchanged has at least 32 bits, whatever the base computes in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows."""
+        tokenizer = self.tokenizer
+        return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+    # ---- before it is loaded
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, config: Any) -> bool:
+        """Whether models with this transformers configuration are of this class."""
+
+    @classmethod
+    @abstractmethod
+    def join(cls, tokenizer: Any, max_length: int) -> Join:
+        """How the token ids of a prompt and of its target become those of an example (data/tokens.py)."""
+
+    @classmethod
+    @abstractmethod
+    def sizes(cls, config: Any) -> Sizes:
+        """Layers, heads and widths from the transformers configuration."""
+
+    @classmethod
+    def config_options(cls, labels: Sequence[str]) -> dict[str, Any]:
+        """What is set in the model's configuration when it is loaded."""
+        return {}
+
+    @classmethod
+    def may_be_new(cls, network: Any, parameter: str) -> bool:
+        """Whether the model is sound without stored weights for this parameter: a head to be trained."""
+        return False
+
+    @classmethod
+    def head_layers(cls, network: Any, new: Sequence[str]) -> tuple[str, ...]:
+        """Paths of the linear layers that every method trains beside its own payload; `new` had no stored weights."""
+        return ()
+
+    # ---- the network
+
+    @property
+    @abstractmethod
+    def max_positions(self) -> int | None:
+        """The longest input, virtual positions included; None where the model has no limit."""
+
+    def check(self) -> None:  # noqa: B027  most have nothing to refuse
+        """UserError where the model computes something else than this class believes."""
+
+    def check_past(self) -> None:  # noqa: B027
+        """UserError where no keys and values can be put in front of the model's own."""
+
+    @abstractmethod
+    def activations(self, ids: Sequence[int]) -> list[Tensor]:
+        """Keys and values of every layer on a text (n tokens): 2 * layers tensors (kv_heads, n, head_dim)."""
+
+    def peft_prefix(self, prefix: Tensor) -> tuple[Tensor, dict[str, int]]:
+        """A prefix (n, layers * 2 * kv_heads * head_dim) as PEFT lays it out, and the keys that say so."""
+        return prefix, {"num_layers": self.num_layers, "num_transformer_submodules": 1}
+
+
+class Predictor(Base):
+    """A base that chooses between classes at supervised tokens: the tokens of its vocabulary, or labels."""
+
+    answers = frozenset({"losses", "labels"})
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """V, between how many classes the model chooses."""
+
+    @abstractmethod
+    def batch(self, examples: Examples, indices: Int64) -> TargetBatch:
+        """The batch of `indices` (B,) of `examples`, in that order, on the base's device."""
+
+    @abstractmethod
+    def states(self, attached: Attached, batch: Any) -> Tensor:
+        """What the logits of the supervised tokens are computed from: (S, D).
+
+        Each row stands behind its own virtual positions.
+        """
+
+    @abstractmethod
+    def logits(self, states: Tensor) -> Tensor:
+        """states (..., D) -> logits (..., V)."""
+
+    def frozen_head(self) -> Tensor | None:
+        """The weight (V, D) of an output layer that is one product and not trained, in full precision, else None."""
+        return None
+
+    def exact_logits(self, states: Tensor) -> Tensor:
+        """`logits` in at least float32."""
+        logits = self.logits(states)
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def pieces(self, tokens: int) -> list[slice]:
+        """So many supervised tokens in pieces whose logits can exist at once."""
+        size = max(1, LOGITS_AT_ONCE // self.num_classes)
+        return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
+
+    def predictions(self, attached: Attached, batch: TargetBatch) -> Iterator[Tensor]:
+        """Logits of the supervised tokens in turn, in at least float32, a piece (s, V) at a time."""
+        states = self.states(attached, batch)
+        for piece in self.pieces(len(states)):
+            yield self.exact_logits(states[piece])
+
+    @abstractmethod
+    def label_rows(self, examples: Examples, indices: Int64, targets: Sequence[str]) -> LabelRows:
+        """What to compute for the scores of `targets`, one per label, on the examples `indices`."""
+
+    @abstractmethod
+    def label_scores(
+        self, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
+    ) -> Tensor:
+        """Scores (len(part), width) of the rows `part`, higher is better. Call it without gradients."""
+
+
+def padded(rows: Sequence[np.ndarray], fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as int64 (B, longest), filled at the right, and their mask of the same shape."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), max(int(lengths.max()), 1)), fill, dtype=np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = row
+    return ids, (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+
+
+def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer itself puts before and after a text, such as [CLS] and [SEP]."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    complete = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(complete) - len(plain) + 1):
+        if complete[start : start + len(plain)] == plain:
+            return complete[:start], complete[start + len(plain) :]
+    raise ValueError("the tokenizer splits a text in another way where it adds special tokens")
+
+
+def in_mapping(auto_class: str, config: Any) -> bool:
+    """Whether a transformers Auto class has a model for this configuration."""
+    import transformers
+
+    mapping: Mapping[type, Any] = getattr(transformers, auto_class)._model_mapping
+    return type(config) in mapping

@@ -1,0 +1,264 @@
+"""Encoders (BERT, RoBERTa families): classifiers with a head over labels, and vectors of sentences.
+
+A text stands between the tokenizer's own special tokens, cut at its end where it is too long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from fedhpc.data.tokens import Examples, Join
+from fedhpc.errors import UserError
+from fedhpc.lazy import Tensor, kernels, torch
+from fedhpc.models.base import (
+    Attached,
+    Base,
+    Int64,
+    LabelRows,
+    Predictor,
+    Sizes,
+    TargetBatch,
+    in_mapping,
+    padded,
+    special_ids,
+)
+
+
+class Encoder(Base):
+    """A model that reads a whole text at once."""
+
+    needs = "an encoder (BERT, RoBERTa families)"
+
+    @classmethod
+    def fits(cls, config: Any) -> bool:
+        """Whether it is an encoder: pretrained on masked tokens, and not said to be a decoder."""
+        decoder = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+        return in_mapping("AutoModelForMaskedLM", config) and in_mapping(cls.auto_class, config) and not decoder
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        heads = config.num_attention_heads
+        return Sizes(config.num_hidden_layers, heads, config.hidden_size // heads, config.hidden_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest input. RoBERTa's positions begin behind the index of its padding."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        embeddings = getattr(self.model.base_model, "embeddings", None)
+        if limit and embeddings is not None and hasattr(embeddings, "create_position_ids_from_inputs_embeds"):
+            limit -= int(embeddings.padding_idx) + 1
+        return int(limit) if limit else None
+
+    def check_past(self) -> None:
+        if "past_key_values" not in signature(self.model.base_model.forward).parameters:
+            raise UserError(
+                f"method.name: a prefix cannot be put in front of '{self.model.config.model_type}' models; "
+                "use prompt, p_tuning, lora or ia3"
+            )
+
+    def activations(self, ids: Sequence[int]) -> list[Tensor]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # an encoder fills one though it has no use for it
+        text = torch.tensor([ids], device=self.device)
+        with torch.no_grad():
+            self.model.base_model(input_ids=text, attention_mask=torch.ones_like(text), past_key_values=cache)
+        return [t for layer in cache.layers for t in (layer.keys[0], layer.values[0])]
+
+
+@dataclass(frozen=True)
+class TextBatch(TargetBatch):
+    """Texts and their labels, the targets."""
+
+    ids: Tensor  # int64 (B, T)
+    mask: Tensor  # int64 (B, T): 0 on padding
+
+
+class Classifier(Encoder, Predictor):
+    """An encoder with a head over the labels of `data.label`.
+
+    An example is the prompt; there is no target text. Its label counts as one supervised token. The head is trained
+    with every method and is part of its payload.
+    """
+
+    task = "classification"
+    objective = "classification"
+    auto_class = "AutoModelForSequenceClassification"
+    task_type = "SEQ_CLS"
+    has_target = False
+
+    # ---- before it is loaded
+
+    @classmethod
+    def join(cls, tokenizer: Any, max_length: int) -> Join:
+        """The prompt between the tokenizer's special tokens, cut at its end; no target."""
+        before, after = special_ids(tokenizer)
+        room = max_length - len(before) - len(after)
+
+        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
+            if not prompt and not before and not after:
+                raise UserError(f"{where}: the text is empty; leave the row out with data.where_not")
+            return [*before, *prompt[:room], *after], []
+
+        return join
+
+    @classmethod
+    def config_options(cls, labels: Sequence[str]) -> dict[str, Any]:
+        """The labels. UserError for fewer than two."""
+        if len(labels) < 2:
+            raise UserError(f"data.label: a classifier needs at least two classes, the data have {len(labels)}")
+        names = dict(enumerate(labels))
+        return {"num_labels": len(labels), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+    @classmethod
+    def may_be_new(cls, network: Any, parameter: str) -> bool:
+        """The head, which a bare encoder lacks, and the pooling layer, which some encoders lack too."""
+        return not _in_backbone(network, parameter) or ".pooler." in parameter
+
+    @classmethod
+    def head_layers(cls, network: Any, new: Sequence[str]) -> tuple[str, ...]:
+        """The linear layers behind the encoder, and within it those that have no stored weights."""
+        paths = []
+        for path, module in network.named_modules():
+            names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            if not names or (_in_backbone(network, path) and not set(names) & set(new)):
+                continue
+            if not isinstance(module, torch.nn.Linear):
+                raise UserError(
+                    f"model.name: the head of '{network.config.model_type}' models has more than linear layers "
+                    f"({path} is {type(module).__name__}), which cannot be trained here"
+                )
+            paths.append(path)
+        return tuple(paths)
+
+    # ---- the network
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are."""
+        return int(self.model.config.num_labels)
+
+    def batch(self, examples: Examples, indices: Int64) -> TextBatch:
+        if examples.labels is None:
+            raise ValueError("a classifier needs labelled examples")
+        ids, mask = padded([examples.tokens(int(i)) for i in indices], self.pad_id)
+        labels, rows = examples.labels[indices].astype(np.int64), np.arange(len(indices))
+        ids_, mask_, labels_, rows_ = (kernels.on_device(a, self.device) for a in (ids, mask, labels, rows))
+        return TextBatch(
+            ids=ids_,
+            mask=mask_,
+            targets=labels_,
+            row=rows_,
+            supervised=np.ones(len(indices), np.int64),
+            tokens=int(ids.size),
+            real_tokens=int(mask.sum()),
+        )
+
+    def states(self, attached: Attached, batch: TextBatch) -> Tensor:
+        """The logits themselves: the head is a part of the network."""
+        return self.class_logits(attached, batch.ids, batch.mask)
+
+    def logits(self, states: Tensor) -> Tensor:
+        return states
+
+    def class_logits(self, attached: Attached, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask (B, T) -> logits (B, labels), each row behind its own virtual positions, which all can see."""
+        from fedhpc.models.masks import padding
+
+        inputs = {"input_ids": ids}
+        if attached.embeddings is not None:
+            inputs = {"inputs_embeds": torch.cat([attached.embeddings, self.model.get_input_embeddings()(ids)], dim=1)}
+        if n := attached.virtual_length:
+            mask = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+        with self._past(attached):
+            logits: Tensor = self.model(**inputs, attention_mask=padding(self.model, mask)).logits
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    @contextmanager
+    def _past(self, attached: Attached) -> Iterator[None]:
+        """The encoder with keys and values in front of its own: its classifier does not pass them on everywhere."""
+        from fedhpc.models.prefix_cache import prefix_cache
+
+        if not attached.past:
+            yield
+            return
+
+        def give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "past_key_values": prefix_cache(attached.past)}
+
+        hook = self.model.base_model.register_forward_pre_hook(give, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    # ---- answers
+
+    def label_rows(self, examples: Examples, indices: Int64, targets: Sequence[str]) -> LabelRows:
+        """One row per example: the head scores all labels at once."""
+        return LabelRows(indices, np.zeros(len(indices), np.int64), examples.lengths_of(indices), len(targets))
+
+    def label_scores(
+        self, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
+    ) -> Tensor:
+        """The logits of the head: (len(part), labels)."""
+        batch = self.batch(examples, rows.example[part])
+        return self.class_logits(attached, batch.ids, batch.mask).to("cpu", torch.float64)
+
+
+class SentenceEncoder(Encoder):
+    """An encoder that gives each text a vector, and nothing in front of its inputs.
+
+    An example is the prompt (a question) and the target (its passage), each with the tokenizer's own special tokens.
+    The vector of a text is the mean of the encoder's last hidden states, of length 1 (Reimers and Gurevych 2019, arXiv
+    1908.10084, section 3).
+    """
+
+    task = "embedding"
+    objective = "contrastive"
+    auto_class = "AutoModel"
+    task_type = "FEATURE_EXTRACTION"
+
+    @classmethod
+    def join(cls, tokenizer: Any, max_length: int) -> Join:
+        """Both texts between the tokenizer's special tokens, each cut at its end."""
+        before, after = special_ids(tokenizer)
+        room = max_length - len(before) - len(after)
+
+        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
+            if not prompt:
+                raise UserError(f"{where}: data.prompt is empty here; leave the row out with data.where_not")
+            return [*before, *prompt[:room], *after], [*before, *target[:room], *after]
+
+        return join
+
+    @classmethod
+    def may_be_new(cls, network: Any, parameter: str) -> bool:
+        """The pooling layer, which is not used."""
+        return parameter.startswith("pooler.")
+
+    def vectors(self, ids: Sequence[np.ndarray]) -> Tensor:
+        """The vectors of texts, as token ids with the special ones: (n, D) of length 1 on the base's device.
+
+        A text is run alone, without padding, so its vector has the same bits whatever other texts there are. On a CPU
+        that is quicker than a padded batch too.
+        """
+        vectors = []
+        takes_types = "token_type_ids" in signature(self.model.forward).parameters
+        with torch.no_grad():
+            for one in ids:
+                text = kernels.on_device(np.asarray(one, np.int64), self.device).unsqueeze(0)
+                types = {"token_type_ids": torch.zeros_like(text)} if takes_types else {}
+                hidden = self.model(input_ids=text, attention_mask=torch.ones_like(text), **types).last_hidden_state
+                vectors.append(torch.nn.functional.normalize(hidden[0].mean(dim=0), dim=0))
+        return torch.stack(vectors)
+
+
+def _in_backbone(network: Any, path: str) -> bool:
+    return path.startswith(f"{network.base_model_prefix}.")

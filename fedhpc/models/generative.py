@@ -1,0 +1,107 @@
+"""Models that write: the targets are tokens, a label is scored by the likelihood of its text, texts are generated."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedhpc.data.tokens import Examples, Tokens, examples_from
+from fedhpc.errors import UserError
+from fedhpc.lazy import Tensor, torch
+from fedhpc.models.base import Attached, Int64, LabelRows, Predictor, TargetBatch
+
+
+@dataclass(frozen=True)
+class TokenBatch(TargetBatch):
+    """A batch of texts with tokens to be predicted."""
+
+    ids: Tensor  # int64 (B, T)
+    positions: Tensor  # int64 (S,): b * T + t of the hidden state that predicts each supervised token
+
+
+class Generative(Predictor):
+    """A model that writes texts. Logits exist at supervised positions only."""
+
+    answers = frozenset({"losses", "labels", "texts"})
+
+    @classmethod
+    @abstractmethod
+    def answer_ids(cls, tokenizer: Any, ids: Sequence[int]) -> list[int]:
+        """The supervised tokens of a target: its own `ids` and what ends (and starts) it."""
+
+    @abstractmethod
+    def with_answers(
+        self, attached: Attached, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+    ) -> Examples:
+        """Each prompt with its answer as an example that fits behind what is attached."""
+
+    @abstractmethod
+    def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
+        """The most likely next token, again and again: int64 (B, max_new_tokens), -1 after the end.
+
+        prompts: B non-empty arrays of token ids. A row ends at eos, which is left out, or when the model has no
+        positions left. Call it without gradients and with the method attached.
+        """
+
+    @property
+    def num_classes(self) -> int:
+        """The rows of the output layer, of which a vocabulary may leave some unused."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def label_rows(self, examples: Examples, indices: Int64, targets: Sequence[str]) -> LabelRows:
+        """One row per example and label."""
+        sizes = np.array([len(answer) for answer in self._answers(targets)])
+        example, label = np.repeat(indices, len(targets)), np.tile(np.arange(len(targets)), len(indices))
+        return LabelRows(example, label, examples.prompt_lengths[example] + sizes[label], 1)
+
+    def label_scores(
+        self, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
+    ) -> Tensor:
+        """Log-likelihood of the target (and its end) after the prompt: (len(part), 1)."""
+        candidates = self._answers(targets)
+        prompts = [examples.prompt(int(e)) for e in rows.example[part]]
+        answers = [candidates[c] for c in rows.label[part]]
+        batch = self.batch(self.with_answers(attached, prompts, answers), np.arange(len(part)))
+        pieces = self.pieces(len(batch.targets))
+        losses = [
+            torch.nn.functional.cross_entropy(logits, batch.targets[piece], reduction="none")
+            for logits, piece in zip(self.predictions(attached, batch), pieces, strict=True)
+        ]
+        scores = torch.zeros(len(part), dtype=torch.float64)
+        return -scores.index_add(0, batch.row.cpu(), torch.cat(losses).to("cpu", torch.float64)).unsqueeze(1)
+
+    def _answers(self, targets: Sequence[str]) -> list[np.ndarray]:
+        plain = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in targets]
+        return [np.array(self.answer_ids(self.tokenizer, ids), np.int32) for ids in plain]
+
+    def require_same_logits(self, theirs: Tensor, ours: Tensor) -> None:
+        """UserError where the model's own logits are not ours: losses would be silently wrong."""
+        if not torch.allclose(theirs.float(), ours.float(), atol=1e-3, rtol=1e-3):
+            raise UserError(
+                f"model.name: '{self.name}' ({self.model.config.model_type}) changes its logits after the output "
+                "layer in a way that fedhpc does not know"
+            )
+
+
+def at(states: Tensor, positions: Tensor) -> Tensor:
+    """Those of states (B, T, D) at `positions`, b * T + t, (S,): (S, D)."""
+    return states.flatten(0, 1).index_select(0, positions)
+
+
+def joined(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> Examples:
+    """Examples of prompts, each with its answer."""
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = np.concatenate([part for pair in zip(prompts, answers, strict=True) for part in pair])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return examples_from(Tokens(ids, offsets, np.array([len(prompt) for prompt in prompts], np.int32)))
+
+
+def require_eos(tokenizer: Any) -> int:
+    """The id that ends a target. UserError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.name: its tokenizer has no end-of-text token (eos), which every target ends with")
+    return int(tokenizer.eos_token_id)

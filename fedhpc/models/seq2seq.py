@@ -1,0 +1,236 @@
+"""Encoder-decoders (T5, BART families): the prompt goes to the encoder, the loss is on the target in the decoder.
+
+The prompt stands between the tokenizer's own special tokens and loses its end where it is too long; so does the target
+stand, and it ends with eos. The decoder starts with the model's `decoder_start_token_id` and sees the target shifted by
+one. Both are limited to data.max_length, each for itself. A label is scored by the likelihood of its target.
+
+What a method puts in front: embeddings before the encoder's text (prompt, p_tuning); keys and values before those of
+the decoder's self-attention (prefix). PEFT, too, leaves the cross-attention without: it makes a prefix for it and then
+empties that cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedhpc.data.tokens import Examples, Join
+from fedhpc.errors import UserError
+from fedhpc.lazy import Tensor, kernels, torch
+from fedhpc.models.base import Attached, Int64, Sizes, in_mapping, padded, special_ids
+from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
+
+
+@dataclass(frozen=True)
+class PairBatch(TokenBatch):
+    """Rows of an encoder-decoder: `ids` are the decoder's inputs."""
+
+    source: Tensor  # int64 (B, U)
+    mask: Tensor  # int64 (B, U): 0 on the padding of the source
+
+
+class Seq2Seq(Generative):
+    """An encoder-decoder: the encoder reads the prompt, the decoder writes the target."""
+
+    task = "seq2seq"
+    objective = "language_modelling"
+    needs = "an encoder-decoder (T5, BART families)"
+    auto_class = "AutoModelForSeq2SeqLM"
+    task_type = "SEQ_2_SEQ_LM"
+
+    @classmethod
+    def fits(cls, config: Any) -> bool:
+        """Whether it says so of itself."""
+        return bool(getattr(config, "is_encoder_decoder", False)) and in_mapping(cls.auto_class, config)
+
+    # ---- data
+
+    @classmethod
+    def join(cls, tokenizer: Any, max_length: int) -> Join:
+        """The prompt, cut at its end, and the whole target, each with what the tokenizer puts around a text."""
+        before, after = special_ids(tokenizer)
+        room = max_length - len(before) - len(after)
+
+        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
+            answer = cls.answer_ids(tokenizer, target)
+            if len(answer) > max_length:
+                raise UserError(
+                    f"{where}: the target has {len(target)} tokens and does not fit in data.max_length {max_length}; "
+                    f"use at least {len(answer)}, or leave the row out"
+                )
+            if not prompt and not before and not after:
+                raise UserError(f"{where}: the prompt is empty; leave the row out with data.where_not")
+            return [*before, *prompt[:room], *after], answer
+
+        return join
+
+    @classmethod
+    def answer_ids(cls, tokenizer: Any, ids: Sequence[int]) -> list[int]:
+        """The target between the tokenizer's special tokens, eos at the end."""
+        eos = require_eos(tokenizer)
+        before, after = special_ids(tokenizer)
+        return [*before, *ids, *(after if eos in after else [*after, eos])]
+
+    def batch(self, examples: Examples, indices: Int64) -> PairBatch:
+        """What is in front of the first span goes to the encoder, the rest to the decoder."""
+        source, mask = padded([examples.prompt(int(i)) for i in indices], self.pad_id)
+        start = [np.array([_start_id(self)], np.int32)]
+        inputs = [np.concatenate([*start, examples.target(int(i))[:-1]]) for i in indices]
+        ids, seen = padded(inputs, self.pad_id)
+        row, position = examples.supervised(indices)
+        arrays = {
+            "ids": ids,
+            "source": source,
+            "mask": mask,
+            # The decoder starts with one token more, so a state predicts the token at its own position.
+            "positions": row * ids.shape[1] + position - examples.prompt_lengths[indices[row]],
+            "targets": examples.ids[examples.offsets[indices[row]] + position].astype(np.int64),
+            "row": row,
+        }
+        return PairBatch(
+            **{name: kernels.on_device(a, self.device) for name, a in arrays.items()},
+            supervised=examples.num_supervised(indices),
+            tokens=int(ids.size + source.size),
+            real_tokens=int(seen.sum() + mask.sum()),
+        )
+
+    def with_answers(
+        self, attached: Attached, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+    ) -> Examples:
+        """A label never shortens the prompt: it has the decoder to itself."""
+        return joined(prompts, answers)
+
+    # ---- the model
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        """Of the decoder."""
+        heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+        layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
+        return Sizes(
+            num_layers=layers or config.num_hidden_layers,
+            num_kv_heads=heads,
+            head_dim=getattr(config, "d_kv", None) or config.d_model // heads,
+            hidden_size=config.d_model,
+        )
+
+    @property
+    def max_positions(self) -> int | None:
+        """Of the encoder and of the decoder; None for T5, whose positions are relative."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """T5 scales what goes into tied embeddings; BART adds a bias to what comes out."""
+        config = self.model.config
+        if hasattr(config, "d_kv") and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+            states = states * config.d_model**-0.5
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        bias = getattr(self.model, "final_logits_bias", None)
+        return logits if bias is None else logits + bias.to(logits)
+
+    def check(self) -> None:
+        ids = torch.tensor([[3, 4, 5]], device=self.device) % self.model.config.vocab_size
+        with torch.inference_mode():
+            theirs = self.model(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
+            states = self.model.get_encoder()(input_ids=ids).last_hidden_state
+            ours = self.logits(self._decode(ids, states, torch.ones_like(ids), None))
+        self.require_same_logits(theirs, ours)
+
+    def activations(self, ids: Sequence[int]) -> list[Tensor]:
+        """Of the decoder's self-attention, with the same text in the encoder."""
+        cache, text = _cache(Attached()), torch.tensor([ids], device=self.device)
+        with torch.no_grad():
+            states = self.model.get_encoder()(input_ids=text).last_hidden_state
+            self._decode(text, states, torch.ones_like(text), cache)
+        return [t for layer in cache.self_attention_cache.layers for t in (layer.keys[0], layer.values[0])]
+
+    def peft_prefix(self, prefix: Tensor) -> tuple[Tensor, dict[str, int]]:
+        """PEFT gives layer i of the decoder pair 2 i of keys and values, counted round and round.
+
+        So with twice the layers every layer has a pair of its own, and the pairs between, which are dropped, are zeros.
+        With PEFT's own count, two layers would share each pair.
+        """
+        pairs = prefix.unflatten(-1, (self.num_layers, -1))  # (n, layers, 2 * kv_heads * head_dim)
+        spread = torch.stack([pairs, torch.zeros_like(pairs)], dim=2).flatten(1)
+        return spread, {"num_layers": 2 * self.num_layers, "num_transformer_submodules": 2}
+
+    def states(self, attached: Attached, batch: PairBatch) -> Tensor:
+        from fedhpc.models.masks import causal
+        from fedhpc.models.prefix_cache import decoder_cache
+
+        states, mask = self._encode(attached, batch.source, batch.mask)
+        cache = decoder_cache(attached.past) if attached.past else None
+        of_decoder = None if cache else causal(self.model, batch.ids.shape[1], self.device)
+        return at(self._decode(batch.ids, states, mask, cache, of_decoder), batch.positions)
+
+    def _encode(self, attached: Attached, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's states (B, n + U, D) and their mask; n is 0 for a prefix, which is the decoder's."""
+        from fedhpc.models.masks import padding
+
+        encoder = self.model.get_encoder()
+        if attached.embeddings is None:
+            mask = padding(self.model, mask)
+            return encoder(input_ids=source, attention_mask=mask).last_hidden_state, mask
+        inputs = torch.cat([attached.embeddings, self.model.get_input_embeddings()(source)], dim=1)
+        mask = padding(self.model, torch.cat([mask.new_ones(len(mask), attached.virtual_length), mask], dim=1))
+        return encoder(inputs_embeds=inputs, attention_mask=mask).last_hidden_state, mask
+
+    def _decode(
+        self, ids: Tensor, states: Tensor, mask: Tensor, cache: Any, causal_mask: Tensor | None = None
+    ) -> Tensor:
+        """The decoder's states (B, T, D). mask: of the encoder's; causal_mask: of its self-attention, or None."""
+        hidden: Tensor = self.model.get_decoder()(
+            input_ids=ids,
+            attention_mask=causal_mask,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return hidden
+
+    # ---- answers
+
+    def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
+        """The most likely next token, again and again (see Generative).
+
+        All rows start in the same column of the decoder, so only the encoder needs a mask.
+        """
+        device = self.device
+        source, mask = (kernels.on_device(array, device) for array in padded(prompts, self.pad_id))
+        states, mask = self._encode(attached, source, mask)
+        cache, limit = _cache(attached), self.max_positions
+        taken = attached.virtual_length if attached.past else 0
+        steps = max_new_tokens if limit is None else min(max_new_tokens, limit - taken)
+        generated = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        ids = torch.full((len(prompts), 1), _start_id(self), dtype=torch.int64, device=device)
+        for step in range(steps):
+            hidden = self._decode(ids, states, mask, cache)[:, -1]
+            chosen = self.logits(hidden).argmax(dim=-1)
+            ended |= chosen == self.tokenizer.eos_token_id
+            generated[:, step] = torch.where(ended, -1, chosen)
+            if bool(ended.all()):
+                break
+            ids = chosen.unsqueeze(1)
+        return generated
+
+
+def _start_id(base: Seq2Seq) -> int:
+    """The id that the decoder starts with. UserError where the model's configuration does not say."""
+    start = getattr(base.model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise UserError(f"model.name: the config.json of '{base.name}' has no decoder_start_token_id; add it")
+    return int(start)
+
+
+def _cache(attached: Attached) -> Any:
+    """A cache of the decoder whose self-attention begins with what is attached."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    of_itself = DynamicCache(list(attached.past)) if attached.past else DynamicCache()
+    return EncoderDecoderCache(of_itself, DynamicCache())
