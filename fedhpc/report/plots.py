@@ -41,6 +41,12 @@ def _by_round(axis: Any, last: int) -> None:
 def learning_curve(run: LoadedRun) -> Any:
     """Training and validation loss by round; a matplotlib Figure."""
     canvas, (axis,) = _axes()
+    draw_losses(axis, run)
+    return canvas
+
+
+def draw_losses(axis: Any, run: LoadedRun) -> None:
+    """Draw training and validation loss by round into matplotlib axes."""
     rounds = run.rounds
     for name, label, colour, marker in (
         ("train_loss", "training (clients' data)", COLOURS[1], None),
@@ -54,7 +60,6 @@ def learning_curve(run: LoadedRun) -> Any:
     axis.set_ylabel("loss [nats per token]")
     axis.set_title(f"{run.name}: learning curve", loc="left")
     axis.legend(frameon=False)
-    return canvas
 
 
 def metric_curves(run: LoadedRun) -> Any:

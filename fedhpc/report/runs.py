@@ -17,6 +17,7 @@ from fedhpc.errors import UserError, nearest
 from fedhpc.report.text import NONE, in_order
 from fedhpc.results.results_file import Results
 from fedhpc.results.run_directory import read_status
+from fedhpc.results.unfinished import read_results
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def load_run(path: Path) -> LoadedRun:
         raise UserError(
             f"{path}: holds no results.h5: it is not a run directory, or the run has not finished a round yet"
         )
-    results = Results.read(file)
+    results = read_results(directory) if path != file else Results.read(file)
     text = results.attributes.get("config", "")
     config = parse_yaml(str(text), f"{file}: attribute config") or {}
     return LoadedRun(directory, results, config)
