@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import re
+from typing import TypeVar
+
+_Error = TypeVar("_Error", bound="UserError")
+
 
 class UserError(Exception):
-    """A mistake that a person can mend.
+    """A mistake that a person can mend, told in one line: what is wrong, where, and what to do.
 
-    The message is one line that says what is wrong, where (file, line or key) and what to do. Raised before
-    anything was written it ends the program with exit code 2, later with 1 (DESIGN: exit codes).
+    place: where it is, as file and line or 'command line'. key: the key of the configuration that it is about. remedy:
+    what to do. The printed line is `place: key: message; remedy`, without those that are empty, and without the key
+    where the message names it. Raised before anything was written it ends the program with exit code 2, later with 1.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+    def __init__(self, message: str, *, key: str = "", place: str = "", remedy: str = "") -> None:
+        self.message, self.key, self.place, self.remedy = " ".join(message.split()), key, place, remedy
+        named = f"{key}: " if key and not _mention(key).search(self.message) else ""
+        text = f"{place}: " if place else ""
+        text += named + self.message + (f"; {remedy}" if remedy else "")
+        super().__init__(" ".join(text.split()))
+
+    def but(self: _Error, *, key: str | None = None, place: str | None = None, remedy: str | None = None) -> _Error:
+        """The same mistake at another key or place, or with another remedy. A key in the message is renamed with it."""
+        message = self.message
+        if key is not None and self.key:
+            renamed = key
+            message = _mention(self.key).sub(lambda _: renamed, message)
+        return type(self)(
+            message,
+            key=self.key if key is None else key,
+            place=self.place if place is None else place,
+            remedy=self.remedy if remedy is None else remedy,
+        )
+
+
+def _mention(key: str) -> re.Pattern[str]:
+    """Where a text names a key; `data.where` is not named by `data.where_not` or `other.data.where`."""
+    return re.compile(rf"(?<![\w.]){re.escape(key)}(?!\w|\.\w)")
 
 
 def nearest(word: str, valid: list[str]) -> str:

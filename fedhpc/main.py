@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(list(arguments))
     files = [word for word in options.words if "=" not in word]
     for word in files:
-        if not os.path.exists(word) and word.split(".")[0] in configuration.SECTIONS:
+        if not os.path.exists(word) and word.split(".")[0] in configuration.KEYS:
             raise UserError(f"command line: '{word}' is neither a file nor of the form section.key=value")
     if len(files) > 1:
         raise UserError(f"command line: more than one configuration file: {', '.join(files)}")

@@ -26,9 +26,9 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from fedhpc.errors import UserError, nearest
 
@@ -74,6 +74,9 @@ class Section(BaseModel):
     #: Why federation.rounds of a run that began cannot change; empty where it can.
     fixes_rounds: ClassVar[str] = ""
 
+    #: What of the configuration is read with these options, as section or section.key; None: anything may be.
+    reads: ClassVar[frozenset[str] | None] = None
+
     def conflict(self, config: Any) -> str | None:
         """What in the whole configuration does not go with these options, in one line; None where all does."""
         return None
@@ -81,10 +84,33 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Choice:
-    """Marks a key whose value is `{name: ..., its options}` of a family: Annotated[Any, Choice("methods", "lora")]."""
+    """Marks a key that names choices of a family.
+
+    Annotated[str, Choice("transforms")]: the options of the choice stand beside the key. Annotated[list[str],
+    Choice("metrics")]: names alone. Annotated[Chosen, Choice("methods", "lora")], or a list of such: `{name: ..., its
+    options}`, with the name that is taken where none is given.
+    """
 
     family: str
-    default: str
+    default: str = ""
+
+
+class Open(Section):
+    """A section with keys of its own and, beside them, the options of the choices that it names."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, key: str) -> Any: ...
+
+
+class Named(Open):
+    """`{name: ..., its options}`: a choice within a section."""
+
+    name: str
+
+
+#: A key with a choice of its own; it is written out with the options of the choice.
+Chosen = SerializeAsAny[Named]
 
 
 # ---------------------------------------------------------------- the package's own choices
@@ -125,16 +151,16 @@ def choice(family: str, name: str, key: str = "name") -> type[Any]:
     """
     own = files(family).get(name) if isinstance(name, str) else None
     if own is not None and own.parts[0] == "approaches" and family == "methods":
-        return _class("fedhpc.approaches.base:Approach", _sibling(own, "approach"), f"{key}: {name}")
+        return _class("fedhpc.approaches.base:Approach", _sibling(own, "approach"), name, key)
     module = load(family, name, key)
     entry = None if own else _installed(family).get(name)
     if entry is not None and entry.attr:
         cls = getattr(module, entry.attr, None)
         base = _base(BASES[family])
         if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise UserError(f"{key}: {name} (entry point {entry.value}) is no class derived from {base.__name__}")
+            raise UserError(f"{name} (entry point {entry.value}) is no class derived from {base.__name__}", key=key)
         return cls
-    return _class(BASES[family], module, f"{key}: {name}")
+    return _class(BASES[family], module, name, key)
 
 
 def options(family: str, name: str, key: str = "name") -> type[Section]:
@@ -161,7 +187,7 @@ def _base(path: str) -> type:
     return cls
 
 
-def _class(base_path: str, module: ModuleType, label: str) -> type[Any]:
+def _class(base_path: str, module: ModuleType, choice_name: str, key: str) -> type[Any]:
     """The one public class of a module, or of a package's modules, that derives from a base class."""
     base = _base(base_path)
     classes = {
@@ -173,11 +199,14 @@ def _class(base_path: str, module: ModuleType, label: str) -> type[Any]:
         and not value.__name__.startswith("_")
     }
     if not classes:
-        raise UserError(f"{label} has no class derived from {base.__module__}.{base.__name__}: define one")
+        raise UserError(
+            f"{choice_name} has no class derived from {base.__module__}.{base.__name__}", key=key, remedy="define one"
+        )
     if len(set(classes.values())) > 1:
         raise UserError(
-            f"{label} has several classes derived from {base.__name__} ({', '.join(classes)}), and its name says "
-            "only the file: keep one, or let the names of the others begin with _"
+            f"{choice_name} has several classes derived from {base.__name__} ({', '.join(classes)})",
+            key=key,
+            remedy="keep one, or let the names of the others begin with _",
         )
     return next(iter(classes.values()))
 
@@ -197,13 +226,14 @@ def is_plugin(family: str, name: Any, key: str = "name") -> bool:
         if name in files(family):
             if name in installed:
                 raise UserError(
-                    f"{key}: '{name}' is a choice of fedhpc and an entry point of {_origin(installed[name])} too: "
-                    f"rename that one, or name its module: {installed[name].module}"
+                    f"'{name}' is a choice of fedhpc and an entry point of {_origin(installed[name])} too",
+                    key=key,
+                    remedy=f"rename that one, or name its module: {installed[name].module}",
                 )
             return False
         if name in installed or name.endswith(".py") or _MODULE.fullmatch(name):
             return True
-    raise UserError(f"{key}: unknown value '{name}'; {nearest(str(name), names(family))}")
+    raise UserError(f"unknown value '{name}'", key=key, remedy=nearest(str(name), names(family)))
 
 
 def source_hash(family: str, name: str, key: str = "name") -> str | None:
@@ -232,11 +262,13 @@ def _plugin(family: str, name: str, key: str) -> ModuleType:
         raise
     except ModuleNotFoundError as error:
         if entry is None and not name.endswith(".py") and f"{name}.".startswith(f"{error.name}."):
-            raise UserError(f"{key}: there is no module '{name}'; {nearest(name, names(family))}") from None
-        raise UserError(f"{key}: {name} cannot be imported: {error}{_line(error)}") from error
+            hint = nearest(name, names(family))
+            raise UserError(f"there is no module '{name}'", key=key, remedy=hint) from None
+        raise UserError(f"{name} cannot be imported: {error}{_line(error)}", key=key) from error
     except Exception as error:
         said = error.msg if isinstance(error, SyntaxError) else error
-        raise UserError(f"{key}: {name} cannot be imported: {type(error).__name__}: {said}{_line(error)}") from error
+        why = f"{type(error).__name__}: {said}{_line(error)}"
+        raise UserError(f"{name} cannot be imported: {why}", key=key) from error
 
 
 class _Uncached(SourceFileLoader):
@@ -269,9 +301,9 @@ def _read(path: Path, key: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{key}: there is no file '{path}' in {Path.cwd()}") from None
+        raise UserError(f"there is no file '{path}' in {Path.cwd()}", key=key) from None
     except OSError as error:
-        raise UserError(f"{key}: '{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"'{path}' cannot be read: {error.strerror}", key=key) from None
 
 
 def _line(error: BaseException) -> str:

@@ -132,7 +132,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Cell]]:
     given = configuration.parse_overrides(overrides)
     sweep_keys = {key.removeprefix("sweep."): value for key, value in given if key.startswith("sweep.")}
     common = [(key, value) for key, value in given if not key.startswith("sweep.")]
-    sweep: Sweep = configuration.build(Sweep, {**configuration.read_yaml(path), **sweep_keys}, "sweep", str(path))
+    sweep: Sweep = configuration.section(Sweep, {**configuration.read_yaml(path), **sweep_keys}, "sweep", str(path))
     if "=" in (sweep.dir or ""):
         raise UserError(f"{path}: sweep.dir: '{sweep.dir}' must not have a '=', which marks overrides")
     axes = [_axis(str(key), values, f"{path}: sweep.grid") for axis in sweep.grid for key, values in axis.items()]
@@ -167,7 +167,7 @@ def _cell(sweep: Sweep, raw: Mapping[str, Any], choice: Sequence[tuple[str, Chan
     name = f"{labels}-s{section.get('seed', 0) if isinstance(section, Mapping) else 0}"
     folder = Path(sweep.dir or f"runs/{sweep.name}")
     tree = configuration.override(tree, [("run.name", name), ("run.dir", str(folder / name))], where)
-    return Cell(configuration.resolve(tree, f"{path}: run {name}"), changes)
+    return Cell(configuration.resolve(tree, f"{path}: run {name}", dict.fromkeys(changes, where)), changes)
 
 
 def _axis(key: str, values: Any, where: str) -> list[tuple[str, Changes]]:
@@ -188,8 +188,8 @@ def _axis(key: str, values: Any, where: str) -> list[tuple[str, Changes]]:
 
 
 def _label(key: str, value: Any, where: str) -> str:
-    if key.split(".")[0] not in configuration.SECTIONS:
-        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, configuration.SECTIONS)}")
+    if key.split(".")[0] not in configuration.KEYS:
+        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, configuration.KEYS)}")
     if isinstance(value, (list, dict)):
         raise UserError(f"{where}: {key}: {value!r} needs a label, as {{label: {{{key}: ...}}}}")
     if key == "run.seed":

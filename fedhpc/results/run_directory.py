@@ -26,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedhpc.config import Config, read_yaml, resolve
+from fedhpc.config import Config, plugins, read_yaml, restore, unread
 from fedhpc.errors import UserError
 
 FORMAT = "fedhpc-run"
@@ -201,7 +201,7 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def save_checkpoint(directory: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
     """Replace checkpoint/state.safetensors.
 
-    `decide` reads `round`, `block_size`, `fingerprint_data` and `fingerprint_model` from `meta`.
+    `decide` reads `round`, `block_size`, `fingerprint_data`, `fingerprint_model` and `plugins` from `meta`.
     """
     save_tensors(directory / CHECKPOINT, tensors, meta)
 
@@ -350,6 +350,7 @@ def decide(
         meta = {"round": status.round}
     if meta is None:
         return "fresh"  # ended before its first checkpoint: nothing to resume, nothing to lose
+    _check_plugins(config, directory, meta.get("plugins", {}))
     extended = _compare(config, directory, meta)
     for what, now in (("data", data_fingerprint), ("model", model_fingerprint)):
         stored = meta.get(f"fingerprint_{what}")
@@ -365,11 +366,22 @@ def decide(
     return "resume"
 
 
+def _check_plugins(config: Config, directory: Path, before: Mapping[str, str]) -> None:
+    """UserError where a plugin that the run began with has another source now."""
+    now = plugins(config)
+    for which, digest in before.items():
+        if now.get(which, digest) != digest:
+            raise UserError(
+                f"{directory}: the source of the plugin {which} changed since the run began ({digest[:12]} -> "
+                f"{now[which][:12]}); put the old file back, choose another run.dir, or start over with --fresh"
+            )
+
+
 def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
     """Whether the run is to go beyond the rounds it was made for. UserError where it is another run."""
     path = directory / "config.yaml"
     try:
-        old = _flat(resolve(read_yaml(path), where=str(path)).model_dump(mode="json"))
+        old = _flat(restore(read_yaml(path), str(path)).model_dump(mode="json"))
     except UserError as error:
         raise UserError(
             f"{error}; it says what the run in {directory} computes: mend it, or start over with --fresh"
@@ -378,6 +390,8 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
     free = {*FREE_KEYS, "federation.rounds"}
     if new["runtime.block_size"] == meta.get("block_size"):
         free.add("runtime.block_size")
+    ignored = unread(config)
+    free |= {key for key in {*old, *new} if any(f"{key}.".startswith(f"{one}.") for one in ignored)}
     changed = [key for key in [*old, *(k for k in new if k not in old)] if old.get(key) != new.get(key)]
     # Options that came or went with a choice explain less than the choice itself.
     differing = sorted((key for key in changed if key not in free), key=lambda k: (k in old) + (k in new) < 2)

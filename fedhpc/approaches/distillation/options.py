@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedhpc import registry
-from fedhpc.registry import Choice, Section
+from fedhpc.registry import Choice, Chosen, Section
 
 APPROACH = "distillation"
 SERVER_TRAINS = True  # its student: on a CPU beside workers on GPUs that would crawl
@@ -29,7 +29,9 @@ class Public(Section):
 
 class Group(Section):
     model: str | None = Field(None, min_length=1, description="base of these clients; default model.name")
-    method: Annotated[Any, Choice("methods", "lora")] = Field(description="what they train, {name: ..., its options}")
+    method: Annotated[Chosen, Choice("methods", "lora")] = Field(
+        description="what they train, {name: ..., its options}"
+    )
     share: float = Field(1.0, gt=0, description="share of the clients, as a part of the sum of all shares")
 
 
@@ -40,7 +42,7 @@ class Learning(Section):
 
 
 class Options(Section):
-    student: Annotated[Any, Choice("methods", "lora")] = Field(
+    student: Annotated[Chosen, Choice("methods", "lora")] = Field(
         description="what the server's model (model.name) trains, {name: ..., its options}"
     )
     groups: list[Group] = Field([], description="clients by model and method; default one group, with the server's")

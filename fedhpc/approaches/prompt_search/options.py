@@ -5,47 +5,16 @@ No parameter is trained. The round is that of fedhpc/approaches/prompt_search/ap
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, create_model
+from pydantic import Field
 
-from fedhpc import registry
 from fedhpc.approaches.scoring.conflict import conflict
-from fedhpc.registry import Section
+from fedhpc.registry import Choice, Chosen, Section
 
 APPROACH = "prompt_search"
 
 _Text = Annotated[str, Field(min_length=1)]
-
-
-class _Named(Section):
-    name: str
-
-
-def _chosen(raw: Any) -> list[Any]:
-    """The options of each proposer, with its name."""
-    if not isinstance(raw, (list, tuple)):
-        raise ValueError("must be a list of {name: ...}")
-    found = []
-    for item in raw:
-        if isinstance(item, Section):
-            found.append(item)
-            continue
-        if not isinstance(item, dict) or "name" not in item:
-            raise ValueError("must be a list of {name: ...}")
-        found.append(_model(item["name"])(**item))
-    return found
-
-
-@cache
-def _model(name: str) -> type[_Named]:
-    """One class for each, so that equal configurations are equal."""
-    options: Any = registry.options("proposers", name, "method.proposers")
-    return create_model(f"proposers:{name}", __base__=(_Named, options))
-
-
-Proposers = Annotated[list[SerializeAsAny[_Named]], BeforeValidator(_chosen)]
 
 
 class Options(Section):
@@ -64,10 +33,8 @@ class Options(Section):
     objective: Literal["loss", "label_loss", "accuracy"] = Field(
         "loss", description="what is scored: likelihood of the target, of the label among labels, or right labels"
     )
-    proposers: Proposers = Field(
-        [{"name": "templates"}],
+    proposers: Annotated[list[Chosen], Choice("proposers", "templates")] = Field(
         min_length=1,
-        validate_default=True,
         description="where new candidates come from (proposers/), each an equal share",
     )
     population: int = Field(16, ge=2, description="candidates of a generation")

@@ -1,0 +1,145 @@
+"""The configuration: one YAML file, typed, strict, resolved once and never edited.
+
+schema has the keys, choices builds sections from what the user wrote, overrides puts the command line over the file,
+check has what no single key can tell. Unknown keys and values are errors that name the nearest valid one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from fedhpc import registry
+from fedhpc.config import check
+from fedhpc.config.choices import build, chosen
+from fedhpc.config.overrides import PLACE, override, parse_overrides
+from fedhpc.config.schema import ALTERNATIVES, EMBEDDED, KEYS, SECTIONS
+from fedhpc.config.schema import Config as Config
+from fedhpc.config.schema import Data as Data
+from fedhpc.config.schema import Evaluation as Evaluation
+from fedhpc.config.schema import Join as Join
+from fedhpc.config.schema import Model as Model
+from fedhpc.config.yaml import key_lines, parse_yaml, read_yaml
+from fedhpc.errors import UserError, nearest
+from fedhpc.registry import Section
+
+S = TypeVar("S", bound=Section)
+
+__all__ = [
+    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Model", "load", "override", "parse_overrides",
+    "parse_yaml", "plugins", "read_yaml", "resolve", "restore", "section", "unread",
+]  # fmt: skip
+
+
+def load(path: str | None, overrides: list[str]) -> Config:
+    """The configuration in the file `path` (None: the embedded default) with `section.key=value` overrides.
+
+    What the embedded default says of keys that the chosen method does not read is left out (`resolve`).
+    """
+    source = Path(path) if path is not None else EMBEDDED
+    where = (str(path) if path else "embedded default") + (f" and {PLACE}" if overrides else "")
+    tree, changes = read_yaml(source), parse_overrides(overrides)
+    given = {key: f"{source}:{line}" for key, line in key_lines(source).items()} if path is not None else {}
+    given |= {f"{key}{rest}": PLACE for key, value in changes for rest in ["", *_keys(value, ".")]}
+    raw = override(tree, changes)
+    return resolve(raw, where, given)
+
+
+def resolve(raw: Mapping[str, Any], where: str = "configuration", given: Mapping[str, str] | None = None) -> Config:
+    """Validate a raw tree. UserError with one line that names the key.
+
+    given: the keys that a person gave for this run, as section.key, each with the place where it stands; default all
+    of `raw`. Of those, every one must be read by somebody; of the others those that nobody reads are left out.
+    """
+    with _placed(given or {}, where):
+        config = _resolved(raw if given is None else check.without_unread(raw, given))
+        check.conflicts(config)
+        check.refuse_unread(config, _keys(raw) if given is None else given)
+    return config
+
+
+def restore(raw: Mapping[str, Any], where: str = "configuration") -> Config:
+    """A configuration that a run has resolved before, as its file or rank 0 has it. UserError as `resolve`."""
+    with _placed({}, where):
+        config = _resolved(raw)
+        check.conflicts(config)
+    return config
+
+
+def section(model: type[S], raw: Mapping[str, Any], label: str, where: str) -> S:
+    """One section with the keys `raw`; label: what it is called. UserError with the key, and `where` it stands."""
+    with _placed({}, where):
+        return build(model, raw, label)
+
+
+def plugins(config: Config) -> dict[str, str]:
+    """The plugins that a configuration names, each with the sha256 of its source: {"method.name ./mine.py": ...}."""
+    hashes = {
+        f"{key} {name}": registry.source_hash(family, name, key)
+        for key, family, name in chosen(config)
+    }  # fmt: skip
+    return {which: digest for which, digest in hashes.items() if digest is not None}
+
+
+def unread(config: Config) -> list[str]:
+    """The keys of a configuration, as section.key, that its method does not read: other values change nothing."""
+    return [key for name in SECTIONS for key in check.unread_of(config, name)]
+
+
+def _resolved(raw: Mapping[str, Any]) -> Config:
+    for key in raw:
+        if key not in KEYS:
+            raise UserError(f"unknown key '{key}'", key=str(key), remedy=nearest(str(key), KEYS))
+    values: dict[str, Any] = {}
+    for name, model in SECTIONS.items():
+        if name != "transforms":
+            values[name] = check.completed(build(model, _mapping(raw, name), name))
+    transforms = [] if raw.get("transforms") is None else raw["transforms"]
+    if not isinstance(transforms, list):
+        raise UserError(f"transforms must be a list of {{name: ...}}, got {transforms!r}", key="transforms")
+    items = enumerate(transforms)
+    values["transforms"] = tuple(build(SECTIONS["transforms"], item, f"transforms[{i}]") for i, item in items)
+    values["mode"] = raw.get("mode", "federated")
+    modes = list(get_args(Config.model_fields["mode"].annotation))
+    if values["mode"] not in modes:
+        raise UserError(
+            f"mode: unknown value '{values['mode']}'", key="mode", remedy=nearest(str(values["mode"]), modes)
+        )
+    return Config.model_construct(**values)
+
+
+def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = raw.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} must be a mapping of keys to values, got {value!r}", key=name)
+    for one, other in [ALTERNATIVES[name]] if name in ALTERNATIVES else []:
+        if value.get(one) is not None and value.get(other) is not None:
+            key = f"{name}.{one}"
+            raise UserError(f"{key} and {name}.{other} exclude each other", key=key, remedy="give one")
+    return value
+
+
+def _keys(tree: Any, prefix: str = "") -> dict[str, str]:
+    """The keys of nested mappings, as section.key; their place is not known."""
+    found: dict[str, str] = {}
+    for key, value in tree.items() if isinstance(tree, Mapping) else []:
+        found |= {f"{prefix}{key}": "", **_keys(value, f"{prefix}{key}.")}
+    return found
+
+
+@contextmanager
+def _placed(given: Mapping[str, str], where: str) -> Iterator[None]:
+    """Errors that do not say where their key stands say it: its own place, or `where` for all of the configuration."""
+    try:
+        yield
+    except UserError as error:
+        if error.place:
+            raise
+        key = error.key.partition("[")[0]
+        while key and key not in given:
+            key = key.rpartition(".")[0]
+        raise error.but(place=given.get(key) or where) from error.__cause__

@@ -1,0 +1,158 @@
+"""What no single key of the configuration can tell: keys that do not go together, and keys that nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from fedhpc import registry
+from fedhpc.config.choices import build, flat_choices
+from fedhpc.config.schema import SECTIONS, Client, Config, Federation, Run
+from fedhpc.errors import UserError
+from fedhpc.registry import Section
+
+
+def completed(section: Section) -> Section:
+    """A section with the values that it has where a person leaves several keys out."""
+    if isinstance(section, Run) and section.dir is None:
+        return section.model_copy(update={"dir": f"runs/{section.name}"})
+    if isinstance(section, Federation) and section.cohort_size is None and section.cohort_fraction is None:
+        return section.model_copy(update={"cohort_size": 10})
+    if isinstance(section, Client) and section.epochs is None and section.steps is None:
+        return section.model_copy(update={"epochs": 1})
+    return section
+
+
+def unread_of(config: Config, name: str) -> list[str]:
+    """The keys of a section, as section.key, that the configuration's method does not read."""
+    if name == "transforms":
+        return ["transforms"] if _unread(type(config.method).reads, name, ["name"]) else []
+    return _unread(type(config.method).reads, name, list(type(getattr(config, name)).model_fields))
+
+
+def _unread(reads: Collection[str] | None, section: str, keys: Collection[str]) -> list[str]:
+    """Those of a section's keys, as section.key, that are not among what is read: sections and section.keys."""
+    if reads is None or section in reads:
+        return []
+    return [key for key in (f"{section}.{key}" for key in keys) if key not in reads]
+
+
+def refuse_unread(config: Config, given: Mapping[str, str]) -> None:
+    """UserError for a key that a person gave, with another value than its default, and that nobody reads."""
+    for name in SECTIONS:
+        section: Any = getattr(config, name)
+        for key in unread_of(config, name):
+            changed = bool(section) if name == "transforms" else _changed(name, section, key.partition(".")[2])
+            if key in given and changed:
+                raise UserError(f"method.name {config.method.name} does not read it", key=key, remedy="take it out")
+
+
+def _changed(name: str, section: Section, key: str) -> bool:
+    """Whether a key has another value than the one it has where only the choices of its section are given."""
+    if key in flat_choices(type(section)):
+        return bool(getattr(section, key) != SECTIONS[name].model_fields[key].default)
+    names = {choice: getattr(section, choice) for choice in flat_choices(type(section))}
+    return bool(getattr(section, key) != getattr(completed(build(SECTIONS[name], names, name)), key))
+
+
+def without_unread(raw: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """A raw tree without the keys that the chosen method does not read, but for those that a person gave."""
+    method = raw.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else None
+    if name not in registry.names("methods"):
+        return dict(raw)
+    reads = registry.options("methods", str(name)).reads
+    tree: dict[str, Any] = {}
+    for section, value in raw.items():
+        if section in SECTIONS and isinstance(value, Mapping):
+            unused = set(_unread(reads, section, value)) - set(given)
+            value = {key: of_key for key, of_key in value.items() if f"{section}.{key}" not in unused}
+        tree[section] = value
+    return tree
+
+
+def conflicts(config: Config) -> None:
+    """UserError for keys that do not go together, or lack another one."""
+    for key in ("metrics", "test_metrics"):
+        metrics = getattr(config.evaluation, key) or []
+        if len({registry.short_name(name) for name in metrics}) < len(metrics):
+            raise UserError(f"evaluation.{key} names a metric twice")
+        of_labels = [name for name in metrics if registry.choice("metrics", name).needs == "labels"]
+        if of_labels and config.data.label is None:
+            raise UserError(f"evaluation.{key} has {of_labels[0]}, which needs data.label (a column)")
+    if config.mode != "centralized":  # one owner of all data needs no partition
+        partitioner = registry.choice("partitioners", config.partition.name)
+        if partitioner.needs_owners and config.data.client is None:
+            raise UserError(
+                f"partition.name {config.partition.name} needs data.client (the column that names the owner)"
+            )
+        if partitioner.needs_labels and config.data.label is None:
+            raise UserError(
+                f"partition.name {config.partition.name} skews labels and needs data.label (a column); "
+                "without labels use iid or quantity_skew"
+            )
+    aggregator, optimizer = config.server.aggregator, config.client.optimizer
+    needs_movements = registry.choice("aggregators", aggregator).needs_movements
+    if needs_movements and not registry.choice("client_optimizers", optimizer).sums_gradients:
+        raise UserError(
+            f"server.aggregator {aggregator} is defined for updates that are sums of gradients, which those "
+            f"of client.optimizer {optimizer} are not: use sgd, or aggregator mean"
+        )
+    if config.method.name == "fedkseed":
+        # A pull along coordinates other than the step's own: each would be a draw of all weights in every step.
+        pulls = [key for key in ("momentum", "weight_decay", "proximal", "scaffold") if getattr(config.client, key, 0)]
+        if config.client.optimizer != "sgd" or pulls:
+            raise UserError(
+                f"method.name fedkseed moves one coordinate a step, which client."
+                f"{pulls[0] if pulls else 'optimizer ' + config.client.optimizer} does not: use client.optimizer sgd "
+                "without momentum, weight_decay, proximal and scaffold"
+            )
+    if config.model.quantize != "none" and config.model.dtype == "float64":
+        raise UserError(f"model.quantize {config.model.quantize} cannot go with model.dtype float64")
+    if config.data.label_noise and config.data.label is None:
+        raise UserError("data.label_noise changes classes and needs data.label (a column)")
+    fewest, most = (getattr(config.partition, key, None) for key in ("min_examples", "max_examples"))
+    if fewest is not None and most is not None and fewest > most:
+        raise UserError(f"partition.min_examples {fewest} is more than partition.max_examples {most}")
+    if config.client.scaffold:
+        _check_scaffold(config)
+    problem = config.method.conflict(config)
+    if problem:
+        raise UserError(problem)
+    if config.personalization.parts or config.personalization.finetune_steps:
+        _check_personalization(config)
+    if config.runtime.precision != "float32" and config.model.dtype == "float64":
+        raise UserError(f"runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
+
+
+def _check_scaffold(config: Config) -> None:
+    if config.client.optimizer != "sgd" or config.client.momentum:
+        raise UserError(
+            "client.scaffold is defined for plain SGD steps (arXiv 1910.06378, algorithm 1): use "
+            "client.optimizer sgd without momentum"
+        )
+    if config.client.proximal:
+        raise UserError("client.scaffold and client.proximal both correct the clients' drift: give one")
+    if config.transforms:
+        raise UserError(
+            "transforms would not reach the control variates that client.scaffold sends beside the "
+            "update: give one of the two"
+        )
+
+
+def _check_personalization(config: Config) -> None:
+    if config.mode != "federated":
+        raise UserError(
+            f"personalization is a client's own part of a federated state, and mode {config.mode} has none: "
+            "take its keys out"
+        )
+    if not config.evaluation.client_fraction:
+        raise UserError(
+            "personalization shows on each client's own data alone: give evaluation.client_fraction, the "
+            "share of it that is held out"
+        )
+    if config.personalization.parts and config.client.scaffold:
+        raise UserError(
+            "client.scaffold corrects the drift of what all clients share, and personalization.parts are "
+            "meant to drift: give one of the two"
+        )

@@ -1,0 +1,231 @@
+"""The keys of the configuration: their types, defaults and what they mean.
+
+Each key has a one-line description here, or in the class `Options` of the file that a choice names
+(`method: {name: prefix}` -> methods/prefix.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from fedhpc.config.yaml import to_yaml
+from fedhpc.registry import Choice, Open, Section
+
+EMBEDDED = Path(__file__).parents[1] / "default.yaml"
+
+#: Keys of which at most one can be given: one replaces the other.
+ALTERNATIVES = {"client": ("epochs", "steps"), "federation": ("cohort_size", "cohort_fraction")}
+
+
+class Run(Section):
+    name: str = Field(
+        "demo", pattern=r"^\w[\w .,+=-]*$", description="name of the run and of its directory under runs/"
+    )
+    dir: str | None = Field(None, description="run directory; default runs/<name>")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
+
+
+class Model(Section):
+    name: str = Field("builtin", min_length=1, description="builtin, a hub id or a local folder")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    task: Literal["auto", "causal_lm", "classification", "embedding", "seq2seq"] = Field(
+        "auto", description="what the model is trained for; auto: what it was made for"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="dtype of the frozen base"
+    )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="weights of the frozen base in fewer bits, by bitsandbytes on a CUDA GPU"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute each layer again in the backward pass instead of keeping what is inside it"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with a hub model; off unless asked for")
+
+
+class Join(Section):
+    file: str = Field(min_length=1, description="split or file of data.source with more columns for each row")
+    column: str = Field(min_length=1, description="column of the rows that names one of its rows")
+    key: str = Field(min_length=1, description="column of that file with those names")
+
+
+class Data(Section):
+    source: str = Field("builtin:dining", min_length=1, description="builtin:<task>, hub id, folder or file")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    train: str = Field("train", min_length=1, description="split or file of the clients' data")
+    validation: str = Field("validation", min_length=1, description="split evaluated during the run")
+    test: str = Field("test", min_length=1, description="split evaluated once, at the end")
+    join: Join | None = Field(None, description="{file, column, key}: columns of another file, for each row of these")
+    where: dict[str, list[str | int | float | bool]] = Field({}, description="keep rows with one of these values")
+    where_not: dict[str, list[str | int | float | bool]] = Field({}, description="drop rows with one of these")
+    prompt: str = Field("{mr} :", description="template over columns; no loss on it")
+    target: str = Field(
+        " {ref}", min_length=1, description="template over columns; the loss is on it (a classifier has none)"
+    )
+    label: str | None = Field(None, description="column with the class of an example")
+    label_noise: float = Field(
+        0.0, ge=0, le=1, description="probability that a training example has another class, drawn uniformly"
+    )
+    client: str | None = Field(None, description="column with the owner of an example, for natural partitions")
+    max_length: int = Field(256, ge=4, description="tokens; a longer prompt loses its front (encoders: its end)")
+
+
+class Federation(Section):
+    rounds: int = Field(20, ge=1, description="number of rounds")
+    cohort_size: int | None = Field(None, ge=1, description="clients sampled per round; default 10")
+    cohort_fraction: float | None = Field(None, gt=0, le=1, description="the same as a share of the population")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a sampled client does not report back")
+    min_cohort: int = Field(1, ge=1, description="with fewer completed clients the round changes nothing")
+
+
+class Client(Open):
+    optimizer: Annotated[str, Choice("client_optimizers")] = Field(
+        "adamw", description="rule of the local steps (training/optimizers/)"
+    )
+    lr: float = Field(0.01, ge=0, description="learning rate of the clients")
+    batch_size: int = Field(8, ge=1, description="examples per local step")
+    epochs: int | None = Field(None, ge=1, description="passes over the client's data per round; default 1")
+    steps: int | None = Field(None, ge=1, description="local steps per round, instead of epochs")
+    weight_decay: float = Field(0.0, ge=0, description="L2 (sgd) or decoupled (adamw) weight decay")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's gradient in a step")
+    proximal: float = Field(0.0, ge=0, description="mu of FedProx: pull towards the state the round began with")
+    scaffold: bool = Field(False, description="correct the clients' drift by control variates (federated, plain sgd)")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="course of the learning rate over the whole run, down to 0"
+    )
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run in which the learning rate rises from 0")
+
+
+class Server(Open):
+    aggregator: Annotated[str, Choice("aggregators")] = Field(
+        "mean", description="how updates combine (server/aggregators/)"
+    )
+    optimizer: Annotated[str, Choice("server_optimizers")] = Field(
+        "sgd", description="how the server steps (server/optimizers/); sgd, lr 1.0: FedAvg"
+    )
+    lr: float = Field(1.0, ge=0, description="learning rate of the server")
+    weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in the mean")
+
+
+class Evaluation(Section):
+    every: int = Field(5, ge=1, description="rounds between evaluations; first and last are always evaluated")
+    metrics: Annotated[list[str], Choice("metrics")] = Field(
+        ["loss"], description="names of files in evaluation/metrics/, such as loss, f1, recall"
+    )
+    test_metrics: Annotated[list[str] | None, Choice("metrics")] = Field(
+        None, description="metrics of the test at the end; default metrics"
+    )
+    max_examples: int = Field(256, ge=1, description="size of the fixed validation subset")
+    test_max_examples: int | None = Field(None, ge=1, description="size of the test subset; default max_examples")
+    batch_size: int = Field(32, ge=1, description="examples per evaluation batch")
+    max_new_tokens: int = Field(64, ge=1, description="length limit of generated text")
+    samples: int = Field(8, ge=0, description="generated texts kept in /samples")
+    max_clients: int = Field(100, ge=1, description="clients of the per-client evaluation, a seeded sample")
+    client_fraction: float = Field(0.0, ge=0, lt=1, description="share of each client's data held out of training")
+
+    @property
+    def metrics_of_test(self) -> list[str]:
+        return self.metrics if self.test_metrics is None else self.test_metrics
+
+
+_Positive = Annotated[int, Field(ge=1)]
+
+
+class Personalization(Section):
+    parts: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="patterns (* ? [...]) of names of payload tensors that stay on the client"
+    )
+    finetune_steps: int = Field(
+        0, ge=0, description="local steps of every evaluated client from the final state, at the rate client.lr"
+    )
+
+
+class Runtime(Section):
+    transport: Literal["auto", "torch", "mpi"] = Field("auto", description="how ranks talk")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where clients train")
+    server: Literal["auto", "own", "shared", "cpu"] = Field(
+        "auto",
+        description="rank 0 beside workers on GPUs: its own GPU, a worker's or the CPU; auto: own if one is left",
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast of the forward")
+    block_size: _Positive | Literal["auto"] = Field("auto", description="clients that train in one forward (K)")
+    threads: _Positive | Literal["auto"] = Field("auto", description="CPU threads per rank; auto is 1")
+    timeout_s: float = Field(60.0, ge=1, description="silence after which a rank counts as lost")
+    deterministic: bool = Field(False, description="bit-identical results on CUDA, at a cost")
+
+
+class Checkpoint(Section):
+    every: int = Field(1, ge=1, description="rounds between checkpoints")
+
+
+class Local(Section):
+    max_clients: int = Field(100, ge=1, description="with mode local: at most so many clients, a seeded sample")
+
+
+class Partition(Open):
+    name: Annotated[str, Choice("partitioners")] = Field("dirichlet", description="who holds which example")
+
+
+class Customization(Open):
+    name: Annotated[str, Choice("methods")] = Field("prefix", description="what is customized, and how")
+
+
+class Transformation(Open):
+    name: Annotated[str, Choice("transforms")] = Field(description="what changes the clients' updates")
+
+
+class Config(Section):
+    """The resolved configuration. `partition`, `method`, `client`, `server` and each transform carry the
+    options of the file they name."""
+
+    mode: Literal["federated", "centralized", "local"] = "federated"
+    run: Run
+    model: Model
+    data: Data
+    partition: SerializeAsAny[Partition]
+    method: SerializeAsAny[Customization]
+    federation: Federation
+    client: SerializeAsAny[Client]
+    server: SerializeAsAny[Server]
+    transforms: tuple[SerializeAsAny[Transformation], ...]
+    evaluation: Evaluation
+    personalization: Personalization
+    runtime: Runtime
+    checkpoint: Checkpoint
+    local: Local
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(str(self.run.dir))
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether control variates are kept: a client alone has no drift, c_i is c."""
+        return bool(self.client.scaffold) and self.mode == "federated"
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML; loading it gives an equal Config."""
+        return to_yaml(self.model_dump(mode="json"))
+
+
+#: Every section, in the order in which they are checked. `transforms` is a list of its section.
+SECTIONS: dict[str, type[Section]] = {
+    "run": Run,
+    "model": Model,
+    "data": Data,
+    "federation": Federation,
+    "evaluation": Evaluation,
+    "personalization": Personalization,
+    "runtime": Runtime,
+    "checkpoint": Checkpoint,
+    "local": Local,
+    "partition": Partition,
+    "method": Customization,
+    "client": Client,
+    "server": Server,
+    "transforms": Transformation,
+}
+KEYS = ["mode", *SECTIONS]
