@@ -167,7 +167,8 @@ def _cell(sweep: Sweep, raw: Mapping[str, Any], choice: Sequence[tuple[str, Chan
     name = f"{labels}-s{section.get('seed', 0) if isinstance(section, Mapping) else 0}"
     folder = Path(sweep.dir or f"runs/{sweep.name}")
     tree = configuration.override(tree, [("run.name", name), ("run.dir", str(folder / name))], where)
-    return Cell(configuration.resolve(tree, f"{path}: run {name}", dict.fromkeys(changes, where)), changes)
+    where = f"{path}: run {name}"
+    return Cell(configuration.resolve(tree, where, dict.fromkeys(changes, where)), changes)
 
 
 def _axis(key: str, values: Any, where: str) -> list[tuple[str, Changes]]:

@@ -220,9 +220,9 @@ def test_commands(capfd: pytest.CaptureFixture[str], case: str) -> None:
 
 
 FILES: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
-    "unknown section": ({"clients": {"lr": 1.0}}, ("config.yaml: unknown key 'clients'", "did you mean 'client'")),
-    "unknown key": ({"data": {"sorce": "x"}}, ("config.yaml: unknown key 'data.sorce'", "did you mean 'source'")),
-    "unknown option": ({"method": {"name": "prefix", "rank": 8}}, ("config.yaml: unknown key 'method.rank'",)),
+    "unknown section": ({"clients": {"lr": 1.0}}, ("config.yaml:", ": unknown key 'clients'", "did you mean 'client'")),
+    "unknown key": ({"data": {"sorce": "x"}}, ("config.yaml:", ": unknown key 'data.sorce'", "did you mean 'source'")),
+    "unknown option": ({"method": {"name": "prefix", "rank": 8}}, ("config.yaml:", ": unknown key 'method.rank'")),
     "a key twice": ("client:\n  lr: 1.0\n  lr: 2.0\n", ("config.yaml:3", "the key 'lr' stands twice")),
     "broken YAML": ("client: {lr: 1.0\nserver: {}\n", ("config.yaml:2", "not valid YAML")),
     "a tab": ("client:\n\tlr: 1.0\n", ("config.yaml:2", "not valid YAML")),
