@@ -9,6 +9,7 @@ import torch
 
 from fedhpc import data, registry
 from fedhpc.approaches.base import Approach
+from fedhpc.config import plugins
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import RunDescription, Scalar
@@ -74,7 +75,7 @@ def run_description(approach: Run, transport: Transport) -> RunDescription:
             **approach.attributes(),
             **identity,
         },
-        identity=identity,
+        identity={**identity, **({"plugins": used} if (used := plugins(config)) else {})},
         partition=_partition(approach),
     )
 
