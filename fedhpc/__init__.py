@@ -27,6 +27,7 @@ _MODULES = {
     "ServerOptimizer": "fedhpc.server.optimizers.base",
     "ClientOptimizer": "fedhpc.training.optimizers.base",
     "Transform": "fedhpc.updates.transforms.base",
+    "Objective": "fedhpc.objectives.base",
     "Metric": "fedhpc.evaluation.metrics.base",
     "Partitioner": "fedhpc.data.partitioners.base",
 }
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fedhpc.errors import UserError as UserError
     from fedhpc.evaluation.metrics.base import Metric as Metric
     from fedhpc.methods.base import Method as Method
+    from fedhpc.objectives.base import Objective as Objective
     from fedhpc.server.aggregators.base import Aggregator as Aggregator
     from fedhpc.server.optimizers.base import ServerOptimizer as ServerOptimizer
     from fedhpc.training.optimizers.base import ClientOptimizer as ClientOptimizer

@@ -73,5 +73,5 @@ def run(ranks: int, work: Callable[[Launch], None]) -> int:
             for process in running.values():
                 process.kill()
     codes = [process.exitcode or 0 for process in processes]
-    said = next((code for code in codes if code > 0), 0)
-    return said or (FAILED if any(codes) else 0)
+    told = next((code for code in codes if code > 0), 0)
+    return told or (FAILED if any(codes) else 0)

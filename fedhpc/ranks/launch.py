@@ -1,4 +1,4 @@
-"""Which launcher started this process, and its place among the ranks, read from the environment alone.
+"""Which launcher started this process, and which rank it is, read from the environment alone.
 
 One table of variables per launcher; everything else is derived. The innermost launcher wins: torchrun inside
 mpiexec inside a Slurm step is torchrun. Light: no torch, so that the configuration can be checked first.
@@ -40,7 +40,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Variables:
-    """The names under which a launcher tells a process its place; None where it does not say."""
+    """The variables in which a launcher tells a process its rank; None where it does not say."""
 
     rank: str
     world_size: str

@@ -45,10 +45,10 @@ class Placement:
             return "1 GPU" + _idle(self.seen - 1)
         server, workers = self.gpus[0], self.gpus[1:]
         used = len(set(workers))
-        said = "the server on the CPU" if not server else "the server on a GPU of its own"
+        where = "the server on the CPU" if not server else "the server on a GPU of its own"
         if server in workers:
-            said = "the server sharing one of them"
-        line = f"{used} {'GPU' if used == 1 else 'GPUs'}, {said}"
+            where = "the server sharing one of them"
+        line = f"{used} {'GPU' if used == 1 else 'GPUs'}, {where}"
         if used < len(workers):
             line += f" ({len(workers)} workers share them: {used + 1} ranks would be one each)"
         return line + _idle(self.seen - len(set(self.gpus) - {""}))
