@@ -5,40 +5,35 @@ every second, so that silence means trouble however long the main threads train,
 run must end. Rank 0 alone decides: it collects the evidence, calls `on_exit`, tells the others, leaves last.
 
 The thread also reads signals (through signal.set_wakeup_fd) and watches the launcher, so both work while the
-main thread is blocked inside a collective. Connections need a token that travels over the transport.
+main thread is blocked inside a collective. fedhpc.ranks.star has the connections.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import os
 import queue
-import secrets
-import selectors
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
 
-from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.star import Star
 from fedhpc.ranks.startup import FAILED, PREEMPTED, SIGNALS
-from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
-from fedhpc.ranks.transport.network import own_address
+from fedhpc.ranks.transport.base import Transport
 
 _SYMPTOM_WAIT_S = 0.5  # a broken collective is a symptom: so long may the cause take to show
 _VERDICT_WAIT_S = 3.5  # a rank with evidence waits so long for rank 0's verdict, then leaves alone
 _ON_EXIT_LIMIT_S = 2.0  # a hanging file system must not keep the ranks
 _GRACE_S = 1.0  # rank 0 leaves when the others have, at the latest after this
 _REASON_LIMIT = 4000
-_HELLO_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,16 +43,6 @@ class _Evidence:
     code: int
     reason: str
     symptom: bool = False
-
-
-@dataclass
-class _Peer:
-    """One connection, or one that is still to come."""
-
-    heard: float
-    connection: socket.socket | None = None
-    received: bytearray = field(default_factory=bytearray)
-    done: bool = False  # its main thread has called stop()
 
 
 class Liveness:
@@ -85,11 +70,7 @@ class Liveness:
         self._on_exit = on_exit
         self._interval_s = min(1.0, timeout_s / 10)
         self._tick_s = min(0.25, self._interval_s)
-        self._peers: dict[int, _Peer] = {}
-        self._strangers: dict[socket.socket, _Peer] = {}
-        self._listener: socket.socket | None = None
-        self._token = ""
-        self._selector = selectors.DefaultSelector()
+        self._star = Star(transport, launch, timeout_s)
         self._failures: queue.SimpleQueue[_Evidence] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._evidence: _Evidence | None = None
@@ -104,10 +85,8 @@ class Liveness:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
-        if self._transport.world_size > 1:
-            with connect_deadline(self._launch, arrival_limit_s(self._timeout_s)):
-                self._connect()
-        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._star.connect()
+        self._star.watch(self._wake_read)
         self._wakeup = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         # Without a Python handler the default action would end the process before the thread sees the signal.
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -142,92 +121,9 @@ class Liveness:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._close()
-
-    # ---- connecting
-
-    def _connect(self) -> None:
-        hosts = self._transport.gather_json(socket.gethostname())
-        now = time.monotonic()
-        if self._rank == 0:
-            assert hosts is not None
-            listener = socket.create_server((self._own_address(hosts), 0), backlog=len(hosts) + 16)
-            listener.setblocking(False)
-            self._listener = listener
-            self._token = secrets.token_hex(16)
-            address, port = listener.getsockname()[:2]
-            self._transport.broadcast_json({"address": address, "port": port, "token": self._token})
-            self._peers = {rank: _Peer(now) for rank in range(1, self._transport.world_size)}
-            self._selector.register(listener, selectors.EVENT_READ)
-            return
-        found = self._transport.broadcast_json(None)
-        try:
-            connection = socket.create_connection((found["address"], found["port"]), timeout=max(10.0, self._timeout_s))
-        except OSError as error:
-            raise UserError(
-                f"rank {self._rank} on {socket.gethostname()} cannot reach rank 0 at "
-                f"{found['address']}:{found['port']} ({error}): set MASTER_ADDR to an address of rank 0's host "
-                "that all hosts reach"
-            ) from error
-        connection.sendall(_line({"token": found["token"], "rank": self._rank}))
-        connection.setblocking(False)
-        self._peers = {0: _Peer(time.monotonic(), connection)}
-        self._selector.register(connection, selectors.EVENT_READ)
-
-    def _own_address(self, hosts: list[str]) -> str:
-        # Under an unknown launcher the launch is a single process, whatever MPI says.
-        if self._launch.single_node and self._launch.world_size == self._transport.world_size:
-            return "127.0.0.1"
-        other = next((host for host in hosts if host != hosts[0]), "localhost")
-        return own_address(self._launch.master_addr or other)
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(OSError):  # the stranger may have left already
-            connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            if len(self._strangers) >= self._transport.world_size + 64:
-                self._drop(next(iter(self._strangers)))
-            self._strangers[connection] = _Peer(time.monotonic(), connection)
-            self._selector.register(connection, selectors.EVENT_READ)
-
-    def _greet(self, connection: socket.socket) -> None:
-        """Read a stranger's first line: the token and a rank that is still missing, or it is dropped."""
-        stranger = self._strangers[connection]
-        alive = _receive(stranger)
-        if b"\n" not in stranger.received:
-            if not alive or len(stranger.received) > 512:
-                self._drop(connection)
-            return
-        hello, _, stranger.received = stranger.received.partition(b"\n")
-        rank = self._rank_of(bytes(hello))
-        if rank is None or self._peers[rank].connection is not None:
-            self._drop(connection)
-            return
-        del self._strangers[connection]
-        self._peers[rank] = stranger
-        stranger.heard = time.monotonic()
-        self._read(rank, alive)
-        if all(peer.connection for peer in self._peers.values()) and self._listener:
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listener = None
-
-    def _rank_of(self, hello: bytes) -> int | None:
-        try:
-            said = json.loads(hello[:512])
-            token = str(said["token"]).encode()
-        except (ValueError, RecursionError, KeyError, TypeError, IndexError):  # whatever a stranger may say
-            return None
-        if not hmac.compare_digest(token, self._token.encode()):
-            return None
-        rank = said.get("rank")
-        return rank if type(rank) is int and rank in self._peers else None
-
-    def _drop(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        del self._strangers[connection]
-        connection.close()
+        self._star.close()
+        self._wake_read.close()
+        self._wake_write.close()
 
     # ---- watching
 
@@ -241,37 +137,28 @@ class Liveness:
             self._transport.abort(FAILED)
 
     def _step(self) -> None:
-        events = self._selector.select(self._tick_s)
+        ready = self._star.select(self._tick_s)
         now = time.monotonic()
         # While this process was stopped, or its lock held, it could not hear: the others were not silent.
         overslept = now - self._stepped_at - self._tick_s
         self._stepped_at = now
         if overslept > self._tick_s:
-            for peer in self._peers.values():
+            for peer in self._star.peers.values():
                 peer.heard += overslept
         # Connections before signals: a launcher that sees a rank die sends SIGTERM to the others.
-        for key, _ in sorted(events, key=lambda event: event[0].fileobj is self._wake_read):
-            if key.fileobj is self._wake_read:
+        for connection in sorted(ready, key=lambda connection: connection is self._wake_read):
+            if connection is self._wake_read:
                 self._read_wakeups()
-            elif key.fileobj is self._listener:
-                self._accept()
-            elif key.fileobj in self._strangers:
-                self._greet(key.fileobj)  # type: ignore[arg-type]
-            else:
-                for rank, peer in self._peers.items():
-                    if peer.connection is key.fileobj:
-                        self._read(rank, _receive(peer))
+            elif (heard := self._star.read(connection)) is not None:
+                self._read(*heard)
         self._check(now)
         if self._evidence is not None and now >= self._decide_at:
             self._leave(self._evidence)
 
     def _read(self, rank: int, alive: bool) -> None:
         """Act on the lines that `rank` has sent, and on the end of its connection."""
-        peer = self._peers[rank]
-        peer.heard = time.monotonic()
-        *lines, rest = bytes(peer.received).split(b"\n")
-        peer.received = bytearray(rest)
-        for line in filter(None, lines):  # an empty line is a heartbeat
+        peer = self._star.peers[rank]
+        for line in self._star.lines(rank):
             message = json.loads(line)
             if "fail" in message:
                 self._accuse(_Evidence(*message["fail"]))
@@ -281,8 +168,7 @@ class Liveness:
                 peer.done = True
         if alive:
             return
-        assert peer.connection is not None
-        self._selector.unregister(peer.connection)
+        self._star.ended(rank)
         if self._rank == 0 or not peer.done:
             self._lose(rank, f"rank {rank} died (connection closed)")
 
@@ -296,14 +182,11 @@ class Liveness:
                 self._accuse(self._failures.get_nowait())
 
     def _check(self, now: float) -> None:
-        for connection, stranger in list(self._strangers.items()):
-            if now > stranger.heard + _HELLO_LIMIT_S:
-                self._drop(connection)
+        self._star.drop_the_silent(now)
         if now >= self._beat_at:
             self._beat_at = now + self._interval_s
-            for peer in self._peers.values():
-                _send(peer, b"\n")
-        for rank, peer in self._peers.items():
+            self._star.beat()
+        for rank, peer in self._star.peers.items():
             if now > peer.heard + self._timeout_s:
                 self._lose(rank, f"rank {rank} was silent for {self._timeout_s:g} s: stopped or cut off", silent=True)
         if self._launch.launcher != "single" and os.getppid() != self._parent:
@@ -313,12 +196,12 @@ class Liveness:
         """Whether every rank has called stop()."""
         if self._stopping.is_set() and not self._said_done and self._rank > 0:
             self._said_done = True
-            _send(self._peers[0], _line({"done": True}))
+            self._star.send(0, {"done": True})
         if self._rank > 0:
-            return self._peers[0].done
-        if not self._stopping.is_set() or not all(peer.done for peer in self._peers.values()):
+            return self._star.peers[0].done
+        if not self._stopping.is_set() or not all(peer.done for peer in self._star.peers.values()):
             return False
-        self._part({"done": True})
+        self._star.part({"done": True}, _GRACE_S)
         return True
 
     # ---- ending
@@ -332,7 +215,7 @@ class Liveness:
             self._decide_at = now + (_SYMPTOM_WAIT_S if evidence.symptom else 0.0)
         else:
             self._decide_at = self._decide_at if self._evidence else now + _VERDICT_WAIT_S
-            _send(self._peers[0], _line({"fail": [evidence.code, evidence.reason, evidence.symptom]}))
+            self._star.send(0, {"fail": [evidence.code, evidence.reason, evidence.symptom]})
         self._evidence = evidence
 
     def _lose(self, rank: int, reason: str, *, silent: bool = False) -> None:
@@ -356,7 +239,7 @@ class Liveness:
     def _leave(self, verdict: _Evidence) -> NoReturn:
         if self._rank == 0:
             self._report(verdict)
-            self._part({"exit": [verdict.code, verdict.reason]})
+            self._star.part({"exit": [verdict.code, verdict.reason]}, _GRACE_S)
         self._transport.abort(verdict.code)
 
     def _report(self, verdict: _Evidence) -> None:
@@ -370,65 +253,6 @@ class Liveness:
         thread.start()
         thread.join(_ON_EXIT_LIMIT_S)
 
-    def _part(self, message: dict[str, Any]) -> None:
-        """Tell every peer, and let them go first: closing at once could destroy what they have not read."""
-        line = _line(message)
-        for peer in self._peers.values():
-            _send(peer, line)
-        if self._transport.aborts_all and "exit" in message:
-            time.sleep(0.1)
-            return
-        deadline = time.monotonic() + _GRACE_S
-        for peer in self._peers.values():
-            if peer.connection is not None:
-                with contextlib.suppress(OSError):
-                    for left_s in _until(deadline):
-                        peer.connection.settimeout(left_s)
-                        if not peer.connection.recv(4096):
-                            break
-
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # a full buffer wakes as well
             self._wake_write.send(b"\0")
-
-    def _close(self) -> None:
-        self._selector.close()
-        for connection in (
-            self._wake_read,
-            self._wake_write,
-            self._listener,
-            *self._strangers,
-            *(peer.connection for peer in self._peers.values()),
-        ):
-            if connection is not None:
-                connection.close()
-
-
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-def _send(peer: _Peer, data: bytes) -> None:
-    # A broken connection shows on the reading side, after what the peer said last.
-    if peer.connection is not None:
-        with contextlib.suppress(OSError):
-            peer.connection.send(data)
-
-
-def _receive(peer: _Peer) -> bool:
-    """Read what has come; False at the end of the connection."""
-    assert peer.connection is not None
-    try:
-        data = peer.connection.recv(65536)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    peer.received += data
-    return bool(data)
-
-
-def _until(deadline: float) -> Iterator[float]:
-    """The seconds left, until none are."""
-    while (left_s := deadline - time.monotonic()) > 0:
-        yield left_s
