@@ -165,6 +165,12 @@ def choice(family: str, name: str, key: str = "name") -> type[Any]:
     return _class(BASES[family], module, name, key)
 
 
+def is_approach(method: str) -> bool:
+    """Whether the name of a method is that of an approach of its own, and not of parameters that are averaged."""
+    file = files("methods").get(method)
+    return file is not None and file.parts[0] == "approaches"
+
+
 def options(family: str, name: str, key: str = "name") -> type[Section]:
     """The keys of one choice in the configuration."""
     module = load(family, name, key)

@@ -26,7 +26,7 @@ def settings(**client: Any) -> configuration.Config:
 
 def make(base: Any, **options: Any) -> Method:
     raw = {"num_virtual_tokens": 5, "init_text": "some words", **options}
-    method: Method = registry.load("methods", "prefix").METHOD(registry.options("methods", "prefix")(**raw), base, 0)
+    method: Method = registry.choice("methods", "prefix")(registry.options("methods", "prefix")(**raw), base, 0)
     return method
 
 

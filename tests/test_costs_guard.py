@@ -57,8 +57,8 @@ def equal_examples(count: int) -> Examples:
 
 def made(method: str, **options: Any) -> tuple[Base, Method]:
     base = tiny.base("llama", torch.float32)
-    module = registry.load("methods", method)
-    return base, module.METHOD(module.Options(**options), base, 0)
+    cls: Any = registry.choice("methods", method)
+    return base, cls(cls.Options(**options), base, 0)
 
 
 PREFIX = {"method": "prefix", "num_virtual_tokens": 4, "init": "random"}

@@ -16,7 +16,7 @@ from fedhpc import federation, kernels, registry
 from fedhpc.approaches.prepare import prepare
 from fedhpc.bench import bed
 from fedhpc.evaluation.evaluate import evaluate
-from fedhpc.methods._head import with_head
+from fedhpc.methods import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.models.causal_lm import CausalLM

@@ -25,8 +25,8 @@ from fedhpc.approaches.distillation.knowledge import (
 )
 from fedhpc.approaches.prepare import prepare
 from fedhpc.data.tokens import Examples, Tokens, examples_from
-from fedhpc.methods import lora
-from fedhpc.methods._head import with_head
+from fedhpc.methods import with_head
+from fedhpc.methods.lora import Lora
 from fedhpc.models.base import Attached
 from fedhpc.objectives.language_modelling import LanguageModelling
 from fedhpc.objectives.soft_targets import SoftTargets, soft_losses
@@ -133,7 +133,7 @@ def test_every_token_has_the_loss_of_its_own_teacher(family: str, monkeypatch: p
 
 
 def lora_of(base: Any) -> Any:
-    return with_head(lora.METHOD(configuration.resolve({"method": {"name": "lora", "rank": 2}, **IID}).method, base, 0))
+    return with_head(Lora(configuration.resolve({"method": {"name": "lora", "rank": 2}, **IID}).method, base, 0))
 
 
 def test_training_on_a_teacher_comes_close_to_it() -> None:

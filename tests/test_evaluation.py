@@ -63,7 +63,7 @@ class Replayed(Transport):
 def make(base: Base, name: str = "prefix", **options: Any) -> Method:
     if name == "prefix":
         options = {"num_virtual_tokens": 5, "init_text": "some words", **options}
-    method: Method = registry.load("methods", name).METHOD(registry.options("methods", name)(**options), base, 0)
+    method: Method = registry.choice("methods", name)(registry.options("methods", name)(**options), base, 0)
     return method
 
 

@@ -19,7 +19,8 @@ from fedhpc.config import Evaluation, Model
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate
-from fedhpc.methods._head import WithHead, with_head
+from fedhpc.methods import with_head
+from fedhpc.methods._head import WithHead
 from fedhpc.methods.base import Method
 from fedhpc.models import load as models
 from fedhpc.models.base import Base
@@ -44,7 +45,7 @@ ENCODERS, SEQ2SEQ = sorted(tiny.ENCODERS), sorted(tiny.SEQ2SEQ)
 
 def make(name: str, base: Base, **options: Any) -> Method:
     chosen = registry.options("methods", name)(**{**OPTIONS[name], **options})
-    return with_head(registry.load("methods", name).METHOD(chosen, base, 0))
+    return with_head(registry.choice("methods", name)(chosen, base, 0))
 
 
 def warm(method: Method, noise: float = 0.1) -> torch.Tensor:
@@ -261,7 +262,7 @@ def test_metrics_of_a_classifier_are_those_of_the_model_row_by_row(name: str) ->
 
 def test_every_part_of_the_interface_passes_through_the_head() -> None:
     """A method's part that the wrapper forgot would be the default one's."""
-    public = {name for name in vars(Method) if not name.startswith("_")} - {"shares_base"}
+    public = {name for name in vars(Method) if not name.startswith("_")} - {"Options"}
     assert public <= set(vars(WithHead))
 
 
@@ -617,7 +618,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_one_line(texts: Path, tmp_path: Path, case: str) -> None:
-    from fedhpc.federation import prepare
+    from fedhpc.approaches.prepare import prepare
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.transport.base import LoopbackTransport
     from fedhpc.ranks.verdict import RefusedError

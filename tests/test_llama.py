@@ -8,7 +8,10 @@ import pytest
 import torch
 import transformers as tf
 
-from fedhpc.methods import full, ia3, lora, prefix
+from fedhpc.methods.full import Full
+from fedhpc.methods.ia3 import IA3
+from fedhpc.methods.lora import Lora
+from fedhpc.methods.prefix import Prefix
 from fedhpc.models import llama
 from fedhpc.models.llama import hidden_at, last_hidden, written_out
 from fedhpc.models.load import checkpoint_layers
@@ -95,11 +98,9 @@ def test_hooks_on_linear_layers_act(family: str) -> None:
     ids = torch.randint(3, tiny.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(0))
     inputs = base.model.get_input_embeddings()(ids)
     plain = last_hidden(base.model, inputs, ())
-    for module, options in (
-        (lora, {"rank": 2, "targets": ["q_proj", "o_proj", "up_proj"]}),
-        (ia3, {}),
-    ):
-        method = module.METHOD(module.Options.model_validate(options), base, 0)  # type: ignore[attr-defined]
+    targets = ["q_proj", "o_proj", "up_proj"]
+    methods = (Lora(Lora.Options.model_validate({"rank": 2, "targets": targets}), base, 0), IA3(IA3.Options(), base, 0))
+    for method in methods:
         noise = torch.Generator().manual_seed(3)
         state = {name: torch.randn(2, *shape, generator=noise) for name, shape in method.trainable.shapes.items()}
         with method.attach(state, state, rows):
@@ -145,7 +146,7 @@ def test_other_models_and_changed_layers_are_left_to_transformers() -> None:
 
 def test_trained_norms_are_left_to_transformers() -> None:
     base = tiny.base("llama", torch.float32)
-    method = full.METHOD(full.Options(), base, 0)
+    method = Full(Full.Options(), base, 0)
     state = {name: t.unsqueeze(0).requires_grad_() for name, t in method.initial().items()}
     with method.attach(state, state, torch.zeros(1, dtype=torch.int64)):
         assert not written_out(base.model)
@@ -154,7 +155,7 @@ def test_trained_norms_are_left_to_transformers() -> None:
 
 def test_a_padded_row_has_the_states_that_it_has_alone() -> None:
     base = tiny.base("llama", torch.float32)
-    method = prefix.METHOD(prefix.Options.model_validate({"num_virtual_tokens": 3, "init": "random"}), base, 0)
+    method = Prefix(Prefix.Options.model_validate({"num_virtual_tokens": 3, "init": "random"}), base, 0)
     state = {name: t.unsqueeze(0) for name, t in method.initial().items()}
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 0, 0, 0]])
     embed = base.model.get_input_embeddings()

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedhpc import config as configuration
 from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
-from fedhpc.methods._head import with_head
+from fedhpc.methods import with_head
 from fedhpc.methods.lora import Lora
+from fedhpc.methods.lora.term import Dropout
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.rng import bits, torch_seed
@@ -55,16 +56,15 @@ def test_draws_are_those_of_splitmix64() -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_share_of_dropped_inputs(p: float) -> None:
-    method = lora(tiny.base("llama"), dropout=p)
     keys = bits(torch.tensor(5), torch.arange(40))
-    kept = method.kept(keys, 50, 32)
+    kept = Dropout(keys, p).keeps(50, 32)
     assert abs(float((~kept).double().mean()) - p) < 4 * (p * (1 - p) / kept.numel()) ** 0.5
     # No two rows, positions or features share their draws.
     for dim in range(3):
         same = (kept.movedim(dim, 0)[1:] == kept.movedim(dim, 0)[:-1]).double().mean()
         assert abs(float(same) - (p * p + (1 - p) ** 2)) < 0.02
     # A row's draws do not depend on the others nor on padding.
-    assert torch.equal(method.kept(keys[3:5], 20, 32), kept[3:5, :20])
+    assert torch.equal(Dropout(keys[3:5], p).keeps(20, 32), kept[3:5, :20])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +138,8 @@ def test_with_the_same_masks_peft_trains_alike(family: str, client: dict[str, An
     def inject(step: int, rows: int, width: int) -> None:
         of_rows = bits(key, torch.arange(rows) + (step << 32))
         for number, dropout in enumerate(dropouts):
-            dropout.mask = method.kept(bits(of_rows, torch.tensor(number)), width, 32).double() / 0.7
+            keys = bits(of_rows, torch.tensor(number))
+            dropout.mask = Dropout(keys, 0.3).keeps(width, 32).double() / 0.7
 
     train_in_peft(model, named, config, data, work, inject)
     wanted = method.payload.flatten({n: p.detach() for n, p in named.items()})

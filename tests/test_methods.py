@@ -40,7 +40,7 @@ FAMILIES = sorted(tiny.FAMILIES)
 
 def make(name: str, base: Any, **options: Any) -> Method:
     chosen = registry.options("methods", name)(**{**OPTIONS.get(name, {}), **options})
-    method: Method = registry.load("methods", name).METHOD(chosen, base, 0)
+    method: Method = registry.choice("methods", name)(chosen, base, 0)
     return method
 
 
@@ -50,7 +50,7 @@ def warm(method: Method, dtype: torch.dtype) -> torch.Tensor:
     return start + 0.1 * torch.randn(start.shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
 
 
-def in_peft(name: str, base: Any, method: Method) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+def in_peft(name: str, base: Any, method: Any) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """PEFT's own model, and its trained parameters under our names."""
     o, conv = method.options, base.name == "gpt2"
     soft = {
@@ -64,12 +64,12 @@ def in_peft(name: str, base: Any, method: Method) -> tuple[Any, dict[str, torch.
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", **soft),
         "p_tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", encoder_hidden_size=o.hidden_size, **soft),
         "lora": lambda: peft.LoraConfig(
-            task_type="CAUSAL_LM", r=o.rank, lora_alpha=o.alpha, target_modules=method._targets, fan_in_fan_out=conv
+            task_type="CAUSAL_LM", r=o.rank, lora_alpha=o.alpha, target_modules=method.targets, fan_in_fan_out=conv
         ),
         "ia3": lambda: peft.IA3Config(
             task_type="CAUSAL_LM",
-            target_modules=[n for part in method._names for n in part],
-            feedforward_modules=method._names[1],
+            target_modules=[*method.outputs, *method.inputs],
+            feedforward_modules=method.inputs,
             fan_in_fan_out=conv,
         ),
     }

@@ -19,11 +19,7 @@ from tests.test_block import SIZES, settings, start_of, works
 from tests.test_methods import make, warm
 
 # Methods of parameters of a language model; the others train none on a client, or behind an encoder of sentences.
-TRAINED = [
-    name
-    for name in registry.names("methods")
-    if hasattr(registry.load("methods", name), "METHOD") and name != "retriever"
-]
+TRAINED = [name for name in registry.names("methods") if not registry.is_approach(name) and name != "retriever"]
 
 # ---------------------------------------------------------------- 16 bits
 

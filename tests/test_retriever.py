@@ -17,7 +17,7 @@ from fedhpc.builtin import rows
 from fedhpc.config import Model
 from fedhpc.data import load_data
 from fedhpc.errors import UserError
-from fedhpc.methods.retriever import PROJECTION, Options, Retriever, load
+from fedhpc.methods.retriever import PROJECTION, Retriever, load
 from fedhpc.models import load as models
 from fedhpc.objectives import contrastive
 from fedhpc.objectives.contrastive import TEMPERATURE, Contrastive
@@ -137,7 +137,7 @@ def test_ranks_change_nothing_and_training_lowers_the_loss(encoder: Path, tmp_pa
 
 def test_the_export_is_what_a_search_loads(encoder: Path, tmp_path: Path) -> None:
     base = models.load_base(Model.model_validate({"name": str(encoder), "task": "embedding"}), torch.device("cpu"))
-    method = Retriever(Options(), base, 0)
+    method = Retriever(Retriever.Options(), base, 0)
     weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
     method.export({PROJECTION: weight}, tmp_path / "adapter")
     assert torch.equal(load(tmp_path / "adapter", base), weight)

@@ -48,7 +48,7 @@ def load_inputs(
     objective.check(config, model)
     data = read(config, load_tokenizer(config.model), model, write_cache)
     base = load_base(config.model, device_of(launch), data.train.label_names, config.run.seed)
-    check_length(base, config.data.max_length, int(getattr(config.method, "num_virtual_tokens", 0)))
+    check_length(base, config.data.max_length, virtual=0)
     size = cohort_size(config, data.population)
     if config.federation.min_cohort > size:
         raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")

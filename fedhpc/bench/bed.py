@@ -62,7 +62,7 @@ class Bed:
         self.base = CausalLM.of(network, SimpleNamespace(pad_token_id=0), device, model, model)
         self.objective = LanguageModelling()
         self.settings = self.config(1).method
-        self.method = registry.load("methods", method).METHOD(self.settings, self.base, 0)
+        self.method = registry.choice("methods", method)(self.settings, self.base, 0)
         self.start = self.method.payload.flatten(self.method.initial()).unsqueeze(0)
         self.flops = 4 * sum(size[0] * size[1] for module in network.modules() if (size := features(module)))
 

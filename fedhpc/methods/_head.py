@@ -7,13 +7,14 @@ heads of their own: every linear layer of the head computes row b with the weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.methods._weights import places, swapped
+from fedhpc.methods._peft import add_modules
+from fedhpc.methods._weights import holders, swapped
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.updates.layout import Layout
 
@@ -25,7 +26,10 @@ def with_head(method: Method) -> Method:
 
 
 class WithHead(Method):
-    """`method` and the head of its base."""
+    """`method` and the head of its base.
+
+    Every member of `Method` is here, so that none falls back to the default of the base class (a test compares them).
+    """
 
     def __init__(self, method: Method) -> None:
         super().__init__(method.options, method.base, method.seed)
@@ -34,28 +38,23 @@ class WithHead(Method):
     @cached_property
     def _parameters(self) -> dict[str, Tensor]:
         """Name -> parameter of the head that the method does not train."""
-        own = self.method.payload.shapes
         layers = {path: self.base.model.get_submodule(path) for path in self.base.head}
         return {
             f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.named_parameters()
-            if f"{path}.{name}" not in own
+            if f"{path}.{name}" not in self.method.payload.shapes
         }  # fmt: skip
 
     @cached_property
     def _head(self) -> Layout:
         return Layout({name: tuple(p.shape) for name, p in self._parameters.items()})
 
-    @property
+    @cached_property
     def payload(self) -> Layout:
         return Layout({**self.method.payload.shapes, **self._head.shapes})
 
-    @property
+    @cached_property
     def trainable(self) -> Layout:
         return Layout({**self.method.trainable.shapes, **self._head.shapes})
-
-    @property
-    def finite_difference_step(self) -> float | None:
-        return self.method.finite_difference_step
 
     @property
     def shares_base(self) -> bool:
@@ -65,6 +64,10 @@ class WithHead(Method):
     def virtual_tokens(self) -> int:
         return self.method.virtual_tokens
 
+    @property
+    def finite_difference_step(self) -> float | None:
+        return self.method.finite_difference_step
+
     def trains_parameter(self, parameter: str) -> bool:
         return parameter in self._head.shapes or self.method.trains_parameter(parameter)
 
@@ -73,10 +76,10 @@ class WithHead(Method):
         return {**self.method.initial(), **head}
 
     def start(self, received: PerClient, round_: int = 0, clients: Sequence[int] = ()) -> PerClient:
-        return {**self.method.start(received, round_, clients), **self._only_head(received)}
+        return {**self.method.start(received, round_, clients), **_part(received, self._head)}
 
     def finish(self, trained: PerClient, received: PerClient) -> PerClient:
-        return {**self.method.finish(trained, received), **self._only_head(trained)}
+        return {**self.method.finish(trained, received), **_part(trained, self._head)}
 
     def numbers_sent(self, client: int) -> int:
         return self.method.numbers_sent(client) + self._head.size
@@ -85,36 +88,33 @@ class WithHead(Method):
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        own = {name: trained[name] for name in self.method.trainable.shapes}
-        hooks = []
-        try:
-            with self.method.attach(own, received, rows, row_keys) as attached:
-                for path in self.base.head:
-                    own_layers = _own_layers(trained.get(f"{path}.weight"), trained.get(f"{path}.bias"), rows)
-                    hooks.append(self.base.model.get_submodule(path).register_forward_hook(own_layers))
-                yield attached
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as stack:
+            without_head = _part(trained, self.method.trainable)
+            attached = stack.enter_context(self.method.attach(without_head, received, rows, row_keys))
+            for path in self.base.head:
+                of_client = _of_client(trained.get(f"{path}.weight"), trained.get(f"{path}.bias"), rows)
+                stack.callback(self.base.model.get_submodule(path).register_forward_hook(of_client).remove)
+            yield attached
 
     def export(self, values: Tensors, path: Path) -> None:
         """The method's own export with the head in it."""
-        from fedhpc.methods._peft import add_modules
-
-        head = self._only_head(values)
-        own = {name: values[name] for name in self.method.payload.shapes}
-        with swapped(places(self.base.model, head), {n: t.to(self._parameters[n]) for n, t in head.items()}):
-            self.method.export(own, path)
+        head = _part(values, self._head)
+        with swapped(holders(self.base.model, head), {n: t.to(self._parameters[n]) for n, t in head.items()}):
+            self.method.export(_part(values, self.method.payload), path)
         # A model folder has the head among its weights by now.
         if (path / "adapter_config.json").exists():
             add_modules(path, head, self.base)
 
-    def _only_head(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensors[name] for name in self._head.shapes}
+    def write_adapter(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+        self.method.write_adapter(path, config, tensors)
 
 
-def _own_layers(weight: Tensor | None, bias: Tensor | None, rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
-    """A forward hook: the output of a linear layer with row i's own weight (K, out, in) and bias (K, out).
+def _part(values: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    return {name: values[name] for name in layout.shapes}
+
+
+def _of_client(weight: Tensor | None, bias: Tensor | None, rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+    """A forward hook: the output of a linear layer with the weight (K, out, in) and bias (K, out) of row i's client.
 
     None: that of the layer itself.
     """
@@ -126,8 +126,7 @@ def _own_layers(weight: Tensor | None, bias: Tensor | None, rows: Tensor) -> Cal
         b = None if b is None else b.to(x.dtype)
         if len(w) == 1 and (b is None or len(b) == 1):
             return torch.nn.functional.linear(x, w[0], None if b is None else b[0])
-        own = kernels.of_rows(w, rows)
-        y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), own.mT)
+        y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), kernels.of_rows(w, rows).mT)
         if b is not None:
             y = y + kernels.of_rows(b, rows).unsqueeze(1)
         return y.view(*x.shape[:-1], -1)

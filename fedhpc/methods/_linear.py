@@ -19,10 +19,10 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
     """
     linear = {path: module for path, module in base.model.named_modules() if features(module) and path not in base.head}
     for name in names:
-        if not any(_ends(path, name) for path in linear):
+        if not any(ends_with(path, name) for path in linear):
             there = sorted({path.rsplit(".", 1)[-1] for path in linear})
             raise UserError(f"{key}: the model has no linear layer named {name}; it has: {', '.join(there)}")
-    return {path: module for path, module in linear.items() if any(_ends(path, name) for name in names)}
+    return {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
 
 
 def is_conv1d(module: Any) -> bool:
@@ -39,10 +39,18 @@ def features(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def widths(layer: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    both = features(layer)
+    assert both is not None, f"{type(layer).__name__} is no linear layer"
+    return both
+
+
 def by_row(x: Tensor, rows: Tensor) -> Tensor:
     """(B, T, width) of what goes into or comes out of a layer: OPT's feed-forward sees (B * T, width)."""
     return x.reshape(len(rows), -1, x.shape[-1])
 
 
-def _ends(path: str, name: str) -> bool:
+def ends_with(path: str, name: str) -> bool:
+    """Whether `name` is the end of a path, cut at a dot."""
     return path == name or path.endswith(f".{name}")

@@ -12,32 +12,32 @@ if TYPE_CHECKING:
 
     from fedhpc.models.base import Base
 
-    Places = Mapping[str, list[tuple[Any, str]]]
+    Holders = Mapping[str, list[tuple[Any, str]]]
 
 
-def places(model: Any, names: Collection[str]) -> dict[str, list[tuple[Any, str]]]:
+def holders(model: Any, names: Collection[str]) -> dict[str, list[tuple[Any, str]]]:
     """Name of a parameter -> the modules that hold it, with their attribute: more than one where weights are tied."""
     ids = {id(p): name for name, p in model.named_parameters() if name in names}
-    found: dict[str, list[tuple[Any, str]]] = {name: [] for name in ids.values()}
+    by_name: dict[str, list[tuple[Any, str]]] = {name: [] for name in ids.values()}
     for module in model.modules():
         for attribute, p in module._parameters.items():
             if id(p) in ids:
-                found[ids[id(p)]].append((module, attribute))
-    return found
+                by_name[ids[id(p)]].append((module, attribute))
+    return by_name
 
 
 @contextmanager
-def swapped(where: Places, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with `tensors` in the places of those names; its own come back afterwards."""
-    kept = {name: where[name][0][0]._parameters[where[name][0][1]] for name in tensors}
+def swapped(where: Holders, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with `tensors` as the parameters of those names; its own come back afterwards. where: of `holders`."""
+    before = {name: where[name][0][0]._parameters[where[name][0][1]] for name in tensors}
     try:
         _put(where, tensors)
         yield
     finally:
-        _put(where, kept)
+        _put(where, before)
 
 
-def _put(where: Places, tensors: Mapping[str, Any]) -> None:
+def _put(where: Holders, tensors: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         for module, attribute in where[name]:
             module._parameters[attribute] = tensor
@@ -45,13 +45,13 @@ def _put(where: Places, tensors: Mapping[str, Any]) -> None:
 
 def save_model(base: Base, path: Path) -> None:
     """The base as it now is, with its tokenizer: a model folder that transformers loads."""
-    state = {name: tensor.detach().cpu() for name, tensor in base.model.state_dict().items()}
-    base.model.save_pretrained(path, state_dict=state)
+    weights = {name: tensor.detach().cpu() for name, tensor in base.model.state_dict().items()}
+    base.model.save_pretrained(path, state_dict=weights)
     base.tokenizer.save_pretrained(path)
 
 
-def quantized(method: str, config: Any) -> str | None:
-    """Why a method that trains the weights of the base cannot train those of model.quantize; None where it can."""
+def conflict_with_quantized(method: str, config: Any) -> str | None:
+    """What `conflict` of a method that trains weights of the base says: with model.quantize it cannot."""
     if config.model.quantize == "none":
         return None
     return (

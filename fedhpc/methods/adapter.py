@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,63 +24,54 @@ from pydantic import Field
 
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.methods._linear import by_row, features, find_layers
+from fedhpc.methods._architectures import architecture
+from fedhpc.methods._linear import by_row, ends_with, features, find_layers, widths
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
 
 FORMAT = "fedhpc-adapter"
-# By model_type: the output projections of attention (self and cross) and of the feed-forward.
-_BERT = (["attention.output.dense"], ["output.dense"])
-_LAYERS = {
-    "gpt2": (["attn.c_proj"], ["mlp.c_proj"]),
-    "gpt_neox": (["attention.dense"], ["dense_4h_to_h"]),
-    "opt": (["self_attn.out_proj"], ["fc2"]),
-    "bert": _BERT,
-    "roberta": _BERT,
-    "t5": (["o"], ["wo"]),
-    "bart": (["self_attn.out_proj", "encoder_attn.out_proj"], ["fc2"]),
-}
-_USUAL_LAYERS = (["o_proj"], ["down_proj"])
 _DEVIATION = 0.01
 _PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
-class Options(Section):
-    bottleneck: int = Field(16, ge=1, description="m, width of the adapter")
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="f, the non-linearity")
-    placement: Literal["houlsby", "pfeiffer"] = Field(
-        "houlsby", description="behind attention and feed-forward, or behind the feed-forward alone"
-    )
-    attention: list[str] | None = Field(
-        None, min_length=1, description="names of attention's output layers; default: by architecture"
-    )
-    feed_forward: list[str] | None = Field(
-        None, min_length=1, description="names of the feed-forward's output layers; default: by architecture"
-    )
-
-
 class Adapter(Method):
-    """See the module."""
+    """Bottleneck adapters: small trained networks behind some layers (Houlsby et al. 2019, arXiv 1902.00751)."""
+
+    class Options(Section):
+        bottleneck: int = Field(16, ge=1, description="m, width of the adapter")
+        activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="f, the non-linearity")
+        placement: Literal["houlsby", "pfeiffer"] = Field(
+            "houlsby", description="behind attention and feed-forward, or behind the feed-forward alone"
+        )
+        attention: list[str] | None = Field(
+            None, min_length=1, description="names of attention's output layers; default: by architecture"
+        )
+        feed_forward: list[str] | None = Field(
+            None, min_length=1, description="names of the feed-forward's output layers; default: by architecture"
+        )
+
+    options: Options
 
     @cached_property
-    def _modules(self) -> dict[str, Any]:
+    def _layers(self) -> dict[str, Any]:
         """Path in the base -> the linear layer behind which an adapter stands, in the model's order."""
-        usual = _LAYERS.get(self.base.model.config.model_type, _USUAL_LAYERS)
-        attention = self.options.attention or usual[0]
-        found = find_layers(self.base, self.options.feed_forward or usual[1], "method.feed_forward")
+        usual = architecture(self.base)
+        attention = self.options.attention or list(usual.attention_output)
+        feed_forward = self.options.feed_forward or [usual.feed_forward_output]
+        layers = find_layers(self.base, feed_forward, "method.feed_forward")
         if self.options.placement == "pfeiffer":
             # BERT's attention.output.dense ends like its feed-forward's output.dense.
-            return {path: module for path, module in found.items() if not path.endswith(tuple(attention))}
-        found |= find_layers(self.base, attention, "method.attention")
-        return {path: found[path] for path, _ in self.base.model.named_modules() if path in found}
+            return {p: layer for p, layer in layers.items() if not any(ends_with(p, name) for name in attention)}
+        layers |= find_layers(self.base, attention, "method.attention")
+        return {path: layers[path] for path, _ in self.base.model.named_modules() if path in layers}
 
     @cached_property
     def payload(self) -> Layout:
         shapes: dict[str, tuple[int, ...]] = {}
-        for path, module in self._modules.items():
-            width, m = (features(module) or (0, 0))[1], self.options.bottleneck
+        for path, layer in self._layers.items():
+            width, m = widths(layer)[1], self.options.bottleneck
             shapes[f"{path}.adapter.down.weight"] = (m, width)
             shapes[f"{path}.adapter.down.bias"] = (m,)
             shapes[f"{path}.adapter.up.weight"] = (width, m)
@@ -88,12 +79,12 @@ class Adapter(Method):
         return Layout(shapes)
 
     def initial(self) -> dict[str, Tensor]:
-        noise = torch.Generator().manual_seed(torch_seed(self.seed, "adapter"))
+        drawing = torch.Generator().manual_seed(torch_seed(self.seed, "adapter"))
         return {
             name: torch.zeros(shape)
             if name.endswith("bias")
             else torch.nn.init.trunc_normal_(
-                torch.empty(shape), std=_DEVIATION, a=-2 * _DEVIATION, b=2 * _DEVIATION, generator=noise
+                torch.empty(shape), std=_DEVIATION, a=-2 * _DEVIATION, b=2 * _DEVIATION, generator=drawing
             )
             for name, shape in self.payload.shapes.items()
         }
@@ -102,22 +93,18 @@ class Adapter(Method):
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        hooks = []
-        for path, module in self._modules.items():
-            parts = {part: trained[f"{path}.adapter.{part}"] for part in _PARTS}
-            hooks.append(module.register_forward_hook(self._behind(parts, rows)))
-        try:
+        with ExitStack() as attached:
+            for path, layer in self._layers.items():
+                parts = {part: trained[f"{path}.adapter.{part}"] for part in _PARTS}
+                attached.callback(layer.register_forward_hook(self._behind(parts, rows)).remove)
             yield Attached()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _behind(self, parts: Mapping[str, Tensor], rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
         """A forward hook that applies the adapter of row i's client: weights and biases (K, ...), rows (B,)."""
         activation = _activation(self.options.activation)
 
         def affine(x: Tensor, name: str) -> Tensor:
-            weight, bias = (parts[f"{name}.{kind}"].to(x.dtype) for kind in ("weight", "bias"))
+            weight, bias = (parts[f"{name}.{part}"].to(x.dtype) for part in ("weight", "bias"))
             if len(weight) == 1:
                 return torch.nn.functional.linear(x, weight[0], bias[0])
             return torch.baddbmm(kernels.of_rows(bias, rows).unsqueeze(1), x, kernels.of_rows(weight, rows).mT)
@@ -130,8 +117,6 @@ class Adapter(Method):
 
     def export(self, values: Tensors, path: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, for `load`."""
-        from fedhpc.methods._peft import write_adapter
-
         config = {
             "format": FORMAT,
             "format_version": 1,
@@ -139,7 +124,7 @@ class Adapter(Method):
             "activation": self.options.activation,
             "placement": self.options.placement,
         }
-        write_adapter(path, config, values, self.base)
+        self.write_adapter(path, config, values)
 
 
 def load(model: Any, path: str | Path) -> Any:
@@ -182,6 +167,3 @@ def _through(module: Any, inputs: Any, output: Tensor, activation: Callable[[Ten
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     function: Callable[[Tensor], Tensor] = getattr(torch.nn.functional, name)
     return function
-
-
-METHOD = Adapter

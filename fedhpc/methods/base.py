@@ -39,7 +39,7 @@ changes it in steps, and for the loss of each `attach(trained, received, rows)` 
                 hook.remove()
 
         def export(self, values: Tensors, path: Path) -> None:
-            write_adapter(path, {"format": "scale"}, values, self.base)
+            self.write_adapter(path, {"format": "scale"}, values)
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedhpc.lazy import Tensor
 from fedhpc.models.base import Attached as Attached
+from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ PerClient = Mapping[str, Tensor]
 
 class Method(ABC):
     """One way to customize a frozen base model."""
+
+    #: The keys of the method in the configuration; a method that has some nests a class `Options(Section)`.
+    Options: ClassVar[type[Section]] = Section
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
         """options: the section of the configuration that names the method; seed: of its random draws."""
@@ -138,6 +142,15 @@ class Method(ABC):
     @abstractmethod
     def export(self, values: Tensors, path: Path) -> None:
         """Write a payload to the folder `path` in the format of its own library (PEFT, transformers)."""
+
+    def write_adapter(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` to the folder `path`, for `export`.
+
+        config: goes into the JSON file beside what all adapters have there: base model, type of task.
+        """
+        from fedhpc.methods._peft import write_adapter
+
+        write_adapter(path, config, tensors, self.base)
 
 
 def as_one_client(values: Tensors) -> PerClient:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from fedhpc.lazy import Tensor, torch
-from fedhpc.methods._weights import places, quantized, save_model, swapped
+from fedhpc.methods._weights import conflict_with_quantized, holders, save_model, swapped
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.registry import Section
 from fedhpc.rng import normals, torch_seed
@@ -39,23 +39,23 @@ if TYPE_CHECKING:
 COEFFICIENTS = "coefficients"
 
 
-class Options(Section):
-    num_seeds: int = Field(
-        4096, ge=1, description="K: 4 K bytes each way, and up to K draws of all weights where a round begins"
-    )
-    eps: float = Field(1e-3, gt=0, description="how far to either side the loss is taken")
-
-    def conflict(self, config: Any) -> str | None:
-        """See the base class."""
-        return quantized("fedkseed", config)
-
-
 class FedKSeed(Method):
-    """See the module."""
+    """Full fine-tuning along fixed random directions; one number for each travels (Qin et al. 2024)."""
 
-    shares_base = False
+    class Options(Section):
+        num_seeds: int = Field(
+            4096, ge=1, description="K: 4 K bytes each way, and up to K draws of all weights where a round begins"
+        )
+        eps: float = Field(1e-3, gt=0, description="how far to either side the loss is taken")
 
-    def __init__(self, options: Any, base: Base, seed: int) -> None:
+        def conflict(self, config: Any) -> str | None:
+            return conflict_with_quantized("fedkseed", config)
+
+    options: Options
+
+    shares_base = False  # each client has weights of its own
+
+    def __init__(self, options: Options, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)
         self._start: tuple[Tensor, dict[str, Tensor]] | None = None  # a payload's c and W(c)
         self._at: Tensor  # the c of the working copy, (K,) float64 on the CPU
@@ -67,7 +67,7 @@ class FedKSeed(Method):
 
     @property
     def finite_difference_step(self) -> float:
-        return float(self.options.eps)
+        return self.options.eps
 
     def trains_parameter(self, parameter: str) -> bool:
         return True
@@ -99,7 +99,7 @@ class FedKSeed(Method):
         c = trained[COEFFICIENTS][0].detach().to("cpu", torch.float64)
         self._move(self._working, c - self._at)
         self._at = c
-        with swapped(self._places, {name: weight.to(self.base.dtype) for name, weight in self._working.items()}):
+        with swapped(self._holders, {name: weight.to(self.base.dtype) for name, weight in self._working.items()}):
             yield Attached()
 
     def export(self, values: Tensors, path: Path) -> None:
@@ -114,14 +114,11 @@ class FedKSeed(Method):
         return dict(self.base.model.named_parameters())
 
     @cached_property
-    def _places(self) -> dict[str, list[tuple[Any, str]]]:
-        return places(self.base.model, self._parameters)
+    def _holders(self) -> dict[str, list[tuple[Any, str]]]:
+        return holders(self.base.model, self._parameters)
 
     def _move(self, weights: Mapping[str, Tensor], by: Tensor) -> None:
         """weights += sum_k by_k z_k, in the order of k. by (K,)."""
         for k in by.nonzero().flatten().tolist():
             for name, z in self.direction(k):
                 weights[name].add_(z, alpha=float(by[k]))
-
-
-METHOD = FedKSeed

@@ -20,28 +20,28 @@ from pydantic import Field
 
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
-from fedhpc.methods._weights import places, quantized, save_model, swapped
+from fedhpc.methods._weights import conflict_with_quantized, holders, save_model, swapped
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.models.load import layer_stacks
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
 
 
-class Options(Section):
-    parameters: Literal["all", "bias"] = Field("all", description="what is trained; bias: the bias terms alone")
-    last_layers: int | None = Field(
-        None, ge=1, description="only the top k layers, the final norm and an output layer that is not tied"
-    )
-
-    def conflict(self, config: Any) -> str | None:
-        """See the base class."""
-        return quantized("full", config)
-
-
 class Full(Method):
-    """See the module."""
+    """Full fine-tuning: weights of the base itself are trained and exchanged."""
 
-    shares_base = False
+    class Options(Section):
+        parameters: Literal["all", "bias"] = Field("all", description="what is trained; bias: the bias terms alone")
+        last_layers: int | None = Field(
+            None, ge=1, description="only the top k layers, the final norm and an output layer that is not tied"
+        )
+
+        def conflict(self, config: Any) -> str | None:
+            return conflict_with_quantized("full", config)
+
+    options: Options
+
+    shares_base = False  # each client has weights of its own
 
     @cached_property
     def _trained(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Full(Method):
         lower = [layer for stack in stacks for layer in stack[: len(stack) - count]]
         inside = {id(module) for stack in stacks for layer in stack for module in layer.modules()}
         inside.add(id(self.base.model.get_output_embeddings()))  # named embed_out in GPT-NeoX
-        # By kind or by name: BERT's embeddings have a norm of their own.
+        # By class or by name: BERT's embeddings have a norm of their own.
         embeddings = [
             module
             for path, module in self.base.model.named_modules()
@@ -84,14 +84,14 @@ class Full(Method):
         return {name: p.detach().to("cpu", self.base.payload_dtype, copy=True) for name, p in self._trained.items()}
 
     @cached_property
-    def _places(self) -> dict[str, list[tuple[Any, str]]]:
-        return places(self.base.model, self.payload.shapes)
+    def _holders(self) -> dict[str, list[tuple[Any, str]]]:
+        return holders(self.base.model, self.payload.shapes)
 
     @contextmanager
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        with swapped(self._places, {name: t.squeeze(0).to(self.base.dtype) for name, t in trained.items()}):
+        with swapped(self._holders, {name: t.squeeze(0).to(self.base.dtype) for name, t in trained.items()}):
             yield Attached()
 
     def export(self, values: Tensors, path: Path) -> None:
@@ -99,6 +99,3 @@ class Full(Method):
         received = as_one_client({name: t.to(self.base.device) for name, t in values.items()})
         with self.attach(received, received, torch.zeros(1, dtype=torch.int64)):
             save_model(self.base, path)
-
-
-METHOD = Full

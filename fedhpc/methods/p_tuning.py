@@ -19,17 +19,18 @@ from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
 
 
-class Options(Section):
-    num_virtual_tokens: int = Field(16, ge=1, description="n, length of the soft prompt")
-    hidden_size: int = Field(128, ge=1, description="width of the MLP")
-
-
 class PTuning(Method):
-    """See the module."""
+    """P-tuning: a soft prompt made by a small trained network (Liu et al. 2021, arXiv 2103.10385)."""
+
+    class Options(Section):
+        num_virtual_tokens: int = Field(16, ge=1, description="n, length of the soft prompt")
+        hidden_size: int = Field(128, ge=1, description="width of the MLP")
+
+    options: Options
 
     @property
     def virtual_tokens(self) -> int:
-        return int(self.options.num_virtual_tokens)
+        return self.options.num_virtual_tokens
 
     @property
     def payload(self) -> Layout:
@@ -42,15 +43,15 @@ class PTuning(Method):
         return Layout(shapes)
 
     def initial(self) -> dict[str, Tensor]:
-        noise = torch.Generator().manual_seed(torch_seed(self.seed, "p-tuning"))
+        drawing = torch.Generator().manual_seed(torch_seed(self.seed, "p-tuning"))
         shapes = self.payload.shapes
         tensors = {}
         for name, shape in shapes.items():
             if name == "embedding.weight":
-                tensors[name] = torch.randn(shape, generator=noise)
+                tensors[name] = torch.randn(shape, generator=drawing)
             else:  # the uniform bound of torch.nn.Linear
                 fan_in = shapes[name.rsplit(".", 1)[0] + ".weight"][1]
-                tensors[name] = (torch.rand(shape, generator=noise) * 2 - 1) / fan_in**0.5
+                tensors[name] = (torch.rand(shape, generator=drawing) * 2 - 1) / fan_in**0.5
         return tensors
 
     def prompts(self, trained: PerClient) -> Tensor:
@@ -72,7 +73,7 @@ class PTuning(Method):
 
     def export(self, values: Tensors, path: Path) -> None:
         """A PEFT p-tuning adapter: the soft prompt, without the network that made it."""
-        from fedhpc.methods._peft import virtual_tokens, write_adapter
+        from fedhpc.methods._peft import virtual_tokens
 
         with torch.no_grad():
             prompt = self.prompts(as_one_client(values))[0]
@@ -82,7 +83,4 @@ class PTuning(Method):
             "encoder_hidden_size": self.options.hidden_size,
             **virtual_tokens(prompt, self.base),
         }
-        write_adapter(path, config, {"prompt_embeddings": prompt}, self.base)
-
-
-METHOD = PTuning
+        self.write_adapter(path, config, {"prompt_embeddings": prompt})

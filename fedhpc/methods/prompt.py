@@ -23,18 +23,21 @@ from fedhpc.updates.layout import Layout
 PROMPT = "prompt_embeddings"
 
 
-class Options(Section):
-    num_virtual_tokens: int = Field(16, ge=1, description="n, length of the soft prompt")
-    init: Literal["text", "random"] = Field("text", description="start from real words' embeddings or noise")
-    init_text: str = Field(INIT_TEXT, min_length=1, description="the real words; repeated where fewer than n tokens")
-
-
 class Prompt(Method):
-    """See the module."""
+    """Prompt tuning: trained embeddings stand in front of the text (Lester et al. 2021, arXiv 2104.08691)."""
+
+    class Options(Section):
+        num_virtual_tokens: int = Field(16, ge=1, description="n, length of the soft prompt")
+        init: Literal["text", "random"] = Field("text", description="start from real words' embeddings or noise")
+        init_text: str = Field(
+            INIT_TEXT, min_length=1, description="the real words; repeated where fewer than n tokens"
+        )
+
+    options: Options
 
     @property
     def virtual_tokens(self) -> int:
-        return int(self.options.num_virtual_tokens)
+        return self.options.num_virtual_tokens
 
     @property
     def payload(self) -> Layout:
@@ -43,8 +46,8 @@ class Prompt(Method):
 
     def initial(self) -> dict[str, Tensor]:
         if self.options.init == "random":
-            noise = torch.Generator().manual_seed(torch_seed(self.seed, "prompt"))
-            return {PROMPT: torch.randn(self.payload.shapes[PROMPT], generator=noise)}
+            drawing = torch.Generator().manual_seed(torch_seed(self.seed, "prompt"))
+            return {PROMPT: torch.randn(self.payload.shapes[PROMPT], generator=drawing)}
         ids = first_tokens(self.base, self.options.init_text, self.options.num_virtual_tokens)
         with torch.no_grad():
             embeddings = self.base.model.get_input_embeddings()(torch.tensor(ids, device=self.base.device))
@@ -60,14 +63,11 @@ class Prompt(Method):
 
     def export(self, values: Tensors, path: Path) -> None:
         """A PEFT prompt-tuning adapter."""
-        from fedhpc.methods._peft import virtual_tokens, write_adapter
+        from fedhpc.methods._peft import virtual_tokens
 
         config = {
             "peft_type": "PROMPT_TUNING",
             "prompt_tuning_init": "RANDOM",
             **virtual_tokens(values[PROMPT], self.base),
         }
-        write_adapter(path, config, {PROMPT: values[PROMPT]}, self.base)
-
-
-METHOD = Prompt
+        self.write_adapter(path, config, {PROMPT: values[PROMPT]})

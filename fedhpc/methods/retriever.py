@@ -31,29 +31,33 @@ PROJECTION = "query_projection.weight"
 _FORMAT = "fedhpc-retriever"
 
 
-class Options(Section):
-    def conflict(self, config: Any) -> str | None:
-        """What a loss against the other passages of a batch has no meaning for."""
-        if config.client.batch_size < 2:
-            return "client.batch_size 1: method.name retriever tells a passage from the others of a step: use 2 or more"
-        # One model is evaluated against every passage of a batch, one of several against those of its own rows alone.
-        for key, given in (
-            ("mode local", config.mode == "local"),
-            ("personalization", config.personalization.parts or config.personalization.finetune_steps),
-            ("evaluation.client_fraction", config.evaluation.client_fraction),
-        ):
-            if given:
-                return (
-                    f"{key} evaluates clients beside each other, and a retriever's loss depends on how many passages "
-                    "it chooses from, which is not the same for each: leave it out"
-                )
-        return None
-
-
 class Retriever(Method):
-    """See the module."""
+    """Retriever tuning: a trained linear map behind the vectors of questions (Karpukhin et al. 2020)."""
 
-    def __init__(self, options: Any, base: Base, seed: int) -> None:
+    class Options(Section):
+        def conflict(self, config: Any) -> str | None:
+            """What a loss against the other passages of a batch has no meaning for."""
+            if config.client.batch_size < 2:
+                return (
+                    "client.batch_size 1: method.name retriever tells a passage from the others of a step: use 2 or "
+                    "more"
+                )
+            # One model is evaluated against every passage of a batch, one of several against those of its own rows.
+            for key, given in (
+                ("mode local", config.mode == "local"),
+                ("personalization", config.personalization.parts or config.personalization.finetune_steps),
+                ("evaluation.client_fraction", config.evaluation.client_fraction),
+            ):
+                if given:
+                    return (
+                        f"{key} evaluates clients beside each other, and a retriever's loss depends on how many "
+                        "passages it chooses from, which is not the same for each: leave it out"
+                    )
+            return None
+
+    options: Options
+
+    def __init__(self, options: Options, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)
         if base.task != "embedding":
             raise UserError(
@@ -77,9 +81,7 @@ class Retriever(Method):
 
     def export(self, values: Tensors, path: Path) -> None:
         """The map, and which encoder it belongs to."""
-        from fedhpc.methods._peft import write_adapter
-
-        write_adapter(path, {"format": _FORMAT, "fingerprint": self.base.fingerprint}, values, self.base)
+        self.write_adapter(path, {"format": _FORMAT, "fingerprint": self.base.fingerprint}, values)
 
 
 def _mapped(projection: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
@@ -107,6 +109,3 @@ def load(path: Path, base: Base) -> Tensor:
             f"than method.encoder '{base.name}'"
         )
     return tensors[PROJECTION]
-
-
-METHOD = Retriever

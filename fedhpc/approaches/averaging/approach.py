@@ -27,7 +27,7 @@ from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broa
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
-from fedhpc.methods._head import with_head
+from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
@@ -55,8 +55,8 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
         """method: instead of the one that the configuration names."""
         super().__init__(inputs)
         config = self.config
-        made = method or registry.load("methods", config.method.name).METHOD(config.method, self.base, config.run.seed)
-        self.method = with_head(made)
+        seed, max_length = config.run.seed, config.data.max_length
+        self.method = method or make_method(config.method, self.base, seed, max_length)
         if config.client.scaffold and self.method.trainable.shapes != self.method.payload.shapes:
             raise UserError(
                 f"client.scaffold: {config.method.name} with these options trains other parameters than it exchanges, "

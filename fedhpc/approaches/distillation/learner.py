@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedhpc import registry
 from fedhpc.approaches.distillation.alignment import Alignment
 from fedhpc.approaches.distillation.knowledge import (
     Knowledge,
@@ -21,7 +20,7 @@ from fedhpc.approaches.distillation.knowledge import (
 from fedhpc.config import Config, Model
 from fedhpc.data import Data
 from fedhpc.data.tokens import Examples
-from fedhpc.methods._head import with_head
+from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Predictor
 from fedhpc.models.load import check_length, load_base
@@ -49,9 +48,7 @@ class Learner:
     @cached_property
     def method(self) -> Method:
         """What is trained."""
-        options, base = self._method, self.base
-        check_length(base, self.config.data.max_length, int(getattr(options, "num_virtual_tokens", 0)))
-        return with_head(registry.load("methods", options.name).METHOD(options, base, self.config.run.seed))
+        return make_method(self._method, self.base, self.config.run.seed, self.config.data.max_length)
 
     @property
     def public(self) -> Examples:

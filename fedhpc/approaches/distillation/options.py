@@ -72,7 +72,7 @@ class Options(Section):
             )
         methods = {"student": self.student, **{f"groups[{i}].method": g.method for i, g in enumerate(self.groups)}}
         for key, method in methods.items():
-            if not hasattr(registry.load("methods", method.name), "METHOD"):
+            if registry.is_approach(method.name):
                 return f"method.{key}: {method.name} trains no model of its own; use one such as lora"
             if method.name == "fedkseed":
                 return f"method.{key}: fedkseed sends seeds to save bytes, of which nothing is left here; use full"

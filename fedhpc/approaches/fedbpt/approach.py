@@ -37,7 +37,8 @@ from fedhpc.approaches.scoring.approach import NUMBER_BYTES, Rows, Scores, Scori
 from fedhpc.approaches.scoring.likelihoods import Float64, Int64, Spent
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
-from fedhpc.methods.prompt import METHOD, PROMPT
+from fedhpc.methods.prompt import PROMPT, Prompt
+from fedhpc.models.load import check_length
 from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
@@ -85,7 +86,8 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
         options, seed = self.config.method, self.config.run.seed
-        self.method = METHOD(options, self.base, seed)
+        self.method = Prompt(options, self.base, seed)
+        check_length(self.base, self.config.data.max_length, self.method.virtual_tokens)
         origin = self.method.initial()[PROMPT].double().numpy()
         if options.dimension > origin.size:
             raise UserError(

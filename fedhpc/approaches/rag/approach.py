@@ -41,7 +41,7 @@ from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, evaluate, likelihoods, subset
 from fedhpc.evaluation.metrics._answers import within, words
 from fedhpc.evaluation.metrics.base import Outputs
-from fedhpc.methods._head import with_head
+from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.models.load import check_length
@@ -683,16 +683,13 @@ def _tuned(path: Path, approach: Rag) -> tuple[Method, Tensor]:
     if not (folder / "results.h5").is_file() or not (folder / "config.yaml").is_file():
         raise UserError(f"method.adapter: '{path}' is not the adapter/ of a run: {folder} has no results.h5")
     config, results = configuration.load(str(folder / "config.yaml"), []), Results.read(folder / "results.h5")
-    module = registry.load("methods", config.method.name)
-    if not results.complete or not hasattr(module, "METHOD") or config.mode == "local":
+    if not results.complete or registry.is_approach(config.method.name) or config.mode == "local":
         raise UserError(f"method.adapter: '{folder}' is not a complete run that customized one model")
     if results.attributes["fingerprint_model"] != approach.base.fingerprint:
         raise UserError(
             f"method.adapter: '{path}' was trained on another base ({config.model.name}) than '{approach.base.name}'"
         )
-    virtual = int(getattr(config.method, "num_virtual_tokens", 0))
-    check_length(approach.base, approach.config.data.max_length, virtual)
-    method = with_head(module.METHOD(config.method, approach.base, config.run.seed))
+    method = make_method(config.method, approach.base, config.run.seed, approach.config.data.max_length)
     final = {name: torch.from_numpy(results.groups["final"][name]) for name in method.payload.shapes}
     return method, method.payload.flatten(final).unsqueeze(0).to(approach.base.device)
 

@@ -1,0 +1,67 @@
+"""What the linear layers inside a transformer are called, by architecture (`model_type` of its configuration).
+
+A name is the end of a layer's path in the model, as PEFT matches it. Methods that adapt certain layers by default take
+their names from here; an architecture that is not listed is taken to name its layers as Llama does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedhpc.models.base import Base
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of linear layers; the projections of a fused attention layer share one."""
+
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    attention_output: tuple[str, ...] = ("o_proj",)  # of self-attention and of cross-attention
+    feed_forward_output: str = "down_proj"
+    rescaled: tuple[str, ...] | None = None  # what (IA)^3 rescales in PEFT where it is not keys and values
+
+    @property
+    def queries_and_values(self) -> list[str]:
+        """What LoRA adapts (Hu et al. 2022, section 4.2)."""
+        return list(dict.fromkeys([self.query, self.value]))
+
+    @property
+    def keys_and_values(self) -> list[str]:
+        """Whose outputs (IA)^3 rescales (Liu et al. 2022, section 3.3)."""
+        return list(dict.fromkeys(self.rescaled or [self.key, self.value]))
+
+
+def _fused(attention: str, attention_output: str, feed_forward_output: str) -> Architecture:
+    """Queries, keys and values are made by one layer."""
+    return Architecture(attention, attention, attention, (attention_output,), feed_forward_output)
+
+
+_BERT = Architecture("query", "key", "value", ("attention.output.dense",), "output.dense")
+_T5 = Architecture("q", "k", "v", ("o",), "wo")
+_BY_TYPE = {
+    "bart": Architecture(
+        attention_output=("self_attn.out_proj", "encoder_attn.out_proj"),
+        feed_forward_output="fc2",
+        rescaled=("q_proj", "v_proj"),
+    ),
+    "bert": _BERT,
+    "bloom": _fused("query_key_value", "self_attention.dense", "mlp.dense_4h_to_h"),
+    "distilbert": Architecture("q_lin", "k_lin", "v_lin", ("out_lin",), "lin2"),
+    "electra": _BERT,
+    "gpt2": _fused("c_attn", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": _fused("query_key_value", "attention.dense", "dense_4h_to_h"),
+    "mt5": _T5,
+    "opt": Architecture(attention_output=("self_attn.out_proj",), feed_forward_output="fc2"),
+    "roberta": _BERT,
+    "t5": _T5,
+    "xlm-roberta": _BERT,
+}
+
+
+def architecture(base: Base) -> Architecture:
+    """The names of the linear layers of a base."""
+    return _BY_TYPE.get(base.model.config.model_type, Architecture())

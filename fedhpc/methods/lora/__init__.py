@@ -1,0 +1,126 @@
+"""LoRA: a trained low-rank term beside frozen weights (Hu et al. 2022, arXiv 2106.09685, equation 3).
+
+h = W x + s B A x with s = alpha / r, A (r, in) drawn at random and B (out, r) zero at first; in training with dropout
+on the x of the second term. Payload and export are named and shaped as in PEFT. How the clients' terms combine is the
+option `aggregation`; each rule is a file of this folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedhpc.lazy import Tensor, torch
+from fedhpc.methods._architectures import architecture
+from fedhpc.methods._linear import find_layers, is_conv1d, widths
+from fedhpc.methods.base import Attached, Method, PerClient, Tensors
+from fedhpc.methods.lora.average import Average
+from fedhpc.methods.lora.exact import Exact
+from fedhpc.methods.lora.factors import Factors
+from fedhpc.methods.lora.ffa import FrozenA
+from fedhpc.methods.lora.stack import Stack
+from fedhpc.methods.lora.term import Dropout, adds_term
+from fedhpc.registry import Section
+from fedhpc.rng import bits
+from fedhpc.updates.layout import Layout
+
+if TYPE_CHECKING:
+    from fedhpc.models.base import Base
+
+_RULES: dict[str, type[Average]] = {"average": Average, "ffa": FrozenA, "exact": Exact, "stack": Stack}
+
+
+class Lora(Method):
+    """LoRA: a trained low-rank term is added to some linear layers of the base (Hu et al. 2022, arXiv 2106.09685)."""
+
+    class Options(Section):
+        rank: int = Field(8, ge=1, description="r, rank of the added term")
+        alpha: float = Field(16.0, gt=0, description="the term is scaled by alpha / rank")
+        dropout: float = Field(0.0, ge=0, lt=1, description="share of the inputs of the term dropped in training")
+        aggregation: Literal["average", "ffa", "exact", "stack"] = Field(
+            "average", description="what is trained and how it combines"
+        )
+        ranks: list[Annotated[int, Field(ge=1)]] | None = Field(
+            None,
+            min_length=1,
+            description="with stack: client c has rank ranks[c mod length], scaled by alpha / rank all the same",
+        )
+        targets: list[str] | None = Field(
+            None, min_length=1, description="names of the adapted linear layers; default: attention, by architecture"
+        )
+
+        def conflict(self, config: Any) -> str | None:
+            if self.ranks is not None and self.aggregation != "stack":
+                return "method.ranks needs method.aggregation stack: the other rules combine factors of one rank"
+            if self.aggregation == "stack" and config.mode != "federated":
+                return (
+                    f"method.aggregation stack begins afresh after every aggregation, and mode {config.mode} has none: "
+                    "use average"
+                )
+            return None
+
+    options: Options
+
+    def __init__(self, options: Options, base: Base, seed: int) -> None:
+        super().__init__(options, base, seed)
+        self.targets = options.targets or architecture(base).queries_and_values
+        self._layers = find_layers(base, self.targets, "method.targets")
+        sizes = {path: widths(layer) for path, layer in self._layers.items()}
+        rank, self._scale = max(options.ranks or [options.rank]), options.alpha / options.rank
+        self._rule = _RULES[options.aggregation](Factors(sizes, rank, self._scale, seed), options, base)
+
+    @property
+    def payload(self) -> Layout:
+        return self._rule.payload
+
+    @property
+    def trainable(self) -> Layout:
+        return self._rule.trainable
+
+    def initial(self) -> Tensors:
+        return self._rule.initial()
+
+    def start(self, received: PerClient, round_: int = 0, clients: Sequence[int] = ()) -> PerClient:
+        return self._rule.start(received, round_, clients)
+
+    def finish(self, trained: PerClient, received: PerClient) -> PerClient:
+        return self._rule.finish(trained, received)
+
+    def numbers_sent(self, client: int) -> int:
+        return self._rule.numbers_sent(client)
+
+    @contextmanager
+    def attach(
+        self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
+    ) -> Iterator[Attached]:
+        with ExitStack() as attached:
+            for number, (path, layer) in enumerate(self._layers.items()):
+                a, b = self._rule.term(path, trained)
+                gained, dropout = self._rule.gained(path, received), self._dropout(row_keys, number)
+                term = adds_term(a, b, self._scale, gained, rows, dropout)
+                attached.callback(layer.register_forward_hook(term).remove)
+            yield Attached(by_position=row_keys is not None and self.options.dropout > 0)
+
+    def _dropout(self, row_keys: Tensor | None, number: int) -> Dropout | None:
+        """The dropout of an adapted layer, counted from 0."""
+        if row_keys is None or not self.options.dropout:
+            return None
+        return Dropout(bits(row_keys, torch.tensor(number)), self.options.dropout)
+
+    def export(self, values: Tensors, path: Path) -> None:
+        """A PEFT LoRA adapter."""
+        tensors, alpha = self._rule.exported(values)
+        config = {
+            "peft_type": "LORA",
+            "r": next(tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name),
+            "lora_alpha": alpha,
+            "lora_dropout": self.options.dropout,
+            "bias": "none",
+            "target_modules": self.targets,
+            "fan_in_fan_out": any(is_conv1d(layer) for layer in self._layers.values()),
+        }
+        self.write_adapter(path, config, {f"base_model.model.{name}": t for name, t in tensors.items()})

@@ -1,0 +1,40 @@
+"""`aggregation: ffa`: A stays as it was drawn, and B alone is trained and exchanged.
+
+FFA-LoRA (Sun et al. 2024, arXiv 2403.12313, section 4). The mean of the B_i A is then the mean of the B_i times A, and
+the payload is half as large.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from fedhpc.lazy import Tensor
+from fedhpc.methods.base import PerClient, Tensors
+from fedhpc.methods.lora.average import Average
+from fedhpc.methods.lora.factors import name_a, name_b
+from fedhpc.updates.layout import Layout
+
+
+class FrozenA(Average):
+    """B is trained and exchanged."""
+
+    @cached_property
+    def trainable(self) -> Layout:
+        shapes = self.factors.layout.shapes
+        return Layout({name_b(path): shapes[name_b(path)] for path in self.factors.widths})
+
+    @cached_property
+    def _frozen(self) -> PerClient:
+        """A of every layer (1, r, in), on the device."""
+        drawn = self.factors.drawn()
+        device, dtype = self.base.device, self.base.payload_dtype
+        return {
+            name_a(path): drawn[name_a(path)].to(device, dtype).unsqueeze(0)
+            for path in self.factors.widths
+        }  # fmt: skip
+
+    def term(self, path: str, trained: PerClient) -> tuple[Tensor, Tensor]:
+        return self._frozen[name_a(path)], trained[name_b(path)]
+
+    def exported(self, values: Tensors) -> tuple[Tensors, float]:
+        return {**{name: a[0] for name, a in self._frozen.items()}, **values}, self.options.alpha
