@@ -99,6 +99,9 @@ class TinyTokenizer:
         ids = [3 + ord(c) % (VOCABULARY - 3) for c in text]
         return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
+    def save_pretrained(self, path: Any) -> None:
+        """Nothing: no test reads it."""
+
 
 def base(
     family: str, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 3.0, device: str = "cpu"

@@ -23,7 +23,7 @@ from fedhpc.data.tokens import Examples
 from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Predictor
-from fedhpc.models.load import check_length, load_base
+from fedhpc.models.load import load_base
 from fedhpc.objectives.base import PredictedObjective
 from fedhpc.objectives.soft_targets import SoftTargets
 from fedhpc.rng import generator, torch_seed

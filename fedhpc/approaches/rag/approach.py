@@ -44,7 +44,6 @@ from fedhpc.evaluation.metrics.base import Outputs
 from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
-from fedhpc.models.load import check_length
 from fedhpc.participation.blocks import assign, form_blocks
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.ranks.collectives import broadcast_bytes, gather_bytes, tree_merge
