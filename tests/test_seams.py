@@ -87,7 +87,6 @@ class EightBits(Transform):
     """Whole numbers of 8 bits, rounded at random, with error feedback (Karimireddy et al. 2019, arXiv 1901.09847)."""
 
     keeps = ("residual",)
-    encodes = True
 
     def on_client(self, updates: Tensor, about: About) -> Tensor:
         wanted = updates + about.kept["residual"]

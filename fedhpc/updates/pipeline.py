@@ -31,11 +31,6 @@ class Pipeline:
         """Whether clients keep something for a transform from round to round."""
         return any(transform.keeps for transform in self.transforms)
 
-    @property
-    def encodes(self) -> bool:
-        """Whether an update takes other bytes on the wire than its numbers do."""
-        return any(transform.encodes for transform in self.transforms)
-
     def on_clients(
         self,
         updates: Tensor,

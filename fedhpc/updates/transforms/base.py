@@ -2,7 +2,6 @@
 
 class Quantize(Transform):
     keeps = ("residual",)  # error feedback: what rounding lost goes into the client's next update
-    encodes = True
 
     def on_client(self, updates, about):
         wanted = updates + about.kept["residual"]
@@ -41,7 +40,8 @@ class About:
     #: whose update is rejected nothing changes.
     kept: dict[str, Tensor]
 
-    #: int64 (K,): bytes that each client's update takes on the wire. A transform that `encodes` writes its own.
+    #: int64 (K,): bytes that each client's update takes on the wire. A transform that packs it
+    #: otherwise writes what that takes.
     bytes_up: np.ndarray
 
     seed: int
@@ -68,9 +68,6 @@ class Transform:
 
     #: Names of the tensors that the server keeps from round to round; they are in the checkpoint.
     keeps_on_server: ClassVar[tuple[str, ...]] = ()
-
-    #: Whether updates take other bytes on the wire than their numbers do, which `on_client` writes to `bytes_up`.
-    encodes: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         """options: its item of the list `transforms` in the configuration."""
