@@ -64,7 +64,7 @@ def run_round(
         plan = approach.plan(round_)
         download = approach.download(transport, server_state, plan)
     with clock("local"):
-        blocks = approach.blocks_of(plan, transport.rank)
+        blocks = approach.blocks_of(plan, approach.topology.worker_of(transport.rank))
         results = [r for block in blocks for r in approach.local_in_parts(plan, block.clients, download)]
     with clock("reduce"):
         combined = approach.combine(transport, plan, results)

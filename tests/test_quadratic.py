@@ -30,6 +30,7 @@ from fedhpc.methods.base import Method, PerClient, Tensors
 from fedhpc.models.base import Attached, Base, Batch
 from fedhpc.objectives.base import Objective
 from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.topology import Topology
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results import run_directory
 from fedhpc.updates.layout import Layout
@@ -147,7 +148,7 @@ def federated(
         objective=Quadratic(),
         data=Data(train, others, others, population, [], "quadratic"),
         rounds=config.federation.rounds,
-        workers=tuple(range(1, ranks)) or (0,),
+        topology=Topology.of(ranks),
         label_targets=None,
         placement=Placement(),
     )

@@ -93,7 +93,7 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
                     f"evaluation.metrics: {name} is of {needed}, which method.name {self.config.method.name} of "
                     f"'{self.base.name}' does not give"
                 )
-        self.rounds, self.workers, self.label_targets = inputs.rounds, inputs.workers, inputs.label_targets
+        self.rounds, self.topology, self.label_targets = inputs.rounds, inputs.topology, inputs.label_targets
         self.placement = inputs.placement
         #: How many clients this rank has memory for at a time; None while no block was too large.
         self.clients_that_fit: int | None = None
@@ -133,6 +133,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """Whether clients keep something from round to round (fedhpc.training.client_state)."""
         return False
 
+    @property
+    def workers(self) -> range:
+        """The workers, as a plan counts them."""
+        return range(self.topology.num_workers)
+
     @cached_property
     def schedule(self) -> Schedule:
         """Which clients start when."""
@@ -142,8 +147,8 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """Who does what in a round. It follows from configuration, population and round alone."""
         return self.schedule.plan(round_)
 
-    def blocks_of(self, plan: Plan, worker: int) -> list[Block]:
-        """What a worker trains, a forward each."""
+    def blocks_of(self, plan: Plan, worker: int | None) -> list[Block]:
+        """What a worker trains, a forward each; nothing where the rank is no worker."""
         blocks = [block for block in plan.blocks if block.worker == worker]
         return joined(blocks, self.most_together) if self.most_together > self.block_size else blocks
 

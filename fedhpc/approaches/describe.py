@@ -33,7 +33,9 @@ def headline(approach: Run, transport: Transport) -> str:
 def describe(approach: Run, transport: Transport) -> list[str]:
     """The plan that --check prints: clients, blocks, steps, what is exchanged, bytes per round, memory."""
     splits, plan = approach.data, approach.plan(1)
-    per_worker = {w: sum(b.cost for b in plan.blocks if b.worker == w) for w in approach.workers}
+    per_worker = {
+        approach.topology.speaker(w): sum(b.cost for b in plan.blocks if b.worker == w) for w in approach.workers
+    }
     largest = max((len(b.clients) for b in plan.blocks), default=0)
     exchanged, *rest = approach.details(plan)
     return [

@@ -18,6 +18,7 @@ from fedhpc.participation.sampling import cohort_size, num_rounds
 from fedhpc.ranks.devices import device_of
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.topology import Topology
 from fedhpc.training.schedule import num_steps
 
 
@@ -30,7 +31,7 @@ class Inputs:
     objective: Objective
     data: Data
     rounds: int
-    workers: tuple[int, ...]
+    topology: Topology
     label_targets: list[str] | None  # the target of each label, where a metric needs them
     placement: Placement  # where the ranks work
 
@@ -54,14 +55,13 @@ def load_inputs(
         raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")
     if config.mode == "centralized" and num_steps(data.population.num_examples(0), config.client) == 0:
         raise UserError("data.train: there is no training example left")
-    ranks = range(world_size)
     return Inputs(
         config=config,
         base=base,
         objective=objective,
         data=data,
         rounds=num_rounds(config, data.population),
-        workers=tuple(ranks[1:]) or (0,),
+        topology=Topology.of(world_size),
         label_targets=_label_targets(config, model, data),
         placement=launch.placement,
     )

@@ -147,7 +147,8 @@ def make_record(
 
 def _client_columns(approach: Run, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> dict[str, Any]:
     """The rows of /clients."""
-    trained_in = {c: (block.worker, i) for i, block in enumerate(plan.blocks) for c in block.clients}
+    speaker = approach.topology.speaker
+    trained_in = {c: (speaker(block.worker), i) for i, block in enumerate(plan.blocks) for c in block.clients}
 
     def reported(name: str) -> np.ndarray:
         return np.where(column["reported"] > 0, column[name], np.nan)

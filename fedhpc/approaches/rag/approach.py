@@ -203,7 +203,8 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     def _mine(self, rank: int, clients: Sequence[int]) -> list[int]:
         """Those of `clients` that this rank searches, in ascending order."""
         wanted = set(clients)
-        return sorted(c for block in self._home if block.worker == rank for c in block.clients if c in wanted)
+        worker = self.topology.worker_of(rank)
+        return sorted(c for block in self._home if block.worker == worker for c in block.clients if c in wanted)
 
     def _shard(self, client: int) -> Shard:
         if client not in self._shards:
