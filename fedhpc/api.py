@@ -30,7 +30,7 @@ from fedhpc.ranks.startup import DONE, REFUSED
 from fedhpc.report.plots import draw_losses
 from fedhpc.report.runs import LoadedRun, load_run
 from fedhpc.report.text import as_number, in_order, title_of
-from fedhpc.results.run_directory import read_status
+from fedhpc.results.status import read_status
 
 if TYPE_CHECKING:
     import pandas

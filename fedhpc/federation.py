@@ -21,11 +21,14 @@ from fedhpc.errors import UserError
 from fedhpc.participation import forecast as forecasts
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
-from fedhpc.results import run_directory
+from fedhpc.results.lock import Lock, take_lock
 from fedhpc.results.progress import Progress
 from fedhpc.results.record import OK, Event, FinalResults, Observer, RoundRecord
 from fedhpc.results.recorder import Recorder, new_results, restored
 from fedhpc.results.results_file import Results
+from fedhpc.results.resume import decide
+from fedhpc.results.run_directory import begin, remove_temporary_files, write_config
+from fedhpc.results.status import read_status, write_status
 from fedhpc.server.state import State
 from fedhpc.training import client_state
 
@@ -142,14 +145,14 @@ def _begin(
     config, directory = approach.config, approach.config.run_dir
     run = run_description(approach, transport)
     begun: list[tuple[Results, State]] = []
-    locks: list[run_directory.Lock] = []
+    locks: list[Lock] = []
 
     def claim() -> str:
-        before = run_directory.read_status(directory)
-        decision = run_directory.decide(config, directory, fresh, approach.data.fingerprint, approach.fingerprint)
-        locks.append(run_directory.lock(directory))
+        before = read_status(directory)
+        decision = decide(config, directory, fresh, approach.data.fingerprint, approach.fingerprint)
+        locks.append(take_lock(directory))
         stack.callback(locks[0].close)
-        if run_directory.read_status(directory) != before:
+        if read_status(directory) != before:
             raise UserError(f"{directory}: another run began or ended in it just now; give the same command again")
         return decision
 
@@ -166,12 +169,12 @@ def _begin(
 
     def take() -> None:
         if decision == "fresh":
-            run_directory.begin(directory)
+            begin(directory)
         else:
-            run_directory.sweep(directory)
+            remove_temporary_files(directory)
             # Before the new configuration: a finished run that is being extended must not look finished any more.
-            run_directory.write_status(directory, "running", round_)
-        run_directory.write_config(directory, config)
+            write_status(directory, "running", round_)
+        write_config(directory, config)
 
     decision = on_server(transport, claim)
     round_ = on_server(transport, restore)  # before anything is written: a damaged run is left as it is
@@ -210,7 +213,7 @@ def _begin(
 
 def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
     """Whether the run directory holds this very run, complete; says so. RefusedError where it holds another one."""
-    finished = on_server(transport, lambda: run_directory.decide(config, config.run_dir, fresh) == "finished")
+    finished = on_server(transport, lambda: decide(config, config.run_dir, fresh) == "finished")
     if finished and transport.is_server:
         longer = "" if config.method.fixes_rounds else ", a larger federation.rounds extends it"
         print(f"{config.run_dir}: this run is finished; --fresh starts it over{longer}")
@@ -220,7 +223,7 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
 def forecast(approach: AnyApproach, counts: Sequence[int]) -> list[str]:
     """Lines of --check on other numbers of ranks, from the times of the run in the run directory, if there is one."""
     config, path = approach.config, approach.config.run_dir / "results.h5"
-    run_directory.decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)
+    decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)
     if not path.exists():
         return forecasts.lines(approach, counts, None, 1)
     pilot = Results.read(path)

@@ -51,8 +51,11 @@ from fedhpc.registry import Section
 from fedhpc.report.compare import compare
 from fedhpc.report.runs import load_run
 from fedhpc.report.text import console
-from fedhpc.results import run_directory
+from fedhpc.results.files import atomic_write
+from fedhpc.results.lock import InUseError
 from fedhpc.results.progress import duration
+from fedhpc.results.resume import decide
+from fedhpc.results.status import read_status
 
 COMPLETE, IN_USE, STOPPED = "complete", "in use", "preempted"
 Changes = Mapping[str, Any]  # section.key -> value
@@ -232,8 +235,8 @@ class _Runner:
         """Run one cell; returns COMPLETE, IN_USE, STOPPED, or the reason why it failed."""
         directory = cell.config.run_dir
         directory.parent.mkdir(parents=True, exist_ok=True)
-        run_directory.atomic_write(cell.file, cell.config.to_yaml().encode())
-        status_before = run_directory.read_status(directory)
+        atomic_write(cell.file, cell.config.to_yaml().encode())
+        status_before = read_status(directory)
         if self.signals:
             return STOPPED
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through us.
@@ -241,7 +244,7 @@ class _Runner:
         if self.signals:
             self._end()
         code = self.process.wait()
-        status = run_directory.read_status(directory)
+        status = read_status(directory)
         # torchrun turns every exit code into 1, so the status that the run wrote decides.
         reported = status if status != status_before else None
         if self.signals or code == PREEMPTED or (code and reported and reported.state == "preempted"):
@@ -258,9 +261,9 @@ def status_of(cell: Cell) -> str:
     UserError where its directory holds another run.
     """
     try:
-        decision = run_directory.decide(cell.config, cell.config.run_dir, fresh=False, wait_s=0.0)
-        status = run_directory.read_status(cell.config.run_dir)
-    except run_directory.InUseError:
+        decision = decide(cell.config, cell.config.run_dir, fresh=False, wait_s=0.0)
+        status = read_status(cell.config.run_dir)
+    except InUseError:
         return IN_USE
     except UserError as error:
         raise UserError(f"{error} (for a sweep: remove that folder, or give another sweep.dir)") from None

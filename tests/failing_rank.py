@@ -17,7 +17,7 @@ from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.ranks import process
 from fedhpc.ranks.liveness import Liveness  # noqa: F401
 from fedhpc.ranks.transport import torch_dist
-from fedhpc.results import run_directory
+from fedhpc.results import files
 from fedhpc.training import client_state
 
 
@@ -41,7 +41,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "local training": (Averaging, "local", 8),
     "collective": (torch_dist.TorchTransport, "_reduce_sum", 7),
     "server step": (Averaging, "step", 3),
-    "checkpoint": (run_directory, "_fsync", 30),
+    "checkpoint": (files, "_fsync", 30),
     "client state": (client_state, "save", 8),
 }
 

@@ -17,7 +17,8 @@ import yaml
 
 from fedhpc.main import main
 from fedhpc.models.load import BUILTIN
-from fedhpc.results.run_directory import CHECKPOINT
+from fedhpc.results.checkpoint import CHECKPOINT
+from fedhpc.results.lock import take_lock
 from tests.ranks import Launcher, Result, run_ranks
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -570,9 +571,8 @@ def test_directories_that_cannot_be_used(capfd: pytest.CaptureFixture[str], monk
 
 
 def test_a_directory_in_use(finished: str, capfd: pytest.CaptureFixture[str]) -> None:
-    from fedhpc.results import run_directory
 
-    held = run_directory.lock(Path("run"))
+    held = take_lock(Path("run"))
     try:
         for extra in ([], ["--fresh"], ["federation.rounds=2"]):
             says(refused(capfd, [finished, *extra]), "run: in use by a live run", str(os.getpid()), "another run.dir")

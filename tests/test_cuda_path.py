@@ -24,7 +24,7 @@ from fedhpc.objectives import base as objectives_base
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import LoopbackTransport
-from fedhpc.results import run_directory
+from fedhpc.results.status import read_status
 from fedhpc.training.block import Memory, train_block
 from tests import tiny
 from tests.fake_gpu import GPU, PAGEABLE, READ, fake_gpu
@@ -326,4 +326,4 @@ def test_a_run_ends_well(case: dict[str, Any], texts: Path, tmp_path: Path, monk
         assert approach.base.device == GPU
         federation.run(approach, LoopbackTransport(), True, lambda round_: None)
         assert gpu.operators > 500
-    assert run_directory.read_status(tmp_path / "run").state == "complete"
+    assert read_status(tmp_path / "run").state == "complete"

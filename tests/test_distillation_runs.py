@@ -25,7 +25,7 @@ from fedhpc.objectives.soft_targets import SoftTargets
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
-from fedhpc.results.run_directory import load_checkpoint
+from fedhpc.results.checkpoint import load_checkpoint
 from fedhpc.rng import torch_seed
 from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block

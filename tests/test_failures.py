@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from fedhpc.main import main
-from fedhpc.results.run_directory import CHECKPOINT, load_tensors
+from fedhpc.results.checkpoint import CHECKPOINT
+from fedhpc.results.files import load_tensors
 from tests.failing_rank import run
 from tests.ranks import REPOSITORY, _clean_environ, free_port
 from tests.test_kill import HANGS_AFTER_S, complete, kill_somewhere, printed, recorded, same_as, whole_files, write

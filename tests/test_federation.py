@@ -24,7 +24,7 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import LoopbackTransport
-from fedhpc.results import run_directory
+from fedhpc.results.checkpoint import save_checkpoint
 from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.schedule import batches
@@ -316,7 +316,7 @@ def test_no_rank_removes_what_the_checkpoint_still_needs(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a slow disk: workers without anything to wait for must not run ahead of the checkpoint."""
-    save, done = run_directory.save_checkpoint, [0]
+    save, done = save_checkpoint, [0]
 
     def slowly(directory: Path, tensors: Any, meta: Any) -> None:
         time.sleep(0.3)
@@ -326,7 +326,7 @@ def test_no_rank_removes_what_the_checkpoint_still_needs(
         save(directory, tensors, meta)
         done.append(meta["round"])
 
-    monkeypatch.setattr(run_directory, "save_checkpoint", slowly)
+    monkeypatch.setattr("fedhpc.results.recorder.save_checkpoint", slowly)
     raw = mode(texts, "local", federation={"rounds": 6}, evaluation={"every": 100})
     federate(settings(tmp_path, raw), ranks=3)
     assert done == [0, 0, 1, 2, 3, 4, 4]

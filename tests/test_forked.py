@@ -21,7 +21,7 @@ import pytest
 from fedhpc.errors import UserError
 from fedhpc.ranks import fork, startup
 from fedhpc.ranks.launch import Launch
-from fedhpc.results import run_directory
+from fedhpc.results.status import read_status
 from tests.federations import federate, settings, write_texts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def test_what_ends_one_ends_all(tmp_path: Path, number: signal.Signals, code: in
         process.communicate(timeout=30)
     assert process.returncode == code
     assert not psutil.wait_procs(ranks, timeout=1)[1]
-    status = run_directory.read_status(tmp_path / "forked" / "run")
+    status = read_status(tmp_path / "forked" / "run")
     assert status is not None and status.state == state
 
 

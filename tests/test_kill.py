@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from fedhpc.main import main
-from fedhpc.results.run_directory import load_checkpoint
+from fedhpc.results.checkpoint import load_checkpoint
 from tests.federations import final, table, write_texts
 from tests.ranks import Launcher, Ranks
 

@@ -32,7 +32,7 @@ from fedhpc.objectives.base import Objective
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.topology import Topology
 from fedhpc.ranks.transport.base import Transport
-from fedhpc.results import run_directory
+from fedhpc.results.checkpoint import load_checkpoint
 from fedhpc.updates.layout import Layout
 from tests.federations import on_threads, settings, table
 
@@ -156,7 +156,7 @@ def federated(
 
     def on_round(round_: int) -> None:
         if round_:
-            found = run_directory.load_checkpoint(folder)
+            found = load_checkpoint(folder)
             assert found is not None and found[1]["round"] == round_
             states[round_] = {name: found[0][name] for name in ("theta", "control") if name in found[0]}
 

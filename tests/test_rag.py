@@ -24,7 +24,7 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
-from fedhpc.results.run_directory import decide
+from fedhpc.results.resume import decide
 from tests.federations import Interrupted, federate, final, save_random_bert, settings, table
 
 _PASSAGES, _QUESTIONS = 60, 24

@@ -19,7 +19,7 @@ from fedhpc.report.text import mean_and_half_width, t_975
 from fedhpc.results.progress import Progress, duration, line
 from fedhpc.results.record import RoundRecord
 from fedhpc.results.results_file import CLIENTS, ROUNDS, Results
-from fedhpc.results.run_directory import write_status
+from fedhpc.results.status import write_status
 
 
 def make_run(

@@ -21,20 +21,12 @@ import pytest
 
 from fedhpc.config import Config, load
 from fedhpc.errors import UserError
-from fedhpc.results import run_directory
-from fedhpc.results.run_directory import (
-    CHECKPOINT,
-    atomic_write,
-    begin,
-    decide,
-    load_checkpoint,
-    lock,
-    read_status,
-    save_checkpoint,
-    sweep,
-    write_config,
-    write_status,
-)
+from fedhpc.results.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from fedhpc.results.files import atomic_write
+from fedhpc.results.lock import take_lock
+from fedhpc.results.resume import decide
+from fedhpc.results.run_directory import begin, remove_temporary_files, write_config
+from fedhpc.results.status import read_status, write_status
 
 
 def config(*overrides: str) -> Config:
@@ -108,7 +100,7 @@ def test_sweep_removes_only_stale_temporaries(tmp_path: Path) -> None:
     ]
     for file in [*stale, tmp_path / ".hidden", tmp_path / "results.h5"]:
         file.write_bytes(b"x")
-    sweep(tmp_path)
+    remove_temporary_files(tmp_path)
     assert set(listing(tmp_path)) == {".hidden", "results.h5"}
 
 
@@ -162,7 +154,7 @@ def test_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     child = textwrap.dedent(f"""
         from pathlib import Path
         import numpy as np
-        from fedhpc.results.run_directory import save_checkpoint
+        from fedhpc.results.checkpoint import save_checkpoint
         for t in range(10**9):
             save_checkpoint(Path({str(tmp_path)!r}), {{"w": np.full(1 << 17, t)}}, {{"round": t}})
             print(t, flush=True)
@@ -192,24 +184,24 @@ def test_status(tmp_path: Path) -> None:
 
 
 def test_lock_holds_until_the_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr("fedhpc.results.lock.LOCK_WAIT_S", 0.2)
     directory = tmp_path / "a" / "run"
     child = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from fedhpc.results.run_directory import lock
-        held = lock(Path({str(directory)!r}))
+        from fedhpc.results.lock import take_lock
+        held = take_lock(Path({str(directory)!r}))
         print(held.held, flush=True)
         sys.stdin.read()
     """)
     process = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "True\n"
-    for refused in (lambda: lock(directory), lambda: decide(config(), directory, fresh=True)):
+    for refused in (lambda: take_lock(directory), lambda: decide(config(), directory, fresh=True)):
         with pytest.raises(UserError, match=rf"in use by a live run, pid {process.pid} on "):
             refused()
     process.kill()
     process.communicate()
-    held = lock(directory)
+    held = take_lock(directory)
     held.close()
     assert decide(config(), directory, fresh=False) == "fresh"
 
@@ -220,22 +212,22 @@ def test_lock_waits_for_a_dying_predecessor_and_says_when_there_are_no_locks(
     child = f"""
 import time
 from pathlib import Path
-from fedhpc.results.run_directory import lock
-held = lock(Path({str(tmp_path)!r}))
+from fedhpc.results.lock import take_lock
+held = take_lock(Path({str(tmp_path)!r}))
 print("held", flush=True)
 time.sleep(0.5)
 """
     process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    monkeypatch.setattr(run_directory, "LOCK_WAIT_S", 30.0)
-    lock(tmp_path).close()
+    monkeypatch.setattr("fedhpc.results.lock.LOCK_WAIT_S", 30.0)
+    take_lock(tmp_path).close()
     process.communicate()
 
     def no_locks(descriptor: int, kind: int) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    unheld = lock(tmp_path)
+    unheld = take_lock(tmp_path)
     assert unheld.held is False
     unheld.close()
 
@@ -258,7 +250,7 @@ def test_new_and_foreign_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a directory"):
         decide(config(), tmp_path / "notes.txt" / "run", fresh=False)
     with pytest.raises(UserError, match="cannot be the run directory"):
-        lock(tmp_path / "notes.txt" / "run")
+        take_lock(tmp_path / "notes.txt" / "run")
 
 
 def test_unwritable_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ import pandas
 import pytest
 
 from fedhpc.errors import UserError
+from fedhpc.results.checkpoint import load_checkpoint, save_checkpoint
 from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS, Results
-from fedhpc.results.run_directory import load_checkpoint, save_checkpoint
 
 
 def blank(metrics: tuple[str, ...] = ("loss", "bleu")) -> Results:
@@ -147,7 +147,7 @@ def test_resumed_file_equals_uninterrupted_one(
 ) -> None:
     """Killed between any two steps of any round, twice: same rows, none lost on the way, none twice."""
     monkeypatch.setattr(
-        "fedhpc.results.run_directory._fsync", lambda path: None
+        "fedhpc.results.files._fsync", lambda path: None
     )  # no power is cut here, and it takes most of the time
     rounds = 5
     path = tmp_path / "results.h5"

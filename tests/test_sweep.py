@@ -18,7 +18,8 @@ import yaml
 from fedhpc import config as configuration
 from fedhpc import sweep
 from fedhpc.errors import UserError
-from fedhpc.results import run_directory
+from fedhpc.results.lock import take_lock
+from fedhpc.results.status import read_status, write_status
 from tests.federations import table
 
 SWEEPS = Path(__file__).resolve().parents[1] / "configs" / "sweeps"
@@ -175,7 +176,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, capsys: pytest.C
     assert (config.run.seed, config.run_dir) == (2, tmp_path / "runs" / "few-s2")
     folder = tmp_path / "runs" / "few-s0"
     folder.mkdir()
-    run_directory.write_status(folder, "failed", 3, "rank 1 died")
+    write_status(folder, "failed", 3, "rank 1 died")
     assert [row[2] for row in listed(file, capsys)] == ["failed", "waiting", "waiting"]
 
 
@@ -193,7 +194,7 @@ def test_one_index_runs_one_run(tmp_path: Path) -> None:
 
 def test_a_run_in_use_is_left_to_its_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, launch=logging(tmp_path, "exit 1"), grid=[{"run.seed": [0, 1]}])
-    lock = run_directory.lock(tmp_path / "runs" / "few-s0")
+    lock = take_lock(tmp_path / "runs" / "few-s0")
     assert listed(file, capsys) == [["0", "few-s0", "in use"], ["1", "few-s1", "waiting"]]
     assert sweep.main([str(file), "--index", "0"]) == 2
     assert "in use by another process: few-s0" in capsys.readouterr().err
@@ -242,12 +243,12 @@ def test_stopped_in_the_middle_and_started_again(tmp_path: Path, capsys: pytest.
     file = write(tmp_path, set=TINY, grid=grid)
     first, second = tmp_path / "runs" / "a-s0", tmp_path / "runs" / "b-s0"
     process = launch(file)
-    until(lambda: (second / "results.h5").exists() and run_directory.read_status(second).round > 2)  # type: ignore[union-attr]
+    until(lambda: (second / "results.h5").exists() and read_status(second).round > 2)  # type: ignore[union-attr]
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=30)
     assert process.returncode == 75, text
     assert [row[2] for row in listed(file, capsys)] == ["complete", "preempted"]
-    done = run_directory.read_status(second).round  # type: ignore[union-attr]
+    done = read_status(second).round  # type: ignore[union-attr]
     before = (first / "results.h5").stat()
 
     process = launch(file)
@@ -272,13 +273,13 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
     file = write(tmp_path, set={**TINY, "federation.rounds": 12}, grid=[{"x": {"a": {}, "b": {}}}])
     first, second = tmp_path / "runs" / "a-s0", tmp_path / "runs" / "b-s0"
     process = launch(file)
-    until(lambda: (second / "results.h5").exists() and run_directory.read_status(second).round > 2)  # type: ignore[union-attr]
+    until(lambda: (second / "results.h5").exists() and read_status(second).round > 2)  # type: ignore[union-attr]
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     for child in children:  # in a session of its own
         os.kill(int(child), signal.SIGKILL)
     process.communicate(timeout=30)
-    assert run_directory.read_status(second).state == "running" and len(children) == 1  # type: ignore[union-attr]
+    assert read_status(second).state == "running" and len(children) == 1  # type: ignore[union-attr]
     before = (first / "results.h5").stat()
 
     process = launch(file)
@@ -306,7 +307,7 @@ def test_two_sweeps_at_once_share_the_work_and_compare(tmp_path: Path) -> None:
     for method in methods:
         for seed in (0, 1):
             run = tmp_path / "runs" / f"{method}-s{seed}"
-            assert run_directory.read_status(run).state == "complete"  # type: ignore[union-attr]
+            assert read_status(run).state == "complete"  # type: ignore[union-attr]
             assert table(run, "rounds")["round"].tolist() == [0, 1]
             assert "resumed" not in list(table(run, "events")["kind"])
             test.setdefault(method, []).append(float(np.mean(table(run, "test")["loss"])))

@@ -128,7 +128,7 @@ def bits(method: str, size: str = "large", device: str = "auto", rounds: int = 4
 
 def _kill(runs: _Runs, name: str, after: int) -> None:
     """Start the run `name` and kill it once it has reported the round `after`. UserError where it had ended by then."""
-    from fedhpc.results import run_directory
+    from fedhpc.results.status import read_status
 
     reported = threading.Event()
 
@@ -139,7 +139,7 @@ def _kill(runs: _Runs, name: str, after: int) -> None:
     with runs.watched(_ONE, name, on_line):
         if not reported.wait(_LIMIT_S):
             raise UserError(f"{name}: round {after} was not reported within {_LIMIT_S:.0f} s")
-    status = run_directory.read_status(runs.folder / name)
+    status = read_status(runs.folder / name)
     if status is None or status.state != "running":
         raise UserError(f"{name}: it was not killed in time: {status}")
 

@@ -53,21 +53,21 @@ class SavedRounds:
 
     def reread(self) -> None:
         """Take the last round from status.json: a rank that speaks for a lost rank 0 knows only where that began."""
-        from fedhpc.results import run_directory
+        from fedhpc.results.status import read_status
 
         if self.last is not None:
             with contextlib.suppress(UserError):
-                status = run_directory.read_status(self.directory)
+                status = read_status(self.directory)
                 self.last = status.round if status else self.last
 
     def record_end(self, code: int, reason: str) -> None:
         """Write to status.json why the run ended, where it had begun."""
-        from fedhpc.results import run_directory
+        from fedhpc.results.status import write_status
 
         if self.last is not None:
             with contextlib.suppress(UserError):  # on a full disk the line on the screen, which says so, is all
                 ending: Literal["preempted", "failed"] = "preempted" if code == PREEMPTED else "failed"
-                run_directory.write_status(self.directory, ending, self.last, reason)
+                write_status(self.directory, ending, self.last, reason)
 
 
 @dataclass(frozen=True)

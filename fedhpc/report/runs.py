@@ -16,7 +16,7 @@ from fedhpc.config import parse_yaml
 from fedhpc.errors import UserError, nearest
 from fedhpc.report.text import NONE, in_order
 from fedhpc.results.results_file import Results
-from fedhpc.results.run_directory import read_status
+from fedhpc.results.status import read_status
 from fedhpc.results.unfinished import read_results
 
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedhpc.results import run_directory
+from fedhpc.results.checkpoint import load_checkpoint, save_checkpoint
 from fedhpc.results.record import FinalResults, RoundRecord, RunDescription
 from fedhpc.results.results_file import Results
+from fedhpc.results.status import write_status
 
 
 class Saved(Protocol):
@@ -71,7 +72,7 @@ class Recorder:
         file.set_tables(results.tables)
         with self._writing:
             self._save(self.run.rounds, complete=True)
-            run_directory.write_status(self.run.directory, "complete", self.run.rounds)
+            write_status(self.run.directory, "complete", self.run.rounds)
 
     def close(self) -> None:
         """Nothing is open between two writes."""
@@ -81,7 +82,7 @@ class Recorder:
         meta_rows, arrays = self.results.pending()
         meta = {"round": round_, **self.run.identity, "rows": meta_rows}
         rows = {f"rows/{name}": array for name, array in arrays.items()}
-        run_directory.save_checkpoint(directory, {**self._server_state.tensors(), **rows}, meta)
+        save_checkpoint(directory, {**self._server_state.tensors(), **rows}, meta)
         now = time.perf_counter()
         # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
         if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:
@@ -89,7 +90,7 @@ class Recorder:
             self.results.write(directory / "results.h5", complete)
             self._written_at = time.perf_counter()
             self._write_s = self._written_at - now
-        run_directory.write_status(directory, "running", round_)
+        write_status(directory, "running", round_)
 
 
 def new_results(run: RunDescription) -> Results:
@@ -105,7 +106,7 @@ def restored(run: RunDescription, resumed_on: str) -> tuple[Results, int, Mappin
 
     New results, round 0 and no tensors where it has no checkpoint yet. resumed_on: for the event that says so.
     """
-    loaded = run_directory.load_checkpoint(run.directory)
+    loaded = load_checkpoint(run.directory)
     if loaded is None:
         return new_results(run), 0, {}
     tensors, meta = loaded

@@ -23,7 +23,7 @@ import numpy as np
 
 from fedhpc import __version__
 from fedhpc.errors import UserError
-from fedhpc.results.run_directory import FORMAT, atomic_write
+from fedhpc.results.files import FORMAT, atomic_write
 
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "h5py", "mpi4py")
@@ -273,7 +273,7 @@ class Results:
     # ------------------------------------------------------------ file and checkpoint
 
     def write(self, path: Path, complete: bool) -> None:
-        """Replace the file at `path` atomically (fedhpc.results.run_directory.atomic_write, with its errors)."""
+        """Replace the file at `path` atomically (fedhpc.results.atomic_write, with its errors)."""
         atomic_write(path, self._image(complete))
         self.complete = complete
         for table in self._tables.values():

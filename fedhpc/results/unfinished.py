@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 
 from fedhpc.errors import UserError
+from fedhpc.results.checkpoint import load_checkpoint
 from fedhpc.results.results_file import Results
-from fedhpc.results.run_directory import load_checkpoint
 
 
 def read_results(directory: Path) -> Results:

@@ -22,24 +22,24 @@ import torch
 from torch import Tensor
 
 from fedhpc.errors import UserError
-from fedhpc.results import run_directory
+from fedhpc.results.files import DAMAGE, load_tensors, save_tensors
 from fedhpc.training.block import Memory
 
 
 def save(run_dir: Path, client: int, round_: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the client's state after `round_`. UserError where the disk is full."""
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    run_directory.save_tensors(_path(run_dir, client, round_), arrays, {"client": client, "round": round_})
+    save_tensors(_path(run_dir, client, round_), arrays, {"client": client, "round": round_})
 
 
 def load(run_dir: Path, client: int, version: int) -> dict[str, Tensor]:
     """The client's state after round `version`. UserError where the file is missing or a bit of it differs."""
     path = _path(run_dir, client, version)
     try:
-        arrays, meta = run_directory.load_tensors(path)
+        arrays, meta = load_tensors(path)
         if meta != {"client": client, "round": version}:
             raise ValueError(f"it is of client {meta['client']} in round {meta['round']}")
-    except run_directory.DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(
             f"{path}: the state of client {client} cannot be read ({error}); put it back, or start over with --fresh"
         ) from error
