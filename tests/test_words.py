@@ -22,19 +22,20 @@ FORBIDDEN = frozenset(
 )
 
 NAMES_ALLOWED: dict[str, int] = {
-    "": 6,
+    "": 8,
     "approaches": 2,
     "approaches/averaging": 17,
     "approaches/distillation": 32,
     "approaches/fedbpt": 5,
-    "approaches/prompt_search": 24,
+    "approaches/prompt_search": 23,
     "approaches/rag": 15,
     "approaches/scoring": 20,
+    "config": 4,
     "data": 3,
     "evaluation": 14,
     "methods": 20,
     "participation": 2,
-    "ranks": 15,
+    "ranks": 10,
     "results": 2,
     "training": 6,
     "updates": 13,
