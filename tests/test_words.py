@@ -33,7 +33,7 @@ NAMES_ALLOWED: dict[str, int] = {
     "config": 4,
     "data": 3,
     "evaluation": 14,
-    "methods": 20,
+    "methods": 4,
     "participation": 2,
     "ranks": 10,
     "results": 2,
@@ -48,7 +48,6 @@ DOCSTRINGS_ALLOWED: dict[str, int] = {
     "approaches/prompt_search": 9,
     "approaches/rag": 13,
     "approaches/scoring": 2,
-    "methods": 12,
     "ranks": 1,
 }
 
