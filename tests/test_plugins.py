@@ -113,6 +113,114 @@ def test_a_metric_of_labels_and_a_partitioner(tmp_path: Path) -> None:
     assert ((counts > 0).sum(axis=0) <= 2).all()  # each label lies with one or two neighbours
 
 
+UPDATES = {
+    "trimmed.py": '''
+"""The trimmed mean (Yin et al. 2018, arXiv 1803.01498)."""
+
+from pydantic import Field
+
+from fedhpc.registry import Section
+from fedhpc.server.aggregators.base import Aggregator
+
+
+class TrimmedMean(Aggregator):
+    """The mean of every coordinate without its largest and smallest values."""
+
+    class Options(Section):
+        trim: float = Field(0.1, ge=0, lt=0.5, description="share of the values that is cut off at either end")
+
+    def combine(self, cohort):
+        cut = int(self.options.trim * len(cohort))
+        return cohort.by_coordinate(lambda values: values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0))
+''',
+    "signs.py": '''
+"""SignSGD (Bernstein et al. 2018, arXiv 1802.04434)."""
+
+from fedhpc.training.optimizers.base import ClientOptimizer
+
+
+class SignSGD(ClientOptimizer):
+    """Steps by the sign of the gradient."""
+
+    def step(self, theta, gradient, buffers, count, lr):
+        theta.sub_(lr * gradient.sign())
+''',
+    "slow.py": '''
+"""Momentum that the server looks ahead along (Nesterov)."""
+
+from pydantic import Field
+
+from fedhpc.lazy import torch
+from fedhpc.registry import Section
+from fedhpc.server.optimizers.base import ServerOptimizer
+
+
+class Nesterov(ServerOptimizer):
+    """v = beta v + g, theta - lr (g + beta v)."""
+
+    class Options(Section):
+        beta: float = Field(0.5, ge=0, lt=1, description="share of the last step that is kept")
+
+    def buffers(self, size):
+        return {"velocity": torch.zeros(size, dtype=torch.float64)}
+
+    def step(self, theta, gradient, buffers):
+        velocity = buffers["velocity"].mul_(self.options.beta).add_(gradient)
+        return theta - self.options.lr * (gradient + self.options.beta * velocity)
+''',
+    "coarse.py": '''
+"""Rounding with error feedback (Karimireddy et al. 2019, arXiv 1901.09847)."""
+
+from pydantic import Field
+
+from fedhpc.registry import Section
+from fedhpc.updates.transforms.base import Transform
+
+
+class Coarse(Transform):
+    """Sends whole multiples of `step`, of which a client keeps what it lost."""
+
+    class Options(Section):
+        step: float = Field(1e-3, gt=0, description="distance of neighbouring numbers")
+
+    keeps = ("residual",)
+
+    def on_client(self, updates, about):
+        wanted = updates + about.kept["residual"]
+        sent = (wanted / self.options.step).round() * self.options.step
+        about.kept["residual"] = wanted - sent
+        about.bytes_up[:] = updates.shape[1]
+        return sent
+''',
+}
+
+
+def test_an_aggregator_a_transform_and_optimizers(tmp_path: Path) -> None:
+    """On 1 and 3 ranks, and resumed after the first round."""
+    for name, text in UPDATES.items():
+        put(name, text)
+    tree = {
+        **LABELS,
+        "client": {"optimizer": "./signs.py", "steps": 1, "batch_size": 2, "lr": 0.01},
+        "server": {"aggregator": "./trimmed.py", "trim": 0.34, "optimizer": "slow.py", "beta": 0.3},
+        "transforms": [{"name": "./coarse.py", "step": 0.003}, {"name": "clip", "norm": 1.0}],
+    }
+    for ranks in (1, 3):
+        config = settings(tmp_path / f"run{ranks}", tree)
+        assert resolve(config.model_dump(mode="json")) == config
+        federate(config, ranks)
+    same(finals("run1"), finals("run3"))
+    federate(settings(tmp_path / "resumed", {**tree, "federation": {"rounds": 1, "cohort_size": 3}}))
+    federate(settings(tmp_path / "resumed", tree))
+    same(finals("run1"), finals("resumed"))
+    with h5py.File(tmp_path / "run1" / "results.h5") as file:
+        parameters = int(file.attrs["payload_parameters"])
+        assert (file["rounds"]["bytes_up"][1:] == 3 * parameters).all()
+        assert (file["rounds"]["update_norm"][1:] > 0).all()
+    with pytest.raises(UserError, match=r"aggregator fednova .* of client.optimizer ./signs.py are not"):
+        resolve({**tree, "server": {"aggregator": "fednova"}})
+
+
 WRONG = {
     "no such file": ("./none.py", None, "there is no file 'none.py'"),
     "no such module": ("pkg.none", None, "there is no module 'pkg.none'"),
