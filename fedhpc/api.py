@@ -54,20 +54,16 @@ def load_config(config: Configuration = None, overrides: Overrides = ()) -> Conf
 
     A mapping is a tree of sections like a YAML file. Relative paths are relative to the working directory.
     """
-    if isinstance(config, Config):
-        tree, where = config.model_dump(mode="json"), "configuration"
-    elif isinstance(config, Mapping):
-        tree, where = _plain(config), "configuration"
-    else:
-        path = configuration.EMBEDDED if config is None else Path(config)
-        tree, where = configuration.read_yaml(path), str(config or "embedded default")
     if isinstance(overrides, str):
         raise UserError(f"overrides: a list of texts like section.key=value is needed, got the text '{overrides}'")
     if isinstance(overrides, Mapping):
         changes = [(str(key), _plain(value)) for key, value in overrides.items()]
     else:
         changes = configuration.parse_overrides(overrides)
-    return configuration.resolve(configuration.override(tree, changes, "overrides"), where)
+    if config is None or isinstance(config, (str, os.PathLike)):
+        return configuration.load_changed(None if config is None else Path(config), changes, "overrides")
+    tree = config.model_dump(mode="json") if isinstance(config, Config) else _plain(config)
+    return configuration.resolve(configuration.override(tree, changes, "overrides"))
 
 
 def run(config: Configuration = None, ranks: int = 1, overrides: Overrides = (), fresh: bool = False) -> Run:
@@ -126,7 +122,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The resolved configuration of the run; running it again reproduces the run."""
-        return configuration.resolve(self._loaded.config, f"{self.path}: configuration")
+        return configuration.restore(self._loaded.config, f"{self.path}: configuration")
 
     @property
     def adapter(self) -> Path | None:

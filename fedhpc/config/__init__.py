@@ -6,7 +6,7 @@ check has what no single key can tell. Unknown keys and values are errors that n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -28,22 +28,27 @@ from fedhpc.registry import Section
 S = TypeVar("S", bound=Section)
 
 __all__ = [
-    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Model", "load", "override", "parse_overrides",
-    "parse_yaml", "plugins", "read_yaml", "resolve", "restore", "section", "unread",
+    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Model", "load", "load_changed", "override",
+    "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore", "section", "unread",
 ]  # fmt: skip
 
 
-def load(path: str | None, overrides: list[str]) -> Config:
-    """The configuration in the file `path` (None: the embedded default) with `section.key=value` overrides.
+def load(path: str | Path | None, overrides: Sequence[str]) -> Config:
+    """The configuration in the file `path` (None: the embedded default) with `section.key=value` overrides."""
+    return load_changed(path, parse_overrides(overrides), PLACE)
+
+
+def load_changed(path: str | Path | None, changes: Sequence[tuple[str, Any]], place: str) -> Config:
+    """The configuration in a file with other values of keys; `place` says where a person gave those.
 
     What the embedded default says of keys that the chosen method does not read is left out (`resolve`).
     """
     source = Path(path) if path is not None else EMBEDDED
-    where = (str(path) if path else "embedded default") + (f" and {PLACE}" if overrides else "")
-    tree, changes = read_yaml(source), parse_overrides(overrides)
+    where = (str(path) if path else "embedded default") + (f" and {place}" if changes else "")
+    tree = read_yaml(source)
     given = {key: f"{source}:{line}" for key, line in key_lines(source).items()} if path is not None else {}
-    given |= {f"{key}{rest}": PLACE for key, value in changes for rest in ["", *_keys(value, ".")]}
-    raw = override(tree, changes)
+    given |= {f"{key}{rest}": place for key, value in changes for rest in ["", *_keys(value, ".")]}
+    raw = override(tree, changes, place)
     return resolve(raw, where, given)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -185,8 +182,10 @@ def _public_rows(
     data = settings.data.model_copy(
         update={**public_filters, **({"source": public.source, "subset": None} if public.source is not None else {})}
     )
-    with _errors_of("method.public"):
+    try:
         source = sources.with_join(sources.open_source(data), data.join)
+    except UserError as error:
+        raise (error.but(key="method.public.source") if error.key == "data.source" else error) from error
     name = public.split or "train"
     name_in_source = sources.find_split(source, name)
     if name_in_source is None:
@@ -196,8 +195,7 @@ def _public_rows(
         )
     filters = {column: f"method.public.{key}" for key, columns in public_filters.items() for column in columns}
     table = sources.read_table(source, name_in_source, {**columns, **filters})
-    with _errors_of("method.public"):
-        table = sources.filtered(table, data)
+    table = sources.filtered(table, data, "method.public")
     for split, other in tables.items():
         both = set(table.locations) & set(other.locations)
         if both:
@@ -208,15 +206,6 @@ def _public_rows(
     if len(table.rows) > public.max_examples:
         table = table.select(sorted(draw.choice(len(table.rows), public.max_examples, replace=False).tolist()))
     return train, table
-
-
-@contextmanager
-def _errors_of(section: str) -> Iterator[None]:
-    """Let errors that would name a key of the section `data` name the same key of `section`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub(r"\bdata\.(source|where|where_not)\b", rf"{section}.\1", str(error))) from error
 
 
 def _mislabelled(table: Table, label: str, names: list[str], noise: float, seed: int) -> Table:

@@ -62,7 +62,7 @@ def open_source(data: config.Data) -> Source:
     elif path.exists():
         source = _Files(path)
     elif data.source.startswith((".", "/", "~")) or _is_data_file(path):
-        raise UserError(f"data.source: there is no file or folder '{data.source}'")
+        raise UserError(f"there is no file or folder '{data.source}'", key="data.source")
     else:
         return _Hub(data.source, data.subset)
     if data.subset is not None:
@@ -112,8 +112,11 @@ def with_join(source: Source, join: config.Join | None) -> Source:
     return _Joined(source, join, others)
 
 
-def filtered(table: Table, data: config.Data) -> Table:
-    """Keep the rows that pass `data.where` and `data.where_not`; values are compared as texts."""
+def filtered(table: Table, data: config.Data, section: str = "data") -> Table:
+    """Keep the rows that pass `data.where` and `data.where_not`; values are compared as texts.
+
+    section: where the two keys stand, for the error of a filter that leaves nothing.
+    """
     accepted = {column: {text(value) for value in values} for column, values in data.where.items()}
     refused = {column: {text(value) for value in values} for column, values in data.where_not.items()}
     keep = [
@@ -123,7 +126,7 @@ def filtered(table: Table, data: config.Data) -> Table:
         and not any(row[column] in values for column, values in refused.items())
     ]
     if not keep:
-        raise UserError(f"{table.name}: none of {len(table.rows)} rows passes data.where and data.where_not")
+        raise UserError(f"{table.name}: none of {len(table.rows)} rows passes {section}.where and {section}.where_not")
     return table.select(keep)
 
 
@@ -185,7 +188,7 @@ class _Builtin:
     def splits(self) -> list[str]:
         if self.task not in builtin.TASKS:
             hint = nearest(self.task, list(builtin.TASKS))
-            raise UserError(f"data.source: there is no built-in task '{self.task}'; {hint}")
+            raise UserError(f"there is no built-in task '{self.task}'; {hint}", key="data.source")
         return list(builtin.SPLITS[self.task])
 
     def find(self, split: str) -> str | None:
@@ -216,7 +219,7 @@ class _Files:
         try:
             return sorted(path for path in self.path.iterdir() if _is_data_file(path))
         except OSError as error:
-            raise UserError(f"data.source: the folder {self.path} cannot be read: {error}") from None
+            raise UserError(f"the folder {self.path} cannot be read: {error}", key="data.source") from None
 
     def find(self, split: str) -> str | None:
         if _is_data_file(Path(split)):
@@ -242,16 +245,18 @@ class _Hub:
             import datasets
         except ImportError:
             raise UserError(
-                f"data.source: '{name}' is not a file or folder here, and a data set of the hub needs the "
-                f"library datasets: {_INSTALL}"
+                f"'{name}' is not a file or folder here, and a data set of the hub needs the "
+                f"library datasets: {_INSTALL}",
+                key="data.source",
             ) from None
         self.name = name
         try:
             self.loaded: Any = datasets.load_dataset(name, subset)
         except Exception as error:  # the library raises anything, from OSError to its own classes
             raise UserError(
-                f"data.source: '{name}' is neither a file or folder here nor a data set that the hub gives: "
-                f"{type(error).__name__}: {error}"
+                f"'{name}' is neither a file or folder here nor a data set that the hub gives: "
+                f"{type(error).__name__}: {error}",
+                key="data.source",
             ) from None
 
     def splits(self) -> list[str]:

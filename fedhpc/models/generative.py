@@ -82,8 +82,9 @@ class Generative(Predictor):
         """UserError where the model's own logits are not ours: losses would be silently wrong."""
         if not torch.allclose(theirs.float(), ours.float(), atol=1e-3, rtol=1e-3):
             raise UserError(
-                f"model.name: '{self.name}' ({self.model.config.model_type}) changes its logits after the output "
-                "layer in a way that fedhpc does not know"
+                f"'{self.name}' ({self.model.config.model_type}) changes its logits after the output "
+                "layer in a way that fedhpc does not know",
+                key="model.name",
             )
 
 
@@ -103,5 +104,5 @@ def joined(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> Exam
 def require_eos(tokenizer: Any) -> int:
     """The id that ends a target. UserError where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
-        raise UserError("model.name: its tokenizer has no end-of-text token (eos), which every target ends with")
+        raise UserError("its tokenizer has no end-of-text token (eos), which every target ends with", key="model.name")
     return int(tokenizer.eos_token_id)

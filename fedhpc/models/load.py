@@ -40,7 +40,7 @@ def source_of(model: Model) -> str:
     path = Path(model.name).expanduser()
     looks_local = path.exists() or model.name.startswith((".", "/", "~")) or model.name.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
-        raise UserError(f"model.name: '{model.name}' is not a model folder (it has no config.json)")
+        raise UserError(f"'{model.name}' is not a model folder (it has no config.json)", key="model.name")
     return str(path) if looks_local else model.name
 
 
@@ -94,8 +94,9 @@ def model_class(model: Model) -> type[Base]:
     fitting = [one for one in MODELS.values() if one.fits(config)]
     if not fitting:
         raise UserError(
-            f"model.name: '{model.name}' ({config.model_type}) is none of what can be trained here: "
-            + "; ".join(f"{one.needs} ({task})" for task, one in MODELS.items())
+            f"'{model.name}' ({config.model_type}) is none of what can be trained here: "
+            + "; ".join(f"{one.needs} ({task})" for task, one in MODELS.items()),
+            key="model.name",
         )
     if model.task == "auto":
         return fitting[0]
@@ -144,8 +145,9 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     unfit = absent.difference(new)
     if unfit:
         raise UserError(
-            f"model.name: the weights of '{model.name}' do not fit its config.json: {len(unfit)} tensors are missing "
-            f"or of another shape, like {min(unfit)}"
+            f"the weights of '{model.name}' do not fit its config.json: {len(unfit)} tensors are missing "
+            f"or of another shape, like {min(unfit)}",
+            key="model.name",
         )
     _draw(network, new, seed)
     network.requires_grad_(False).eval()
@@ -153,8 +155,9 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
         network.to(device)
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
         raise UserError(
-            f"model.name: the tokenizer of '{model.name}' has {len(tokenizer)} tokens but the model embeds only "
-            f"{network.get_input_embeddings().weight.shape[0]}: they do not belong together"
+            f"the tokenizer of '{model.name}' has {len(tokenizer)} tokens but the model embeds only "
+            f"{network.get_input_embeddings().weight.shape[0]}: they do not belong together",
+            key="model.name",
         )
     base = chosen.of(network, tokenizer, device, model.name, _fingerprint(network, new), new)
     base.check()
@@ -261,7 +264,8 @@ class _loading:  # noqa: N801  a context manager used like a function
         if isinstance(error, Exception) and not isinstance(error, UserError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"model.name: the {self.what} of '{self.model.name}' cannot be loaded: {first[:300]}"
+                f"the {self.what} of '{self.model.name}' cannot be loaded: {first[:300]}",
+                key="model.name",
             ) from error
 
 

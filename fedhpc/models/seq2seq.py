@@ -224,7 +224,7 @@ def _start_id(base: Seq2Seq) -> int:
     """The id that the decoder starts with. UserError where the model's configuration does not say."""
     start = getattr(base.model.config, "decoder_start_token_id", None)
     if start is None:
-        raise UserError(f"model.name: the config.json of '{base.name}' has no decoder_start_token_id; add it")
+        raise UserError(f"the config.json of '{base.name}' has no decoder_start_token_id; add it", key="model.name")
     return int(start)
 
 

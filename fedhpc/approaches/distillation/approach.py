@@ -136,7 +136,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             try:
                 theirs, their_class = load_tokenizer(of_group), model_class(of_group)
             except UserError as error:
-                raise UserError(f"{key}: {str(error).removeprefix('model.name: ')}") from error
+                raise error.but(key=key) from error
             if their_class.task != model.task:
                 raise UserError(
                     f"{key}: '{of_group.name}' is trained as {their_class.task} and the server's model as "

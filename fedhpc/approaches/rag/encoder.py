@@ -41,7 +41,7 @@ class Encoder:
         try:
             base = load_base(Model.model_validate({"name": name, "task": "embedding"}), device)
         except UserError as error:
-            raise UserError(str(error).replace("model.name:", "method.encoder:", 1)) from error
+            raise error.but(key="method.encoder") from error
         assert isinstance(base, SentenceEncoder)
         self.base = base
         self._projection = None if projection is None else retriever.load(Path(projection), self.base).to(device)
