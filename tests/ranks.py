@@ -66,7 +66,7 @@ class Ranks:
         }
         if launcher == "env":
             port = str(free_port())
-            places = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "GROUP_RANK": "0"}
+            places = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
             master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             commands = [
                 (

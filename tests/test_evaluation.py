@@ -399,11 +399,11 @@ def test_the_world_size_does_not_change_a_bit(count: int) -> None:
         given: list[list[Tensor]] = []
         for rank in range(world - 1, 0, -1):
             transport = Replayed(rank, world, given)
-            transport.place(Placement(gpus))
+            transport.use_placement(Placement(gpus))
             assert run(base, method, payloads, examples, METRICS, samples=4, transport=transport) is None
             assert any(bool(slots[-1].any()) for slots in given)
         transport = Replayed(0, world, given)
-        transport.place(Placement(gpus))
+        transport.use_placement(Placement(gpus))
         outcome = run(base, method, payloads, examples, METRICS, samples=4, transport=transport)
         assert (outcome.metrics, outcome.samples) == (alone.metrics, alone.samples)
         np.testing.assert_array_equal(outcome.payload_losses, alone.payload_losses)

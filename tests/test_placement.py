@@ -9,7 +9,7 @@ from fedhpc import config as configuration
 from fedhpc.approaches.prepare import place_ranks
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
-from fedhpc.ranks.placement import Placement, place
+from fedhpc.ranks.placement import Placement, assign_gpus
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
 
@@ -71,9 +71,9 @@ NONE: list[str] = []
     ],
 )
 def test_place(visible: list[list[str]], server: str, gpus: list[str], apart: bool, said: str) -> None:
-    placement = place(visible, server)
+    placement = assign_gpus(visible, server)
     assert list(placement.gpus) == gpus
-    assert placement.apart == apart
+    assert placement.one_gpu_each == apart
     assert placement.describe() == said
 
 
@@ -90,26 +90,30 @@ def test_place(visible: list[list[str]], server: str, gpus: list[str], apart: bo
 )
 def test_what_cannot_be(visible: list[list[str]], server: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        place(visible, server)
+        assign_gpus(visible, server)
 
 
 def test_a_quantised_base_is_never_on_the_cpu() -> None:
-    assert place([EIGHT] * 9, "auto", quantized=True).gpus == ("a0", *EIGHT)
-    assert place([EIGHT] * 8, "auto", quantized=True).apart
+    assert assign_gpus([EIGHT] * 9, "auto", quantized=True).gpus == ("a0", *EIGHT)
+    assert assign_gpus([EIGHT] * 8, "auto", quantized=True).one_gpu_each
     for visible, server in (([EIGHT] * 9, "cpu"), ([NONE] + [EIGHT] * 8, "auto")):
         with pytest.raises(UserError, match="quantised base"):
-            place(visible, server, quantized=True)
+            assign_gpus(visible, server, quantized=True)
 
 
 def test_a_server_that_trains_shares_a_gpu_rather_than_use_the_cpu() -> None:
-    assert place([EIGHT] * 9, "auto").gpus == ("", *EIGHT)
-    assert place([EIGHT] * 9, "auto", server_trains=True).gpus == ("a0", *EIGHT)
-    assert place([EIGHT] * 9, "cpu", server_trains=True).gpus == ("", *EIGHT)
+    assert assign_gpus([EIGHT] * 9, "auto").gpus == ("", *EIGHT)
+    assert assign_gpus([EIGHT] * 9, "auto", server_trains=True).gpus == ("a0", *EIGHT)
+    assert assign_gpus([EIGHT] * 9, "cpu", server_trains=True).gpus == ("", *EIGHT)
 
 
 def test_a_server_on_the_cpu_does_not_evaluate_for_workers_on_gpus() -> None:
-    assert place([EIGHT] * 9, "auto").evaluators(9) == tuple(range(1, 9))
-    assert place([EIGHT] * 9, "shared").evaluators(9) == place([NONE] * 9, "auto").evaluators(9) == tuple(range(9))
+    assert assign_gpus([EIGHT] * 9, "auto").evaluators(9) == tuple(range(1, 9))
+    assert (
+        assign_gpus([EIGHT] * 9, "shared").evaluators(9)
+        == assign_gpus([NONE] * 9, "auto").evaluators(9)
+        == tuple(range(9))
+    )
     assert Placement().evaluators(3) == (0, 1, 2)
 
 

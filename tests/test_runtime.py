@@ -14,7 +14,6 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch, detect, first_host
 
 TORCHRUN = {
-    "GROUP_RANK": "0",
     "GROUP_WORLD_SIZE": "1",
     "LOCAL_RANK": "1",
     "LOCAL_WORLD_SIZE": "2",
@@ -88,7 +87,7 @@ MPIEXEC_IN_SLURM = {
     "SLURM_STEP_NODELIST": "n[1-2]",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
-SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, 1, "n1", 20000 + 100001 % 20000, 1)
+SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, "n1", 20000 + 100001 % 20000, 1)
 
 
 @pytest.mark.parametrize(
@@ -96,20 +95,20 @@ SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, 1, "n1", 20000 + 100001 % 20000, 1)
     [
         ({}, Launch()),
         ({"MASTER_ADDR": "x", "HOME": "/root"}, Launch()),
-        (TORCHRUN, Launch("torchrun", 1, 2, 1, 2, 0, "localhost", 43921, 2, True)),
-        (MPICH, Launch("mpi", 3, 4, 1, 2, 1)),
-        (OPEN_MPI, Launch("mpi", 2, 4, 0, 2, 1)),
+        (TORCHRUN, Launch("torchrun", 1, 2, 1, 2, "localhost", 43921, 2, True)),
+        (MPICH, Launch("mpi", 3, 4, 1, 2)),
+        (OPEN_MPI, Launch("mpi", 2, 4, 0, 2)),
         (SLURM_BATCH, Launch()),
         (SLURM_STEP, SLURM_LAUNCH),
         (SLURM_PMI2_STEP, SLURM_LAUNCH),
-        (MPIEXEC_IN_SLURM, Launch("mpi", 2, 3, 0, 1, 2)),
+        (MPIEXEC_IN_SLURM, Launch("mpi", 2, 3, 0, 1)),
         ({**SLURM_STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launch()),
         ({k: v for k, v in SLURM_STEP.items() if "_STEP_N" not in k and "_STEP_T" not in k}, SLURM_LAUNCH),
         ({**SLURM_STEP, **TORCHRUN}, detect(TORCHRUN)),
         ({**MPICH, **TORCHRUN}, detect(TORCHRUN)),
         ({**OPEN_MPI, **TORCHRUN}, detect(TORCHRUN)),
-        ({**SLURM_BATCH, **OPEN_MPI}, Launch("mpi", 2, 4, 0, 2, 1)),
-        ({**SLURM_STEP, **OPEN_MPI}, Launch("mpi", 2, 4, 0, 2, 1)),
+        ({**SLURM_BATCH, **OPEN_MPI}, Launch("mpi", 2, 4, 0, 2)),
+        ({**SLURM_STEP, **OPEN_MPI}, Launch("mpi", 2, 4, 0, 2)),
         ({**SLURM_STEP, "PMIX_RANK": "2", "PMIX_NAMESPACE": "slurm.pmix.100001.0"}, SLURM_LAUNCH),
     ],
     ids=[

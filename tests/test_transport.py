@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport import open_transport, torch_dist
-from fedhpc.ranks.transport.network import interface_of, own_address
+from fedhpc.ranks.transport.network import interface_of, local_address_for
 from tests.contract_transport import run_all
 from tests.ranks import Launcher, Ranks, free_port, run_ranks
 
@@ -107,7 +107,7 @@ def test_mpi_that_disagrees_with_the_launcher() -> None:
 
 
 def test_missing_ranks_are_named() -> None:
-    launch = Launch("torchrun", 0, 3, 0, 3, 0, "127.0.0.1", free_port())
+    launch = Launch("torchrun", 0, 3, 0, 3, "127.0.0.1", free_port())
     store = torch_dist._open_store(launch, 5)
     store.set("here/2", "yes")
     with pytest.raises(UserError, match=r"ranks \[1\] of 3"):
@@ -149,9 +149,9 @@ with connect_deadline(Launch("torchrun", 1, 2), 0.2):
 
 
 def test_addresses() -> None:
-    assert own_address("127.0.0.1") == own_address("localhost") == "127.0.0.1"
+    assert local_address_for("127.0.0.1") == local_address_for("localhost") == "127.0.0.1"
     assert interface_of("127.0.0.1") in ("lo", "lo0")
     with pytest.raises(UserError, match="MASTER_ADDR"):
-        own_address("no-such-host.invalid")
+        local_address_for("no-such-host.invalid")
     with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME"):
         interface_of("192.0.2.1")

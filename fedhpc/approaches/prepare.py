@@ -17,7 +17,7 @@ from fedhpc.approaches.inputs import load_inputs
 from fedhpc.config import Config
 from fedhpc.ranks.devices import device_of
 from fedhpc.ranks.launch import Launch
-from fedhpc.ranks.placement import Placement, place
+from fedhpc.ranks.placement import Placement, assign_gpus
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
 
@@ -27,14 +27,14 @@ def place_ranks(config: Config, transport: Transport, launch: Launch, gpus: Sequ
     visible = transport.gather_json(list(gpus))
     quantized = config.model.quantize != "none"
     trains = getattr(registry.load("methods", config.method.name), "SERVER_TRAINS", False)
-    chosen = on_server(transport, lambda: asdict(place(visible or [], config.runtime.server, quantized, trains)))
+    chosen = on_server(transport, lambda: asdict(assign_gpus(visible or [], config.runtime.server, quantized, trains)))
     placement = Placement(tuple(chosen["gpus"]), chosen["seen"])
     # Under an MPI launcher that fedhpc.ranks.launch does not know, the transport alone knows the rank.
     launch = replace(launch, rank=transport.rank, placement=placement)
     device = device_of(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    transport.place(placement)
+    transport.use_placement(placement)
     return launch
 
 

@@ -67,7 +67,7 @@ def _federation(folder: Path, ranks: int) -> dict[str, np.ndarray]:
     assert transformers.LlamaForCausalLM  # imported once for all ranks
 
     def work(rank: int) -> None:
-        launch = Launch("torchrun", rank, ranks, rank, ranks, 0, "127.0.0.1", port)
+        launch = Launch("torchrun", rank, ranks, rank, ranks, "127.0.0.1", port)
         with open_transport(launch, "torch", 600) as transport:
             approach = prepare(config, transport, launch, True)
             with quiet():

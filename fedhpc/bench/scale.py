@@ -89,7 +89,7 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
             why.write_text(reason)
 
         def work(rank: int) -> None:
-            launch = Launch("torchrun", rank, ranks, rank, ranks, 0, "127.0.0.1", port)
+            launch = Launch("torchrun", rank, ranks, rank, ranks, "127.0.0.1", port)
             cpu_seconds, memory = [], []
 
             def on_round(_: int) -> None:

@@ -1,6 +1,6 @@
-"""Collectives that are more than one call of the transport: bytes of any size, merges in a tree, sums by shard.
+"""Collectives made of several calls of the transport: bytes of any size, merges in a tree, rules over shards.
 
-Every rank calls them in the same order, as it does those of the transport.
+As with the transport's own collectives, every rank calls them in the same order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedhpc.ranks.transport.base import Transport
 
 
 def broadcast_bytes(transport: Transport, items: Sequence[bytes]) -> list[bytes]:
-    """Send rank 0's items, of any size, to every rank; what the others pass does not count."""
+    """Send rank 0's items, of any size, to every rank; the items that other ranks pass are ignored."""
     total = torch.tensor([len(items), sum(map(len, items))])
     transport.broadcast(total)
     count, size = total.tolist()
@@ -32,14 +32,14 @@ def broadcast_bytes(transport: Transport, items: Sequence[bytes]) -> list[bytes]
 def gather_bytes(transport: Transport, count: int, items: Mapping[int, bytes]) -> list[bytes]:
     """Collect `count` items of bytes, in order, on rank 0; the other ranks get an empty list.
 
-    items: those that this rank has, by number; each number is on one rank.
+    items: those of this rank, by their number; every number is on exactly one rank.
     """
     world, rank = transport.world_size, transport.rank
-    about = torch.zeros(2, count, dtype=torch.int64)  # the rank that has it, and the length
+    header = torch.zeros(2, count, dtype=torch.int64)  # for each item the rank that has it, and its length
     for item, content in items.items():
-        about[:, item] = torch.tensor([rank, len(content)])
-    transport.all_reduce_max(about)
-    owners, lengths = about.tolist()
+        header[:, item] = torch.tensor([rank, len(content)])
+    transport.all_reduce_max(header)
+    owners, lengths = header.tolist()
     nothing = torch.empty(0, dtype=torch.uint8)
     mine = b"".join(items[item] for item in sorted(items))
     sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else nothing
@@ -60,9 +60,10 @@ def gather_bytes(transport: Transport, count: int, items: Mapping[int, bytes]) -
 
 
 def tree_merge(transport: Transport, mine: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Merge the tensors of all ranks, of one shape, in pairs: all of them on rank 0, of no meaning elsewhere.
+    """Merge the equally shaped tensors of all ranks in pairs; rank 0 gets the result, that of other ranks is undefined.
 
-    merge: associative and commutative, of two tensors into one of their shape. Rank 0 receives log2(ranks) of them.
+    merge: merges two tensors into one of the same shape; it must be associative and commutative. Rank 0 receives only
+    log2(ranks) tensors.
     """
     nothing = torch.empty(0, dtype=mine.dtype)
     world, rank = transport.world_size, transport.rank
@@ -88,13 +89,13 @@ def combine_shards(
     combine: Callable[[Tensor], Tensor],
     like: Tensor,
 ) -> Tensor | None:
-    """Apply `combine((C, n, ...)) -> (n, ...)` to the values of all clients, a shard of the N columns on every rank:
-    all N on rank 0, None elsewhere. No rank ever holds C x N values.
+    """Apply `combine((C, n, ...)) -> (n, ...)` to the values of all C clients, with the N columns divided among ranks.
 
-    values (c, N, ...): of this rank's clients; positions int64 (c,): theirs among all clients, in any numbers that
-    ascend in the order of `owners`, which says for each of the C clients which rank has it. The rows that `combine`
-    sees are in that order, so the result does not depend on who has what, nor on how many columns there are in a
-    chunk. chunk: columns in one exchange, over all ranks. like: an empty tensor (0, ...) as `combine` makes them.
+    Returns all N columns on rank 0 and None elsewhere; no rank ever holds C x N values. values: (c, N, ...), of this
+    rank's clients. positions: int64 (c,), where these clients are among all clients; any numbers will do that ascend in
+    the order of `owners`, which names the rank of each of the C clients. `combine` sees rows in that order, so the
+    result depends neither on which rank has a client nor on the chunk. chunk: how many columns one exchange has, over
+    all ranks. like: an empty tensor (0, ...) of the shape and type that `combine` returns.
     """
     world, rank = transport.world_size, transport.rank
     rows_of = [np.flatnonzero(np.asarray(owners) == r) for r in range(world)]
@@ -112,10 +113,10 @@ def combine_shards(
         for r in range(world):
             arrived[torch.from_numpy(rows_of[r])] = receive[r]
         shard = combine(arrived) if width else like
-        back = [shard if r == 0 else like for r in range(world)]
+        results = [shard if r == 0 else like for r in range(world)]
         sizes = bounds[1:] - bounds[:-1] if rank == 0 else np.zeros(world, dtype=np.int64)
         gathered = [like.new_empty(int(n), *like.shape[1:]) for n in sizes]
-        transport.all_to_all(back, gathered)
+        transport.all_to_all(results, gathered)
         if total is not None:
             total[begin:end] = torch.cat(gathered)
     return total

@@ -1,4 +1,4 @@
-"""The GPUs that a process may use, and the device that it works on."""
+"""Finds the GPUs that a process may use, and the device that it works on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def visible_gpus(config: Config) -> list[str]:
 
 
 def device_of(launch: Launch) -> torch.device:
-    """This rank's device, by the placement that all have agreed on."""
+    """The device of this rank in the placement that all ranks have agreed on."""
     gpu = launch.placement.gpus[launch.rank] if launch.placement.gpus else ""
     if not gpu:
         return torch.device("cpu")

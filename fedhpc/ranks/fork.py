@@ -1,7 +1,8 @@
-"""Ranks of this machine as children of one process, which imports the libraries once for all of them.
+"""Starts the ranks of one machine as forked children of one process, which imports the libraries once for all.
 
-They share its memory until they write to it, and none has to import again: with three ranks that is most of the time
-to the first round, and half of the memory. Beyond that they are ranks like any: ranks/liveness.py ends them together.
+The children share its memory until they write to it, and need not import again. With three ranks this saves most of the
+time to the first round, and half of the memory. Otherwise they are ranks like any others: ranks/liveness.py ends them
+together.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.startup import FAILED, SIGNALS
 
-_PARTING_S = 20.0  # that the others may take to end once one has failed; liveness needs less
+_PARTING_S = 20.0  # how long the others may go on once one has failed; liveness ends them sooner
 
 
 def run(ranks: int, work: Callable[[Launch], None]) -> int:
-    """work(launch) in a process of its own for each of `ranks`; it ends its process. The exit code of them all.
+    """Fork `ranks` processes and call work(launch) in each, which must end its process; returns their exit code.
 
-    Signals of a preemption are passed on. No other thread may run in this process. UserError where a rank cannot be
-    started; none is left then.
+    Signals of a preemption are passed on to all of them. No other thread may run in this process. UserError where a
+    rank cannot be started; the ranks that were started are ended then.
     """
     context = multiprocessing.get_context("fork")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    launches = [Launch("forked", rank, ranks, rank, ranks, 0, "127.0.0.1", port) for rank in range(ranks)]
+    launches = [Launch("forked", rank, ranks, rank, ranks, "127.0.0.1", port) for rank in range(ranks)]
     processes = [context.Process(target=work, args=(launch,)) for launch in launches]
 
     def forward(number: int, _: object) -> None:
@@ -40,10 +41,10 @@ def run(ranks: int, work: Callable[[Launch], None]) -> int:
             if process.pid is not None and process.exitcode is None:
                 os.kill(process.pid, number)
 
-    # Until there is somebody to act on them: here `forward`, in a rank startup.guarded.
+    # Hold signals back until somebody acts on them: `forward` in this process, startup.guarded in a rank.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        # A collection in a child would write to every object, and so copy what is shared.
+        # Without this, garbage collection in a child would write to every object and so copy all shared memory.
         gc.freeze()
         gc.enable()
         for process in processes:
@@ -73,5 +74,5 @@ def run(ranks: int, work: Callable[[Launch], None]) -> int:
             for process in running.values():
                 process.kill()
     codes = [process.exitcode or 0 for process in processes]
-    told = next((code for code in codes if code > 0), 0)
-    return told or (FAILED if any(codes) else 0)
+    failure = next((code for code in codes if code > 0), 0)
+    return failure or (FAILED if any(codes) else 0)

@@ -1,7 +1,8 @@
-"""Which launcher started this process, and which rank it is, read from the environment alone.
+"""Detects from the environment which launcher started this process, and which rank it is.
 
-One table of variables per launcher; everything else is derived. The innermost launcher wins: torchrun inside
-mpiexec inside a Slurm step is torchrun. Light: no torch, so that the configuration can be checked first.
+There is one table of variables per launcher; everything else is derived. The innermost launcher wins: torchrun inside
+mpiexec inside a Slurm step is torchrun. This module does not import torch, so that the configuration can be checked
+first.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among the ranks of a launch."""
+    """How this process was launched: its rank, the number of ranks, and where rank 0 is."""
 
     launcher: Literal["single", "forked", "torchrun", "slurm", "mpi"] = "single"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    node_rank: int = 0
     master_addr: str | None = None
     master_port: int | None = None
     restart_count: int = 0
@@ -40,38 +40,31 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Variables:
-    """The variables in which a launcher tells a process its rank; None where it does not say."""
+    """The environment variables in which a launcher tells a process its rank; None for what it does not tell."""
 
     rank: str
     world_size: str
     local_rank: str
     local_world_size: str | None
-    node_rank: str | None
     restart_count: str | None = None
 
 
-# torchrun's names are also what people export by hand, with no launcher at all.
-_TORCHRUN = _Variables(
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"
-)
-# SLURM_NTASKS is the job's in the shell of an interactive step, so the step's own count goes first.
-_SLURM = _Variables(
-    "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None, "SLURM_NODEID", "SLURM_RESTART_COUNT"
-)
-# OMPI_COMM_WORLD_NODE_RANK is a rank within the node, not the node's number.
+# People also export torchrun's variables by hand, without any launcher.
+_TORCHRUN = _Variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+# In the shell of an interactive step SLURM_NTASKS is that of the job, so the step's own count comes first.
+_SLURM = _Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None, "SLURM_RESTART_COUNT")
 _OPEN_MPI = _Variables(
     "OMPI_COMM_WORLD_RANK",
     "OMPI_COMM_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
-    None,
 )
 # MPICH and Intel MPI. `srun --mpi=pmi2` sets PMI_RANK too, but not the local pair: that is a Slurm step.
-_MPICH = _Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", None)
+_MPICH = _Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 def detect(environ: Mapping[str, str]) -> Launch:
-    """The launch that `environ` describes; UserError where it is half-set or contradicts itself."""
+    """Read the launch from environment variables; UserError where some are missing or contradict each other."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         launch = _torchrun(environ)
         if "TORCHELASTIC_RESTART_COUNT" not in environ:
@@ -87,12 +80,12 @@ def detect(environ: Mapping[str, str]) -> Launch:
 
 
 def _agree(launch: Launch, environ: Mapping[str, str]) -> None:
-    """UserError where RANK and WORLD_SIZE, set by hand, contradict a launcher around them."""
-    around = detect({name: value for name, value in environ.items() if name not in ("RANK", "WORLD_SIZE")})
-    if around.world_size > 1 and (around.rank, around.world_size) != (launch.rank, launch.world_size):
+    """UserError where RANK and WORLD_SIZE, set by hand, contradict the launcher that started this process."""
+    outer = detect({name: value for name, value in environ.items() if name not in ("RANK", "WORLD_SIZE")})
+    if outer.world_size > 1 and (outer.rank, outer.world_size) != (launch.rank, launch.world_size):
         raise UserError(
-            f"RANK={launch.rank}, WORLD_SIZE={launch.world_size} contradict the {around.launcher} launcher's rank "
-            f"{around.rank} of {around.world_size}: unset RANK and WORLD_SIZE"
+            f"RANK={launch.rank}, WORLD_SIZE={launch.world_size} contradict the {outer.launcher} launcher's rank "
+            f"{outer.rank} of {outer.world_size}: unset RANK and WORLD_SIZE"
         )
 
 
@@ -137,7 +130,7 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def _tasks_per_node(environ: Mapping[str, str]) -> list[int]:
-    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    """How many tasks each node has: Slurm writes [2, 2, 2, 1] as "2(x3),1"."""
     name = "SLURM_STEP_TASKS_PER_NODE"
     if name not in environ:
         name = "SLURM_TASKS_PER_NODE"
@@ -152,7 +145,7 @@ def _tasks_per_node(environ: Mapping[str, str]) -> list[int]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: "gpu[03-05,9],cpu1" is "gpu03"."""
+    """The first host of a Slurm node list; that of "gpu[03-05,9],cpu1" is "gpu03"."""
     depth = 0
     host = ""
     for character in nodelist:
@@ -198,14 +191,12 @@ def _launch(
         local_rank = rank
     if not 0 <= local_rank < local_world_size:
         raise UserError(f"{names.local_rank}={local_rank} contradicts {local_world_size} ranks on this node")
-    node_rank = _optional_int(environ, names.node_rank)
     return Launch(
         launcher=launcher,
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        node_rank=(rank - local_rank) // local_world_size if node_rank is None else node_rank,
         master_addr=master_addr or environ.get("MASTER_ADDR"),
         master_port=master_port or _optional_int(environ, "MASTER_PORT"),
         restart_count=_optional_int(environ, names.restart_count) or 0,
@@ -230,7 +221,7 @@ def _optional_int(environ: Mapping[str, str], name: str | None) -> int | None:
 
 
 def _parse(name: str, value: str) -> int:
-    # ASCII digits only: int() also takes "1_0", " 1 " and "-1", none of which a launcher writes.
+    # Only ASCII digits: int() also takes "1_0", " 1 " and "-1", which no launcher writes.
     if not (value.isascii() and value.isdigit()):
         raise UserError(f"{name}={value!r} in the environment is not a number of 0 or more")
     return int(value)

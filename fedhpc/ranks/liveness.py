@@ -29,16 +29,16 @@ from fedhpc.ranks.star import Star
 from fedhpc.ranks.startup import FAILED, PREEMPTED, SIGNALS
 from fedhpc.ranks.transport.base import Transport
 
-_SYMPTOM_WAIT_S = 0.5  # a broken collective is a symptom: so long may the cause take to show
-_VERDICT_WAIT_S = 3.5  # a rank with evidence waits so long for rank 0's verdict, then leaves alone
-_ON_EXIT_LIMIT_S = 2.0  # a hanging file system must not keep the ranks
-_GRACE_S = 1.0  # rank 0 leaves when the others have, at the latest after this
+_SYMPTOM_WAIT_S = 0.5  # how long to wait for the cause after a symptom, like a broken collective
+_VERDICT_WAIT_S = 3.5  # how long a rank with evidence waits for rank 0's verdict before it leaves alone
+_ON_EXIT_LIMIT_S = 2.0  # a hanging file system must not keep the ranks from ending
+_GRACE_S = 1.0  # rank 0 leaves when the others have left, at the latest after this time
 _REASON_LIMIT = 4000
 
 
 @dataclass(frozen=True)
 class _Evidence:
-    """Why the run should end, and with which exit code; a `symptom` gives way to a cause."""
+    """Why the run should end, and with which exit code. A cause that becomes known replaces a `symptom`."""
 
     code: int
     reason: str
@@ -48,12 +48,12 @@ class _Evidence:
 class Liveness:
     """Watches over the ranks of `transport` between `start` and `stop`.
 
-    on_exit(code, reason) is called once for the run, before any rank leaves: by rank 0, or by rank 1 where
-    rank 0 is the one lost. It runs in a thread of its own and has two seconds. Then every rank ends with
-    `code` through transport.abort, whatever its main thread does.
+    on_exit(code, reason) is called once for the run, before any rank leaves: by rank 0, or by rank 1 if rank 0 is the
+    one that was lost. It runs in its own thread and has two seconds. Then every rank ends with exit code `code` through
+    transport.abort, whatever its main thread does.
 
-    timeout_s bounds the silence of a rank's side thread: stopped, cut off, or kept from Python's lock (by an
-    import, up to 20 s). Long work in the main thread is not silence.
+    timeout_s bounds the silence of a rank's liveness thread, which is silent when its process is stopped, cut off, or
+    kept from Python's lock (by an import, up to 20 s). Long work in the main thread is not silence.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Liveness:
         self._evidence: _Evidence | None = None
         self._decide_at = 0.0
         self._beat_at = 0.0
-        self._said_done = False
+        self._done_sent = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Connect all ranks and begin to watch; collective, in the main thread."""
+        """Connect all ranks and begin to watch. Collective, to be called in the main thread."""
         self._parent = os.getppid()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -94,10 +94,10 @@ class Liveness:
         self._thread.start()
 
     def fail(self, code: int, reason: str, *, symptom: bool = False) -> NoReturn:
-        """End every rank with `code`: the main thread's last call after an exception.
+        """End every rank with exit code `code`; the main thread's last call after an exception.
 
-        `symptom` marks a failed collective (TransportError): the death of the peer that caused it, or that
-        peer's own explanation, is reported in its place if it shows within half a second.
+        symptom: marks a failed collective (TransportError). The death of the peer that caused it, or that peer's own
+        explanation, is reported in its place if it becomes known within half a second.
         """
         reason = " ".join(reason.split())[:_REASON_LIMIT]
         if self._rank > 0:
@@ -111,7 +111,7 @@ class Liveness:
         self._transport.abort(code)
 
     def stop(self) -> None:
-        """End the watch cleanly; collective: returns once every rank has called it."""
+        """End the watch. Collective: it returns once every rank has called it."""
         if self._thread is None:
             return
         self._stopping.set()
@@ -139,7 +139,7 @@ class Liveness:
     def _step(self) -> None:
         ready = self._star.select(self._tick_s)
         now = time.monotonic()
-        # While this process was stopped, or its lock held, it could not hear: the others were not silent.
+        # While this process was stopped, or could not get Python's lock, it heard nobody: the others were not silent.
         overslept = now - self._stepped_at - self._tick_s
         self._stepped_at = now
         if overslept > self._tick_s:
@@ -156,7 +156,7 @@ class Liveness:
             self._leave(self._evidence)
 
     def _read(self, rank: int, alive: bool) -> None:
-        """Act on the lines that `rank` has sent, and on the end of its connection."""
+        """Act on the lines that a rank has sent, and on the end of its connection."""
         peer = self._star.peers[rank]
         for line in self._star.lines(rank):
             message = json.loads(line)
@@ -194,8 +194,8 @@ class Liveness:
 
     def _finished(self) -> bool:
         """Whether every rank has called stop()."""
-        if self._stopping.is_set() and not self._said_done and self._rank > 0:
-            self._said_done = True
+        if self._stopping.is_set() and not self._done_sent and self._rank > 0:
+            self._done_sent = True
             self._star.send(0, {"done": True})
         if self._rank > 0:
             return self._star.peers[0].done
@@ -207,7 +207,7 @@ class Liveness:
     # ---- ending
 
     def _accuse(self, evidence: _Evidence) -> None:
-        """Keep the first cause, or else the first symptom; rank 0 hears of it and decides."""
+        """Take note of evidence: the first cause, or else the first symptom. Rank 0 is told, and decides."""
         if self._evidence is not None and (evidence.symptom or not self._evidence.symptom):
             return
         now = time.monotonic()
@@ -219,14 +219,14 @@ class Liveness:
         self._evidence = evidence
 
     def _lose(self, rank: int, reason: str, *, silent: bool = False) -> None:
-        """A rank is lost. Without rank 0 there is no verdict to wait for, and rank 1 calls on_exit."""
+        """Handle the loss of a rank. If it is rank 0, there is no verdict to wait for, and rank 1 calls on_exit."""
         self._accuse(_Evidence(FAILED, reason))
         if rank == 0:
             assert self._evidence is not None
             if self._rank == 1:
                 self._report(self._evidence)
             elif silent and self._launch.local_rank == 0:
-                # This host may be the one that is cut off, and what the others say is not in its log.
+                # This host may be the one that is cut off: then the message of another host is not in its log.
                 sys.stderr.write(f"fedhpc: error: rank {self._rank}: {self._evidence.reason}\n")
                 sys.stderr.flush()
             self._transport.abort(self._evidence.code)
@@ -245,7 +245,7 @@ class Liveness:
     def _report(self, verdict: _Evidence) -> None:
         def report() -> None:
             self._on_exit(verdict.code, verdict.reason)
-            # The process ends without Python's clean-up, which would flush.
+            # The process ends without Python's clean-up, which would flush the streams.
             sys.stdout.flush()
             sys.stderr.flush()
 

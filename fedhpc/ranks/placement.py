@@ -1,7 +1,7 @@
-"""Which GPU every rank works on: a pure function of the GPUs that the ranks see, the same on all of them.
+"""Decides which GPU every rank works on: a pure function of the GPUs that the ranks see, the same on every rank.
 
-The server computes little, so workers choose first, one GPU each where there are enough. What is left over the server
-takes; else it stays on the CPU, where it takes no memory and no time from a worker.
+The server computes little, so workers choose first, one GPU each where there are enough. The server takes a GPU that is
+left over; if there is none, it works on the CPU, where it takes no memory and no time from a worker.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Server = Literal["auto", "own", "shared", "cpu"]
 
 @dataclass(frozen=True)
 class Placement:
-    """The GPU of every rank by its unique id, "" on the CPU; empty where no rank has one."""
+    """The GPU of every rank: its unique id, or "" for the CPU. Without any GPU, `gpus` is empty."""
 
     gpus: tuple[str, ...] = ()
-    seen: int = 0  # GPUs that there are for these ranks
+    seen: int = 0  # how many GPUs these ranks see in all
 
     @property
     def trains_on(self) -> Literal["cpu", "cuda"]:
-        """The kind of device of the workers, all the same."""
+        """The type of device that all workers train on."""
         return "cuda" if any(self.gpus) else "cpu"
 
     @property
-    def apart(self) -> bool:
+    def one_gpu_each(self) -> bool:
         """Whether every rank has a GPU of its own, as NCCL demands."""
         return len(self.gpus) > 1 and all(self.gpus) and len(set(self.gpus)) == len(self.gpus)
 
@@ -38,17 +38,17 @@ class Placement:
         return tuple(r for r in range(world_size) if self.trains_on == "cpu" or self.gpus[r])
 
     def describe(self) -> str:
-        """cpu, or which ranks are where."""
+        """The placement in words: "cpu", or something like "2 GPUs, the server on the CPU"."""
         if self.trains_on == "cpu":
             return "cpu"
         if len(self.gpus) == 1:
             return "1 GPU" + _idle(self.seen - 1)
         server, workers = self.gpus[0], self.gpus[1:]
         used = len(set(workers))
-        where = "the server on the CPU" if not server else "the server on a GPU of its own"
+        server_text = "the server on the CPU" if not server else "the server on a GPU of its own"
         if server in workers:
-            where = "the server sharing one of them"
-        line = f"{used} {'GPU' if used == 1 else 'GPUs'}, {where}"
+            server_text = "the server sharing one of them"
+        line = f"{used} {'GPU' if used == 1 else 'GPUs'}, {server_text}"
         if used < len(workers):
             line += f" ({len(workers)} workers share them: {used + 1} ranks would be one each)"
         return line + _idle(self.seen - len(set(self.gpus) - {""}))
@@ -58,15 +58,15 @@ def _idle(count: int) -> str:
     return f" ({count} more {'GPU is' if count == 1 else 'GPUs are'} not used: start more ranks)" if count else ""
 
 
-def place(
+def assign_gpus(
     visible: Sequence[Sequence[str]], server: Server, quantized: bool = False, server_trains: bool = False
 ) -> Placement:
-    """visible[r]: unique ids of the GPUs that rank r may use, in its own order; none for one that is to use the CPU.
+    """Assign a GPU, or the CPU, to every rank. UserError where that is impossible.
 
-    server: where rank 0 goes beside workers. own: a GPU without a worker; shared: a GPU, a worker's if need be; cpu;
-    auto: own where a GPU is left over, else cpu, or shared where the base is `quantized`, which no CPU can hold, or
-    `server_trains` a model of its own.
-    UserError where that cannot be.
+    visible: for each rank, the unique ids of the GPUs that it may use, in its own order; empty for a rank that is to
+    use the CPU. server: where rank 0 works if it is not alone: "own" is a GPU without a worker, "shared" a GPU that a
+    worker may use too, "cpu" the CPU. "auto" is "own" where a GPU is left over, otherwise "cpu", or "shared" where the
+    base is `quantized`, so that no CPU can hold it, or where the server trains a model too (`server_trains`).
     """
     world = len(visible)
     workers = range(1, world) if world > 1 else range(1)
@@ -94,7 +94,7 @@ def place(
             )
     for r in workers:
         free = [gpu for gpu in visible[r] if gpu != gpus[0]] if gpus[0] else list(visible[r])
-        gpus[r] = min(free, key=lambda gpu: used[gpu])  # the first of those least used
+        gpus[r] = min(free, key=lambda gpu: used[gpu])  # the first of the least used ones
         used[gpus[r]] += 1
     if server in ("auto", "shared") and world > 1:
         left = sorted(visible[0], key=lambda gpu: used[gpu])

@@ -190,8 +190,8 @@ def _announce(saved: SavedRounds, is_server: bool, code: int, reason: str) -> No
     saved.freeze()
     if not is_server:
         saved.reread()
-    kept = "" if saved.last is None else f"; {saved.last} rounds are kept, the same command goes on from there"
-    line = f"{reason}{kept}" if code == PREEMPTED else f"error: {reason}"
+    progress = "" if saved.last is None else f"; {saved.last} rounds are kept, the same command goes on from there"
+    line = f"{reason}{progress}" if code == PREEMPTED else f"error: {reason}"
     print(f"fedhpc: {line}", file=sys.stderr, flush=True)
     saved.record_end(code, reason)
 

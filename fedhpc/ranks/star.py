@@ -1,7 +1,7 @@
-"""The TCP connections between the side thread of rank 0 and those of the other ranks: a star.
+"""The TCP connections between the liveness threads of rank 0 and of every other rank: a star.
 
-Who connects must know a token that travels over the transport; what does not is dropped. A message is one line of JSON,
-an empty line a heartbeat.
+A connection is accepted only with a token that was sent over the transport; any other is dropped. A message is one line
+of JSON, and an empty line is a heartbeat.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
-from fedhpc.ranks.transport.network import own_address
+from fedhpc.ranks.transport.network import local_address_for
 
 _HELLO_LIMIT_S = 10.0
 
 
 @dataclass
 class Peer:
-    """One connection, or one that is still to come."""
+    """Another rank, with its connection once there is one."""
 
-    heard: float
+    heard: float  # when it was last heard of
     connection: socket.socket | None = None
     received: bytearray = field(default_factory=bytearray)
     done: bool = False  # its main thread has called stop()
@@ -48,21 +48,24 @@ class Star:
         self._selector = selectors.DefaultSelector()
 
     def connect(self) -> None:
-        """Connect all ranks; collective. UserError where rank 0 cannot be reached."""
+        """Connect all ranks. Collective; UserError where rank 0 cannot be reached."""
         if self._transport.world_size > 1:
             with connect_deadline(self._launch, arrival_limit_s(self._timeout_s)):
                 self._connect()
 
     def watch(self, connection: socket.socket) -> None:
-        """`select` shall return for this socket too, which the caller reads."""
+        """Let `select` wait for this socket too, which the caller reads."""
         self._selector.register(connection, selectors.EVENT_READ)
 
     def select(self, limit_s: float) -> list[socket.socket]:
-        """Wait until something can be read; what can."""
+        """Wait until a socket can be read, or until the limit; returns those that can."""
         return [key.fileobj for key, _ in self._selector.select(limit_s)]  # type: ignore[misc]
 
     def read(self, ready: socket.socket) -> tuple[int, bool] | None:
-        """Receive what has come; the rank that it is from, and whether that is still connected. None: from no rank."""
+        """Receive from a socket: returns the rank it belongs to, and whether that is still connected.
+
+        None where it belongs to no rank (yet).
+        """
         if ready is self._listener:
             self._accept()
             return None
@@ -74,7 +77,7 @@ class Star:
         return None
 
     def lines(self, rank: int) -> list[bytes]:
-        """The whole lines that `rank` has sent, heartbeats left out."""
+        """The complete lines that a rank has sent, without heartbeats."""
         peer = self.peers[rank]
         peer.heard = time.monotonic()
         *lines, rest = bytes(peer.received).split(b"\n")
@@ -82,28 +85,28 @@ class Star:
         return [line for line in lines if line]
 
     def ended(self, rank: int) -> None:
-        """Look no more at a connection that has ended."""
+        """Stop waiting for a connection that has ended."""
         connection = self.peers[rank].connection
         assert connection is not None
         self._selector.unregister(connection)
 
     def send(self, rank: int, message: dict[str, Any]) -> None:
-        """Send one message, without waiting."""
+        """Send a message to a rank, without waiting."""
         _send(self.peers[rank], _line(message))
 
     def beat(self) -> None:
-        """Send everyone a heartbeat."""
+        """Send a heartbeat to every peer."""
         for peer in self.peers.values():
             _send(peer, b"\n")
 
     def drop_the_silent(self, now: float) -> None:
-        """Drop strangers who have not said who they are for long."""
+        """Drop connections that have not sent their first line for too long."""
         for connection, stranger in list(self._strangers.items()):
             if now > stranger.heard + _HELLO_LIMIT_S:
                 self._drop(connection)
 
     def part(self, message: dict[str, Any], grace_s: float) -> None:
-        """Tell every peer, and let them go first: closing at once could destroy what they have not read."""
+        """Tell every peer, and let them close first: closing here could destroy what they have not read yet."""
         line = _line(message)
         for peer in self.peers.values():
             _send(peer, line)
@@ -135,7 +138,7 @@ class Star:
         now = time.monotonic()
         if self._rank == 0:
             assert hosts is not None
-            listener = socket.create_server((self._own_address(hosts), 0), backlog=len(hosts) + 16)
+            listener = socket.create_server((self._listening_address(hosts), 0), backlog=len(hosts) + 16)
             listener.setblocking(False)
             self._listener = listener
             self._token = secrets.token_hex(16)
@@ -160,12 +163,12 @@ class Star:
         self.peers = {0: Peer(time.monotonic(), connection)}
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _own_address(self, hosts: Sequence[str]) -> str:
-        # Under an unknown launcher the launch is a single process, whatever MPI says.
+    def _listening_address(self, hosts: Sequence[str]) -> str:
+        # Under an unknown launcher, `launch` describes a single process, whatever MPI says.
         if self._launch.single_node and self._launch.world_size == self._transport.world_size:
             return "127.0.0.1"
         other = next((host for host in hosts if host != hosts[0]), "localhost")
-        return own_address(self._launch.master_addr or other)
+        return local_address_for(self._launch.master_addr or other)
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -178,7 +181,7 @@ class Star:
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _greet(self, connection: socket.socket) -> tuple[int, bool] | None:
-        """Read a stranger's first line: the token and a rank that is still missing, or it is dropped."""
+        """Read a stranger's first line, and drop it unless it has the token and the number of a missing rank."""
         stranger = self._strangers[connection]
         alive = _receive(stranger)
         if b"\n" not in stranger.received:
@@ -203,7 +206,7 @@ class Star:
         try:
             message = json.loads(hello[:512])
             token = str(message["token"]).encode()
-        except (ValueError, RecursionError, KeyError, TypeError, IndexError):  # whatever a stranger may say
+        except (ValueError, RecursionError, KeyError, TypeError, IndexError):  # a stranger may send anything
             return None
         if not hmac.compare_digest(token, self._token.encode()):
             return None
@@ -221,14 +224,14 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 def _send(peer: Peer, data: bytes) -> None:
-    # A broken connection shows on the reading side, after what the peer said last.
+    # A broken connection is noticed when reading, after the last lines of the peer.
     if peer.connection is not None:
         with contextlib.suppress(OSError):
             peer.connection.send(data)
 
 
 def _receive(peer: Peer) -> bool:
-    """Read what has come; False at the end of the connection."""
+    """Read the bytes that have arrived; False at the end of the connection."""
     assert peer.connection is not None
     try:
         data = peer.connection.recv(65536)
@@ -241,6 +244,6 @@ def _receive(peer: Peer) -> bool:
 
 
 def _until(deadline: float) -> Iterator[float]:
-    """The seconds left, until none are."""
+    """Yield the seconds that are left, again and again, until the deadline."""
     while (left_s := deadline - time.monotonic()) > 0:
         yield left_s

@@ -1,7 +1,8 @@
-"""Until liveness watches over a rank: signals, and the death of its launcher, while it imports and connects.
+"""Watches a rank while it imports and connects, until liveness does: for signals, and for the death of its launcher.
 
-Light, for it is there before torch. The signal is read by a thread (signal.set_wakeup_fd), since the main thread may
-be inside a library for long; nothing is on the disk yet, so the process just ends.
+It works before torch is imported, so this module imports nothing heavy. A thread reads the signals
+(signal.set_wakeup_fd), since the main thread may be inside a library for long. Nothing is on the disk yet, so the
+process simply ends.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _TICK_S = 0.5
 
 @contextlib.contextmanager
 def guarded(launch: Launch) -> Iterator[None]:
-    """In the block a signal ends this process with 75, and the death of its launcher with 1."""
+    """Inside this context a signal ends the process with exit code 75, and the death of its launcher with 1."""
     parent, over = os.getppid(), threading.Event()
     read, write = socket.socketpair()
     read.settimeout(_TICK_S)

@@ -1,8 +1,7 @@
-"""Which ranks are the workers, and which rank speaks for each of them.
+"""Says which ranks form each worker, and which rank speaks for it.
 
 A worker is a group of ranks that hold one copy of the base between them: one rank today, several where a base is
-sharded. Workers are counted from 0, and the first rank of a group speaks for it: what a worker gives to the server, it
-gives once.
+sharded. Workers are counted from 0, and the first rank of a group speaks for it: a worker sends what it has once.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ class Topology:
 
     @classmethod
     def of(cls, world_size: int, group_size: int = 1) -> Topology:
-        """The topology of so many ranks: rank 0 serves, each `group_size` of the others are a worker.
+        """The topology of `world_size` ranks: rank 0 is the server, every `group_size` others are a worker.
 
-        A rank that is alone serves and works. ValueError where the others do not divide into such groups.
+        A single rank is server and worker. Of 5 ranks with group_size 2, workers 0 and 1 are the ranks (1, 2) and
+        (3, 4). ValueError where the others do not divide into such groups.
         """
         ranks = range(1, world_size) if world_size > 1 else range(1)
         if group_size < 1 or len(ranks) % group_size:

@@ -1,4 +1,4 @@
-"""Rank 0 does something for all ranks, and a mistake that it meets there ends all of them alike."""
+"""Lets rank 0 do something for all ranks, so that a user's mistake that it finds ends all of them alike."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ T = TypeVar("T")
 
 
 class RefusedError(Exception):
-    """Rank 0 found a mistake that a person can mend; it says so, and every rank leaves with 2."""
+    """Rank 0 found a mistake of the user's, which it reports; every rank ends with exit code 2."""
 
 
 def on_server(transport: Transport, step: Callable[[], T]) -> T:
-    """The JSON-able result of `step` on rank 0, on every rank; its UserError ends all of them with RefusedError."""
+    """Call `step` on rank 0 and return its result, which JSON must be able to carry, on every rank.
+
+    A UserError of `step` becomes a RefusedError on all of them.
+    """
     verdict: dict[str, Any] = {}
     if transport.rank == 0:
         try:

@@ -1,4 +1,4 @@
-"""The way between ranks: loopback, torch.distributed (gloo, NCCL) or MPI, behind one contract."""
+"""The transports between ranks: loopback, torch.distributed (gloo, NCCL) or MPI, behind one interface."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def open_transport(
     choice: Literal["auto", "torch", "mpi"],
     timeout_s: float,
 ) -> Transport:
-    """Connect all ranks of `launch`; collective.
+    """Connect all ranks of a launch. Collective.
 
-    `auto` is MPI under an MPI launcher and torch.distributed under torchrun and Slurm. `timeout_s` bounds the
-    time the ranks may take to find each other (at least 120 s, for imports), not the collectives.
+    choice: `auto` is MPI under an MPI launcher and torch.distributed under torchrun and Slurm. timeout_s: how long the
+    ranks may take to find each other (at least 120 s, since they import first); it does not bound the collectives.
     """
     if choice == "mpi" or (choice == "auto" and launch.launcher == "mpi" and launch.world_size > 1):
         from fedhpc.ranks.transport.mpi import MpiTransport

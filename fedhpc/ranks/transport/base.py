@@ -1,7 +1,7 @@
-"""What every transport does: the collectives of a round, and JSON beside them.
+"""The interface of all transports: the collectives of a round on tensors, and of small values as JSON.
 
-Everything works in place on contiguous tensors, with the same result on every backend. Nothing is pickled:
-tensors travel as their bytes, small values as JSON of bounded size.
+Collectives work in place on contiguous tensors, with the same result on every backend. Nothing is pickled: tensors are
+sent as their bytes, small values as JSON of bounded size.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ REDUCIBLE = (torch.float32, torch.float64, torch.int64, torch.int32)
 
 
 class TransportError(RuntimeError):
-    """A collective broke, most often because a peer died: a symptom, rarely the cause."""
+    """A collective failed, usually because another rank died: this is a symptom, rarely the cause."""
 
 
 class Transport(ABC):
     """The ranks of a launch and the collectives between them.
 
-    All ranks call the same methods in the same order with tensors of the same dtype and size (all_to_all:
-    sizes that match pairwise). Empty tensors are allowed and cost nothing. A collective has no time-out:
-    ranks may be busy for hours, and `fedhpc.ranks.liveness` ends the run when one is dead or stuck.
+    All ranks call the same methods in the same order, with tensors of the same dtype and size (for all_to_all, sizes
+    that match in pairs). Empty tensors are allowed and cost nothing. A collective has no time-out: ranks may be busy
+    for hours, and `fedhpc.ranks.liveness` ends the run when one is dead or stuck.
 
-    wire_bytes counts the payload this rank handed to or got from others, each buffer once per collective.
+    wire_bytes counts the bytes that this rank sent to or received from others, each buffer once per collective.
     """
 
     name: str
@@ -64,30 +64,30 @@ class Transport(ABC):
         """Whether this is rank 0, the server's."""
         return self.rank == 0
 
-    def place(self, placement: Placement) -> None:
-        """Learn the GPUs of all ranks, this one's being torch's current device. Collective, once."""
+    def use_placement(self, placement: Placement) -> None:
+        """Tell the transport the GPUs of all ranks; that of this rank is torch's current device. Collective, once."""
         self.evaluators = placement.evaluators(self.world_size)
 
     def evaluator(self, number: int) -> int:
-        """The rank that does piece `number` of an evaluation."""
+        """The rank that computes piece `number` of an evaluation."""
         return self.evaluators[number % len(self.evaluators)]
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Copy rank 0's `tensor` into every other rank's."""
+        """Copy rank 0's tensor into the tensor of every other rank."""
         _check(tensor, MOVABLE)
         self._count(tensor.nbytes)
         if tensor.numel():
             self._staged(self._broadcast, tensor, copy_in=self.rank == 0, copy_out=self.rank != 0)
 
     def reduce_sum(self, tensor: Tensor) -> None:
-        """Add all ranks' tensors up in rank 0's; the others' are undefined then. Integer sums are exact."""
+        """Add up the tensors of all ranks in that of rank 0; the others are undefined then. Integer sums are exact."""
         _check(tensor, REDUCIBLE)
         self._count(tensor.nbytes)
         if tensor.numel():
             self._staged(self._reduce_sum, tensor, copy_in=True, copy_out=self.rank == 0)
 
     def all_reduce_max(self, tensor: Tensor) -> None:
-        """Elementwise maximum over all ranks, on all ranks. No NaN: backends disagree about it."""
+        """Take the elementwise maximum over all ranks, on all ranks. Without NaN, which backends treat differently."""
         _check(tensor, REDUCIBLE)
         self._count(tensor.nbytes)
         if tensor.numel():
@@ -111,7 +111,7 @@ class Transport(ABC):
                 receive[j].copy_(buffer)
 
     def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's `value`, as JSON carries it, on every rank; at most 64 MiB."""
+        """Send rank 0's value to every rank as JSON of at most 64 MiB; returns it as JSON gives it back."""
         text = _encode(value) if self.rank == 0 else b""
         size = torch.tensor([len(text)])
         self.broadcast(size)
@@ -122,7 +122,7 @@ class Transport(ABC):
         return _decode(buffer)
 
     def gather_json(self, value: Any) -> list[Any] | None:
-        """All ranks' values in rank order on rank 0, None elsewhere; at most 64 MiB in all."""
+        """Collect the values of all ranks as JSON: a list by rank on rank 0, None elsewhere; at most 64 MiB in all."""
         text = _encode(value)
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         sizes[self.rank] = len(text)
@@ -143,17 +143,17 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the group; collective, and the last call of every rank."""
+        """Disconnect from the other ranks. Collective, and the last call of every rank."""
 
     def abort(self, code: int) -> NoReturn:
-        """End this process at once with `code`, from any thread and whatever the main thread waits for."""
+        """End this process at once with exit code `code`, from any thread, whatever the main thread is doing."""
         os._exit(code)
 
     def __enter__(self) -> Transport:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # After an error the peers may be anywhere; closing, a collective, could wait for ever.
+        # Closing is a collective: after an error the others may never call it, and this rank would wait for ever.
         if kind is None:
             self.close()
 
@@ -168,10 +168,10 @@ class Transport(ABC):
 
     @abstractmethod
     def _exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> None:
-        """Point-to-point uint8 buffers by peer; pairs with nothing to say are absent on both sides."""
+        """Exchange uint8 buffers, by rank; two ranks without data for each other are left out on both sides."""
 
     def _takes(self, tensor: Tensor) -> bool:
-        """Whether the backend can work on the memory of `tensor` itself."""
+        """Whether the backend can work directly on the memory of `tensor`."""
         return tensor.device.type == "cpu"
 
     def _count(self, size_bytes: int) -> None:
@@ -197,7 +197,7 @@ class Transport(ABC):
 
 
 class LoopbackTransport(Transport):
-    """One process: nothing to exchange, and nothing on a wire."""
+    """The transport of a single process, which has nothing to exchange."""
 
     name = "loopback"
 
@@ -224,15 +224,15 @@ class LoopbackTransport(Transport):
 
 
 def arrival_limit_s(timeout_s: float) -> float:
-    """How long ranks may take to find each other: importing torch in 8 processes takes 40 s on 2 cores."""
+    """How long ranks may take to find each other; importing torch in 8 processes takes 40 s on 2 cores."""
     return max(timeout_s, 120.0)
 
 
 @contextlib.contextmanager
 def connect_deadline(launch: Launch, limit_s: float) -> Iterator[None]:
-    """End this process with 1 if the block, ranks finding each other, takes longer than `limit_s`.
+    """End this process with exit code 1 if connecting, inside this context, takes longer than `limit_s`.
 
-    Backends hang in C++ when a peer dies half-way, and liveness is not there yet.
+    Backends hang in C++ when a peer dies while they connect, and liveness does not watch yet.
     """
 
     def give_up() -> None:
@@ -257,7 +257,7 @@ def _collective(name: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Gloo's messages begin with its source file in brackets.
+        # Gloo's messages begin with the name of its source file in brackets.
         text = re.sub(r"^\[[^]]*\] *", "", str(error).partition("\n")[0])
         raise TransportError(f"{name} failed: {text}") from error
 

@@ -1,6 +1,6 @@
-"""MPI through mpi4py, the only importer of it.
+"""The transport over MPI; the only module that imports mpi4py.
 
-Collectives are started and then tested with short sleeps in between: a blocking call burns a core that
+Collectives are started and then tested, with short sleeps in between: a blocking call would use a whole core that
 another rank may need.
 """
 
@@ -24,7 +24,7 @@ _LONGEST_PAUSE_S = 2e-4
 
 
 class MpiTransport(Transport):
-    """MPI.COMM_WORLD; GPU tensors go through pinned host memory."""
+    """Exchanges tensors over MPI.COMM_WORLD; those of a GPU go through pinned host memory."""
 
     name = "mpi"
     aborts_all = True
@@ -34,9 +34,9 @@ class MpiTransport(Transport):
             self._mpi = _initialize()
             self._comm = self._mpi.COMM_WORLD.Dup()
         super().__init__(self._comm.rank, self._comm.size)
-        # Started by a launcher whose variables we do not know, MPI's word is all there is.
-        known = launch.launcher != "single"
-        if known and (launch.rank, launch.world_size) != (self.rank, self.world_size):
+        # Under a launcher whose variables we do not know, rank and size are those that MPI says.
+        detected = launch.launcher != "single"
+        if detected and (launch.rank, launch.world_size) != (self.rank, self.world_size):
             raise UserError(
                 f"the launcher says rank {launch.rank} of {launch.world_size}, MPI says rank {self.rank} of "
                 f"{self.world_size}: start with the mpiexec (under Slurm: srun --mpi=...) of the MPI library "
@@ -91,13 +91,13 @@ class MpiTransport(Transport):
 
 
 def _initialize() -> Any:
-    """mpi4py's MPI module, initialised with threads: the liveness thread may call Abort at any moment."""
+    """Import and initialise MPI, with threads: the liveness thread may call Abort at any moment."""
     try:
         import mpi4py
     except ModuleNotFoundError as error:
         raise UserError("runtime.transport 'mpi' needs mpi4py: pip install 'fedhpc[mpi]'") from error
     mpi4py.rc.initialize = False
-    # Finalize waits for every rank: at the exit of a failed one it would hang. `close` calls it.
+    # Finalize waits for every rank, so it would hang when a failed rank exits. `close` calls it.
     mpi4py.rc.finalize = False
     try:
         from mpi4py import MPI

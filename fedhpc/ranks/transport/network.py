@@ -1,4 +1,4 @@
-"""Which of this machine's addresses another machine can reach."""
+"""Finds the address of this machine that another machine can reach, and the network interface that has it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import LOOPBACK
 
 
-def own_address(peer: str) -> str:
-    """This machine's IPv4 address on the way to the host `peer`, loopback only where `peer` is written so."""
+def local_address_for(peer: str) -> str:
+    """The IPv4 address of this machine that the host `peer` reaches; loopback only where `peer` is given as that."""
     if peer in LOOPBACK:
         return "127.0.0.1"
     address = _source_address(peer)
     if address.startswith("127."):
-        # `peer` is this machine, and its name resolves to itself alone: take the way out to anywhere.
+        # `peer` is this machine, and its name resolves to loopback: take the address of the route to other networks.
         address = _source_address("192.0.2.1")
     return address
 

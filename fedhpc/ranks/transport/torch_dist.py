@@ -1,10 +1,10 @@
-"""torch.distributed: gloo, and NCCL where every rank has a GPU of its own.
+"""The transport over torch.distributed: gloo, and NCCL where every rank has its own GPU.
 
-The only importer of torch.distributed. Ranks find each other through a store of rank 0's own, opened anew in
-every process: with `torchrun --max-restarts` the agent's store still holds the addresses of the dead.
+This is the only module that imports torch.distributed. Ranks find each other through a store that rank 0 opens anew at
+every start: with `torchrun --max-restarts`, the agent's store still holds the addresses of the dead processes.
 
-Gloo knows nothing of nodes: its broadcast would send to every rank of another node alone. So each node has a leader,
-its first rank, and what goes from or to rank 0 crosses between leaders once per node. NCCL sees to that by itself.
+Gloo knows nothing about nodes: its broadcast would send to every rank of another node separately. So each node has a
+leader, its first rank, and data from or to rank 0 crosses between leaders once per node. NCCL does this by itself.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
-from fedhpc.ranks.transport.network import interface_of, own_address
+from fedhpc.ranks.transport.network import interface_of, local_address_for
 
 # Collectives wait for local training, however long; liveness bounds silence instead.
 _NO_TIMEOUT = datetime.timedelta(days=365)
 
 
 class TorchTransport(Transport):
-    """gloo; NCCL for CUDA tensors where every rank has a GPU of its own, else they go through pinned host memory."""
+    """Exchanges tensors with gloo, and CUDA tensors with NCCL where every rank has its own GPU.
+
+    Without NCCL, CUDA tensors go through pinned host memory.
+    """
 
     def __init__(self, launch: Launch, timeout_s: float) -> None:
         super().__init__(launch.rank, launch.world_size)
@@ -58,7 +61,7 @@ class TorchTransport(Transport):
             self.barrier()
 
     def _meet(self, nodes: list[list[int]]) -> None:
-        """Make the groups of the leaders, and of the ranks of this node; nodes: the ranks of each, ascending."""
+        """Make the process groups of the leaders and of this node's ranks. nodes: the ranks of each node, ascending."""
         self._across: dist.ProcessGroup | None = dist.group.WORLD
         self._within: dist.ProcessGroup | None = None
         self._leader = self.rank
@@ -69,10 +72,10 @@ class TorchTransport(Transport):
             self._within = _subgroup(ranks)
             self._across = _subgroup([ranks[0] for ranks in nodes]) if self.rank == self._leader else None
 
-    def place(self, placement: Placement) -> None:
-        """See the base class. NCCL refuses two ranks on one GPU, and a server without one."""
-        super().place(placement)
-        if placement.apart:
+    def use_placement(self, placement: Placement) -> None:
+        # NCCL refuses two ranks on one GPU, and a rank without one.
+        super().use_placement(placement)
+        if placement.one_gpu_each:
             self._nccl = dist.new_group(backend="nccl", timeout=_NO_TIMEOUT)
             self.name = "nccl"
 
@@ -118,24 +121,24 @@ class TorchTransport(Transport):
         return self._nccl if tensor.is_cuda else None
 
     def _groups(self, tensor: Tensor) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """Of the leaders, if this rank is one, and of this node, if there are nodes of several ranks."""
+        """The group of the leaders, if this rank is one, and that of this node, if nodes have several ranks."""
         return (self._nccl, None) if tensor.is_cuda else (self._across, self._within)
 
 
 def _subgroup(ranks: list[int]) -> dist.ProcessGroup:
-    # Known to its members alone: otherwise every rank would wait for every group.
+    # Only its members make it: otherwise every rank would wait for every group.
     return dist.new_group(ranks, backend="gloo", timeout=_NO_TIMEOUT, use_local_synchronization=True)
 
 
 def _address(launch: Launch) -> str:
-    """The address under which the others reach this process."""
+    """The address at which other ranks reach this process."""
     if launch.single_node:
         return "127.0.0.1"
-    return own_address(str(launch.master_addr))
+    return local_address_for(str(launch.master_addr))
 
 
 def _open_store(launch: Launch, limit_s: float) -> Store:
-    """A store that belongs to the processes of this start alone."""
+    """Open a store that only the processes of this start use, and none of an earlier one."""
     wait = datetime.timedelta(seconds=limit_s)
     address, port = str(launch.master_addr), int(launch.master_port or 0)
     if not launch.agent_store:
@@ -157,10 +160,10 @@ def _open_store(launch: Launch, limit_s: float) -> Store:
 
 
 def _follow(published: Callable[[], str], limit_s: float) -> Store:
-    """Connect to the store that rank 0 published, re-reading its address until it answers.
+    """Connect to the store that rank 0 published, reading its address again until the store answers.
 
-    A restarted rank may read the entry of its dead predecessor first: that refuses, for its owner is gone, or
-    another program listens there now, which does not know the nonce.
+    After a restart the address may first be that of the dead rank 0: then nobody answers, or another program listens
+    there now, which does not know the nonce.
     """
     deadline = time.monotonic() + limit_s
     second = datetime.timedelta(seconds=1)
@@ -178,12 +181,12 @@ def _follow(published: Callable[[], str], limit_s: float) -> Store:
 
 
 def _node(launch: Launch) -> str:
-    """The same for the ranks of one machine, and only for these."""
+    """A name of this machine: equal for all ranks on it, and different on other machines."""
     return _address(launch)
 
 
 def _arrive(store: Store, launch: Launch, limit_s: float) -> list[list[int]]:
-    """Wait for every rank: the ranks of each node."""
+    """Wait until every rank has arrived; returns the ranks of each node."""
     keys = [f"here/{rank}" for rank in range(launch.world_size)]
     store.set(keys[launch.rank], _node(launch))
     try:
