@@ -17,11 +17,11 @@ from fedhpc.approaches.distillation.knowledge import (
     Knowledge,
     likeliest,
     one_hot,
-    own_targets,
     position_offsets,
     predict,
+    targets_of,
     token_texts,
-    where_known,
+    with_targets_where_unknown,
 )
 from fedhpc.approaches.prepare import prepare
 from fedhpc.data.tokens import Examples, Tokens, examples_from
@@ -123,7 +123,7 @@ def test_every_token_has_the_loss_of_its_own_teacher(family: str, monkeypatch: p
         losses = objective.losses(base, Attached(), batch)
     assert len(logits) == len(positions)
     index, p = objective.index[positions].astype(np.int64), objective.probability[positions]
-    targets = torch.from_numpy(own_targets(tiny.objective(base), examples)[positions].astype(np.int64))
+    targets = torch.from_numpy(targets_of(tiny.objective(base), examples)[positions].astype(np.int64))
     torch.testing.assert_close(losses, soft_losses(logits, targets, *soft(p, index, 2.0, 0.25)))
     # A piece of the logits at a time gives the same.
     monkeypatch.setattr("fedhpc.models.base.LOGITS_AT_ONCE", 3 * tiny.VOCABULARY)
@@ -270,7 +270,7 @@ def test_nobody_knows_anything_of_a_position() -> None:
         client.confidence[2] = 0
     found = mean(together(clients), np.array([1, 1]), 4)
     assert not found.probability[2].any() and found.probability[[0, 1, 3, 4, 5]].max(axis=1).all()
-    filled = where_known(found, np.arange(10, 16, dtype=np.int32))
+    filled = with_targets_where_unknown(found, np.arange(10, 16, dtype=np.int32))
     assert filled.index[2].tolist() == [12] * 4 and filled.probability[2].tolist() == [1, 0, 0, 0]
     np.testing.assert_array_equal(filled.index[3:], found.index[3:])
 
@@ -426,8 +426,8 @@ def test_a_tokenizer_aligned_with_itself_changes_nothing() -> None:
     np.testing.assert_array_equal(dense(alignment(known, 5), 22), dense(known, 22))
 
 
-def test_the_examples_own_targets() -> None:
+def test_the_examples_targets_of() -> None:
     examples = tiny.examples(5)
     expected = [t for e in range(5) for t in examples.tokens(e)[examples.prompt_lengths[e] :].tolist()]
-    assert own_targets(LanguageModelling(), examples).tolist() == expected
+    assert targets_of(LanguageModelling(), examples).tolist() == expected
     assert position_offsets(LanguageModelling(), examples)[-1] == len(expected)

@@ -18,7 +18,7 @@ from fedhpc.approaches.distillation import approach, learner
 from fedhpc.approaches.distillation.approach import Distillation
 from fedhpc.approaches.distillation.ensemble import mean
 from fedhpc.approaches.distillation.knowledge import Knowledge, position_offsets, predict
-from fedhpc.approaches.distillation.learner import Group, group_of
+from fedhpc.approaches.distillation.learner import LearnerGroup, group_of
 from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
 from fedhpc.objectives.soft_targets import SoftTargets
@@ -301,7 +301,7 @@ def test_models_with_tokens_of_their_own_teach_each_other(tmp_path: Path, texts:
     losses = dict(zip(comparison["model"], comparison["loss"], strict=True))
     assert np.isnan(losses["ensemble"]) and losses["student"] != losses["base"]  # no token that all have
     group = prepared(settings(tmp_path / "1", raw)).groups[1]
-    assert isinstance(group, Group) and group.aligned
+    assert isinstance(group, LearnerGroup) and group.aligned
     assert 0.05 < group.upwards.share < 1 and 0.05 < group.downwards.share < 1
 
 

@@ -18,7 +18,7 @@ from fedhpc.approaches.prompt_search.approach import PromptSearch
 from fedhpc.approaches.prompt_search.halving import rungs
 from fedhpc.approaches.prompt_search.sampling import continuations
 from fedhpc.approaches.scoring import likelihoods
-from fedhpc.approaches.scoring.likelihoods import Spent
+from fedhpc.approaches.scoring.likelihoods import TokenCount
 from fedhpc.approaches.scoring.objective import row_losses
 from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space, Writer
 from fedhpc.builtin.world import rows
@@ -101,13 +101,13 @@ def test_shared_prefixes_and_rows_score_as_each_row_alone(family: str) -> None:
             with torch.no_grad():
                 likely = base.model(torch.from_numpy(ids[None])).logits[0].log_softmax(dim=-1).numpy()
             wanted[b, i] = likely[np.arange(len(ids) - len(answer) - 1, len(ids) - 1), answer].sum()
-    spent = Spent()
+    spent = TokenCount()
     with torch.no_grad():
         shared = likelihoods.of_texts(base, prefixes, spent)
         together = likelihoods.log_likelihoods(base, shared, which, texts, [answers] * 24, spent)
-        one = likelihoods.log_likelihoods(base, shared, which, texts, [[answers[1]]] * 24, Spent())
-        none = likelihoods.of_texts(base, [some(0)], Spent())
-        bare = likelihoods.log_likelihoods(base, none, np.zeros(24, int), texts, [answers] * 24, Spent())
+        one = likelihoods.log_likelihoods(base, shared, which, texts, [[answers[1]]] * 24, TokenCount())
+        none = likelihoods.of_texts(base, [some(0)], TokenCount())
+        bare = likelihoods.log_likelihoods(base, none, np.zeros(24, int), texts, [answers] * 24, TokenCount())
     np.testing.assert_allclose(together, wanted, rtol=0, atol=1e-9)
     np.testing.assert_allclose(one[:, 0], wanted[:, 1], rtol=0, atol=1e-9)
     np.testing.assert_allclose(bare[which == 0], wanted[which == 0], rtol=0, atol=1e-9)
@@ -130,11 +130,11 @@ def test_soft_prompts_score_as_an_attached_prompt_does() -> None:
         wanted = -np.bincount(np.repeat(every, batch.supervised), weights=losses.numpy())
         found = likelihoods.log_likelihoods(
             base,
-            likelihoods.of_embeddings(base, prompts, Spent()),
+            likelihoods.of_embeddings(base, prompts, TokenCount()),
             which,
             [examples.prompt(e) for e in every],
             [[examples.target(e)] for e in every],
-            Spent(),
+            TokenCount(),
         )
     np.testing.assert_allclose(found[:, 0], wanted, rtol=0, atol=1e-9)
 
@@ -221,13 +221,13 @@ def test_demonstrations_are_the_clients_own_and_by_the_rule(tmp_path: Path, text
         )
         for e in (first, second)
     ]
-    found = writer.own(one, train, pool, client=0)
+    found = writer.demonstrations(one, train, pool, client=0)
     assert len(found) == sum(map(len, pieces))
     balanced = Candidate(words=tuple(WORDS), demonstrations=3, rule="balanced")
     chosen = writer._order(balanced, train, pool, 0)[: len(set(train.labels[pool]))]
     assert len(set(train.labels[chosen])) == len(chosen)
     tight = Writer(writer.tokenizer, 0, "\n", writer.target, writer.label, len(writer.fixed(one)) + 2)
-    assert len(tight.own(one, train, pool, client=0)) == 0
+    assert len(tight.demonstrations(one, train, pool, client=0)) == 0
     assert writer._order(balanced, train, pool, 0) != writer._order(balanced, train, pool, 1)
 
 
@@ -250,7 +250,7 @@ def test_the_scores_of_a_round_are_those_of_its_pooled_examples(tmp_path: Path, 
         total, rows_seen = 0.0, 0
         for client in approach.plan(int(round_)).training:
             scored, pool = approach.scored(int(round_), client, *approach._budget(int(round_) - 1))
-            own = approach.writer.own(candidate, train, pool, client)
+            own = approach.writer.demonstrations(candidate, train, pool, client)
             whole = approach.writer.rewritten(candidate, train, [own])
             found = evaluate(
                 approach.base, approach.objective, None, torch.empty(1, 0), whole, scored, ["loss"],
@@ -418,7 +418,7 @@ REF = {"data": {"target": " {ref}"}, "evaluation": {"metrics": ["loss"]}}
         ),
         ({"instructions": ["word " * 300]}, {}, r"method\.instructions\[0\].*has \d+ tokens.*max_prompt_tokens is 256"),
         ({"max_prompt_tokens": 500}, {}, r"method\.max_prompt_tokens: .*628 tokens.*512 positions: lower .* by 116"),
-        ({"label_words": {**WORDS, "pub": ["cafe"]}}, {}, "'cafe' is a word of both 'cafe' and 'pub'"),
+        ({"label_words": {**WORDS, "pub": ["cafe"]}}, {}, "'cafe' stands for both 'cafe' and 'pub'"),
         ({"label_words": {"pub": ["x"]}}, {}, r"method\.label_words: label 'bakery' has no words"),
         ({"label_words": {**WORDS, "bub": ["x"]}}, {}, r"no label 'bub'; did you mean 'pub'"),
         ({"label_words": {**WORDS, "pub": [" "]}}, {}, r"method\.label_words\.pub: ' ' is empty"),

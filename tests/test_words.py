@@ -25,17 +25,16 @@ NAMES_ALLOWED: dict[str, int] = {
     "": 8,
     "approaches": 2,
     "approaches/averaging": 17,
-    "approaches/distillation": 32,
+    "approaches/distillation": 15,
     "approaches/fedbpt": 5,
-    "approaches/prompt_search": 23,
+    "approaches/prompt_search": 22,
     "approaches/rag": 15,
-    "approaches/scoring": 20,
-    "config": 4,
+    "approaches/scoring": 3,
+    "config": 5,
     "data": 3,
     "evaluation": 14,
     "methods": 4,
     "participation": 2,
-    "ranks": 10,
     "results": 2,
     "training": 6,
     "updates": 13,
@@ -43,12 +42,10 @@ NAMES_ALLOWED: dict[str, int] = {
 
 DOCSTRINGS_ALLOWED: dict[str, int] = {
     "approaches/averaging": 9,
-    "approaches/distillation": 12,
+    "approaches/distillation": 11,
     "approaches/fedbpt": 11,
     "approaches/prompt_search": 9,
     "approaches/rag": 13,
-    "approaches/scoring": 2,
-    "ranks": 1,
 }
 
 

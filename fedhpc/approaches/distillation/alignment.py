@@ -1,11 +1,12 @@
-"""From one tokenizer to another, by minimum edit distance: FedMKT (Fan et al. 2024, arXiv 2406.02224), after FuseLLM
-(Wan et al. 2024, arXiv 2401.10491).
+"""Translates knowledge from one tokenizer to another by minimum edit distance.
 
-Tokens: a token of one vocabulary stands for the token of the other with the smallest edit distance between their texts,
-of several the first. Positions: the two tokenisations of a text are matched by dynamic programming with the same
-distance as the cost (dynamic time warping). A position has knowledge from the other side where it is matched with one
-position there whose token stands for its own; elsewhere nothing is known. (FedMKT puts certainty about the text's own
-token there. Here that is what a model learns if nobody knows better.)
+The method is that of FedMKT (Fan et al. 2024, arXiv 2406.02224), after FuseLLM (Wan et al. 2024, arXiv 2401.10491).
+
+Tokens: a token of one vocabulary stands for the token of the other with the smallest edit distance between their texts;
+of several such tokens, for the first. Positions: the two tokenisations of a text are matched by dynamic programming,
+with the same distance as the cost (dynamic time warping). A position receives knowledge where it is matched with
+exactly one position of the other side, whose token stands for its own; elsewhere nothing is known. (FedMKT puts
+certainty about the text's own token there. Here a model learns that token if nothing else is known.)
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fedhpc.approaches.distillation.knowledge import (
     Knowledge,
     largest_sums,
     one_hot,
-    own_targets,
     position_offsets,
+    targets_of,
 )
 from fedhpc.data.tokens import Examples
 from fedhpc.objectives.base import PredictedObjective
@@ -31,7 +32,7 @@ _UNIT = 2**24
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions and substitutions of a character that make b of a (Levenshtein 1966)."""
+    """The fewest insertions, deletions and substitutions of characters that turn a into b (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
@@ -41,10 +42,10 @@ def edit_distance(a: str, b: str) -> int:
 
 
 class Vocabularies:
-    """Which token of vocabulary `to` each token of vocabulary `of` stands for."""
+    """Maps each token of the vocabulary `of` to the token of the vocabulary `to` that it stands for."""
 
     def __init__(self, of: Sequence[str], to: Sequence[str]) -> None:
-        """The texts of the tokens, by id."""
+        """Take two vocabularies, each as the texts of its tokens by id."""
         self._of = of
         self._exact: dict[str, int] = {}
         for number, text in enumerate(to):
@@ -57,18 +58,18 @@ class Vocabularies:
 
     def __call__(self, ids: Int32) -> Int32:
         """The token of `to` for each of `ids`, of any shape. An id without a text stands for the token of id 0."""
-        distinct, back = np.unique(ids, return_inverse=True)
+        distinct, inverse = np.unique(ids, return_inverse=True)
         for number in distinct.tolist():
             if number not in self._known:
                 text = self._of[number] if number < len(self._of) else ""
                 self._known[number] = self._exact.get(text, -1)
                 if self._known[number] < 0:
                     self._known[number] = int(np.argmin(self.distances(text)))
-        found = np.array([self._known[number] for number in distinct.tolist()], np.int32)
-        return found[back].reshape(ids.shape)
+        tokens = np.array([self._known[number] for number in distinct.tolist()], np.int32)
+        return tokens[inverse].reshape(ids.shape)
 
     def distances(self, text: str) -> Int64:
-        """The edit distance of `text` to every token of `to`, all at once: (V,)."""
+        """The edit distances between `text` and all tokens of `to`: (V,)."""
         width = self._codes.shape[1]
         row = np.broadcast_to(np.arange(width + 1), (len(self._codes), width + 1)).copy()
         for i, c in enumerate(text, 1):
@@ -81,10 +82,11 @@ class Vocabularies:
 
 
 def matched(of: Sequence[str], to: Sequence[str]) -> list[list[int]]:
-    """For each token of the text `to`, the tokens of the text `of` that it is matched with, ascending.
+    """Match two tokenisations of a text: for each token of `to`, the indices of its tokens in `of`, ascending.
 
-    The path with the least sum of edit distances from both beginnings to both ends. A step is one on in `of`, in `to`
-    or in both, which is preferred where it costs the same.
+    The match is the path from both beginnings to both ends with the smallest sum of edit distances. Each step goes one
+    token further in `of`, in `to` or in both; a step in both is preferred where it costs the same. For example,
+    ["now", " get", "s"] and ["now", " gets"] give [[0], [1, 2]].
     """
     distance = cache(edit_distance)
     total = np.full((len(of) + 1, len(to) + 1), np.inf)
@@ -92,10 +94,10 @@ def matched(of: Sequence[str], to: Sequence[str]) -> list[list[int]]:
     for i, a in enumerate(of, 1):
         for j, b in enumerate(to, 1):
             total[i, j] = distance(a, b) + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1])
-    found: list[list[int]] = [[] for _ in to]
+    matches: list[list[int]] = [[] for _ in to]
     i, j = len(of), len(to)
     while i > 0 and j > 0:
-        found[j - 1].append(i - 1)
+        matches[j - 1].append(i - 1)
         best = min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1])
         if total[i - 1, j - 1] == best:
             i, j = i - 1, j - 1
@@ -103,11 +105,11 @@ def matched(of: Sequence[str], to: Sequence[str]) -> list[list[int]]:
             i -= 1
         else:
             j -= 1
-    return [tokens[::-1] for tokens in found]
+    return [tokens[::-1] for tokens in matches]
 
 
 class Alignment:
-    """From the positions and tokens of `of` to those of `to`: the same texts in two tokenisations."""
+    """Translates knowledge about the examples `of` into the tokens of `to`: the same texts in another tokenisation."""
 
     def __init__(
         self,
@@ -117,32 +119,32 @@ class Alignment:
         to: Examples,
         to_texts: Sequence[str],
     ) -> None:
-        """of_texts, to_texts: of the two vocabularies (`knowledge.token_texts`)."""
+        """of_texts, to_texts: the two vocabularies, as `knowledge.token_texts` gives them."""
         self.vocabularies = Vocabularies(of_texts, to_texts)
-        self.targets = own_targets(objective, to)
-        from_targets = own_targets(objective, of)
+        self.targets = targets_of(objective, to)
+        from_targets = targets_of(objective, of)
         starts, to_starts = position_offsets(objective, of), position_offsets(objective, to)
-        #: For each position of `to` the one of `of` that it has its knowledge from, -1 where there is none: (S,).
+        #: For each position of `to`, the position of `of` that its knowledge comes from, or -1 for none: (S,).
         self.position = np.full(len(self.targets), -1, np.int64)
         for e in range(len(to)):
             theirs = from_targets[starts[e] : starts[e + 1]]
             ours = self.targets[to_starts[e] : to_starts[e + 1]]
             stands_for = self.vocabularies(theirs)
             texts = [of_texts[t] for t in theirs.tolist()], [to_texts[t] for t in ours.tolist()]
-            for place, tokens in enumerate(matched(*texts)):
-                if len(tokens) == 1 and stands_for[tokens[0]] == ours[place]:
-                    self.position[to_starts[e] + place] = starts[e] + tokens[0]
+            for position, tokens in enumerate(matched(*texts)):
+                if len(tokens) == 1 and stands_for[tokens[0]] == ours[position]:
+                    self.position[to_starts[e] + position] = starts[e] + tokens[0]
 
     @property
     def share(self) -> float:
-        """Share of the positions that have knowledge from the other side."""
+        """The share of positions that receive knowledge from the other side."""
         return float((self.position >= 0).mean())
 
     def __call__(self, knowledge: Knowledge, k: int) -> Knowledge:
-        """The knowledge of a model of `of` at the positions of `to`, its k likeliest classes of `to`.
+        """Translate knowledge to the positions of `to`, where it keeps the k likeliest classes.
 
-        Classes that stand for the same one are added up. Where nothing is known: certainty about the own target, with
-        no confidence.
+        The probabilities of classes that stand for the same class are added. A position about which nothing is known
+        gets certainty about its target, with confidence 0.
         """
         aligned = np.flatnonzero(self.position >= 0)
         source = self.position[aligned]
@@ -150,9 +152,9 @@ class Alignment:
         units = np.rint(knowledge.probability[source].astype(np.float64) * _UNIT).astype(np.int64)
         where = np.broadcast_to(np.arange(len(aligned))[:, None], classes.shape)
         index, sums = largest_sums(len(aligned), k, where.ravel(), classes.astype(np.int64).ravel(), units.ravel())
-        found = one_hot(self.targets, k)
-        found.index[aligned] = index
-        found.probability[aligned] = sums / _UNIT
-        assert found.confidence is not None
-        found.confidence[aligned] = 1 if knowledge.confidence is None else knowledge.confidence[source]
-        return found
+        translated = one_hot(self.targets, k)
+        translated.index[aligned] = index
+        translated.probability[aligned] = sums / _UNIT
+        assert translated.confidence is not None
+        translated.confidence[aligned] = 1 if knowledge.confidence is None else knowledge.confidence[source]
+        return translated

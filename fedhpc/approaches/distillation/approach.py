@@ -27,8 +27,14 @@ from torch import Tensor
 from fedhpc import data
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
 from fedhpc.approaches.distillation.ensemble import MOST_EXAMPLES, exchange
-from fedhpc.approaches.distillation.knowledge import Format, Knowledge, num_classes, own_targets, where_known
-from fedhpc.approaches.distillation.learner import Group, Learner, group_of
+from fedhpc.approaches.distillation.knowledge import (
+    Format,
+    Knowledge,
+    num_classes,
+    targets_of,
+    with_targets_where_unknown,
+)
+from fedhpc.approaches.distillation.learner import Learner, LearnerGroup, group_of
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.config import Config
 from fedhpc.data import Data
@@ -109,7 +115,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         listed = [(_model(self.config, group.model), group.method, group.share) for group in options.groups]
         listed = listed or [(self.config.model, options.student, 1.0)]  # read() has None for it
         self.groups = [
-            Group(self.config, model, method, own, self.student)
+            LearnerGroup(self.config, model, method, own, self.student)
             for (model, method, _), own in zip(listed, grouped.groups, strict=True)
         ]
         for learner in (self.student, *(group for group in self.groups if group.model == self.config.model)):
@@ -119,7 +125,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         k = classes if options.top_k is None else min(options.top_k, classes)
         weighted = options.aggregation == "entropy" or any(group.aligned for group in self.groups)
         self._up, self._down = Format(classes, k, weighted), Format(classes, k, weighted=False)
-        self._targets = own_targets(self.objective, self.student.public)
+        self._targets = targets_of(self.objective, self.student.public)
 
     @classmethod
     def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> GroupedData:
@@ -199,7 +205,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             start = self._own_payloads(group, own, down.versions)
             payloads, options = start, self.config.method
             if down.knowledge is not None:
-                knowledge = group.digestible(down.knowledge)
+                knowledge = group.from_server(down.knowledge)
                 learnt = group.learn(payloads, own, knowledge, options.digest, plan.round, self.rounds)
                 payloads = payloads - learnt.updates
                 padded_tokens += learnt.padded_tokens
@@ -209,7 +215,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             payloads = payloads - trained.updates
             finite = torch.isfinite(payloads).all(dim=1).tolist()
             for i, payload, sound, opinion in zip(
-                places, payloads, finite, group.opinions(payloads, self._up.k), strict=True
+                places, payloads, finite, group.knowledge_for_server(payloads, self._up.k), strict=True
             ):
                 reason[i] = 1 if not sound else 2 if opinion is None else 0
                 if not reason[i]:
@@ -225,7 +231,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             tuple(clients), upload, reason, tokens, steps, loss_sum, first, last, norms, bytes_up, padded_tokens
         )
 
-    def _parts(self, clients: Sequence[int]) -> Iterator[tuple[Group, list[int]]]:
+    def _parts(self, clients: Sequence[int]) -> Iterator[tuple[LearnerGroup, list[int]]]:
         """The places of the clients that can train together, by group."""
         of = [group_of(self._shares, self.config.run.seed, client) for client in clients]
         for number, group in enumerate(self.groups):
@@ -234,7 +240,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             for start in range(0, len(places), size):
                 yield group, places[start : start + size]
 
-    def _own_payloads(self, group: Group, clients: Sequence[int], versions: Mapping[int, int]) -> Tensor:
+    def _own_payloads(self, group: LearnerGroup, clients: Sequence[int], versions: Mapping[int, int]) -> Tensor:
         """What each client has kept (K, P), the initial payload of one that was never sampled."""
         rows = [
             client_state.load(self.config.run_dir, c, versions[c])["theta"] if versions[c] else group.initial
@@ -267,7 +273,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
         """The student learns from the ensemble."""
         before, options = state.theta, self.config.method
-        knowledge = where_known(combined, self._targets)
+        knowledge = with_targets_where_unknown(combined, self._targets)
         state.theta = self._taught(before, knowledge, plan.round)
         state.knowledge = knowledge
         if options.down == "server":
@@ -460,7 +466,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
     def details(self, plan: Plan) -> list[str]:
         """See the base class."""
-        sent = "all" if self._up.whole else f"{self._up.k} of"
+        sent = "all" if self._up.has_all_classes else f"{self._up.k} of"
         held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
         each = self._up.record_bytes * len(self._targets)
         return [

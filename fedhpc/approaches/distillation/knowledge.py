@@ -1,7 +1,7 @@
-"""What a model holds likely at the supervised positions of the public set, and how that travels.
+"""The knowledge of a model: the classes it predicts at the supervised positions of the public set, and their bytes.
 
-Of the softmax of its logits at a temperature the k likeliest classes are kept, as class numbers and probabilities in 16
-bits. A class is a token id, or a label of a classifier. S positions, V classes.
+Of the softmax of its logits at a temperature, the k likeliest classes are kept, as class numbers and probabilities in
+16 bits. A class is a token id, or a label of a classifier. There are S positions and V classes.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _MARKS = {"\u2581": " ", "\u0120": " ", "\u010a": "\n"}  # how tokenizers write 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What one model, or an ensemble, holds likely at S positions.
+    """The likeliest classes at S positions, of one model or of an ensemble.
 
-    A place that is not needed repeats the first class with probability 0.
+    Where a position has fewer than k classes, the other elements repeat its first class with probability 0.
     """
 
-    index: Int32  # (S, k)
-    probability: Float16  # (S, k): not above 1; in all at most 1 but for rounding
-    confidence: Float16 | None = None  # (S,): weight of the position in an ensemble, 0 to 1; None: 1 everywhere
+    index: Int32  # (S, k): class numbers
+    probability: Float16  # (S, k): each at most 1; their sum at most 1, apart from rounding
+    confidence: Float16 | None = None  # (S,): the weight of the position in an ensemble, 0 to 1; None means 1
 
     def __len__(self) -> int:
         return len(self.index)
@@ -51,9 +51,9 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Format:
-    """Knowledge as bytes, one record per position: class numbers, probabilities, and the confidence if `weighted`.
+    """Knowledge as bytes, with one record per position: class numbers, probabilities, and confidence if `weighted`.
 
-    Where all V classes are sent, their numbers are not.
+    Class numbers are left out where all V classes are sent, in their order.
     """
 
     classes: int  # V
@@ -65,20 +65,20 @@ class Format:
         return np.dtype("<u2" if self.classes <= 2**16 else "<u4")
 
     @property
-    def whole(self) -> bool:
-        """Whether nothing is left out."""
+    def has_all_classes(self) -> bool:
+        """Whether all classes are sent, and not only the likeliest."""
         return self.k == self.classes
 
     @property
     def record_bytes(self) -> int:
         """Bytes per position."""
-        return self.k * (2 + (0 if self.whole else self._numbers.itemsize)) + 2 * self.weighted
+        return self.k * (2 + (0 if self.has_all_classes else self._numbers.itemsize)) + 2 * self.weighted
 
     def pack(self, knowledge: Knowledge) -> Tensor:
-        """uint8 (S, record_bytes)."""
-        parts = [] if self.whole else [knowledge.index.astype(self._numbers)]
+        """Write knowledge as records: uint8 (S, record_bytes)."""
+        parts = [] if self.has_all_classes else [knowledge.index.astype(self._numbers)]
         probability = knowledge.probability
-        if self.whole:  # in the order of the classes, whatever order they come in
+        if self.has_all_classes:  # sorted by class number
             probability = np.zeros_like(probability)
             np.add.at(probability, (np.arange(len(knowledge))[:, None], knowledge.index), knowledge.probability)
         parts.append(probability.astype("<f2"))
@@ -88,14 +88,14 @@ class Format:
         return torch.from_numpy(np.concatenate([np.ascontiguousarray(p).view(np.uint8) for p in parts], axis=1))
 
     def unpack(self, records: Tensor) -> Knowledge:
-        """The inverse of `pack`; leading axes are kept."""
+        """Read knowledge from records (..., record_bytes): the inverse of `pack`, with the same leading axes."""
         array = records.numpy()
-        lead, width = array.shape[:-1], 0 if self.whole else self.k * self._numbers.itemsize
+        lead, width = array.shape[:-1], 0 if self.has_all_classes else self.k * self._numbers.itemsize
 
         def part(start: int, stop: int, dtype: Any) -> NDArray[Any]:
             return np.ascontiguousarray(array[..., start:stop]).view(dtype)
 
-        if self.whole:
+        if self.has_all_classes:
             index: NDArray[Any] = np.broadcast_to(np.arange(self.k, dtype=np.int32), (*lead, self.k))
         else:
             index = part(0, width, self._numbers).astype(np.int32)
@@ -105,15 +105,17 @@ class Format:
 
 
 def likeliest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The k likeliest classes of softmax(logits / temperature): int64 (S, k), their probabilities, and the entropy (S,)
-    of all of them in nats. logits (S, V)."""
+    """The k likeliest classes of softmax(logits / temperature), for logits (S, V).
+
+    Returns class numbers int64 (S, k), their probabilities (S, k), and the entropy over all classes in nats (S,).
+    """
     log_p = (logits / temperature).log_softmax(dim=-1)
     p = log_p.exp()
     entropy = -torch.xlogy(p, p).sum(dim=-1)
     if k == p.shape[-1]:
         return torch.arange(k, device=p.device).expand(len(p), -1), p, entropy
-    kept = p.topk(k, dim=-1)
-    return kept.indices, kept.values, entropy
+    top = p.topk(k, dim=-1)
+    return top.indices, top.values, entropy
 
 
 def predict(
@@ -129,11 +131,11 @@ def predict(
     precision: str,
     confident: bool = False,
 ) -> list[Knowledge | None]:
-    """What each of the models `payloads` (K, P) holds likely at all supervised positions of `examples`.
+    """The knowledge of each of the models `payloads` (K, P) at all supervised positions of `examples`.
 
-    None for a model whose logits are not finite. classes: V, the first of the model's own, which may have some that no
-    token uses. confident: with exp(-entropy), the inverse of the number of classes
-    between which a model wavers, as the confidence. batch_size: rows of a forward, of all models together.
+    None for a model whose logits are not finite. classes: V; the model may have more outputs, which no token uses.
+    confident: whether exp(-entropy) is the confidence; its inverse is the number of classes between which a model is
+    undecided. batch_size: rows of one forward pass, of all models together.
     """
     models, offsets = len(payloads), position_offsets(objective, examples)
     index = np.zeros((models, offsets[-1], k), np.int32)
@@ -149,7 +151,7 @@ def predict(
         owner = np.repeat(np.arange(models), len(rows))
         batch = base.batch(examples, np.tile(rows, models))
         positions = ranges(offsets[rows], offsets[rows + 1])
-        place = (np.repeat(np.arange(models), len(positions)), np.tile(positions, models))
+        elements = (np.repeat(np.arange(models), len(positions)), np.tile(positions, models))
         done = 0
         with (
             torch.no_grad(),
@@ -157,10 +159,10 @@ def predict(
             method.attach(state, lead, torch.from_numpy(owner).to(base.device)) as attached,
         ):
             for logits in base.predictions(attached, batch):
-                part = tuple(axis[done : done + len(logits)] for axis in place)
+                part = tuple(axis[done : done + len(logits)] for axis in elements)
                 done += len(logits)
-                found = likeliest(logits[:, :classes], k, temperature)
-                index[part], p, entropy = (t.cpu().numpy() for t in found)
+                top = likeliest(logits[:, :classes], k, temperature)
+                index[part], p, entropy = (t.cpu().numpy() for t in top)
                 probability[part], confidence[part] = p, np.exp(-entropy)
                 np.logical_and.at(finite, part[0], np.isfinite(entropy) & np.isfinite(p).all(axis=1))
     return [
@@ -170,12 +172,15 @@ def predict(
 
 
 def num_classes(base: Predictor) -> int:
-    """V: the tokens of the vocabulary, or the labels."""
+    """V: how many tokens the vocabulary has, or how many labels a classifier."""
     return len(token_texts(base.tokenizer)) if base.has_target else base.num_classes
 
 
 def token_texts(tokenizer: Any) -> list[str]:
-    """The text of every token, by id: special tokens by their part, the others without their tokenizer's marks."""
+    """The text of every token, by id; special tokens are called "<bos>", "<eos>", "<pad>" and "<unk>".
+
+    The other texts have plain spaces and new lines in place of the marks that tokenizers use for them.
+    """
     texts = [""] * (max(tokenizer.get_vocab().values()) + 1)
     for token, number in tokenizer.get_vocab().items():
         text = "".join(_MARKS.get(c, c) for c in token)
@@ -189,18 +194,18 @@ def token_texts(tokenizer: Any) -> list[str]:
 
 
 def position_offsets(objective: Objective, examples: Examples) -> Int64:
-    """The supervised positions of example e are offsets[e] to offsets[e + 1]: int64 (n + 1,)."""
+    """Where the supervised positions of examples begin, (n + 1,): example e has offsets[e] to offsets[e + 1]."""
     counts = objective.num_supervised(examples, np.arange(len(examples)))
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def own_targets(objective: PredictedObjective, examples: Examples) -> Int32:
-    """The classes that the examples themselves have at their supervised positions: (S,)."""
+def targets_of(objective: PredictedObjective, examples: Examples) -> Int32:
+    """The right class at each supervised position, as the examples have it: (S,)."""
     return objective.targets(examples, np.arange(len(examples)))
 
 
 def one_hot(classes: Int32, k: int) -> Knowledge:
-    """Certainty about the class of each position (S,), by nobody: the confidence is 0."""
+    """Knowledge that is certain about the class of each position (S,), with confidence 0."""
     probability = np.zeros((len(classes), k), np.float16)
     probability[:, 0] = 1
     return Knowledge(
@@ -208,8 +213,8 @@ def one_hot(classes: Int32, k: int) -> Knowledge:
     )
 
 
-def where_known(knowledge: Knowledge, classes: Int32) -> Knowledge:
-    """`knowledge`, with certainty about `classes` (S,) where nobody knew anything."""
+def with_targets_where_unknown(knowledge: Knowledge, classes: Int32) -> Knowledge:
+    """Fill the positions about which nothing is known with certainty about `classes` (S,)."""
     known = knowledge.probability.max(axis=1, keepdims=True) > 0
     hard = one_hot(classes, knowledge.index.shape[1])
     return Knowledge(
@@ -218,10 +223,10 @@ def where_known(knowledge: Knowledge, classes: Int32) -> Knowledge:
 
 
 def largest_sums(positions: int, k: int, position: Int64, index: Int64, value: Int64) -> tuple[Int32, Int64]:
-    """`value` summed over equal (position, index), and of every position the k largest sums with their indices.
+    """Sum `value` over equal (position, index); returns the k largest sums of every position and their indices.
 
-    All inputs are (n,), value >= 0; the outputs (positions, k), largest first, of two equal ones the lower index.
-    Integers, so the result does not depend on the order of the inputs.
+    The inputs are (n,), with value >= 0. The outputs are (positions, k), largest first, and of equal sums the lower
+    index first. All are integers, so the result does not depend on the order of the inputs.
     """
     out_index, out_value = np.zeros((positions, k), np.int32), np.zeros((positions, k), np.int64)
     if not len(position):
@@ -233,8 +238,8 @@ def largest_sums(positions: int, k: int, position: Int64, index: Int64, value: I
     order = np.lexsort((index, -value, position))
     position, index, value = position[order], index[order], value[order]
     nth = np.arange(len(position)) - np.searchsorted(position, position)
-    out_index[position[nth == 0]] = index[nth == 0, None]  # fills what is not needed too
-    kept = nth < k
-    out_index[position[kept], nth[kept]] = index[kept]
-    out_value[position[kept], nth[kept]] = value[kept]
+    out_index[position[nth == 0]] = index[nth == 0, None]  # also fills elements for which there is no k-th class
+    in_top = nth < k
+    out_index[position[in_top], nth[in_top]] = index[in_top]
+    out_value[position[in_top], nth[in_top]] = value[in_top]
     return out_index, out_value

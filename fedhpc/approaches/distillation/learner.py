@@ -1,4 +1,4 @@
-"""A model that learns from knowledge and has some: the server's student, or that of a group of clients."""
+"""Models that learn from knowledge and give knowledge: the student of the server, and those of groups of clients."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ _GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly howev
 
 
 class Learner:
-    """A base, the method by which it is trained, and the public set in its tokens."""
+    """A model that is trained on the public set: a base, the method that trains it, and the set in its tokens."""
 
     def __init__(self, config: Config, method: Any, data: Data, base: Predictor, objective: PredictedObjective) -> None:
-        """config: of the run; method: the options of the learner's own."""
+        """config: of the run. method: the options of this learner's method, which may differ from the run's."""
         self.config, self.data, self._method, self._base = config, data, method, base
         self.objective = objective
 
     @property
     def base(self) -> Predictor:
-        """The frozen base."""
+        """The frozen base model."""
         return self._base
 
     @cached_property
     def method(self) -> Method:
-        """What is trained."""
+        """The method, which defines the trained parameters."""
         return make_method(self._method, self.base, self.config.run.seed, self.config.data.max_length)
 
     @property
     def public(self) -> Examples:
-        """The public set."""
+        """The public set in this learner's tokens."""
         assert self.data.public is not None
         return self.data.public
 
@@ -71,9 +71,10 @@ class Learner:
         round_: int,
         rounds: int,
     ) -> Trained:
-        """Train from `payloads` (K, P) on the public set: on `knowledge`, or where it is None on its own targets.
+        """Train K models from `payloads` (K, P) on the public set, to predict `knowledge`, or its targets if None.
 
-        learning: `distil` or `digest` of the method's options. clients: whose draws these are.
+        learning: the section `distil` or `digest` of the method's options. clients: the clients whose random draws the
+        models use.
         """
         options, client, examples = self.config.method, self.config.client, self.public
         objective: PredictedObjective = self.objective
@@ -103,7 +104,7 @@ class Learner:
         return train_block(self.base, self.method, objective, payloads, works, examples, config, round_, rounds)
 
     def knowledge(self, payloads: Tensor) -> list[Knowledge | None]:
-        """What the models `payloads` (K, P) hold likely on the public set; None where it is not finite."""
+        """The knowledge of the models `payloads` (K, P) on the public set; None for one that is not finite."""
         options, classes = self.config.method, num_classes(self.base)
         return predict(
             self.base,
@@ -120,20 +121,22 @@ class Learner:
         )
 
 
-class Group(Learner):
-    """Clients with the same base and method. A base of its own is loaded when a client of the group needs it."""
+class LearnerGroup(Learner):
+    """The model of a group of clients with the same base and method; its base is loaded when it is first needed."""
 
     def __init__(self, config: Config, model: Model, method: Any, data: Data | None, server: Learner) -> None:
-        """data: in the group's own tokens, None where they are the server's, whose base it shares if `model` is the
-        run's."""
+        """data: in the group's tokens; None where these are the server's.
+
+        model: the section `model` of the group; if it is that of the run, the group shares the server's base.
+        """
         super().__init__(config, method, data or server.data, server.base, server.objective)
         self.model, self.server = model, server
-        #: Whether its knowledge is of other tokens than the server's; labels are the same for all.
+        #: Whether the group's tokens differ from the server's; labels are the same for all.
         self.aligned = data is not None and server.base.has_target
 
     @cached_property
     def base(self) -> Predictor:
-        """See the base class."""
+        """The group's base; the server's where the models are the same."""
         if self.model == self.config.model:
             return self.server.base
         names = self.data.train.label_names
@@ -143,32 +146,32 @@ class Group(Learner):
 
     @cached_property
     def upwards(self) -> Alignment:
-        """From the group's tokens to the server's."""
-        own, theirs = self._texts
-        return Alignment(self.objective, self.public, own, self.server.public, theirs)
+        """The translation from the group's tokens to the server's."""
+        group_texts, server_texts = self._texts
+        return Alignment(self.objective, self.public, group_texts, self.server.public, server_texts)
 
     @cached_property
     def downwards(self) -> Alignment:
-        """From the server's tokens to the group's."""
-        own, theirs = self._texts
-        return Alignment(self.objective, self.server.public, theirs, self.public, own)
+        """The translation from the server's tokens to the group's."""
+        group_texts, server_texts = self._texts
+        return Alignment(self.objective, self.server.public, server_texts, self.public, group_texts)
 
     @property
     def _texts(self) -> tuple[list[str], list[str]]:
         return token_texts(self.base.tokenizer), token_texts(self.server.base.tokenizer)
 
-    def digestible(self, knowledge: Knowledge) -> Knowledge:
-        """The server's knowledge in the group's tokens."""
+    def from_server(self, knowledge: Knowledge) -> Knowledge:
+        """Translate the server's knowledge into the group's tokens."""
         return self.downwards(knowledge, knowledge.index.shape[1]) if self.aligned else knowledge
 
-    def opinions(self, payloads: Tensor, k: int) -> list[Knowledge | None]:
-        """`knowledge` in the server's tokens, k classes per position."""
-        found = self.knowledge(payloads)
-        return [None if o is None else self.upwards(o, k) for o in found] if self.aligned else found
+    def knowledge_for_server(self, payloads: Tensor, k: int) -> list[Knowledge | None]:
+        """The knowledge of the models `payloads` (K, P) in the server's tokens, with k classes per position."""
+        ours = self.knowledge(payloads)
+        return [None if one is None else self.upwards(one, k) for one in ours] if self.aligned else ours
 
 
 def group_of(shares: Sequence[float], seed: int, client: int) -> int:
-    """The group of a client. Groups have their shares of any run of clients, up to one or two."""
-    place = (generator(seed, "groups").random() + client * _GOLDEN) % 1.0
+    """The group of a client. Of any range of client numbers, groups have their shares to within one or two clients."""
+    point = (generator(seed, "groups").random() + client * _GOLDEN) % 1.0
     bounds = np.cumsum(shares) / np.sum(shares)
-    return min(int(np.searchsorted(bounds, place, side="right")), len(shares) - 1)
+    return min(int(np.searchsorted(bounds, point, side="right")), len(shares) - 1)

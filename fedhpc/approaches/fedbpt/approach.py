@@ -34,7 +34,7 @@ from fedhpc.approaches.fedbpt.subspace import subspace
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.scoring import likelihoods
 from fedhpc.approaches.scoring.approach import NUMBER_BYTES, Rows, Scores, Scoring
-from fedhpc.approaches.scoring.likelihoods import Float64, Int64, Spent
+from fedhpc.approaches.scoring.likelihoods import Float64, Int64, TokenCount
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome
 from fedhpc.methods.prompt import PROMPT, Prompt
@@ -142,7 +142,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
 
     def local(self, plan: Plan, clients: Sequence[int], down: Any) -> BlockResult[Any]:
         """See the module; all clients of the block and all their candidates go through the model together."""
-        spent = Spent()
+        spent = TokenCount()
         examples = [self.scored(plan.round, c, self.config.method.examples)[0] for c in clients]
         if self.by_moments:
             return self._search(plan, clients, down, examples, spent)
@@ -150,7 +150,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         return self._report(clients, scores.means, np.isfinite(scores.means).all(axis=1), [scores], spent)
 
     def _search(
-        self, plan: Plan, clients: Sequence[int], start: Moments, examples: Sequence[Int64], spent: Spent
+        self, plan: Plan, clients: Sequence[int], start: Moments, examples: Sequence[Int64], spent: TokenCount
     ) -> BlockResult[Any]:
         """Every client's own CMA-ES, an iteration of all of them at a time."""
         options = self.config.method
@@ -173,7 +173,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         finite &= np.isfinite(done[-1].means[:, 0])
         return self._report(clients, np.column_stack([means, done[-1].means[:, 0], squares]), finite, done, spent)
 
-    def _scores(self, z: Float64, examples: Sequence[Int64], spent: Spent, shared: bool = False) -> Scores:
+    def _scores(self, z: Float64, examples: Sequence[Int64], spent: TokenCount, shared: bool = False) -> Scores:
         """The scores of z (K, n, d), client k's candidates on its examples[k]; shared: all clients have the same."""
         clients, count = z.shape[:2]
         prompts = self.subspace.prompts(z[0] if shared else z.reshape(-1, z.shape[-1]))
@@ -188,7 +188,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         return self.score(prefixes, rows, clients, count, spent)
 
     def _report(
-        self, clients: Sequence[int], numbers: Float64, finite: Any, done: Sequence[Scores], spent: Spent
+        self, clients: Sequence[int], numbers: Float64, finite: Any, done: Sequence[Scores], spent: TokenCount
     ) -> BlockResult[Any]:
         rows = sum(int(scores.rows.sum()) for scores in done)
         upload = _Upload(numbers, (rows, spent.tokens, spent.unshared))

@@ -29,7 +29,7 @@ from fedhpc.approaches.prompt_search.halving import rungs
 from fedhpc.approaches.prompt_search.proposers.base import Proposer
 from fedhpc.approaches.scoring import likelihoods
 from fedhpc.approaches.scoring.approach import NUMBER_BYTES, Rows, Scoring
-from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, Spent
+from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, TokenCount
 from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space, label_words
 from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
@@ -161,7 +161,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
                 f"'{self.base.name}' has {limit} positions: lower one of them by {longest - limit}"
             )
         for i, one in enumerate(self.space.hand_written()):
-            if (room := self.writer.room(one)) < 0:
+            if (room := self.writer.tokens_left(one)) < 0:
                 raise UserError(
                     f"method.instructions[{i}]: with the first cue and the longest label it has "
                     f"{options.max_prompt_tokens - room} tokens, method.max_prompt_tokens is "
@@ -218,7 +218,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
     def local(self, plan: Plan, clients: Sequence[int], down: Any) -> BlockResult[Any]:
         """Every client scores every candidate on its examples of the rung, all in the same forwards."""
         rung, candidates = down
-        train, spent = self.data.train, Spent()
+        train, spent = self.data.train, TokenCount()
         parts = [self.scored(plan.round, client, *self._budget(rung)) for client in clients]
         texts: list[Int32] = []
         rows = Rows()
@@ -230,7 +230,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
             )
             for k, (client, (scored, pool)) in enumerate(zip(clients, parts, strict=True)):
                 if candidate.demonstrations or k == 0:
-                    whole = np.concatenate([fixed, self.writer.own(candidate, train, pool, client)])
+                    whole = np.concatenate([fixed, self.writer.demonstrations(candidate, train, pool, client)])
                     texts.append(whole[:-1])
                 for example in scored:
                     # The prefix leaves its last token to the row, so that no row is empty.
@@ -353,7 +353,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         if self._rewritten is None or self._rewritten[0] != key:
             population = self.data.population
             clients = range(min(population.num_clients, self.config.evaluation.max_clients, len(examples)))
-            own = [self.writer.own(candidate, self.data.train, population.indices(c), c) for c in clients]
+            own = [self.writer.demonstrations(candidate, self.data.train, population.indices(c), c) for c in clients]
             self._rewritten = key, self.writer.rewritten(candidate, examples, own)
         return self.measured(
             transport, self._rewritten[1], metrics, limit, targets=self.writer.answer_texts(candidate), samples=samples

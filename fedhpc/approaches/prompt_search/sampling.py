@@ -1,4 +1,4 @@
-"""Continuations of texts, drawn from a decoder-only model token by token."""
+"""Draws continuations of texts from a decoder-only model, token by token."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ else:
 
 
 def continuations(base: CausalLM, prompts: Sequence[Int32], uniform: Float64, temperature: float) -> list[Int32]:
-    """What follows each of B non-empty token arrays, up to eos: token t of row b is drawn by uniform[b, t] in [0, 1).
+    """Draw what follows each of B non-empty token arrays, up to eos.
 
-    uniform (B, T): T is the most tokens to draw. Call it without gradients.
+    uniform: random numbers in [0, 1), (B, T); uniform[b, t] decides token t of row b, so at most T tokens are drawn.
+    Call it without gradients.
     """
     from transformers import DynamicCache
 
@@ -29,8 +30,8 @@ def continuations(base: CausalLM, prompts: Sequence[Int32], uniform: Float64, te
     ids_ = np.full((len(prompts), width), base.pad_id, np.int64)
     for b, prompt in enumerate(prompts):
         ids_[b, width - len(prompt) :] = prompt
-    places = np.arange(width) - (width - lengths)[:, None]
-    arrays = (ids_, (places >= 0).astype(np.int64), places.clip(min=0))
+    index = np.arange(width) - (width - lengths)[:, None]  # in the text; negative in the padding
+    arrays = (ids_, (index >= 0).astype(np.int64), index.clip(min=0))
     ids, mask, positions = (torch.from_numpy(array).to(base.device) for array in arrays)
     draws = torch.from_numpy(uniform).to(base.device)
     cache, chosen = DynamicCache(), []
@@ -39,7 +40,7 @@ def continuations(base: CausalLM, prompts: Sequence[Int32], uniform: Float64, te
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         shares = (base.logits(hidden).double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-        # The last share may round to less than 1.
+        # The clamp is needed because the last sum may round to less than 1.
         token = torch.searchsorted(shares, draws[:, step : step + 1].contiguous()).clamp(max=shares.shape[1] - 1)
         chosen.append(token)
         ids, positions = token, positions[:, -1:] + 1

@@ -13,7 +13,7 @@ import torch
 from fedhpc import registry
 from fedhpc.approaches.base import Approach, BlockResult, CombinedT, DownloadT, StateT, UploadT
 from fedhpc.approaches.inputs import Inputs
-from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, Prefixes, Spent, log_likelihoods
+from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, Prefixes, TokenCount, log_likelihoods
 from fedhpc.approaches.scoring.objective import row_losses
 from fedhpc.approaches.scoring.prompts import Candidate, Writer
 from fedhpc.data.templates import parse
@@ -128,7 +128,7 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         with torch.no_grad(), autocast(self.base, self.config.runtime.precision):
             yield
 
-    def score(self, prefixes: Prefixes, rows: Rows, clients: int, candidates: int, spent: Spent) -> Scores:
+    def score(self, prefixes: Prefixes, rows: Rows, clients: int, candidates: int, spent: TokenCount) -> Scores:
         """Score all rows in few forwards."""
         with self.forward():
             found = log_likelihoods(self.base, prefixes, np.array(rows.prefix), rows.ids, rows.answers, spent)
@@ -152,7 +152,7 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         finite: Any,
         sent: Float64,
         scores: Sequence[Scores],
-        spent: Spent,
+        spent: TokenCount,
         bytes_up: Int64,
     ) -> BlockResult[Any]:
         """What a block sends back: `sent` (K, m) are its numbers, `scores` those it has made one after the other.

@@ -1,4 +1,4 @@
-"""What is searched for: small losses of the right answers, or the right label."""
+"""The objectives of prompt search: a small loss of the right answer, or the right label."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ Objective = Literal["loss", "label_loss", "accuracy"]
 
 
 def row_losses(objective: Objective, log_likelihoods: Float64, right: Int64) -> Float64:
-    """What a row adds to the score of a candidate, the smaller the better: (R,).
+    """What each row adds to the score of a candidate prompt; the smaller, the better: (R,).
 
-    log_likelihoods (R, L) of the answers, of which right (R,) is the place of the right one. loss: its negative
-    log-likelihood. label_loss: the cross-entropy between the L labels. accuracy: 1 for a wrong label.
+    log_likelihoods: of the L answers to each row, (R, L). right: the index of the right answer of each row, (R,).
+    objective: "loss" is the negative log-likelihood of the right answer, "label_loss" the cross-entropy between the L
+    labels, "accuracy" 1 for a wrong label and 0 for the right one.
     """
-    own = np.take_along_axis(log_likelihoods, right[:, None], axis=1)[:, 0]
+    of_right = np.take_along_axis(log_likelihoods, right[:, None], axis=1)[:, 0]
     if objective == "loss":
-        return -own
+        return -of_right
     if objective == "label_loss":
         highest = log_likelihoods.max(axis=1)
-        return highest + np.log(np.exp(log_likelihoods - highest[:, None]).sum(axis=1)) - own
+        return highest + np.log(np.exp(log_likelihoods - highest[:, None]).sum(axis=1)) - of_right
     wrong = (log_likelihoods.argmax(axis=1) != right).astype(np.float64)
     return np.where(np.isfinite(log_likelihoods).all(axis=1), wrong, np.nan)

@@ -1,9 +1,10 @@
-"""Candidate prompts: what they are made of, and the tokens of a row behind one.
+"""Candidate prompts: what they consist of, and how a row is written in tokens after one.
 
     [bos] instruction separator (input cue answer separator)* input cue | answer [eos]
 
-The part in brackets are demonstrations. A candidate says how many and by which rule; every client fills in its own, so
-they never leave it. Only with method.share_demonstrations a candidate carries some that clients have sent.
+The part in parentheses is a demonstration. A candidate says how many there are and by which rule they are chosen; every
+client fills in examples of its own, which never leave it. Only with method.share_demonstrations does a candidate carry
+examples that clients have sent.
 """
 
 from __future__ import annotations
@@ -26,73 +27,73 @@ RULES = ("random", "balanced", "short")
 
 @dataclass(frozen=True)
 class Shared:
-    """An example that a client has sent: its input, and its target or the place of its label."""
+    """An example that a client has sent to be shown to all clients."""
 
     input: str
-    target: str | int
+    target: str | int  # the text, or the index of the label
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One prompt."""
+    """A prompt that is scored, as the server sends it to clients."""
 
     instruction: str = ""
     cue: str = ""  # between the input and the answer
-    words: tuple[str, ...] = ()  # of each label, in the order of the data's labels; empty where there are none
-    demonstrations: int = 0  # of the client's own, at most
+    words: tuple[str, ...] = ()  # for each label, in the order of the data's labels; empty where there are none
+    demonstrations: int = 0  # the most of the client's own examples that are shown
     rule: str = RULES[0]  # how the client chooses them
     draw: int = 0  # tells choices and orders of one rule apart
     shared: tuple[Shared, ...] = ()
 
     def normal(self) -> Candidate:
-        """The same prompt, with nothing said of how demonstrations are chosen where there are none."""
+        """The same prompt in its normal form: without demonstrations, rule and draw have their defaults."""
         return self if self.demonstrations else replace(self, rule=RULES[0], draw=0)
 
     def to_json(self) -> str:
-        """The same candidate has the same text."""
+        """The candidate as JSON; equal candidates have equal texts."""
         return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Candidate:
-        """The inverse of `to_json`."""
+        """Read a candidate from JSON: the inverse of `to_json`."""
         return cls.from_tree(json.loads(text))
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Candidate:
-        """The same, already parsed."""
+        """Make a candidate of the tree that `to_json` writes as text."""
         shared = tuple(Shared(**item) for item in tree["shared"])
         return cls(**{**tree, "words": tuple(tree["words"]), "shared": shared})
 
 
 @dataclass(frozen=True)
 class Writer:
-    """The tokens of prompts. All pieces are tokenised apart and joined, as the examples are."""
+    """Writes prompts in tokens. Every piece is tokenised separately and the tokens are joined, as for examples."""
 
     tokenizer: Any
     seed: int
     separator: str
     target: Template  # data.target
-    label: str | None  # the column of the labels, where targets are made of them alone
-    max_prompt_tokens: int  # of instruction, demonstrations, cue and longest answer
+    label: str | None  # the column of the labels, where targets consist of labels
+    max_prompt_tokens: int  # for instruction, demonstrations, cue and the longest answer
 
     def ids(self, text: str) -> Int32:
-        """Token ids of a text, without special ones."""
-        found = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return np.array(found, np.int32)
+        """The token ids of a text, without special tokens."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return np.array(ids, np.int32)
 
     def answers(self, candidate: Candidate) -> list[Int32]:
-        """The answer of each label with eos; none where there are no labels."""
+        """The tokens of the answer of each label, with eos; empty where there are no labels."""
         end = np.array([self.tokenizer.eos_token_id], np.int32)
         return [np.concatenate([self.ids(text), end]) for text in self.answer_texts(candidate)]
 
     def answer_texts(self, candidate: Candidate) -> list[str]:
-        """The target of each label, with the candidate's words for them."""
+        """The target text of each label, written with the candidate's words for the labels."""
         if self.label is None:
             return []
         return [self.target.render({self.label: word}) for word in candidate.words]
 
     def fixed(self, candidate: Candidate) -> Int32:
-        """`[bos] instruction separator` and shared demonstrations: what is the same for every client."""
+        """The beginning of the prompt that all clients share: `[bos] instruction separator`, shared demonstrations."""
         bos, cue, end = self._bos(), self.ids(candidate.cue), self.ids(self.separator)
         pieces = [bos]
         if candidate.instruction:
@@ -103,25 +104,29 @@ class Writer:
             pieces += [self.ids(one.input), cue, self.ids(answer), end]
         return np.concatenate(pieces)
 
-    def room(self, candidate: Candidate) -> int:
-        """Tokens of method.max_prompt_tokens that are left for a client's demonstrations; negative: it is too long."""
+    def tokens_left(self, candidate: Candidate) -> int:
+        """How many of method.max_prompt_tokens are left for a client's demonstrations; negative if it is too long."""
         longest = max((len(answer) for answer in self.answers(candidate)), default=0)
         used = len(self.fixed(candidate)) + len(self.ids(candidate.cue)) + longest
         return self.max_prompt_tokens - used
 
-    def own(self, candidate: Candidate, examples: Examples, pool: Int64, client: int) -> Int32:
-        """Demonstrations of a client: those of its examples `pool` that the rule takes, as long as there is room."""
+    def demonstrations(self, candidate: Candidate, examples: Examples, pool: Int64, client: int) -> Int32:
+        """The tokens of a client's demonstrations, chosen by the candidate's rule from the examples `pool`.
+
+        An example for which too few tokens are left is passed over.
+        """
         if not candidate.demonstrations or not len(pool):
             return np.empty(0, np.int32)
-        cue, end, room = self.ids(candidate.cue), self.ids(self.separator), self.room(candidate)
+        cue, end = self.ids(candidate.cue), self.ids(self.separator)
+        left = self.tokens_left(candidate)
         answers, pieces = self.answers(candidate), [np.empty(0, np.int32)]
         for example in self._order(candidate, examples, pool, client):
             piece = np.concatenate(
-                [self.input(examples, example), cue, self.right(answers, examples, example)[:-1], end]
+                [self.input(examples, example), cue, self.right_answer(answers, examples, example)[:-1], end]
             )
-            if len(piece) <= room:
+            if len(piece) <= left:
                 pieces.append(piece)
-                room -= len(piece)
+                left -= len(piece)
             if len(pieces) > candidate.demonstrations:
                 break
         return np.concatenate(pieces)
@@ -130,15 +135,15 @@ class Writer:
         """The tokens of an example's prompt, without bos."""
         return examples.prompt(example)[len(self._bos()) :]
 
-    def right(self, answers: Sequence[Int32], examples: Examples, example: int) -> Int32:
-        """The answer that is right for an example, with eos; answers: of each label, as `answers` gives them."""
+    def right_answer(self, answers: Sequence[Int32], examples: Examples, example: int) -> Int32:
+        """The tokens of the right answer to an example, with eos. answers: of each label, from the method `answers`."""
         if self.label is None:
             return examples.target(example)
         assert examples.labels is not None
         return answers[examples.labels[example]]
 
     def shared(self, examples: Examples, example: int) -> Shared:
-        """An example as it can be sent."""
+        """An example as texts, as a client sends it."""
         text = self.tokenizer.decode(self.input(examples, example).tolist(), clean_up_tokenization_spaces=False)
         if self.label is not None:
             assert examples.labels is not None
@@ -146,13 +151,16 @@ class Writer:
         ids = examples.target(example)[:-1]
         return Shared(text, self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
-    def rewritten(self, candidate: Candidate, examples: Examples, own: Sequence[Int32]) -> Examples:
-        """The examples with the prompt around them; row i has the demonstrations own[i mod len(own)] in front."""
+    def rewritten(self, candidate: Candidate, examples: Examples, demonstrations: Sequence[Int32]) -> Examples:
+        """Write the examples with the prompt around them.
+
+        demonstrations: tokens for several clients; row i gets demonstrations[i mod their number].
+        """
         fixed, cue, answers = self.fixed(candidate), self.ids(candidate.cue), self.answers(candidate)
         pieces, fronts, lengths = [], [], []
         for i in range(len(examples)):
-            front = np.concatenate([fixed, own[i % len(own)], self.input(examples, i), cue])
-            answer = self.right(answers, examples, i)
+            front = np.concatenate([fixed, demonstrations[i % len(demonstrations)], self.input(examples, i), cue])
+            answer = self.right_answer(answers, examples, i)
             pieces += [front, answer]
             fronts.append(len(front))
             lengths.append(len(front) + len(answer))
@@ -180,43 +188,44 @@ class Writer:
             return [int(e) for e in drawn[np.argsort(lengths, kind="stable")]]
         if candidate.rule == "balanced" and examples.labels is not None:
             labels = examples.labels[drawn]
-            turn = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])  # its place in its label
+            # By how many examples of the same label come before: first one of every label, then a second of each, ...
+            turn = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])
             return [int(e) for e in drawn[np.argsort(turn, kind="stable")]]
         return [int(e) for e in drawn]
 
 
 @dataclass(frozen=True)
 class Space:
-    """What candidates can be made of."""
+    """The search space: what candidates can consist of."""
 
     writer: Writer
     instructions: tuple[str, ...]  # hand-written
     cues: tuple[str, ...]
-    words: tuple[tuple[str, ...], ...]  # of each label: the hand-written one first
-    demonstrations: int  # at most; 0: none
+    words: tuple[tuple[str, ...], ...]  # for each label, the hand-written word first
+    demonstrations: int  # the most; 0 for none
     rules: tuple[str, ...]
 
     @property
     def first(self) -> tuple[str, ...]:
-        """The hand-written word of each label."""
+        """The hand-written word for each label."""
         return tuple(words[0] for words in self.words)
 
     def hand_written(self) -> list[Candidate]:
-        """The prompts that a person has written: every instruction with the first cue and words."""
+        """The prompts that a person has written: each instruction with the first cue and the first words."""
         return [Candidate(text, self.cues[0], self.first) for text in self.instructions]
 
     def fits(self, candidate: Candidate) -> bool:
-        """Whether it is within method.max_prompt_tokens and tells the labels apart."""
+        """Whether a candidate is within method.max_prompt_tokens and gives every label a different answer."""
         answers = [tuple(ids.tolist()) for ids in self.writer.answers(candidate)]
-        return self.writer.room(candidate) >= 0 and len(set(answers)) == len(answers)
+        return self.writer.tokens_left(candidate) >= 0 and len(set(answers)) == len(answers)
 
 
 def label_words(
     given: Mapping[str, Sequence[str]], names: Sequence[str], writer: Writer
 ) -> tuple[tuple[str, ...], ...]:
-    """The words of each label in the order of `names`; the labels' own names where none are given.
+    """The words for each label, in the order of `names`; where none are given, a label's word is its name.
 
-    UserError where a label is unknown or without words, or words cannot be told apart.
+    UserError where a label is unknown or has no words, or where two labels share a word.
     """
     if not given:
         given = {name: [name] for name in names}
@@ -235,7 +244,7 @@ def label_words(
             other = owners.setdefault(ids, name)
             if other != name:
                 raise UserError(
-                    f"method.label_words: '{word}' is a word of both '{other}' and '{name}', which it could not tell "
-                    "apart; take it from one of them"
+                    f"method.label_words: '{word}' stands for both '{other}' and '{name}', which an answer could not "
+                    "tell apart; remove it from one of them"
                 )
     return tuple(tuple(given[name]) for name in names)
