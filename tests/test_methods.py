@@ -12,11 +12,15 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as tf
 
 from fedhpc import registry
 from fedhpc.errors import UserError
+from fedhpc.methods._architectures import ARCHITECTURES
+from fedhpc.methods._linear import ends_with, features
 from fedhpc.methods.adapter import load
 from fedhpc.methods.base import Method
+from fedhpc.models.load import layer_stacks
 from fedhpc.training.block import train_block
 from fedhpc.training.schedule import batches
 from tests import tiny
@@ -302,3 +306,27 @@ def test_full_trains_what_its_options_say_as_torch_optim_does(family: str, part:
 def test_a_part_that_is_not_there_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make("full", tiny.base("llama"), **options).payload  # noqa: B018
+
+
+# ---------------------------------------------------------------- names of layers
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_every_architecture_has_the_layers_that_it_is_said_to_have(model_type: str) -> None:
+    with torch.device("meta"):
+        model = tf.AutoModel.from_config(tf.AutoConfig.for_model(model_type))
+    linear = [path for path, module in model.named_modules() if features(module)]
+    names = ARCHITECTURES[model_type]
+    defaults = [*names.queries_and_values, *names.keys_and_values, *names.attention_output, names.feed_forward_output]
+    for name in defaults:
+        assert any(ends_with(path, name) for path in linear), name
+
+
+@pytest.mark.parametrize("family", sorted({*tiny.FAMILIES, *tiny.ENCODERS, *tiny.SEQ2SEQ}))
+def test_pfeiffers_adapters_stand_behind_the_feed_forward_alone(family: str) -> None:
+    base = tiny.base(family)
+    both, one = (make("adapter", base, placement=placement).payload.shapes for placement in ("houlsby", "pfeiffer"))
+    layers = sum(len(stack) for stack in layer_stacks(base.model))
+    assert len({name.partition(".adapter.")[0] for name in one}) == layers
+    assert set(one) < set(both)
+    assert not any(re.search("attn|attention", name, re.IGNORECASE) for name in one)

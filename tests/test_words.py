@@ -33,7 +33,6 @@ NAMES_ALLOWED: dict[str, int] = {
     "config": 5,
     "data": 3,
     "evaluation": 14,
-    "methods": 4,
     "participation": 2,
     "results": 2,
     "training": 6,

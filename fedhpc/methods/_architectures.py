@@ -42,7 +42,7 @@ def _fused(attention: str, attention_output: str, feed_forward_output: str) -> A
 
 _BERT = Architecture("query", "key", "value", ("attention.output.dense",), "output.dense")
 _T5 = Architecture("q", "k", "v", ("o",), "wo")
-_BY_TYPE = {
+ARCHITECTURES = {
     "bart": Architecture(
         attention_output=("self_attn.out_proj", "encoder_attn.out_proj"),
         feed_forward_output="fc2",
@@ -64,4 +64,4 @@ _BY_TYPE = {
 
 def architecture(base: Base) -> Architecture:
     """The names of the linear layers of a base."""
-    return _BY_TYPE.get(base.model.config.model_type, Architecture())
+    return ARCHITECTURES.get(base.model.config.model_type, Architecture())

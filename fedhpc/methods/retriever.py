@@ -97,15 +97,15 @@ def load(path: Path, base: Base) -> Tensor:
     from safetensors.torch import load_file
 
     try:
-        about = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"method.retriever: '{path}' holds no adapter that can be read: {error}") from None
-    if about.get("format") != _FORMAT or PROJECTION not in tensors:
+    if config.get("format") != _FORMAT or PROJECTION not in tensors:
         raise UserError(f"method.retriever: '{path}' is not the adapter/ of a run with method retriever")
-    if about.get("fingerprint") != base.fingerprint:
+    if config.get("fingerprint") != base.fingerprint:
         raise UserError(
-            f"method.retriever: '{path}' was trained behind another encoder ({about.get('base_model_name_or_path')}) "
+            f"method.retriever: '{path}' was trained behind another encoder ({config.get('base_model_name_or_path')}) "
             f"than method.encoder '{base.name}'"
         )
     return tensors[PROJECTION]

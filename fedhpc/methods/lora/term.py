@@ -42,16 +42,16 @@ def adds_term(
         return factor if shared else kernels.of_rows(factor.expand(max(len(a), len(b)), -1, -1), rows)
 
     def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        x, whole = by_row(inputs[0], rows), by_row(output, rows)  # (B, T, in), (B, T, out)
+        x, y = by_row(inputs[0], rows), by_row(output, rows)  # (B, T, in), (B, T, out)
         # What the layer computes in: under autocast its inputs are not in it yet.
         x, dtype = x.to(output.dtype), output.dtype
         if gained is not None:
             more = gained.to(dtype)
-            whole = whole + x @ (more if len(gained) == 1 else kernels.of_rows(more, rows)).mT
+            y = y + x @ (more if len(gained) == 1 else kernels.of_rows(more, rows)).mT
         if dropout is not None:
             x = x * dropout.keeps(*x.shape[1:]) / (1 - dropout.share)
         if shared:
-            x, whole = x.flatten(0, 1).unsqueeze(0), whole.flatten(0, 1).unsqueeze(0)
-        return kernels.add_low_rank(whole, x, of_rows(a, dtype), of_rows(b, dtype), scale).view_as(output)
+            x, y = x.flatten(0, 1).unsqueeze(0), y.flatten(0, 1).unsqueeze(0)
+        return kernels.add_low_rank(y, x, of_rows(a, dtype), of_rows(b, dtype), scale).view_as(output)
 
     return hook
