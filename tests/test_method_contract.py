@@ -26,7 +26,8 @@ from fedhpc.models.base import Base
 from fedhpc.models.load import load_base
 from fedhpc.training.block import train_block
 from tests import tiny
-from tests.federations import save_random_bert
+from tests.federations import federate, final, save_random_bert
+from tests.federations import settings as run_settings
 from tests.test_block import settings, start_of, works
 
 EXAMPLE = "the example of methods/base.py"
@@ -209,3 +210,20 @@ def test_the_export_is_what_was_evaluated(method: Method, tmp_path: Path) -> Non
         loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
         theirs.append(loss[int(data.prompt_lengths[row]) - 1 :])
     torch.testing.assert_close(torch.cat(theirs), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_is_a_plugin_of_whole_federations(tmp_path: Path, example: str) -> None:
+    tree = {
+        "method": {"name": example, "start": 0.9},
+        "partition": {"name": "iid", "num_clients": 4},
+        "federation": {"rounds": 2, "cohort_size": 3},
+        "client": {"steps": 2, "batch_size": 2, "lr": 0.01},
+        "evaluation": {"every": 1, "max_examples": 8, "test_max_examples": 8, "samples": 0},
+    }
+    for ranks in (1, 3):
+        federate(run_settings(tmp_path / str(ranks), tree), ranks)
+    scale = final(tmp_path / "1")["scale"]
+    assert np.array_equal(scale, final(tmp_path / "3")["scale"])
+    assert scale.dtype == np.float32 and 0 < np.abs(scale - 0.9).max() < 0.1
+    stored = load_file(tmp_path / "1" / "adapter" / "adapter_model.safetensors")["scale"]
+    assert np.array_equal(stored.numpy(), scale)
