@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedhpc import registry
 from fedhpc.approaches.base import Approach
 from fedhpc.approaches.describe import headline, run_description
 from fedhpc.approaches.report import Clock, collect, make_record
@@ -29,6 +30,7 @@ from fedhpc.results.results_file import Results
 from fedhpc.results.resume import decide
 from fedhpc.results.run_directory import begin, remove_temporary_files, write_config
 from fedhpc.results.status import read_status, write_status
+from fedhpc.results.trackers.base import Guarded
 from fedhpc.server.state import State
 from fedhpc.training import client_state
 
@@ -195,6 +197,9 @@ def _begin(
             Recorder(run, results, state, config.checkpoint.every, writing, saved),
             Progress(run.rounds, round_),
         ]
+        for tracker in config.trackers:
+            made = registry.choice("trackers", tracker.name, "trackers.name")(tracker, run, round_)
+            observers.append(Guarded(tracker.name, made, observers[:2]))
         for observer in observers:
             stack.callback(observer.close)
         server = Server(state, observers)

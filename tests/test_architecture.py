@@ -266,7 +266,7 @@ def raw_of(family: str, name: str) -> dict[str, Any]:
     if family == "metrics":
         return {**raw, "evaluation": {"metrics": [name]}}
     section, key = next((s, k) for s, keys in CHOOSING.items() for k, f in keys.items() if f == family)
-    return {**raw, section: [{key: name}] if section == "transforms" else {key: name}}
+    return {**raw, section: [{key: name}] if section in ("transforms", "trackers") else {key: name}}
 
 
 @pytest.mark.parametrize(("family", "name"), CHOICES)

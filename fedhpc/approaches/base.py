@@ -28,7 +28,6 @@ from fedhpc.participation.blocks import joined, most_together, resolve_block_siz
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.participation.schedules.base import Schedule
-from fedhpc.participation.schedules.synchronous import Synchronous
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.server.state import State
@@ -141,7 +140,8 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     @cached_property
     def schedule(self) -> Schedule:
         """Which clients start when."""
-        return Synchronous(self.config, self.data.population, self.data.train, self.workers, self.block_size)
+        schedule: type[Schedule] = registry.choice("schedules", self.config.federation.schedule.name)
+        return schedule(self.config, self.data.population, self.data.train, self.workers, self.block_size)
 
     def plan(self, round_: int) -> Plan:
         """Who does what in a round. It follows from configuration, population and round alone."""

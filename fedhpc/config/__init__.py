@@ -15,7 +15,7 @@ from fedhpc import registry
 from fedhpc.config import check
 from fedhpc.config.choices import build, chosen
 from fedhpc.config.overrides import PLACE, override, parse_overrides
-from fedhpc.config.schema import ALTERNATIVES, EMBEDDED, KEYS, SECTIONS
+from fedhpc.config.schema import ALTERNATIVES, EMBEDDED, KEYS, LISTS, SECTIONS
 from fedhpc.config.schema import Config as Config
 from fedhpc.config.schema import Data as Data
 from fedhpc.config.schema import Evaluation as Evaluation
@@ -99,13 +99,13 @@ def _resolved(raw: Mapping[str, Any]) -> Config:
             raise UserError(f"unknown key '{key}'", key=str(key), remedy=nearest(str(key), KEYS))
     values: dict[str, Any] = {}
     for name, model in SECTIONS.items():
-        if name != "transforms":
+        if name not in LISTS:
             values[name] = check.completed(build(model, _mapping(raw, name), name))
-    transforms = [] if raw.get("transforms") is None else raw["transforms"]
-    if not isinstance(transforms, list):
-        raise UserError(f"transforms must be a list of {{name: ...}}, got {transforms!r}", key="transforms")
-    items = enumerate(transforms)
-    values["transforms"] = tuple(build(SECTIONS["transforms"], item, f"transforms[{i}]") for i, item in items)
+    for name in LISTS:
+        items = [] if raw.get(name) is None else raw[name]
+        if not isinstance(items, list):
+            raise UserError(f"{name} must be a list of {{name: ...}}, got {items!r}", key=name)
+        values[name] = tuple(build(SECTIONS[name], item, f"{name}[{i}]") for i, item in enumerate(items))
     values["mode"] = raw.get("mode", "federated")
     modes = list(get_args(Config.model_fields["mode"].annotation))
     if values["mode"] not in modes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedhpc import registry
 from fedhpc.config.choices import build, flat_choices
-from fedhpc.config.schema import SECTIONS, Client, Config, Federation, Run
+from fedhpc.config.schema import LISTS, SECTIONS, Client, Config, Federation, Run
 from fedhpc.errors import UserError
 from fedhpc.registry import Section
 
@@ -25,8 +25,10 @@ def completed(section: Section) -> Section:
 
 def unread_of(config: Config, name: str) -> list[str]:
     """The keys of a section, as section.key, that the configuration's method does not read."""
-    if name == "transforms":
-        return ["transforms"] if _unread(type(config.method).reads, name, ["name"]) else []
+    if name == "trackers":  # the round loop reads them, whatever the method
+        return []
+    if name in LISTS:
+        return [name] if _unread(type(config.method).reads, name, ["name"]) else []
     return _unread(type(config.method).reads, name, list(type(getattr(config, name)).model_fields))
 
 
@@ -42,7 +44,7 @@ def refuse_unread(config: Config, given: Mapping[str, str]) -> None:
     for name in SECTIONS:
         section: Any = getattr(config, name)
         for key in unread_of(config, name):
-            changed = bool(section) if name == "transforms" else _changed(name, section, key.partition(".")[2])
+            changed = bool(section) if name in LISTS else _changed(name, section, key.partition(".")[2])
             if key in given and changed:
                 raise UserError(f"method.name {config.method.name} does not read it", key=key, remedy="take it out")
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializeAsAny
 
 from fedhpc.config.yaml import to_yaml
-from fedhpc.registry import Choice, Open, Section
+from fedhpc.registry import Choice, Chosen, Open, Section
 
 EMBEDDED = Path(__file__).parents[1] / "default.yaml"
 
@@ -79,6 +79,7 @@ class Federation(Section):
     cohort_fraction: float | None = Field(None, gt=0, le=1, description="the same as a share of the population")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a sampled client does not report back")
     min_cohort: int = Field(1, ge=1, description="with fewer completed clients the round changes nothing")
+    schedule: Annotated[Chosen, Choice("schedules", "synchronous")] = Field(description="which clients start when")
 
 
 class Client(Open):
@@ -177,8 +178,12 @@ class Transformation(Open):
     name: Annotated[str, Choice("transforms")] = Field(description="what changes the clients' updates")
 
 
+class Tracking(Open):
+    name: Annotated[str, Choice("trackers")] = Field(description="where the rounds are shown beside the screen")
+
+
 class Config(Section):
-    """The resolved configuration. `partition`, `method`, `client`, `server` and each transform carry the
+    """The resolved configuration. `partition`, `method`, `client`, `server`, each transform and each tracker carry the
     options of the file they name."""
 
     mode: Literal["federated", "centralized", "local"] = "federated"
@@ -191,6 +196,7 @@ class Config(Section):
     client: SerializeAsAny[Client]
     server: SerializeAsAny[Server]
     transforms: tuple[SerializeAsAny[Transformation], ...]
+    trackers: tuple[SerializeAsAny[Tracking], ...]
     evaluation: Evaluation
     personalization: Personalization
     runtime: Runtime
@@ -211,7 +217,7 @@ class Config(Section):
         return to_yaml(self.model_dump(mode="json"))
 
 
-#: Every section, in the order in which they are checked. `transforms` is a list of its section.
+#: Every section, in the order in which they are checked.
 SECTIONS: dict[str, type[Section]] = {
     "run": Run,
     "model": Model,
@@ -227,5 +233,8 @@ SECTIONS: dict[str, type[Section]] = {
     "client": Client,
     "server": Server,
     "transforms": Transformation,
+    "trackers": Tracking,
 }
+#: The sections that are lists: of as many as are given.
+LISTS = ("transforms", "trackers")
 KEYS = ["mode", *SECTIONS]

@@ -110,7 +110,7 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
     free = {*FREE_KEYS, "federation.rounds"}
     if new["runtime.block_size"] == meta.get("block_size"):
         free.add("runtime.block_size")
-    ignored = unread(config)
+    ignored = [*unread(config), "trackers"]
     free |= {key for key in {*old, *new} if any(f"{key}.".startswith(f"{one}.") for one in ignored)}
     changed = [key for key in [*old, *(k for k in new if k not in old)] if old.get(key) != new.get(key)]
     # Options that came or went with a choice explain less than the choice itself.
