@@ -15,7 +15,7 @@ from fedhpc import config as configuration
 from fedhpc import federation, kernels, registry
 from fedhpc.approaches.prepare import prepare
 from fedhpc.bench import bed
-from fedhpc.evaluation.evaluate import evaluate
+from fedhpc.evaluation.evaluate import Evaluator
 from fedhpc.methods import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
@@ -203,19 +203,8 @@ def outcome(base: Base, method: Method, family: str, metrics: list[str], precisi
     payloads = torch.zeros(2, method.payload.size, device=GPU)
     targets = ["a", "bb", "ccc"] if "accuracy" in metrics else None
     chosen = np.arange(9)
-    found = evaluate(
-        base,
-        tiny.objective(base),
-        method,
-        payloads,
-        data,
-        chosen,
-        metrics,
-        options,
-        precision,
-        LoopbackTransport(),
-        label_targets=targets,
-    )
+    evaluator = Evaluator(base, tiny.objective(base), options, precision, LoopbackTransport(), targets)
+    found = evaluator.evaluate(method, payloads, data, chosen, metrics)
     assert found is not None and set(found.metrics) == set(metrics)
 
 

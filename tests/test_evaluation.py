@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fedhpc import config, registry
 from fedhpc.data.tokens import Examples, Tokens, examples_from
-from fedhpc.evaluation.evaluate import Outcome, _Work, client_evaluation, evaluate, subset
+from fedhpc.evaluation.evaluate import Evaluator, Outcome, subset
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models import load as models
 from fedhpc.models.base import Base
@@ -125,20 +125,11 @@ def run(
     transport = kw.pop("transport", None) or LoopbackTransport()
     indices = kw.pop("indices", np.arange(len(examples)))
     options = config.Evaluation(batch_size=kw.pop("batch_size", 4), max_new_tokens=kw.pop("max_new_tokens", 6))
-    return evaluate(  # type: ignore[return-value]
-        base,
-        tiny.objective(base),
-        method,
-        payloads,
-        examples,
-        indices,
-        metrics,
-        options,
-        "float32",
-        transport,
-        label_targets=LABELS,
-        **kw,
-    )
+    return evaluator(base, transport, options).evaluate(method, payloads, examples, indices, metrics, **kw)  # type: ignore[return-value]
+
+
+def evaluator(base: Base, transport: Transport, options: config.Evaluation) -> Evaluator:
+    return Evaluator(base, tiny.objective(base), options, "float32", transport, LABELS)
 
 
 # --- losses
@@ -156,7 +147,7 @@ def test_loss_equals_the_model_called_row_by_row(family: str) -> None:
         outcome = run(base, chosen, payload, examples, ["loss", "perplexity"], indices=indices)
         assert outcome.metrics["loss"] == pytest.approx(want / tokens, rel=1e-10)
         assert outcome.metrics["perplexity"] == pytest.approx(np.exp(want / tokens), rel=1e-9)
-        assert outcome.payload_losses is None and outcome.samples == []
+        assert outcome.samples == []
 
 
 @pytest.mark.parametrize(("name", "batch_size"), [("prefix", 4), ("prefix", 32), ("full", 4)])
@@ -172,7 +163,6 @@ def test_losses_of_many_payloads(name: str, batch_size: int) -> None:
     ]
     outcome = run(base, method, payloads, examples, ["loss"], batch_size=batch_size)
     assert len(set(want)) == 3
-    np.testing.assert_allclose(outcome.payload_losses, want, rtol=1e-10)
     assert outcome.metrics["loss"] == pytest.approx(np.mean(want), rel=1e-10)
 
 
@@ -186,9 +176,7 @@ def test_client_evaluation(count: int) -> None:
 
     def on(transport: Transport) -> dict[str, Any] | None:
         options = config.Evaluation(batch_size=4)
-        return client_evaluation(
-            base, tiny.objective(base), method, payloads, examples, clients, held_out, options, "float32", transport
-        )
+        return evaluator(base, transport, options).by_client(method, payloads, examples, clients, held_out)
 
     columns = on(LoopbackTransport())
     assert columns is not None
@@ -232,9 +220,12 @@ def test_label_predictions_are_those_of_the_likeliest_target(count: int) -> None
                 for label in LABELS
             ]
         )
-    work = _Work(base, tiny.objective(base), method, payloads, 4, "float32", LoopbackTransport())
-    n = np.arange(len(examples))
-    np.testing.assert_allclose(work.label_scores(examples, n, LABELS, n % count), want_scores, rtol=1e-10)
+    n, want_shares = np.arange(len(examples)), np.exp(want_scores) / np.exp(want_scores).sum(axis=1, keepdims=True)
+    measure = evaluator(base, LoopbackTransport(), config.Evaluation(batch_size=4))
+    for m in range(count):
+        part = n[n % count == m]
+        _, shares = measure.mixed_probabilities(method, payloads[m : m + 1], np.ones(1), examples, part, labels=True)
+        np.testing.assert_allclose(shares, want_shares[part], rtol=1e-9)
     predictions = np.argmax(want_scores, axis=1).tolist()
     assert len(set(predictions)) > 1
     want = np.mean(np.array(predictions) == examples.labels)
@@ -406,4 +397,3 @@ def test_the_world_size_does_not_change_a_bit(count: int) -> None:
         transport.use_placement(Placement(gpus))
         outcome = run(base, method, payloads, examples, METRICS, samples=4, transport=transport)
         assert (outcome.metrics, outcome.samples) == (alone.metrics, alone.samples)
-        np.testing.assert_array_equal(outcome.payload_losses, alone.payload_losses)

@@ -18,7 +18,7 @@ from fedhpc import registry
 from fedhpc.config import Evaluation, Model
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import Outcome, evaluate
+from fedhpc.evaluation.evaluate import Evaluator, Outcome
 from fedhpc.methods import with_head
 from fedhpc.methods._head import WithHead
 from fedhpc.methods.base import Method
@@ -229,10 +229,8 @@ def run(
     base: Base, method: Method | None, payloads: torch.Tensor, examples: Examples, metrics: list[str], samples: int = 3
 ) -> Outcome:
     options, every = Evaluation(batch_size=4), np.arange(len(examples))
-    return evaluate(  # type: ignore[return-value]
-        base, tiny.objective(base), method, payloads, examples, every, metrics, options, "float32", LoopbackTransport(),
-        label_targets=examples.label_names, samples=samples,
-    )  # fmt: skip
+    evaluator = Evaluator(base, tiny.objective(base), options, "float32", LoopbackTransport(), examples.label_names)
+    return evaluator.evaluate(method, payloads, examples, every, metrics, samples)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt", "lora", "full"])

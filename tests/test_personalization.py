@@ -14,7 +14,7 @@ from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.approaches.prepare import prepare
 from fedhpc.config import Config
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import client_evaluation, over_clients
+from fedhpc.evaluation.evaluate import over_clients
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
@@ -113,11 +113,10 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path) -> None:
             ("loss", task.method.payload.flatten(start)[None]),
             ("loss_personal", alone - trained.updates),
         ):
-            held = client_evaluation(
-                task.base, task.objective, task.method, payload, task.data.train, [client],
-                [task.data.population.held_out(client)],
-                config.evaluation, "float32", LoopbackTransport(),
-            )  # fmt: skip
+            held_out = [task.data.population.held_out(client)]
+            held = task.evaluator(LoopbackTransport()).by_client(
+                task.method, payload, task.data.train, [client], held_out
+            )
             assert held is not None
             assert rows[column][client] == pytest.approx(held["loss"][0], rel=1e-10)
     assert (np.abs(rows["loss_personal"] - rows["loss"]) > 1e-3).all()

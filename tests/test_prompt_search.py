@@ -25,7 +25,6 @@ from fedhpc.builtin.world import rows
 from fedhpc.config import Config, load
 from fedhpc.data.templates import parse
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import evaluate
 from fedhpc.models.base import Attached
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
@@ -252,10 +251,8 @@ def test_the_scores_of_a_round_are_those_of_its_pooled_examples(tmp_path: Path, 
             scored, pool = approach.scored(int(round_), client, *approach._budget(int(round_) - 1))
             own = approach.writer.demonstrations(candidate, train, pool, client)
             whole = approach.writer.rewritten(candidate, train, [own])
-            found = evaluate(
-                approach.base, approach.objective, None, torch.empty(1, 0), whole, scored, ["loss"],
-                approach.config.evaluation, "float32", LoopbackTransport(),
-            )  # fmt: skip
+            nothing = torch.empty(1, 0)
+            found = approach.evaluator(LoopbackTransport()).evaluate(None, nothing, whole, scored, ["loss"])
             assert found is not None
             total += found.metrics["loss"] * approach.objective.num_supervised(whole, scored).sum()
             rows_seen += len(scored)

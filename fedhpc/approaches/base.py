@@ -22,7 +22,7 @@ from fedhpc.approaches.inputs import Inputs
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import Outcome
+from fedhpc.evaluation.evaluate import Evaluator, Outcome
 from fedhpc.models.base import Base
 from fedhpc.participation.blocks import joined, most_together, resolve_block_size
 from fedhpc.participation.plan import Block, Plan
@@ -96,6 +96,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         self.placement = inputs.placement
         #: How many clients this rank has memory for at a time; None while no block was too large.
         self.clients_that_fit: int | None = None
+
+    def evaluator(self, transport: Transport) -> Evaluator:
+        """What measures payloads of the base."""
+        evaluation, precision = self.config.evaluation, self.config.runtime.precision
+        return Evaluator(self.base, self.objective, evaluation, precision, transport, self.label_targets)
 
     @classmethod
     def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> Data:

@@ -1,19 +1,18 @@
 """The evaluation of one payload, or of one per client, on a fixed list of items, spread over the ranks.
 
 The batches follow from the items alone: sorted by length, cut into pieces of `evaluation.batch_size`, done
-by the ranks in turn (not by a server on the CPU beside workers on GPUs). Every item has a slot of its own in a vector
-of zeros; each rank fills the slots of its batches and one sum-reduce brings them to rank 0. A slot is only ever added
-to zeros, so the result has the same bits on any number of ranks.
+by the ranks in turn (not by a server on the CPU beside workers on GPUs). Every item has an entry of its own in a
+vector of zeros; each rank fills the entries of its batches and one sum-reduce brings them to rank 0. An entry is only
+ever added to zeros, so the result has the same bits on any number of ranks.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +21,14 @@ from fedhpc import registry
 from fedhpc.config import Evaluation
 from fedhpc.data.tokens import Examples, group_references, ranges
 from fedhpc.evaluation.metrics.base import Metric, Outputs
-from fedhpc.lazy import lazy
-from fedhpc.methods.base import Attached, Method
+from fedhpc.lazy import Tensor, torch
+from fedhpc.methods.base import Attached, Method, PerClient
 from fedhpc.models.base import Base, Predictor
 from fedhpc.models.generative import Generative
 from fedhpc.models.load import autocast
 from fedhpc.objectives.base import Objective
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.rng import EVALUATION, generator
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
@@ -48,8 +41,6 @@ class Outcome:
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # prompt, references, text
-    payload_losses: Float64 | None  # (M,): mean loss per supervised token of each of M > 1 payloads
-    seconds: float
 
 
 def subset(n: int, limit: int) -> Int64:
@@ -59,180 +50,163 @@ def subset(n: int, limit: int) -> Int64:
     return np.sort(generator(EVALUATION, "evaluation subset").choice(n, limit, replace=False))
 
 
-def evaluate(
-    base: Base,
-    objective: Objective,
-    method: Method | None,
-    payloads: Tensor,
-    examples: Examples,
-    indices: Int64,
-    metrics: Sequence[str],
-    options: Evaluation,
-    precision: str,
-    transport: Transport,
-    *,
-    samples: int = 0,
-    label_targets: Sequence[str] | None = None,
-) -> Outcome | None:
-    """Metrics of `payloads` (M, P) on the examples `indices`; the outcome on rank 0, None elsewhere. Collective.
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures payloads of a method on examples, with what all evaluations of a run have in common.
 
-    With M > 1 the loss is over all pairs of payload and example; for labels and texts item i of the evaluated ones
-    is answered by payload i mod M, so that this costs what one model costs. method None: the base as it is.
-
-    For texts an item is a distinct prompt with all its references; as many as there are `indices` are drawn,
-    and `samples` of them, evenly spaced, are kept. label_targets: the rendered target of every label, for
-    metrics on labels. Classifiers write no texts, so no samples.
+    label_targets: the rendered target of every label, for what chooses between labels.
     """
-    started = time.perf_counter()
-    chosen: dict[str, Metric] = {registry.short_name(name): registry.choice("metrics", name)() for name in metrics}
-    needs = {metric.needs for metric in chosen.values()}
-    count = 1 if method is None else len(payloads)
-    work = _Work(base, objective, method, payloads, options.batch_size, precision, transport)
-    outputs: dict[str, Any] = {}
-    kept, per_payload = [], None
 
-    if "losses" in needs:
-        pairs = np.tile(indices, count)
-        nll = work.losses(examples, pairs, np.repeat(np.arange(count), len(indices)))
-        sums, tokens = nll.reshape(count, -1).sum(axis=1), int(objective.num_supervised(examples, indices).sum())
-        outputs |= {"nll_sum": float(sums.sum()), "tokens": count * tokens}
-        per_payload = sums / tokens if count > 1 else None
-    if "labels" in needs:
-        if label_targets is None or examples.labels is None:
-            raise ValueError("metrics on labels need the examples' labels and a target for each of them")
-        scores = work.label_scores(examples, indices, label_targets, np.arange(len(indices)) % count)
-        outputs |= {"labels": examples.labels[indices].astype(np.int64), "predictions": scores.argmax(axis=1)}
-    samples = samples if "texts" in base.answers else 0
-    if "texts" in needs or samples:
-        groups = group_references(examples)
-        items = subset(len(groups), len(indices))
-        shown = min(samples, len(items))
-        places = np.arange(shown) * len(items) // max(shown, 1)
-        payload = np.arange(len(items)) % count
-        if "texts" not in needs:
-            items, payload, places = items[places], payload[places], np.arange(shown)
-        firsts = np.array([groups[i][0] for i in items], np.int64)
-        generated = work.texts(examples, firsts, payload, options.max_new_tokens)
-        if transport.rank == 0:
-            texts = [_decode(base, row) for row in generated]
-            references = [[target.strip() for target in groups[i][1]] for i in items]
-            outputs |= {"texts": texts, "references": references}
-            prompts = examples.prompts or []
-            kept = [{"prompt": prompts[firsts[i]], "references": references[i], "text": texts[i]} for i in places]
-    if transport.rank != 0:
-        return None
-    all_outputs = Outputs(**outputs)
-    values = {name: float(metric.compute(all_outputs)) for name, metric in chosen.items()}
-    return Outcome(values, kept, per_payload, time.perf_counter() - started)
+    base: Base
+    objective: Objective
+    options: Evaluation
+    precision: str
+    transport: Transport
+    label_targets: Sequence[str] | None = None
 
+    def evaluate(
+        self,
+        method: Method | None,
+        payloads: Tensor,
+        examples: Examples,
+        indices: Int64,
+        metrics: Sequence[str],
+        samples: int = 0,
+    ) -> Outcome | None:
+        """Metrics of `payloads` (M, P) on the examples `indices`; the outcome on rank 0, None elsewhere. Collective.
 
-def likelihoods(
-    base: Base,
-    objective: Objective,
-    method: Method | None,
-    payloads: Tensor,
-    examples: Examples,
-    options: Evaluation,
-    precision: str,
-    transport: Transport,
-) -> Float64 | None:
-    """Negative log-likelihood of the target of each example under one payload (1, P); on rank 0. Collective."""
-    work = _Work(base, objective, method, payloads, options.batch_size, precision, transport)
-    summed = work.losses(examples, np.arange(len(examples)), np.zeros(len(examples), np.int64))
-    return summed if transport.rank == 0 else None
+        With M > 1 the loss is over all pairs of payload and example; for labels and texts item i of the evaluated ones
+        is answered by payload i mod M, so that this costs what one model costs. method None: the base as it is.
 
+        For texts an item is a distinct prompt with all its references; as many as there are `indices` are drawn,
+        and `samples` of them, evenly spaced, are in the outcome. Classifiers write no texts, so no samples.
+        """
+        base, rank = self.base, self.transport.rank
+        chosen: dict[str, Metric] = {registry.short_name(name): registry.choice("metrics", name)() for name in metrics}
+        needs = {metric.needs for metric in chosen.values()}
+        count = 1 if method is None else len(payloads)
+        shares = _Shares(self, method, payloads)
+        outputs: dict[str, Any] = {}
+        shown: list[dict[str, Any]] = []
 
-def client_evaluation(
-    base: Base,
-    objective: Objective,
-    method: Method,
-    payloads: Tensor,
-    examples: Examples,
-    clients: Sequence[int],
-    held_out: Sequence[Int64],
-    options: Evaluation,
-    precision: str,
-    transport: Transport,
-    *,
-    label_targets: Sequence[str] | None = None,
-) -> dict[str, NDArray[Any]] | None:
-    """The loss of every client on examples held out of its own training; on rank 0, None elsewhere. Collective.
+        if "losses" in needs:
+            pairs = np.tile(indices, count)
+            nll = shares.losses(examples, pairs, np.repeat(np.arange(count), len(indices)))
+            tokens = int(self.objective.num_supervised(examples, indices).sum())
+            outputs |= {"nll_sum": float(nll.reshape(count, -1).sum(axis=1).sum()), "tokens": count * tokens}
+        if "labels" in needs:
+            if self.label_targets is None or examples.labels is None:
+                raise ValueError("metrics on labels need the examples' labels and a target for each of them")
+            scores = shares.label_scores(examples, indices, np.arange(len(indices)) % count)
+            outputs |= {"labels": examples.labels[indices].astype(np.int64), "predictions": scores.argmax(axis=1)}
+        samples = samples if "texts" in base.answers else 0
+        if "texts" in needs or samples:
+            groups = group_references(examples)
+            items = subset(len(groups), len(indices))
+            samples = min(samples, len(items))
+            sampled = np.arange(samples) * len(items) // max(samples, 1)
+            payload = np.arange(len(items)) % count
+            if "texts" not in needs:
+                items, payload, sampled = items[sampled], payload[sampled], np.arange(samples)
+            firsts = np.array([groups[i][0] for i in items], np.int64)
+            generated = shares.texts(examples, firsts, payload)
+            if rank == 0:
+                texts = [_decode(base, row) for row in generated]
+                references = [[target.strip() for target in groups[i][1]] for i in items]
+                outputs |= {"texts": texts, "references": references}
+                prompts = examples.prompts or []
+                shown = [{"prompt": prompts[firsts[i]], "references": references[i], "text": texts[i]} for i in sampled]
+        if rank != 0:
+            return None
+        all_outputs = Outputs(**outputs)
+        return Outcome({name: float(metric.compute(all_outputs)) for name, metric in chosen.items()}, shown)
 
-    payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i]. Columns,
-    one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without any), and
-    accuracy where `label_targets` are given.
-    """
-    if len(payloads) not in (1, len(clients)):
-        raise ValueError(f"{len(payloads)} payloads for {len(clients)} clients")
-    sizes = np.array([len(part) for part in held_out], np.int64)
-    indices = np.concatenate([np.empty(0, np.int64), *held_out])
-    owner = np.repeat(np.arange(len(clients)), sizes)
-    work = _Work(base, objective, method, payloads, options.batch_size, precision, transport)
-    nll = work.losses(examples, indices, owner % len(payloads))
-    right = None
-    if label_targets is not None and examples.labels is not None:
-        scores = work.label_scores(examples, indices, label_targets, owner % len(payloads))
-        right = scores.argmax(axis=1) == examples.labels[indices]
-    if transport.rank != 0:
-        return None
-    tokens = np.bincount(owner, weights=objective.num_supervised(examples, indices), minlength=len(clients)).astype(
-        np.int64
-    )
+    def likelihoods(self, method: Method | None, payloads: Tensor, examples: Examples) -> Float64 | None:
+        """Negative log-likelihood of the target of each example under one payload (1, P); on rank 0. Collective."""
+        shares = _Shares(self, method, payloads)
+        summed = shares.losses(examples, np.arange(len(examples)), np.zeros(len(examples), np.int64))
+        return summed if self.transport.rank == 0 else None
 
-    def per(values: NDArray[Any], counts: Int64) -> Float64:
-        sums = np.bincount(owner, weights=values, minlength=len(clients))
-        return np.divide(sums, counts, out=np.full(len(clients), np.nan), where=counts > 0)
+    def by_client(
+        self,
+        method: Method,
+        payloads: Tensor,
+        examples: Examples,
+        clients: Sequence[int],
+        held_out: Sequence[Int64],
+        labels: bool = False,
+    ) -> dict[str, NDArray[Any]] | None:
+        """The loss of every client on examples held out of its own training; on rank 0, None elsewhere. Collective.
 
-    columns: dict[str, NDArray[Any]] = {
-        "client_id": np.array(clients, np.int64),
-        "num_examples": sizes,
-        "tokens": tokens,
-    }
-    columns["loss"] = per(nll, tokens)
-    if right is not None:
-        columns["accuracy"] = per(right, sizes)
-    return columns
+        payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i].
+        Columns, one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without
+        any), and with `labels` accuracy, where the examples have them.
+        """
+        if len(payloads) not in (1, len(clients)):
+            raise ValueError(f"{len(payloads)} payloads for {len(clients)} clients")
+        sizes = np.array([len(part) for part in held_out], np.int64)
+        indices = np.concatenate([np.empty(0, np.int64), *held_out])
+        owner = np.repeat(np.arange(len(clients)), sizes)
+        shares = _Shares(self, method, payloads)
+        nll = shares.losses(examples, indices, owner % len(payloads))
+        right = None
+        if labels and self.label_targets is not None and examples.labels is not None:
+            scores = shares.label_scores(examples, indices, owner % len(payloads))
+            right = scores.argmax(axis=1) == examples.labels[indices]
+        if self.transport.rank != 0:
+            return None
+        supervised = self.objective.num_supervised(examples, indices)
+        tokens = np.bincount(owner, weights=supervised, minlength=len(clients)).astype(np.int64)
 
+        def per(values: NDArray[Any], counts: Int64) -> Float64:
+            sums = np.bincount(owner, weights=values, minlength=len(clients))
+            return np.divide(sums, counts, out=np.full(len(clients), np.nan), where=counts > 0)
 
-def mixed_probabilities(
-    base: Base,
-    objective: Objective,
-    method: Method,
-    payloads: Tensor,
-    weights: Float64,
-    examples: Examples,
-    indices: Int64,
-    options: Evaluation,
-    precision: str,
-    *,
-    label_targets: Sequence[str] | None = None,
-) -> tuple[Float64, Float64 | None]:
-    """sum_i weights[i] p_i over the models `payloads` (M, P), on this rank alone.
+        columns: dict[str, NDArray[Any]] = {
+            "client_id": np.array(clients, np.int64),
+            "num_examples": sizes,
+            "tokens": tokens,
+        }
+        columns["loss"] = per(nll, tokens)
+        if right is not None:
+            columns["accuracy"] = per(right, sizes)
+        return columns
 
-    Of the supervised tokens of the examples `indices`, in their order: (S,). Where `label_targets` are given, of the
-    labels too, p_i being the softmax of the model's scores: (len(indices), labels).
-    """
-    work = _Work(base, objective, method, payloads, options.batch_size, precision, LoopbackTransport())
-    count = len(payloads)
-    pairs, owner = np.tile(indices, count), np.repeat(np.arange(count), len(indices))
-    losses = work.token_losses(examples, pairs, owner).reshape(count, -1)
-    tokens: Float64 = weights @ np.exp(-losses)
-    if label_targets is None:
-        return tokens, None
-    scores = work.label_scores(examples, pairs, label_targets, owner).reshape(count, len(indices), -1)
-    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    labels: Float64 = np.tensordot(weights, exponentials / exponentials.sum(axis=-1, keepdims=True), axes=1)
-    return tokens, labels
+    def mixed_probabilities(
+        self,
+        method: Method,
+        payloads: Tensor,
+        weights: Float64,
+        examples: Examples,
+        indices: Int64,
+        labels: bool = False,
+    ) -> tuple[Float64, Float64 | None]:
+        """sum_i weights[i] p_i over the models `payloads` (M, P), on this rank alone.
+
+        Of the supervised tokens of the examples `indices`, in their order: (S,). With `labels` of the labels too, p_i
+        being the softmax of the model's scores: (len(indices), labels).
+        """
+        shares = _Shares(replace(self, transport=LoopbackTransport()), method, payloads)
+        count = len(payloads)
+        pairs, owner = np.tile(indices, count), np.repeat(np.arange(count), len(indices))
+        losses = shares.token_losses(examples, pairs, owner).reshape(count, -1)
+        tokens: Float64 = weights @ np.exp(-losses)
+        if not labels:
+            return tokens, None
+        scores = shares.label_scores(examples, pairs, owner).reshape(count, len(indices), -1)
+        exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        mixed: Float64 = np.tensordot(weights, exponentials / exponentials.sum(axis=-1, keepdims=True), axes=1)
+        return tokens, mixed
 
 
 def over_clients(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
     """Mean, mean of the worst tenth and standard deviation over clients: `<metric>/mean`, `/worst_10_percent`, `/std`.
 
-    columns: of `client_evaluation`, and others of the same metrics, as `loss_personal`. Every client with held-out
+    columns: of `Evaluator.by_client`, and others of the same metrics, as `loss_personal`. Every client with held-out
     examples counts once. The worst tenth is rounded up to whole clients: those with the highest loss or the lowest
     accuracy. All NaN where nobody has held-out examples.
     """
-    found: dict[str, float] = {}
+    summary: dict[str, float] = {}
     for name in columns:
         metric = name.removesuffix("_personal")
         if metric not in registry.names("metrics"):
@@ -244,82 +218,73 @@ def over_clients(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
         if np.isnan(values).any():
             worst_first = np.full(len(values), np.nan)  # a client whose fine-tuning diverged is not left out
         worst = worst_first[: math.ceil(len(values) / 10)]
-        found |= {f"{name}/mean": float(np.mean(values)), f"{name}/worst_10_percent": float(np.mean(worst))}
-        found[f"{name}/std"] = float(np.std(values))
-    return found
+        summary |= {f"{name}/mean": float(np.mean(values)), f"{name}/worst_10_percent": float(np.mean(worst))}
+        summary[f"{name}/std"] = float(np.std(values))
+    return summary
 
 
-class _Work:
-    """This rank's share of the batches, with the payload of each row attached, and the sum over ranks.
+class _Shares:
+    """Computes this rank's share of the batches, each row with its own payload attached, and adds up those of all.
 
-    The methods take one example and one payload per row and return one slot per row, complete on rank 0 only.
+    The methods take one example and one payload per row; what they return for each row is complete on rank 0 only.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        objective: Objective,
-        method: Method | None,
-        payloads: Tensor,
-        batch_size: int,
-        precision: str,
-        transport: Transport,
-    ) -> None:
-        self.base, self.objective, self.method, self.payloads = base, objective, method, payloads
-        self.batch_size, self.precision, self.transport = batch_size, precision, transport
-        self._attached = np.empty(0, np.int64)  # the payloads of _lead and _state
-        self._lead: Mapping[str, Tensor] = {}
-        self._state: Mapping[str, Tensor] = {}
+    def __init__(self, evaluator: Evaluator, method: Method | None, payloads: Tensor) -> None:
+        self.base, self.objective, self.method, self.payloads = evaluator.base, evaluator.objective, method, payloads
+        self.options, self.label_targets = evaluator.options, evaluator.label_targets
+        self.precision, self.transport = evaluator.precision, evaluator.transport
+        self._attached = np.empty(0, np.int64)  # the payloads of _received and _trained
+        self._received: PerClient = {}
+        self._trained: PerClient = {}
 
     def losses(self, examples: Examples, indices: Int64, payload: Int64) -> Float64:
         """Negative log-likelihood of every example, summed over its supervised tokens: (n,)."""
-        slots = torch.zeros(len(indices), dtype=torch.float64)
+        results = torch.zeros(len(indices), dtype=torch.float64)
         for rows in self._batches(payload, examples.lengths[indices]):
-            with self._attach(payload[rows]) as attached:
-                row, losses = self._losses(attached, examples, indices[rows], payload[rows])
-            slots[rows] = torch.from_numpy(np.bincount(row, weights=losses, minlength=len(rows)))
-        return self._sum(slots)
+            example, losses = self._losses(examples, indices[rows], payload[rows])
+            results[rows] = torch.from_numpy(np.bincount(example, weights=losses, minlength=len(rows)))
+        return self._sum(results)
 
     def token_losses(self, examples: Examples, indices: Int64, payload: Int64) -> Float64:
         """Negative log-likelihood of every supervised token of the examples, one after the other: (S,)."""
         offsets = np.concatenate([[0], np.cumsum(self.objective.num_supervised(examples, indices))])
-        slots = torch.zeros(int(offsets[-1]), dtype=torch.float64)
+        results = torch.zeros(int(offsets[-1]), dtype=torch.float64)
         for rows in self._batches(payload, examples.lengths[indices]):
-            with self._attach(payload[rows]) as attached:
-                _, losses = self._losses(attached, examples, indices[rows], payload[rows])
-            places = ranges(offsets[rows], offsets[rows + 1])
-            slots[torch.from_numpy(places)] = torch.from_numpy(losses)
-        return self._sum(slots)
+            _, losses = self._losses(examples, indices[rows], payload[rows])
+            positions = ranges(offsets[rows], offsets[rows + 1])
+            results[torch.from_numpy(positions)] = torch.from_numpy(losses)
+        return self._sum(results)
 
-    def label_scores(self, examples: Examples, indices: Int64, targets: Sequence[str], payload: Int64) -> Float64:
+    def label_scores(self, examples: Examples, indices: Int64, payload: Int64) -> Float64:
         """Score of every label for every example, the higher the likelier: (n, labels)."""
-        base = self.base
-        assert isinstance(base, Predictor)
+        base, targets = self.base, self.label_targets
+        assert isinstance(base, Predictor) and targets is not None
         rows = base.label_rows(examples, indices, targets)
         payload = np.repeat(payload, len(rows.example) // max(len(indices), 1))
-        slots = torch.zeros(len(rows.example), rows.width, dtype=torch.float64)
+        results = torch.zeros(len(rows.example), rows.width, dtype=torch.float64)
         for part in self._batches(payload, rows.lengths):
             with self._attach(payload[part]) as attached, torch.no_grad(), autocast(base, self.precision):
-                slots[part] = base.label_scores(attached, examples, rows, part, targets)
-        return self._sum(slots).reshape(len(indices), len(targets))
+                results[part] = base.label_scores(attached, examples, rows, part, targets)
+        return self._sum(results).reshape(len(indices), len(targets))
 
-    def texts(self, examples: Examples, indices: Int64, payload: Int64, max_new_tokens: int) -> Int64:
+    def texts(self, examples: Examples, indices: Int64, payload: Int64) -> Int64:
         """Greedy continuations of the prompts of the examples: (n, max_new_tokens), -1 after the end."""
-        base = self.base
+        base, max_new_tokens = self.base, self.options.max_new_tokens
         assert isinstance(base, Generative)
-        slots = torch.zeros(len(indices), max_new_tokens, dtype=torch.int32)
+        results = torch.zeros(len(indices), max_new_tokens, dtype=torch.int32)
         for rows in self._batches(payload, examples.prompt_lengths[indices]):
             prompts = [examples.prompt(int(i)) for i in indices[rows]]
             with self._attach(payload[rows]) as attached, torch.no_grad(), autocast(base, self.precision):
-                # Plus one: an empty slot is 0.
+                # Plus one: 0 stands for nothing yet.
                 generated = base.generate(attached, prompts, max_new_tokens)
-                slots[rows] = generated.to("cpu", torch.int32) + 1
-        return self._sum(slots).astype(np.int64) - 1
+                results[rows] = generated.to("cpu", torch.int32) + 1
+        return self._sum(results).astype(np.int64) - 1
 
-    def _losses(self, attached: Attached, examples: Examples, indices: Int64, payload: Int64) -> tuple[Int64, Float64]:
-        """The row of each supervised token, and its loss."""
+    def _losses(self, examples: Examples, indices: Int64, payload: Int64) -> tuple[Int64, Float64]:
+        """The example of each supervised token, counted among `indices`, and its loss."""
         batch = self.objective.batch(self.base, examples, indices, payload)
-        with torch.no_grad(), autocast(self.base, self.precision):
+        attach = self._attach(batch.per_row(payload))
+        with attach as attached, torch.no_grad(), autocast(self.base, self.precision):
             losses = self.objective.losses(self.base, attached, batch)
         return np.repeat(np.arange(len(indices)), batch.supervised), losses.to("cpu", torch.float64).numpy()
 
@@ -331,14 +296,14 @@ class _Work:
         """
         used = np.unique(payload)
         shared = self.method is None or self.method.shares_base
-        apart = not shared or len(payload) >= len(used) * self.batch_size
+        apart = not shared or len(payload) >= len(used) * self.options.batch_size
         parts = [np.flatnonzero(payload == m) for m in used] if apart else [np.arange(len(payload))]
         number = 0
         for part in parts:
             order = part[np.argsort(-lengths[part], kind="stable")]
-            for start in range(0, len(order), self.batch_size):
+            for start in range(0, len(order), self.options.batch_size):
                 if self.transport.evaluator(number) == self.transport.rank:
-                    yield order[start : start + self.batch_size]
+                    yield order[start : start + self.options.batch_size]
                 number += 1
 
     def _attach(self, payload: Int64) -> AbstractContextManager[Attached]:
@@ -349,14 +314,14 @@ class _Work:
         if not np.array_equal(used, self._attached):
             index = torch.from_numpy(used).to(self.payloads.device)
             one = slice(int(used[0]), int(used[0]) + 1)  # a view: with full fine-tuning a payload is a whole model
-            self._lead = self.method.payload.views(self.payloads[one if len(used) == 1 else index])
-            self._state = self.method.start(self._lead)
+            self._received = self.method.payload.views(self.payloads[one if len(used) == 1 else index])
+            self._trained = self.method.start(self._received)
             self._attached = used
-        return self.method.attach(self._state, self._lead, torch.from_numpy(rows).to(self.base.device))
+        return self.method.attach(self._trained, self._received, torch.from_numpy(rows).to(self.base.device))
 
-    def _sum(self, slots: Tensor) -> NDArray[Any]:
-        self.transport.reduce_sum(slots)
-        summed: NDArray[Any] = slots.numpy()
+    def _sum(self, results: Tensor) -> NDArray[Any]:
+        self.transport.reduce_sum(results)
+        summed: NDArray[Any] = results.numpy()
         return summed
 
 

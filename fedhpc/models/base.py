@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,12 +47,18 @@ class Attached:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one forward pass; who makes it adds the tensors."""
+    """The rows of one forward pass over E examples; who makes it adds the tensors."""
 
     row: Tensor  # int64 (S,): the row of each supervised token
-    supervised: np.ndarray  # int64 (B,): supervised tokens per row
+    supervised: np.ndarray  # int64 (E,): supervised tokens per example
     tokens: int  # input tokens, padding included
     real_tokens: int  # without padding
+    #: int64 (B,): which example each row is of; None: each has one row, in order.
+    example: np.ndarray | None = field(default=None, kw_only=True)
+
+    def per_row(self, values: np.ndarray) -> np.ndarray:
+        """What is of the examples (E, ...) for each of their rows (B, ...)."""
+        return values if self.example is None else values[self.example]
 
 
 @dataclass(frozen=True)

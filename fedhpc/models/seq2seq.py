@@ -81,17 +81,16 @@ class Seq2Seq(Generative):
         inputs = [np.concatenate([*start, examples.target(int(i))[:-1]]) for i in indices]
         ids, seen = padded(inputs, self.pad_id)
         row, position = examples.supervised(indices)
-        arrays = {
-            "ids": ids,
-            "source": source,
-            "mask": mask,
-            # The decoder starts with one token more, so a state predicts the token at its own position.
-            "positions": row * ids.shape[1] + position - examples.prompt_lengths[indices[row]],
-            "targets": examples.ids[examples.offsets[indices[row]] + position].astype(np.int64),
-            "row": row,
-        }
+        # The decoder starts with one token more, so a state predicts the token at its own position.
+        positions = row * ids.shape[1] + position - examples.prompt_lengths[indices[row]]
+        targets = examples.ids[examples.offsets[indices[row]] + position].astype(np.int64)
         return PairBatch(
-            **{name: kernels.on_device(a, self.device) for name, a in arrays.items()},
+            ids=kernels.on_device(ids, self.device),
+            source=kernels.on_device(source, self.device),
+            mask=kernels.on_device(mask, self.device),
+            positions=kernels.on_device(positions, self.device),
+            targets=kernels.on_device(targets, self.device),
+            row=kernels.on_device(row, self.device),
             supervised=examples.num_supervised(indices),
             tokens=int(ids.size + source.size),
             real_tokens=int(seen.sum() + mask.sum()),

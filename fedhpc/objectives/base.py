@@ -43,6 +43,8 @@ class Objective(ABC):
     def batch(self, base: Any, examples: Examples, indices: Int64, clients: Int64 | None = None) -> Batch:
         """The batch of the examples `indices` (E,), in that order, on the base's device.
 
+        An example may have several rows, as a preference has two (Batch.example).
+
         clients (E,): whose each is, counted from 0; None: all of one.
         """
 

@@ -274,7 +274,8 @@ def _micro_batches(
     rows, owner, place = rows[order], owner[order], place[order]
     cost = _FORWARD_COST_TOKENS[base.device.type]
     cuts = [0, len(rows)] if objective.needs_full_steps else cut_by_length(lengths[order], cost)
-    return [(objective.batch(base, examples, rows[a:b], owner[a:b]), owner[a:b], place[a:b]) for a, b in pairwise(cuts)]
+    parts = [(objective.batch(base, examples, rows[a:b], owner[a:b]), slice(a, b)) for a, b in pairwise(cuts)]
+    return [(batch, batch.per_row(owner[part]), batch.per_row(place[part])) for batch, part in parts]
 
 
 def cut_by_length(lengths: np.ndarray, forward_cost: int) -> list[int]:

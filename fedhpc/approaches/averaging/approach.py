@@ -70,7 +70,7 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
         self.training = BlockTraining(
             config, self.base, self.method, self.objective, self.data, self.personal, self.rounds
         )
-        self.evaluation = Evaluation(config, self.base, self.method, self.objective, self.data, self.label_targets)
+        self.evaluation = Evaluation(config, self.method, self.data, self.evaluator)
         self.aggregator: Aggregator = registry.choice("aggregators", config.server.aggregator)(config.server)
 
     @property

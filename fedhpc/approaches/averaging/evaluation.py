@@ -11,11 +11,8 @@ from torch import Tensor
 
 from fedhpc.config import Config
 from fedhpc.data import Data
-from fedhpc.data.tokens import Examples
-from fedhpc.evaluation.evaluate import Outcome, client_evaluation, evaluate, subset
+from fedhpc.evaluation.evaluate import Evaluator, Outcome, subset
 from fedhpc.methods.base import Method
-from fedhpc.models.base import Base
-from fedhpc.objectives.base import Objective
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.rng import generator
 
@@ -23,58 +20,23 @@ from fedhpc.rng import generator
 class Evaluation:
     """What is measured of a payload, or of one payload per client. Every method is collective."""
 
-    def __init__(
-        self,
-        config: Config,
-        base: Base,
-        method: Method,
-        objective: Objective,
-        data: Data,
-        label_targets: Sequence[str] | None,
-    ) -> None:
-        self.config, self.base, self.method, self.objective, self.data = config, base, method, objective, data
-        self.label_targets = label_targets
+    def __init__(self, config: Config, method: Method, data: Data, evaluator: Callable[[Transport], Evaluator]) -> None:
+        self.config, self.method, self.data, self.evaluator = config, method, data, evaluator
 
     def validation(self, transport: Transport, payloads: Tensor) -> Outcome | None:
         """Of `payloads` (1 or M, P), on the validation split."""
         options, examples = self.config.evaluation, self.data.validation
         indices = subset(len(examples), options.max_examples)
-        return self._evaluate(transport, self.method, payloads, examples, indices, options.metrics)
+        return self.evaluator(transport).evaluate(self.method, payloads, examples, indices, options.metrics)
 
     def test(self, transport: Transport, payloads: Tensor) -> tuple[Outcome, Outcome] | None:
         """On the test split: of the untouched base, and of `payloads` (1 or M, P) with sample texts."""
         options, examples = self.config.evaluation, self.data.test
         indices = subset(len(examples), options.test_max_examples or options.max_examples)
-        untouched = self._evaluate(transport, None, payloads, examples, indices, options.metrics_of_test)
-        final = self._evaluate(
-            transport, self.method, payloads, examples, indices, options.metrics_of_test, options.samples
-        )
+        evaluator, metrics = self.evaluator(transport), options.metrics_of_test
+        untouched = evaluator.evaluate(None, payloads, examples, indices, metrics)
+        final = evaluator.evaluate(self.method, payloads, examples, indices, metrics, options.samples)
         return None if untouched is None or final is None else (untouched, final)
-
-    def _evaluate(
-        self,
-        transport: Transport,
-        method: Method | None,
-        payloads: Tensor,
-        examples: Examples,
-        indices: np.ndarray,
-        metrics: Sequence[str],
-        samples: int = 0,
-    ) -> Outcome | None:
-        return evaluate(
-            self.base,
-            self.objective,
-            method,
-            payloads,
-            examples,
-            indices,
-            metrics,
-            self.config.evaluation,
-            self.config.runtime.precision,
-            transport,
-            samples=samples,
-            label_targets=self.label_targets,
-        )
 
     def clients_evaluated(self) -> list[int]:
         """Clients of the per-client evaluation: all, or a seeded sample of a large population."""
@@ -87,20 +49,14 @@ class Evaluation:
     def of_clients(
         self, transport: Transport, payloads: Tensor, clients: Sequence[int]
     ) -> dict[str, np.ndarray] | None:
-        """`client_evaluation` of `payloads` (1 or M, P) on the clients' held-out examples."""
-        options = self.config.evaluation
-        return client_evaluation(
-            self.base,
-            self.objective,
+        """What `payloads` (1 or M, P) do on the clients' held-out examples (Evaluator.by_client)."""
+        return self.evaluator(transport).by_client(
             self.method,
-            payloads.to(self.base.device),
+            payloads.to(self.method.base.device),
             self.data.train,
             clients,
             [self.data.population.held_out(c) for c in clients],
-            options,
-            self.config.runtime.precision,
-            transport,
-            label_targets=self.label_targets if "accuracy" in options.metrics_of_test else None,
+            labels="accuracy" in self.config.evaluation.metrics_of_test,
         )
 
     def personalized(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,7 +40,7 @@ from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.data.tokens import tokenizer_content
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import Outcome, evaluate, mixed_probabilities, subset
+from fedhpc.evaluation.evaluate import Outcome, subset
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base, Predictor
 from fedhpc.models.load import load_tokenizer, model_class
@@ -316,18 +316,12 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
         """Of the student."""
         config, examples = self.config, self.data.validation
-        return evaluate(
-            self.base,
-            self.objective,
+        return self.evaluator(transport).evaluate(
             self.student.method,
             self._theta(transport, state),
             examples,
             subset(len(examples), config.evaluation.max_examples),
             config.evaluation.metrics,
-            config.evaluation,
-            config.runtime.precision,
-            transport,
-            label_targets=self.label_targets,
         )
 
     def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
@@ -357,21 +351,8 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         )
 
     def _test(self, transport: Transport, method: Method | None, payloads: Tensor, samples: int) -> Outcome | None:
-        config, test = self.config, self.data.test
-        return evaluate(
-            self.base,
-            self.objective,
-            method,
-            payloads,
-            test,
-            self._tested(),
-            config.evaluation.metrics_of_test,
-            config.evaluation,
-            config.runtime.precision,
-            transport,
-            samples=samples,
-            label_targets=self.label_targets,
-        )
+        metrics = self.config.evaluation.metrics_of_test
+        return self.evaluator(transport).evaluate(method, payloads, self.data.test, self._tested(), metrics, samples)
 
     def _tested(self) -> np.ndarray:
         evaluation = self.config.evaluation
@@ -408,17 +389,13 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
                 continue
             for group, places in self._parts(block):
                 own = [block[i] for i in places]
-                found, labels = mixed_probabilities(
-                    group.base,
-                    group.objective,
+                found, labels = replace(self.evaluator(transport), base=group.base).mixed_probabilities(
                     group.method,
                     self._own_payloads(group, own, versions).to(group.base.device),
                     self._weights(own) / weights.sum(),
                     group.data.test,
                     indices,
-                    self.config.evaluation,
-                    self.config.runtime.precision,
-                    label_targets=targets,
+                    labels=targets is not None,
                 )
                 if spoken:
                     of_tokens[number] += torch.from_numpy(found)

@@ -38,7 +38,7 @@ from fedhpc.config import Config
 from fedhpc.data.templates import parse
 from fedhpc.data.tokens import Examples, examples_from, group_references, tokenize
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import Outcome, evaluate, likelihoods, subset
+from fedhpc.evaluation.evaluate import Outcome, subset
 from fedhpc.evaluation.metrics._answers import within, words
 from fedhpc.evaluation.metrics.base import Outputs
 from fedhpc.methods import make_method
@@ -458,7 +458,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         if not isinstance(state, Answers) or not (done := state.rounds > 0).any():
             return None
         ranks = first_hits(state.ranked[:, : self.options.k], self._gold)[done]
-        return Outcome(self._rankings(self.config.evaluation.metrics, ranks), [], None, 0.0)
+        return Outcome(self._rankings(self.config.evaluation.metrics, ranks), [])
 
     def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
         """Answer every question with the passages of each arm, and with none."""
@@ -571,15 +571,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         pairs = _told(transport, pairs)
         if pairs:
             examples = self._examples(pairs[::2], pairs[1::2], "candidate")
-            losses = likelihoods(
-                self.base,
-                self.objective,
-                *self._model,
-                examples,
-                self.config.evaluation,
-                self.config.runtime.precision,
-                transport,
-            )
+            losses = self.evaluator(transport).likelihoods(*self._model, examples)
         if ranked is None or not pairs:
             return nothing(len(self._items), self.candidates)
         values = np.full(ranked.shape[:2], np.inf)
@@ -603,17 +595,12 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         of = {str(test.prompts[first]): text for (first, _), text in zip(self._items, contexts, strict=True)}  # type: ignore[index]
         prompts = [of[prompt] + prompt for prompt in test.prompts or []]
         metrics = [m for m in options.metrics_of_test if registry.choice("metrics", m).needs != "rankings"]
-        return evaluate(
-            self.base,
-            self.objective,
+        return self.evaluator(transport).evaluate(
             *self._model,
             self._examples(prompts, list(test.targets or []), "question"),
             subset(len(test), options.test_max_examples or options.max_examples),
             metrics,
-            options,
-            self.config.runtime.precision,
-            transport,
-            samples=options.samples if arm == "federated" else 0,
+            options.samples if arm == "federated" else 0,
         )
 
     def _summary(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from fedhpc.approaches.scoring.prompts import Candidate, Writer
 from fedhpc.data.templates import parse
 from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import Outcome, evaluate, subset
+from fedhpc.evaluation.evaluate import Outcome, subset
 from fedhpc.methods.base import Method
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.load import autocast
@@ -218,17 +218,8 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         samples: int = 0,
     ) -> Outcome | None:
         """Metrics on a fixed subset of `examples`; targets: of the labels, in place of the data's. Collective."""
-        return evaluate(
-            self.base,
-            self.objective,
-            method,
-            torch.empty(1, 0) if payload is None else payload,
-            examples,
-            subset(len(examples), limit),
-            metrics,
-            self.config.evaluation,
-            self.config.runtime.precision,
-            transport,
-            samples=samples,
-            label_targets=self.label_targets if self.label_targets is None or targets is None else targets,
-        )
+        evaluator = self.evaluator(transport)
+        if targets is not None and self.label_targets is not None:
+            evaluator = replace(evaluator, label_targets=targets)
+        payload = torch.empty(1, 0) if payload is None else payload
+        return evaluator.evaluate(method, payload, examples, subset(len(examples), limit), metrics, samples)
