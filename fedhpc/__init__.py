@@ -30,6 +30,7 @@ _MODULES = {
     "Objective": "fedhpc.objectives.base",
     "Metric": "fedhpc.evaluation.metrics.base",
     "Partitioner": "fedhpc.data.partitioners.base",
+    "Tracker": "fedhpc.results.trackers.base",
 }
 
 __all__ = [*_MODULES]
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fedhpc.evaluation.metrics.base import Metric as Metric
     from fedhpc.methods.base import Method as Method
     from fedhpc.objectives.base import Objective as Objective
+    from fedhpc.results.trackers.base import Tracker as Tracker
     from fedhpc.server.aggregators.base import Aggregator as Aggregator
     from fedhpc.server.optimizers.base import ServerOptimizer as ServerOptimizer
     from fedhpc.training.optimizers.base import ClientOptimizer as ClientOptimizer
