@@ -32,7 +32,7 @@ NAMES_ALLOWED: dict[str, int] = {
     "approaches/scoring": 3,
     "config": 5,
     "data": 3,
-    "evaluation": 14,
+    "evaluation": 2,
     "participation": 2,
     "results": 2,
     "training": 6,
