@@ -13,7 +13,9 @@ from peft import PrefixTuningConfig, get_peft_model
 from fedhpc import config as configuration
 from fedhpc import registry
 from fedhpc.methods.base import Method
-from fedhpc.training.block import Memory, Work, cut_by_length, train_block
+from fedhpc.training.block import Work
+from fedhpc.training.forwards import cut_by_length
+from fedhpc.training.memory import Memory
 from fedhpc.training.schedule import batches, learning_rate
 from tests import tiny
 
@@ -117,7 +119,7 @@ def test_a_client_trains_as_peft_and_torch_optim_do(family: str, client: dict[st
     method = make(base)
     start = start_of(method, torch.float64)
     work = works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     wanted = peft_reference(base, method, data, work, config, start)
     assert relative(found, wanted, start[0]) < 1e-9
 
@@ -128,7 +130,7 @@ def test_every_family_trains_as_in_peft_in_float32(family: str) -> None:
     method = make(base)
     start = start_of(method, torch.float32)
     work = works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     wanted = peft_reference(base, method, data, work, config, start)
     assert relative(found, wanted, start[0]) < 1e-4
 
@@ -138,7 +140,7 @@ def test_an_exchanged_mlp_trains_as_pefts_projection() -> None:
     method = make(base, exchange="mlp", hidden_size=24, init="random")
     start = start_of(method, torch.float64)
     work = works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     assert relative(found, peft_reference(base, method, data, work, config, start), start[0]) < 1e-9
 
 
@@ -151,12 +153,12 @@ def test_a_block_equals_its_clients_alone(family: str, count: int, exchange: str
     method = make(base, exchange=exchange, hidden_size=24)
     start = start_of(method, torch.float64)
     group = works(count)
-    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
+    together = tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1)
+        alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1)
         error = torch.linalg.vector_norm(together.updates[i] - alone.updates[0])
         assert float(error / torch.linalg.vector_norm(alone.updates[0])) < 1e-9
-        for name in ("steps", "tokens", "num_examples"):
+        for name in ("steps", "tokens"):
             assert getattr(together, name)[i] == getattr(alone, name)[0]
         for name in ("loss_sum", "loss_first", "loss_last"):
             assert getattr(together, name)[i] == pytest.approx(getattr(alone, name)[0], rel=1e-9)
@@ -170,27 +172,27 @@ def test_clients_with_starts_of_their_own_keep_their_optimizer_state() -> None:
     starts = torch.cat([first, first * 0.9, first * 1.1])
     group = works(3)
 
-    def memories(n: int) -> list[Memory]:
-        size = method.trainable.size
-        return [
-            Memory({k: torch.full((size,), 0.01, dtype=torch.float64) for k in ("mean", "square")}, i) for i in range(n)
-        ]
+    def memory(*counts: int) -> Memory:
+        shape = (len(counts), method.trainable.size)
+        buffers = {name: torch.full(shape, 0.01, dtype=torch.float64) for name in ("mean", "square")}
+        return Memory(buffers, torch.tensor(counts))
 
-    together = train_block(base, method, tiny.objective(base), starts, group, data, config, 1, 1, memories(3))
+    objective = tiny.objective(base)
+    together = tiny.train(base, method, objective, starts, group, data, config, memory=memory(0, 1, 2))
+    assert together.memory is not None
     for i, work in enumerate(group):
-        alone = train_block(
-            base, method, tiny.objective(base), starts[i : i + 1], [work], data, config, 1, 1, [memories(3)[i]]
-        )
+        alone = tiny.train(base, method, objective, starts[i : i + 1], [work], data, config, memory=memory(i))
+        assert alone.memory is not None
         torch.testing.assert_close(together.updates[i], alone.updates[0], rtol=1e-8, atol=1e-10)
-        assert together.memories[i].count == alone.memories[0].count
-        torch.testing.assert_close(together.memories[i].buffers["mean"], alone.memories[0].buffers["mean"])
+        assert together.memory.count[i] == alone.memory.count[0] > i
+        torch.testing.assert_close(together.memory.buffers["mean"][i], alone.memory.buffers["mean"][0])
 
 
 def test_zero_learning_rate_gives_a_zero_update() -> None:
     base, data, config = tiny.base("llama"), tiny.examples(), settings(lr=0.0)
     for exchange in ("raw", "mlp", "materialised"):
         method = make(base, exchange=exchange, hidden_size=24)
-        trained = train_block(
+        trained = tiny.train(
             base, method, tiny.objective(base), start_of(method, torch.float64), works(2), data, config, 1, 1
         )
         assert not trained.updates.any()
@@ -204,7 +206,7 @@ def test_the_proximal_term_pulls_towards_the_start() -> None:
 
     def moved(steps: int, mu: float) -> torch.Tensor:
         config = settings(optimizer="sgd", lr=0.5, steps=steps, proximal=mu)
-        return train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
+        return tiny.train(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
 
     assert torch.equal(moved(1, 0.0), moved(1, 0.7))
     torch.testing.assert_close(moved(2, 0.7), moved(2, 0.0) - 0.5 * 0.7 * moved(1, 0.0), rtol=1e-9, atol=1e-12)
@@ -220,7 +222,7 @@ def test_a_correction_is_added_to_every_gradient() -> None:
 
     def moved(corrections: torch.Tensor | None, **client: Any) -> torch.Tensor:
         config = settings(optimizer="sgd", lr=0.5, **client)
-        return train_block(
+        return tiny.train(
             base, method, tiny.objective(base), start, group, data, config, 1, 1, corrections=corrections
         ).updates
 
@@ -228,7 +230,7 @@ def test_a_correction_is_added_to_every_gradient() -> None:
     torch.testing.assert_close(one, 0.5 * pull, rtol=1e-9, atol=1e-12)
     for i, work in enumerate(group):
         config = settings(optimizer="sgd", lr=0.5)
-        alone = train_block(
+        alone = tiny.train(
             base, method, tiny.objective(base), start, [work], data, config, 1, 1, corrections=pull[i : i + 1]
         )
         torch.testing.assert_close(moved(pull)[i], alone.updates[0], rtol=1e-9, atol=1e-12)
@@ -238,7 +240,7 @@ def test_the_same_block_twice_gives_the_same_bits() -> None:
     base, data, config = tiny.base("gpt2", torch.float32), tiny.examples(), settings()
     method = make(base)
     start = start_of(method, torch.float32)
-    one, two = (train_block(base, method, tiny.objective(base), start, works(4), data, config, 1, 1) for _ in range(2))
+    one, two = (tiny.train(base, method, tiny.objective(base), start, works(4), data, config, 1, 1) for _ in range(2))
     assert torch.equal(one.updates, two.updates)
 
 
@@ -248,9 +250,9 @@ def test_logits_in_pieces_give_the_same_gradients(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(type(base), "frozen_head", lambda *_: None)
     method = make(base)
     start = start_of(method, torch.float64)
-    whole = train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1)
+    whole = tiny.train(base, method, tiny.objective(base), start, works(3), data, config, 1, 1)
     monkeypatch.setattr("fedhpc.models.base.LOGITS_AT_ONCE", 7 * tiny.VOCABULARY)
-    pieces = train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1)
+    pieces = tiny.train(base, method, tiny.objective(base), start, works(3), data, config, 1, 1)
     torch.testing.assert_close(whole.updates, pieces.updates, rtol=1e-9, atol=1e-12)
 
 

@@ -94,13 +94,12 @@ def test_an_aggregator_gives_the_same_bits_in_any_order_and_on_any_number_of_ran
 # ---------------------------------------------------------------- transforms
 
 
-def sent(
-    name: str, updates: torch.Tensor, clients: list[int], kept: list[dict[str, torch.Tensor]] | None = None
-) -> Any:
+def sent(name: str, updates: torch.Tensor, clients: list[int], kept: dict[str, torch.Tensor] | None = None) -> Any:
     """What those clients send, in round 3."""
-    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size)
-    raw = np.full(len(clients), 4 * LAYOUT.size)
-    return pipeline.on_clients(updates, 3, clients, kept or [{} for _ in clients], raw)
+    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size, updates.dtype)
+    if kept is None:
+        kept = {key: torch.stack([pipeline.initial(key) for _ in clients]) for key in pipeline.keeps}
+    return pipeline.on_clients(updates, 3, clients, kept, np.full(len(clients), 4 * LAYOUT.size))
 
 
 @pytest.mark.parametrize("name", registry.names("transforms"))
@@ -108,17 +107,17 @@ def test_a_transform_sees_every_client_alone(name: str) -> None:
     """The same bits in a block of any size and order, in every round in which the client keeps something."""
     updates, order = values(len(CLIENTS)), [3, 0, 4, 1, 2]
     together = sent(name, updates, CLIENTS)
-    together = sent(name, updates, CLIENTS, together.kept)
+    together = sent(name, updates, CLIENTS, together.tensors)
     first = sent(name, updates[order], [CLIENTS[i] for i in order])
-    mixed = sent(name, updates[order], [CLIENTS[i] for i in order], first.kept)
+    mixed = sent(name, updates[order], [CLIENTS[i] for i in order], first.tensors)
     for row, i in enumerate(order):
         alone = sent(name, updates[i : i + 1], [CLIENTS[i]])
-        alone = sent(name, updates[i : i + 1], [CLIENTS[i]], alone.kept)
+        alone = sent(name, updates[i : i + 1], [CLIENTS[i]], alone.tensors)
         for other, at in ((mixed, row), (alone, 0)):
             assert torch.equal(other.updates[at], together.updates[i])
             assert other.bytes_up[at] == together.bytes_up[i]
-            assert other.kept[at].keys() == together.kept[i].keys()
-            assert all(torch.equal(other.kept[at][key], together.kept[i][key]) for key in together.kept[i])
+            assert other.tensors.keys() == together.tensors.keys()
+            assert all(torch.equal(other.tensors[key][at], together.tensors[key][i]) for key in together.tensors)
 
 
 @pytest.mark.parametrize("name", registry.names("transforms"))
@@ -139,7 +138,7 @@ def test_what_a_transform_sends_takes_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", registry.names("transforms"))
 def test_the_server_half_of_a_transform_goes_on_from_what_it_kept(name: str) -> None:
-    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size)
+    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size, torch.float32)
     total = values(1)[0].double()
 
     def after(rounds: list[int], kept: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.participation.schedules.synchronous import Synchronous
-from fedhpc.training.block import Work, train_block
+from fedhpc.training.block import Work
 from tests import tiny
 from tests.federations import federate, settings, write_texts
 
@@ -76,7 +76,7 @@ def of_step(setup: dict[str, Any], clients: int, **client: Any) -> np.ndarray:
         given = {"optimizer": "sgd", "lr": 0.1, "batch_size": BATCH, "steps": steps, **client}
         config = configuration.resolve({"partition": {"name": "iid"}, "client": given})
         with Counter() as count:
-            train_block(base, method, tiny.objective(base), start, works, examples, config, 1, 1)
+            tiny.train(base, method, tiny.objective(base), start, works, examples, config, 1, 1)
         counts.append(np.array([count.operators, count.allocations]))
     return counts[1] - counts[0]
 

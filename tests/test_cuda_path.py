@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import federation, kernels, registry
+from fedhpc import federation, kernels
 from fedhpc.approaches.prepare import prepare
 from fedhpc.bench import bed
 from fedhpc.evaluation.evaluate import Evaluator
@@ -25,7 +25,8 @@ from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.results.status import read_status
-from fedhpc.training.block import Memory, train_block
+from fedhpc.training.local import LocalTraining
+from fedhpc.training.memory import Memory
 from tests import tiny
 from tests.fake_gpu import GPU, PAGEABLE, READ, fake_gpu
 from tests.federations import settings as settings_of
@@ -72,19 +73,22 @@ def waits(
         base = tiny.base(family, dtype, device="cuda:0")
         method = with_head(make(name, base, **options))
         group = works(3 if method.shares_base else 1)
-        optimizer = registry.choice("client_optimizers", client["optimizer"])
-        names = optimizer(settings(1, precision, client).client).buffers
         for steps in (1, 3):
             gpu.waits.clear()
-            memories = [Memory.fresh(names, method.trainable.size, torch.float32) for _ in group] if remember else None
             config = settings(steps, precision, client)
-            trained = train_block(
-                base, method, tiny.objective(base), start_of(method), group, data_of(family), config, 1, 1, memories
-            )
+            memory = fresh_memory(config, len(group), method.trainable.size) if remember else None
+            examples, objective = data_of(family), tiny.objective(base)
+            trained = tiny.train(base, method, objective, start_of(method), group, examples, config, memory=memory)
             assert trained.updates.shape == (len(group), method.payload.size)
             assert trained.updates.dtype == torch.float32
             found.append(gpu.waits.copy())
     return found
+
+
+def fresh_memory(config: configuration.Config, clients: int, size: int) -> Memory:
+    optimizer = LocalTraining.of(config, 1, 1).optimizer
+    buffers = {name: torch.zeros(clients, size) for name in optimizer.buffers}
+    return Memory(buffers, torch.zeros(clients, dtype=torch.int64))
 
 
 def of_kind(counted: Counter[tuple[str, str]]) -> dict[str, int]:
@@ -242,7 +246,7 @@ def test_masks_that_are_not_read_hide_the_same(family: str, name: str, monkeypat
     updates = []
     for _ in range(2):
         updates.append(
-            train_block(
+            tiny.train(
                 base, method, tiny.objective(base), start, works(3), data_of(family), settings(2, "float32", SGD), 1, 1
             )
         )

@@ -32,7 +32,7 @@ from fedhpc.objectives.language_modelling import LanguageModelling
 from fedhpc.objectives.soft_targets import SoftTargets, soft_losses
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
-from fedhpc.training.block import Work, train_block
+from fedhpc.training.block import Work
 from tests import tiny
 from tests.federations import on_threads
 
@@ -149,7 +149,7 @@ def test_training_on_a_teacher_comes_close_to_it() -> None:
     taught = SoftTargets(objective, known.index, known.probability, offsets, 1.0, 0.0)
     client = {"optimizer": "adamw", "lr": 0.02, "batch_size": 8, "steps": 60}
     config = configuration.resolve({"client": client, **IID})
-    trained = train_block(base, method, taught, start, [Work(0, np.arange(8))], examples, config, 1, 1)
+    trained = tiny.train(base, method, taught, start, [Work(0, np.arange(8))], examples, config, 1, 1)
     assert trained.loss_last[0] < 0.1 * trained.loss_first[0]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
+from fedhpc.approaches.describe import describe
 from fedhpc.approaches.distillation import approach, learner
 from fedhpc.approaches.distillation.approach import Distillation
 from fedhpc.approaches.distillation.ensemble import mean
@@ -28,7 +29,8 @@ from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.checkpoint import load_checkpoint
 from fedhpc.rng import torch_seed
 from fedhpc.training import client_state
-from fedhpc.training.block import Work, train_block
+from fedhpc.training.block import Work
+from tests import tiny
 from tests.federations import (
     Interrupted,
     federate,
@@ -140,7 +142,7 @@ def by_hand(config: configuration.Config, approach: Distillation) -> tuple[torch
             "client": config.client.model_copy(update={"lr": lr, "steps": None, "epochs": 1}),
         }
         work = [Work(client, np.arange(len(model.public)))]
-        trained = train_block(
+        trained = tiny.train(
             model.base, model.method, taught, payload, work, model.public, config.model_copy(update=changed), t, 2
         )
         return payload - trained.updates
@@ -157,7 +159,7 @@ def by_hand(config: configuration.Config, approach: Distillation) -> tuple[torch
             work = [Work(client, population.indices(client))]
             payload = (
                 payload
-                - train_block(
+                - tiny.train(
                     group.base, group.method, group.objective, payload, work, approach.data.train, config, t, 2
                 ).updates
             )
@@ -195,7 +197,7 @@ def test_a_run_is_the_algorithm_by_hand_on_any_number_of_ranks(tmp_path: Path, t
     positions = position_offsets(approach.objective, approach.student.public)[-1]
     assert rounds["bytes_up"].tolist() == [0, *[5 * positions * 20] * 2]  # five classes of 2 + 2 bytes
     assert rounds["bytes_down"].tolist() == [0, 0, 5 * positions * 20]
-    described = "\n".join(approach.describe(1, "loopback"))
+    described = "\n".join(describe(approach, LoopbackTransport()))
     classes = len(approach.base.tokenizer)
     assert f"6 examples, {positions:,} positions, 5 of {classes:,} classes each: 20 bytes a position" in described
     for ranks in (2, 3, 4):

@@ -28,6 +28,7 @@ from fedhpc.results.checkpoint import save_checkpoint
 from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.schedule import batches
+from tests import tiny
 from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
 from tests.ranks import Launcher, Ranks, run_ranks
 
@@ -82,8 +83,17 @@ def by_hand(config: Config, task: Averaging) -> tuple[np.ndarray, np.ndarray]:
         for client in task.plan(t).training:
             work = Work(client, task.data.population.indices(client))
             pull = torch.from_numpy(c - own[client]).to(dtype)[None] if config.client.scaffold else None
-            trained = train_block(
-                task.base, task.method, start, [work], task.data.train, config, t, task.rounds, corrections=pull
+            trained = tiny.train(
+                task.base,
+                task.method,
+                task.objective,
+                start,
+                [work],
+                task.data.train,
+                config,
+                t,
+                task.rounds,
+                corrections=pull,
             )
             update = trained.updates[0].double().numpy()
             if config.client.scaffold:

@@ -12,7 +12,6 @@ import torch
 import transformers as tf
 
 from fedhpc.rng import generator, normals
-from fedhpc.training.block import train_block
 from fedhpc.training.schedule import batches, learning_rate
 from tests import tiny
 from tests.federations import (
@@ -102,7 +101,7 @@ def test_a_client_trains_as_a_plain_loop_does(family: str, client: dict[str, Any
     work = works(1)[0]
     found = (
         c
-        - train_block(base, method, tiny.objective(base), torch.from_numpy(c)[None], [work], data, config, 1, 1)
+        - tiny.train(base, method, tiny.objective(base), torch.from_numpy(c)[None], [work], data, config, 1, 1)
         .updates[0]
         .numpy()
     )
@@ -136,7 +135,7 @@ def test_no_history_leaks_into_a_client(dtype: torch.dtype) -> None:
     one, other = works(2)
 
     def update(method: Any, work: Any, scale: float = 1.0) -> torch.Tensor:
-        return train_block(base, method, tiny.objective(base), scale * start, [work], data, config, 1, 1).updates
+        return tiny.train(base, method, tiny.objective(base), scale * start, [work], data, config, 1, 1).updates
 
     used = make("fedkseed", base, num_seeds=K)
     fresh = update(make("fedkseed", base, num_seeds=K), one)
@@ -151,7 +150,7 @@ def test_the_loss_falls() -> None:
     base, data = tiny.base("llama", torch.float32, scale=1.0), tiny.examples()
     method = make("fedkseed", base, num_seeds=512)
     config = client_settings(optimizer="sgd", lr=3e-3, steps=150, batch_size=SIZES[0])
-    trained = train_block(
+    trained = tiny.train(
         base, method, tiny.objective(base), start_of(method, torch.float32), works(1), data, config, 1, 1
     )
     assert trained.loss_first[0] - trained.loss_last[0] > 0.1

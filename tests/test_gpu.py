@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fedhpc.main import main
-from fedhpc.training.block import train_block
 from tests import test_methods, tiny
 from tests.test_block import make, peft_reference, relative, settings, start_of, works
 
@@ -26,7 +25,7 @@ def test_a_client_trains_as_in_peft(family: str, dtype: torch.dtype, tolerance: 
     method = make(base)
     start = start_of(method, torch.float64 if dtype == torch.float64 else torch.float32)
     work = works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     reference = tiny.base(family, torch.float64)
     wanted = peft_reference(reference, make(reference), data, work, config, start.double())
     assert relative(found.double(), wanted, start[0].double()) < tolerance
@@ -37,9 +36,9 @@ def test_a_block_equals_its_clients_alone(name: str) -> None:
     base, data, config = tiny.base("llama", device="cuda"), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method, group = test_methods.make(name, base), works(5)
     start = test_methods.warm(method, torch.float64)
-    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
+    together = tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+        alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
         assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
 
 
@@ -49,9 +48,9 @@ def test_autocast_stays_close_to_float32(precision: str) -> None:
     method = make(base)
     start = start_of(method, torch.float32)
     config = settings(optimizer="sgd", lr=0.1)
-    full = train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
+    full = tiny.train(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
     config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"precision": precision})})
-    half = train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
+    half = tiny.train(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
     assert float((full - half).norm() / full.norm()) < 0.1
 
 

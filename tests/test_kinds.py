@@ -26,7 +26,6 @@ from fedhpc.models import load as models
 from fedhpc.models.base import Base
 from fedhpc.models.seq2seq import Seq2Seq
 from fedhpc.ranks.transport.base import LoopbackTransport
-from fedhpc.training.block import train_block
 from fedhpc.training.schedule import batches
 from tests import federations, tiny
 from tests.federations import Interrupted, federate, final, table, tree, write_texts
@@ -129,7 +128,7 @@ def test_layers_computed_again_give_the_same_updates(name: str, family: str) -> 
             models.checkpoint_layers(base.model)
         method = make(name, base)
         updates.append(
-            train_block(base, method, tiny.objective(base), warm(method), works(1), data, config, 1, 1).updates
+            tiny.train(base, method, tiny.objective(base), warm(method), works(1), data, config, 1, 1).updates
         )
     assert float(updates[0].norm()) > 1e-3
     assert torch.equal(updates[0], updates[1])
@@ -144,7 +143,7 @@ def test_a_classifier_trains_as_peft_and_torch_optim_do(name: str, family: str) 
     base, data, config = tiny.base(family), tiny.labelled(), settings(optimizer="sgd", lr=0.3, epochs=2)
     method = make(name, base)
     start, work = warm(method), works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
 
     model, named = in_peft(name, base, method)
     give(base, named, method.payload.views(start[0]))
@@ -172,9 +171,9 @@ def test_a_block_of_classifiers_equals_its_clients_alone(name: str, family: str)
     method = make(name, base)
     first, group = warm(method), works(4)
     starts = torch.cat([first, first * 0.9, first * 1.1, first])  # heads of their own from the beginning
-    together = train_block(base, method, tiny.objective(base), starts, group, data, config, 1, 1)
+    together = tiny.train(base, method, tiny.objective(base), starts, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), starts[i : i + 1], [work], data, config, 1, 1)
+        alone = tiny.train(base, method, tiny.objective(base), starts[i : i + 1], [work], data, config, 1, 1)
         error = (together.updates[i] - alone.updates[0]).norm() / alone.updates[0].norm()
         assert float(error) < 1e-9
         assert together.tokens[i] == alone.tokens[0] == len(work.indices)
@@ -185,10 +184,10 @@ def test_a_reparametrised_prefix_has_a_head_too(exchange: str) -> None:
     base, data, config = tiny.base("bert"), tiny.labelled(), settings(optimizer="adamw", lr=0.02)
     method = make("prefix", base, exchange=exchange, hidden_size=24)
     start, group = warm(method), works(3)
-    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
+    together = tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     moved = method.payload.views(together.updates)
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+        alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
         assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
         assert all(part[i].norm() > 1e-3 for part in moved.values())
 
@@ -302,7 +301,7 @@ def test_an_encoder_decoder_trains_as_peft_and_torch_optim_do(name: str, family:
     method = make(name, base)
     assert not isinstance(method, WithHead)
     start, work = warm(method), works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     model, named = in_peft(name, base, method)
     give(base, named, method.payload.views(start[0]))
     rule = torch.optim.SGD(named.values(), lr=lr)
@@ -322,9 +321,9 @@ def test_a_block_of_encoder_decoders_equals_its_clients_alone(name: str, family:
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method = make(name, base)
     start, group = warm(method), works(4)
-    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
+    together = tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1)
+        alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1)
         assert float((together.updates[i] - alone.updates[0]).norm() / alone.updates[0].norm()) < 1e-9
         targets = (data.lengths - data.prompt_lengths)[work.indices]
         assert together.tokens[i] == alone.tokens[0] == targets.sum()

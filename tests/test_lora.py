@@ -25,7 +25,6 @@ from fedhpc.methods.lora.term import Dropout
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.rng import bits, torch_seed
-from fedhpc.training.block import train_block
 from fedhpc.training.schedule import batches
 from tests import tiny
 from tests.federations import Interrupted, federate, final, table, tree, write_texts
@@ -72,13 +71,13 @@ def test_a_block_with_dropout_equals_its_clients_alone(family: str) -> None:
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method, plain = lora(base, dropout=0.3), lora(base)
     start, group = warm(method, torch.float64), works(5)
-    together = train_block(base, method, tiny.objective(base), start, group, data, config, 2, 3).updates
+    together = tiny.train(base, method, tiny.objective(base), start, group, data, config, 2, 3).updates
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 2, 3).updates[0]
+        alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 2, 3).updates[0]
         assert float((together[i] - alone).norm() / alone.norm()) < 1e-9
-    without = train_block(base, plain, start, group, data, config, 2, 3).updates
+    without = tiny.train(base, plain, start, group, data, config, 2, 3).updates
     assert float((together - without).norm() / without.norm()) > 1e-2
-    another_round = train_block(base, method, tiny.objective(base), start, group, data, config, 3, 3).updates
+    another_round = tiny.train(base, method, tiny.objective(base), start, group, data, config, 3, 3).updates
     assert float((together - another_round).norm() / together.norm()) > 1e-2
 
 
@@ -122,7 +121,7 @@ def test_with_the_same_masks_peft_trains_alike(family: str, client: dict[str, An
     base, data, config = tiny.base(family), tiny.examples(), settings(**client)
     method = lora(base, dropout=0.3)
     start, work = warm(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
 
     model, named = in_peft("lora", base, method)
     with torch.no_grad():
@@ -169,7 +168,7 @@ def test_with_ffa_b_is_trained_as_by_peft_with_a_frozen(family: str) -> None:
     assert not set(drawn) & set(method.payload.shapes)
     assert set(drawn) | set(method.payload.shapes) == set(plain.payload.shapes)
     start, group = warm(method, torch.float64), works(3)
-    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates
+    together = tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates
     for i, work in enumerate(group):
         model, named = in_peft("lora", base, plain)
         with torch.no_grad():
@@ -189,7 +188,7 @@ def test_with_ffa_the_mean_of_the_products_is_the_product_of_the_means(family: s
         """Largest distance between the two, in units of the mean of the products."""
         start = warm(method, torch.float64)
         ends = (
-            start - train_block(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
+            start - tiny.train(base, method, tiny.objective(base), start, works(3), data, config, 1, 1).updates
         ).numpy()
         clients = []
         for end in [*ends, np.average(ends, axis=0, weights=weights)]:
@@ -249,7 +248,7 @@ def with_added(base: Any, added: dict[str, np.ndarray]) -> Any:
 def trained(method: Lora, start: torch.Tensor, group: list[Any], round_: int) -> np.ndarray:
     """The payloads of clients after a round, each of which trained alone: (C, P)."""
     data, config = tiny.examples(), settings(optimizer="adamw", lr=0.02)
-    updates = [train_block(method.base, method, start, [w], data, config, round_, 3).updates[0] for w in group]
+    updates = [tiny.train(method.base, method, start, [w], data, config, round_, 3).updates[0] for w in group]
     return (start - torch.stack(updates)).numpy()
 
 
@@ -346,7 +345,7 @@ def test_a_block_that_folds_equals_its_clients_alone(options: dict[str, Any], fa
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method, group = lora(base, **options), works(5)
     start = warm(method, torch.float64)
-    together = start - train_block(base, method, tiny.objective(base), start, group, data, config, 2, 3).updates
+    together = start - tiny.train(base, method, tiny.objective(base), start, group, data, config, 2, 3).updates
     for i, work in enumerate(group):
         alone = torch.from_numpy(trained(method, start, [work], 2)[0])
         assert relative(together[i], alone, start[0]) < 1e-9
@@ -509,9 +508,9 @@ def test_a_classifier_folds_beside_its_head(aggregation: str) -> None:
     base, data, config = tiny.base("bert"), tiny.labelled(), settings(optimizer="adamw", lr=0.02)
     method = with_head(lora(base, aggregation=aggregation))
     start, group = warm(method, torch.float64), works(3)
-    together = start - train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates
+    together = start - tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates
     head = sum(p.numel() for p in base.model.classifier.parameters())
     assert method.numbers_sent(7) == head + 4 * 3 * (32 + 32)
     for i, work in enumerate(group):
-        alone = start - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates
+        alone = start - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates
         assert relative(together[i], alone[0], start[0]) < 1e-9

@@ -24,7 +24,6 @@ from fedhpc.methods import base as contract
 from fedhpc.methods.base import Method, PerClient, as_one_client
 from fedhpc.models.base import Base
 from fedhpc.models.load import load_base
-from fedhpc.training.block import train_block
 from tests import tiny
 from tests.federations import federate, final, save_random_bert
 from tests.federations import settings as run_settings
@@ -98,7 +97,7 @@ def train(method: Method, payload: torch.Tensor, group: list[Any], **client: Any
     """The pseudo-gradients (K, P) of the clients `group`, which begin from one payload (1, P)."""
     config = settings(**{"optimizer": "adamw", "lr": 0.02, "steps": 3, **client})
     objective = tiny.objective(method.base)
-    return train_block(method.base, method, objective, payload, group, tiny.examples(), config, 1, 1).updates
+    return tiny.train(method.base, method, objective, payload, group, tiny.examples(), config).updates
 
 
 def warm(method: Method, count: int = 1) -> torch.Tensor:

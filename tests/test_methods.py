@@ -21,7 +21,6 @@ from fedhpc.methods._linear import ends_with, features
 from fedhpc.methods.adapter import load
 from fedhpc.methods.base import Method
 from fedhpc.models.load import layer_stacks
-from fedhpc.training.block import train_block
 from fedhpc.training.schedule import batches
 from tests import tiny
 from tests.test_block import relative, settings, start_of, works
@@ -119,7 +118,7 @@ def test_a_client_trains_as_peft_and_torch_optim_do(name: str, family: str, clie
     base, data, config = tiny.base(family), tiny.examples(), settings(**client)
     method = make(name, base)
     start, work = warm(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
 
     model, named = in_peft(name, base, method)
     with torch.no_grad():
@@ -136,9 +135,9 @@ def test_a_block_equals_its_clients_alone(name: str, family: str, count: int) ->
     base, data, config = tiny.base(family), tiny.examples(), settings(optimizer="adamw", lr=0.02)
     method = make(name, base)
     start, group = warm(method, torch.float64), works(count)
-    together = train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1)
+    together = tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1)
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+        alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
         assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
 
 
@@ -220,7 +219,7 @@ def test_adapters_train_as_wrapped_layers_do(
     base, data, config = tiny.base(family), tiny.examples(), settings(**client)
     method = make("adapter", base, placement=placement, activation=activation)
     start, work = warm(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     model, named = with_bottlenecks(base, method.options)
     assert list(named) == list(method.payload.shapes)
     with torch.no_grad():
@@ -292,7 +291,7 @@ def test_full_trains_what_its_options_say_as_torch_optim_does(family: str, part:
     assert list(method.payload.shapes) == list(chosen)
     config = settings(optimizer="sgd", lr=0.05, clip_norm=None)
     start, work = start_of(method, torch.float64), works(1)[0]
-    found = start[0] - train_block(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
+    found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
     assert relative(found, trained_by_torch(model, chosen, method, data, config, work), start[0]) < 1e-9
 
 

@@ -17,7 +17,6 @@ from fedhpc.models.base import Attached, Batch, TargetBatch
 from fedhpc.models.load import MODELS
 from fedhpc.objectives.base import Objective
 from fedhpc.objectives.language_modelling import LanguageModelling
-from fedhpc.training.block import train_block
 from tests import tiny
 from tests.test_block import make, settings, start_of, works
 
@@ -118,11 +117,11 @@ def test_a_block_of_clients_trains_on_the_turns_of_chats() -> None:
     examples, _ = turns(tiny.examples())
     method, config, group = make(base), settings(), works(3)
     start = start_of(method, torch.float64)
-    together = train_block(base, method, tiny.objective(base), start, group, examples, config, 1, 1)
+    together = tiny.train(base, method, tiny.objective(base), start, group, examples, config)
     for i, work in enumerate(group):
-        alone = train_block(base, method, tiny.objective(base), start, [work], examples, config, 1, 1)
+        alone = tiny.train(base, method, tiny.objective(base), start, [work], examples, config)
         torch.testing.assert_close(together.updates[i], alone.updates[0], rtol=1e-8, atol=1e-10)
-    whole = train_block(base, method, tiny.objective(base), start, group, tiny.examples(), config, 1, 1)
+    whole = tiny.train(base, method, tiny.objective(base), start, group, tiny.examples(), config)
     assert not torch.allclose(together.updates, whole.updates)
 
 
@@ -168,8 +167,7 @@ def test_an_objective_may_have_two_rows_for_each_example() -> None:
     start = start_of(method, torch.float64)
     plain = tiny.objective(base)
     one, two = (
-        train_block(base, method, objective, start, group, examples, config, 1, 1)
-        for objective in (plain, Doubled(plain))
+        tiny.train(base, method, objective, start, group, examples, config) for objective in (plain, Doubled(plain))
     )
     torch.testing.assert_close(one.updates, two.updates, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(one.loss_sum, two.loss_sum)

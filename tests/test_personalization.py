@@ -11,6 +11,7 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.approaches.describe import describe
 from fedhpc.approaches.prepare import prepare
 from fedhpc.config import Config
 from fedhpc.errors import UserError
@@ -20,8 +21,9 @@ from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.results_file import Results
 from fedhpc.training import client_state
-from fedhpc.training.block import Work, train_block
+from fedhpc.training.block import Work
 from fedhpc.updates.layout import Layout, Split
+from tests import tiny
 from tests.federations import Interrupted, federate, final, save_random_bert, settings, table, tree, write_texts
 
 LORA = {"name": "lora", "rank": 2}
@@ -65,7 +67,7 @@ def by_hand(config: Config, task: Averaging) -> tuple[dict[str, torch.Tensor], d
             mine = own.get(client, {n: initial[n] for n in names if "lora_B" in n})
             start = task.method.payload.flatten({**shared, **mine})[None]
             work = Work(client, task.data.population.indices(client))
-            trained = train_block(
+            trained = tiny.train(
                 task.base, task.method, task.objective, start, [work], task.data.train, config, t, task.rounds
             )
             after = task.method.payload.views((start - trained.updates)[0])
@@ -107,7 +109,7 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path) -> None:
     for client in range(8):
         alone = task.method.payload.flatten({**start, **own.get(client, {})})[None]
         work = Work(client, task.data.population.indices(client))
-        trained = train_block(task.base, task.method, task.objective, alone, [work], task.data.train, tuning, 4, 4)
+        trained = tiny.train(task.base, task.method, task.objective, alone, [work], task.data.train, tuning, 4, 4)
         assert trained.steps.tolist() == [2]
         for column, payload in (
             ("loss", task.method.payload.flatten(start)[None]),
@@ -131,7 +133,7 @@ def test_only_the_shared_part_travels(tmp_path: Path, texts: Path) -> None:
     rounds = table(tmp_path, "rounds")
     assert (rounds["bytes_down"][1:] == 4 * each).all()
     assert (rounds["bytes_up"] == each * rounds["completed"]).all()
-    text = "\n".join(task.describe(2, "threads"))
+    text = "\n".join(describe(task, LoopbackTransport()))
     assert f"{task.split.personal.size:,} of them personal" in text
     assert f"bytes per round: {4 * each:,} down" in text
     # On the wire too: a whole payload would exceed the bound that the shared part keeps.

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedhpc import registry
 from fedhpc.models.load import checkpoint_layers, layer_stacks
-from fedhpc.training.block import train_block
 from tests import tiny
 from tests.test_block import SIZES, settings, start_of, works
 from tests.test_methods import make, warm
@@ -32,7 +31,7 @@ def test_every_method_trains_a_base_in_16_bits(name: str, dtype: torch.dtype) ->
     rate = {"full": 0.3, "fedkseed": 1e-3, "adapter": 0.3, "ia3": 50.0}.get(name, 0.5)
     config = settings(optimizer="sgd", lr=rate, steps=12, batch_size=SIZES[0])
     method = make(name, base, **({"num_seeds": 64, "eps": 0.02} if name == "fedkseed" else {}))
-    trained = train_block(
+    trained = tiny.train(
         base, method, tiny.objective(base), start_of(method, torch.float32), works(1), data, config, 1, 1
     )
     assert trained.updates.dtype == torch.float32
@@ -59,7 +58,7 @@ def test_layers_computed_again_give_the_same_updates(name: str, family: str) -> 
         method = make(name, base)
         start, group = warm(method, torch.float64), works(1 if name == "full" else 3)
         count.clear()
-        updates.append(train_block(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates)
+        updates.append(tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates)
         passes.append(len(count))
     assert passes[1] == 2 * passes[0]
     assert float(updates[0].norm()) > 1e-3
@@ -110,7 +109,7 @@ def peak_of(again: bool) -> int:
     method = make("prefix", base)
     start = warm(method, torch.float32)
     with Peak() as peak:
-        train_block(
+        tiny.train(
             base, method, tiny.objective(base), start, works(4), tiny.examples(longest=60), settings(steps=1), 1, 1
         )
     return peak.peak

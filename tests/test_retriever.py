@@ -24,8 +24,9 @@ from fedhpc.objectives.contrastive import TEMPERATURE, Contrastive
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
-from fedhpc.training.block import Work, train_block
+from fedhpc.training.block import Work
 from fedhpc.training.schedule import batches
+from tests import tiny
 from tests.federations import federate, final, save_random_bert, settings, table
 from tests.test_block import relative
 
@@ -113,9 +114,9 @@ def test_a_block_equals_its_clients_alone(encoder: Path, tmp_path: Path) -> None
     noise = torch.randn(5, 32 * 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = approach.initial_payload() + 0.05 * noise
     about = (approach.data.train, approach.config, 1, 1)
-    together = train_block(approach.base, approach.method, approach.objective, start, works, *about)
+    together = tiny.train(approach.base, approach.method, approach.objective, start, works, *about)
     for i, work in enumerate(works):
-        alone = train_block(
+        alone = tiny.train(
             approach.base, approach.method, approach.objective, start[i : i + 1], [work], *about
         ).updates[0]
         if len(work.indices) > 1:

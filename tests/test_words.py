@@ -24,7 +24,6 @@ FORBIDDEN = frozenset(
 NAMES_ALLOWED: dict[str, int] = {
     "": 8,
     "approaches": 2,
-    "approaches/averaging": 17,
     "approaches/distillation": 15,
     "approaches/fedbpt": 5,
     "approaches/prompt_search": 22,
@@ -35,8 +34,7 @@ NAMES_ALLOWED: dict[str, int] = {
     "evaluation": 2,
     "participation": 2,
     "results": 2,
-    "training": 6,
-    "updates": 13,
+    "updates": 10,
 }
 
 DOCSTRINGS_ALLOWED: dict[str, int] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,16 @@ import torch
 import transformers as tf
 
 from fedhpc import objectives
+from fedhpc.config import Config
 from fedhpc.data.tokens import Examples, Tokens, examples_from
+from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier
 from fedhpc.models.seq2seq import Seq2Seq
+from fedhpc.objectives.base import Objective
+from fedhpc.training.block import Trained, Work, train_block
+from fedhpc.training.local import LocalTraining
 
 VOCABULARY = 61
 FAMILIES: dict[str, Any] = {
@@ -88,6 +94,23 @@ CLASSES: dict[str, type[Base]] = {
     **dict.fromkeys(ENCODERS, Classifier),
     **dict.fromkeys(SEQ2SEQ, Seq2Seq),
 }
+
+
+def train(
+    base: Base,
+    method: Method,
+    objective: Objective,
+    starts: torch.Tensor,
+    works: Sequence[Work],
+    examples: Examples,
+    config: Config,
+    round_: int = 1,
+    rounds: int = 1,
+    **more: Any,
+) -> Trained:
+    """`train_block` as a configuration asks for it."""
+    local = LocalTraining.of(config, round_, rounds)
+    return train_block(base, method, objective, starts, works, examples, local, **more)
 
 
 class TinyTokenizer:

@@ -82,13 +82,13 @@ class Bed:
         """A function that trains a block of `clients` clients."""
         from fedhpc.data.tokens import Tokens, examples_from
         from fedhpc.training.block import Work, train_block
+        from fedhpc.training.local import LocalTraining
 
         ones, each = np.ones(_ROWS, np.int32), STEPS * batch
         examples = examples_from(Tokens(self.rows(length).ravel(), np.arange(_ROWS + 1) * length, ones))
         works = [Work(client, np.arange(client * each, client * each + each) % _ROWS) for client in range(clients)]
-        return partial(
-            train_block, self.base, self.method, self.objective, self.start, works, examples, self.config(batch), 1, 1
-        )
+        local = LocalTraining.of(self.config(batch), 1, 1)
+        return partial(train_block, self.base, self.method, self.objective, self.start, works, examples, local)
 
     def texts(self, batch: int, length: int) -> Any:
         """The tokens that a loop without federation trains on, as one client: int64 (1, STEPS * batch, length)."""

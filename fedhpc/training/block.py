@@ -6,8 +6,9 @@ over clients of the mean over that client's supervised tokens, so each client ge
 get alone. Clients are ordered by their number of steps, so those still training are always the leading ones and those
 that are done are not touched (a zero gradient is not a no-op under Adam).
 
-A method with a `finite_difference_step` gets its gradient from losses alone: that of one coordinate, drawn for the
-step, by the central difference of two forwards.
+A step is: the gradient, by backpropagation or by the central difference of two forwards
+(`fedhpc.training.rules.zeroth_order`); the local rules in their order (`fedhpc.training.rules`); the step of the
+client optimizer (`fedhpc.training.optimizers`). Nothing in it reads from the device, so a GPU is never waited for.
 
 T is the size of the method's trainable, P that of its payload; they differ where a method reparametrises.
 """
@@ -15,36 +16,27 @@ T is the size of the method's trainable, P that of its payload; they differ wher
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 
-from fedhpc import registry
-from fedhpc.config import Config
 from fedhpc.data.tokens import Examples
-from fedhpc.lazy import lazy
-from fedhpc.methods.base import Method
-from fedhpc.models.base import Base, Batch
+from fedhpc.lazy import Tensor, kernels, torch
+from fedhpc.methods.base import Method, PerClient
+from fedhpc.models.base import Base
 from fedhpc.models.load import autocast
 from fedhpc.objectives.base import Objective
-from fedhpc.rng import bits, generator, torch_seed
-from fedhpc.training.optimizers.base import ClientOptimizer
+from fedhpc.rng import torch_seed
+from fedhpc.training import rules
+from fedhpc.training.forwards import Step, make_step
+from fedhpc.training.local import LocalTraining
+from fedhpc.training.memory import Memory
+from fedhpc.training.rules import zeroth_order
 from fedhpc.training.schedule import batches, learning_rates
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fedhpc import kernels
-else:
-    torch, kernels = lazy("torch"), lazy("fedhpc.kernels")
-
-# What one more forward costs, in padded tokens: where the rows of a step are cut into micro-forwards.
-_FORWARD_COST_TOKENS = {"cpu": 160, "cuda": 4096}
+_Values = TypeVar("_Values", Tensor, np.ndarray)
 _FP16_SCALE = 1024.0  # keeps small gradients of an fp16 forward above its smallest number
 
 
@@ -56,243 +48,243 @@ class Work:
     indices: np.ndarray  # its training examples
 
 
-@dataclass
-class Memory:
-    """What a client keeps between rounds (modes centralized and local): buffers (T,) and the steps it has taken."""
-
-    buffers: dict[str, Tensor]
-    count: int
-
-    @classmethod
-    def fresh(cls, names: Sequence[str], size: int, dtype: torch.dtype) -> Memory:
-        """That of a client that has not trained."""
-        return cls({name: torch.zeros(size, dtype=dtype) for name in names}, 0)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """The outcome of a block; row i belongs to works[i] as given."""
+    """The outcome of a block; row i belongs to works[i] as given. All of it is on the CPU."""
 
-    updates: Tensor  # (K, P) on the CPU: pseudo-gradients theta_t - theta_i
-    num_examples: np.ndarray  # int64 (K,)
+    updates: Tensor  # (K, P): pseudo-gradients theta_t - theta_i
+    memory: Memory | None  # of the optimizers, where train_block was given one
+    distance: Tensor  # (K,): sum of the learning rates of the steps
     steps: np.ndarray  # int64 (K,)
-    distance: Tensor  # (K,) on the CPU: sum of the learning rates of the steps
     tokens: np.ndarray  # int64 (K,): supervised tokens seen
     loss_sum: np.ndarray  # float64 (K,): summed over those tokens
     loss_first: np.ndarray  # float64 (K,): mean over the tokens of the first step
-    loss_last: np.ndarray  # float64 (K,): and of the last
-    input_tokens: int
+    loss_last: np.ndarray  # float64 (K,): mean over the tokens of the last step
+    input_tokens: int  # of the whole block, padding included
     padded_tokens: int
-    memories: list[Memory]
-    seconds: float
 
 
 def train_block(
     base: Base,
     method: Method,
     objective: Objective,
-    payloads: Tensor,
+    starts: Tensor,
     works: Sequence[Work],
     examples: Examples,
-    config: Config,
-    round_: int,
-    rounds: int,
-    memories: Sequence[Memory] | None = None,
+    local: LocalTraining,
+    memory: Memory | None = None,
     corrections: Tensor | None = None,
 ) -> Trained:
-    """Train the clients `works`, each from its row of `payloads`.
+    """Train the clients `works`, each from its row of `starts`.
 
-    payloads (1, P) for one start that all share, or (K, P). rounds: of the whole
-    run, for the schedule. memories: optimizer buffers to go on with; fresh ones where None, as FedAvg has it.
-    corrections (K, T): added to every gradient of a client (fedhpc.training.rules.scaffold).
+    starts: payloads, (1, P) for one start that all share, or (K, P). memory: of optimizers that go on; fresh ones where
+    None, as FedAvg has it. corrections (K, T): added to every gradient of a client (`fedhpc.training.rules.scaffold`).
     """
-    started = time.perf_counter()
-    options, device = config.client, base.device
-    plans = [batches(len(w.indices), options, config.run.seed, round_, w.client_id) for w in works]
-    steps = np.array([len(plan) for plan in plans], dtype=np.int64)
-    rates = [learning_rates(options, round_, rounds, len(plan)) for plan in plans]
-    order = np.argsort(-steps, kind="stable")
-    clients = len(works)
-
-    payloads = payloads.to(device)
-    start = payloads if len(payloads) == 1 else payloads[kernels.on_device(order, device)]
-    lead = method.payload.views(start)
-    began = method.start(lead, round_, [works[i].client_id for i in order])
-    theta = method.trainable.flatten({name: t.expand(clients, *t.shape[1:]) for name, t in began.items()}).clone()
-    gradient = torch.zeros_like(theta)
-    anchor = theta.detach().clone() if options.proximal else None
-    drift = corrections[torch.from_numpy(order)].to(device) if corrections is not None else None
-    theta.requires_grad_()
-    theta.grad = gradient  # backward adds to it in place
-    optimizer: ClientOptimizer = registry.choice("client_optimizers", options.optimizer)(options)
-    buffers = {name: torch.zeros_like(gradient) for name in optimizer.buffers}
-    count = np.zeros(clients, dtype=np.int64)
-    if memories is not None:
-        count[:] = [memories[i].count for i in order]
-        for name, buffer in buffers.items():
-            buffer.copy_(torch.stack([memories[i].buffers[name] for i in order]))
-
-    seeds = [torch_seed(config.run.seed, "noise", round_, works[i].client_id) for i in order]
-    keys = kernels.on_device(np.array(seeds, dtype=np.int64), device)
-    loss_sum = torch.zeros(clients, dtype=torch.float64, device=device)
-    first, last = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
-    tokens = np.zeros(clients, dtype=np.int64)
-    input_tokens = padded_tokens = 0
-    passes = 1 if method.finite_difference_step is None else 2
-    scale = _FP16_SCALE if config.runtime.precision == "float16" else 1.0
-    for s in range(int(steps.max(initial=0))):
-        active = int((steps > s).sum())
-        picked = [works[order[i]].indices[plans[order[i]][s]] for i in range(active)]
-        owners = np.repeat(np.arange(active), [len(rows) for rows in picked])
-        of_rows = objective.num_supervised(examples, np.concatenate(picked))
-        step_tokens = np.bincount(owners, weights=of_rows, minlength=active).astype(np.int64)
-        counts = kernels.on_device(np.maximum(step_tokens, 1), device)
-        parts = []
-        for batch, owner, place in _micro_batches(base, objective, examples, picked):
-            rows = kernels.on_device(owner, device)
-            # A row's draws follow from its client, the step and its place in the client's step alone.
-            row_keys = bits(keys.index_select(0, rows), kernels.on_device(place + (s << 32), device))
-            row_weights = kernels.on_device(1.0 / np.maximum(step_tokens, 1)[owner], device, theta.dtype)
-            parts.append(_Part(batch, rows, row_keys, row_weights))
-            padded_tokens += passes * (batch.tokens - batch.real_tokens)
-            input_tokens += passes * batch.tokens
-        live = gradient[:active].zero_()
-        if method.finite_difference_step is None:
-            step_loss = _losses(base, method, objective, theta, lead, parts, active, config, scale)
-            if scale != 1.0:
-                live.div_(scale)
-        else:
-            drawn = [
-                generator(config.run.seed, "direction", round_, works[order[i]].client_id, s).integers(theta.shape[1])
-                for i in range(active)
-            ]
-            along = kernels.on_device(np.array(drawn), device).unsqueeze(1)
-            away = torch.zeros_like(live).scatter_(1, along, method.finite_difference_step)
-            with torch.no_grad():
-                ahead = _losses(base, method, objective, theta[:active] + away, lead, parts, active, config, None)
-                behind = _losses(base, method, objective, theta[:active] - away, lead, parts, active, config, None)
-            slope = (ahead - behind) / counts / (2 * method.finite_difference_step)
-            live.scatter_(1, along, slope.to(live.dtype).unsqueeze(1))
-            step_loss = (ahead + behind) / 2
-        if anchor is not None:
-            # FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): the gradient of mu/2 |theta - theta_t|^2.
-            live.add_(theta.detach()[:active] - anchor[:active], alpha=options.proximal)
-        if options.clip_norm is not None:
-            norm = torch.linalg.vector_norm(live, dim=1, keepdim=True)
-            # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
-            live.mul_((options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        if drift is not None:
-            live.add_(drift[:active])
-        count[:active] += 1
-        now = np.array([rates[order[i]][s] for i in range(active)])
-        taken, rate = kernels.on_device(np.stack([count[:active], now]), device, theta.dtype).unsqueeze(2)
+    clients = _Clients(works, local)
+    model = _Model(base, method, objective, clients, starts, local)
+    parameters, gradient = model.parameters, model.gradient
+    if corrections is not None:
+        corrections = corrections[clients.order].to(base.device)
+    local_rules = rules.in_order(local, parameters, corrections)
+    buffers, count = _optimizer_state(local, clients, memory, gradient)
+    losses = _Losses(len(works), base.device)
+    for number in range(clients.most_steps):
+        rows = clients.rows(number)
+        active = len(rows)  # clients that take this step: the first of the block
+        step = make_step(base, objective, examples, rows, number, model.client_keys, parameters.dtype)
+        losses.add(step, model.differentiate(step), model.passes)
         with torch.no_grad():
-            leading = {name: buffer[:active] for name, buffer in buffers.items()}
-            optimizer.step(theta[:active], live, leading, taken, rate)
-        mean = step_loss / counts
-        if s == 0:
-            first[:active] = mean
-        last[:active] = mean
-        loss_sum[:active] += step_loss
-        tokens[:active] += step_tokens
+            for rule in local_rules:
+                rule.change(gradient[:active], parameters[:active])
+            count[:active] += 1
+            counts, rates = _on_device(count[:active], clients.rates_of(number, active), parameters)
+            of_active = {name: buffer[:active] for name, buffer in buffers.items()}
+            local.optimizer.step(parameters[:active], gradient[:active], of_active, counts, rates)
 
     with torch.no_grad():
-        reached = method.payload.flatten(method.finish(method.trainable.views(theta), lead))
-        updates = (start - reached).to("cpu")
-    kept = {name: buffer.to("cpu") for name, buffer in buffers.items()} if memories is not None else {}
-    back = np.argsort(order)
-    ordered = torch.from_numpy(back)
+        updates = model.updates().to("cpu")
     return Trained(
-        updates=updates[ordered] if clients > 1 else updates,
-        num_examples=np.array([len(w.indices) for w in works], dtype=np.int64),
-        steps=steps,
-        distance=torch.tensor([math.fsum(of_steps) for of_steps in rates], dtype=updates.dtype),
-        tokens=tokens[back],
-        loss_sum=loss_sum.cpu().numpy()[back],
-        loss_first=first.cpu().numpy()[back],
-        loss_last=last.cpu().numpy()[back],
-        input_tokens=input_tokens,
-        padded_tokens=padded_tokens,
-        memories=[Memory({name: buffer[i].clone() for name, buffer in kept.items()}, int(count[i])) for i in back]
-        if memories is not None
-        else [],
-        seconds=time.perf_counter() - started,
+        updates=clients.as_given(updates),
+        memory=_memory_of(clients, buffers, count) if memory is not None else None,
+        distance=torch.tensor(clients.as_given(clients.distances()), dtype=updates.dtype),
+        steps=clients.as_given(clients.steps),
+        tokens=clients.as_given(losses.tokens),
+        loss_sum=clients.as_given(losses.total.cpu().numpy()),
+        loss_first=clients.as_given(losses.first.cpu().numpy()),
+        loss_last=clients.as_given(losses.last.cpu().numpy()),
+        input_tokens=losses.input_tokens,
+        padded_tokens=losses.padded_tokens,
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One forward of a step."""
+class _Clients:
+    """The clients of a block in the order of its tensors: those with the most steps first."""
 
-    batch: Batch
-    rows: Tensor  # int64 (B,): the client of each row, by its place in the block
-    row_keys: Tensor  # int64 (B,): the key of each row's draws
-    row_weights: Tensor  # (B,): one over the supervised tokens of its client's step
+    def __init__(self, works: Sequence[Work], local: LocalTraining) -> None:
+        plans = [batches(len(w.indices), local, local.seed, local.round, w.client_id) for w in works]
+        steps = np.array([len(plan) for plan in plans], dtype=np.int64)
+        #: For each row of the block's tensors, which of `works` it is; and the other way round.
+        self.order = np.argsort(-steps, kind="stable")
+        self._rows = np.argsort(self.order)
+        self._works = [works[i] for i in self.order]
+        self._plans = [plans[i] for i in self.order]
+        self._rates = [learning_rates(local, local.round, local.rounds, len(plan)) for plan in self._plans]
+        self.steps = steps[self.order]  # int64 (K,)
+
+    @property
+    def ids(self) -> list[int]:
+        """The client of each row."""
+        return [work.client_id for work in self._works]
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the client that takes the most."""
+        return int(self.steps.max(initial=0))
+
+    def rows(self, number: int) -> list[np.ndarray]:
+        """The examples of step `number` (from 0), for each client that takes it."""
+        active = int((self.steps > number).sum())
+        return [
+            work.indices[plan[number]] for work, plan in zip(self._works[:active], self._plans[:active], strict=True)
+        ]
+
+    def rates_of(self, number: int, active: int) -> np.ndarray:
+        """The learning rates (active,) of step `number`."""
+        return np.array([rates[number] for rates in self._rates[:active]])
+
+    def distances(self) -> np.ndarray:
+        """The sum of each client's learning rates (K,)."""
+        return np.array([math.fsum(rates) for rates in self._rates])
+
+    def as_given(self, values: _Values) -> _Values:
+        """Values (K, ...) of the block's rows, in the order of `works`."""
+        return values[self._rows] if len(self._works) > 1 else values
 
 
-def _losses(
-    base: Base,
-    method: Method,
-    objective: Objective,
-    theta: Tensor,
-    lead: Mapping[str, Tensor],
-    parts: Sequence[_Part],
-    active: int,
-    config: Config,
-    scale: float | None,
-) -> Tensor:
-    """The losses of a step in the states theta, summed over each client's tokens: float64 (active,).
+class _Model:
+    """The frozen base with the method on it, and what the clients of a block train."""
 
-    They are backpropagated, times `scale`, unless it is None.
+    def __init__(
+        self,
+        base: Base,
+        method: Method,
+        objective: Objective,
+        clients: _Clients,
+        starts: Tensor,
+        local: LocalTraining,
+    ) -> None:
+        self.base, self.method, self.objective, self.clients, self.local = base, method, objective, clients, local
+        starts = starts.to(base.device)
+        self._starts = starts if len(starts) == 1 else starts[kernels.on_device(clients.order, base.device)]
+        self._received: PerClient = method.payload.views(self._starts)
+        initial = method.start(self._received, local.round, clients.ids)
+        expanded = {name: tensor.expand(len(clients.ids), *tensor.shape[1:]) for name, tensor in initial.items()}
+        #: What is trained (K, T), and its gradient, to which a backward pass adds in place.
+        self.parameters = method.trainable.flatten(expanded).clone()
+        self.gradient = torch.zeros_like(self.parameters)
+        self.parameters.requires_grad_().grad = self.gradient
+        keys = [torch_seed(local.seed, "noise", local.round, client) for client in clients.ids]
+        #: int64 (K,): the key of each client's random draws.
+        self.client_keys = kernels.on_device(np.array(keys, dtype=np.int64), base.device)
+        #: Forward passes of a row in a step.
+        self.passes = 1 if method.finite_difference_step is None else 2
+        self._scale = _FP16_SCALE if local.precision == "float16" else 1.0
+
+    def differentiate(self, step: Step) -> Tensor:
+        """Make `gradient` that of a step, in the rows of its clients.
+
+        Returns their losses, summed over each client's tokens: float64 (k,).
+        """
+        active = len(step.tokens)
+        gradient = self.gradient[:active].zero_()
+        distance = self.method.finite_difference_step
+        if distance is None:
+            losses = self._losses(self.parameters, step, self._scale)
+            if self._scale != 1.0:
+                gradient.div_(self._scale)
+            return losses
+        along = zeroth_order.coordinates(
+            self.local.seed, self.local.round, step.number, self.clients.ids[:active], self.gradient.shape[1]
+        )
+        return zeroth_order.central_difference(
+            lambda parameters: self._losses(parameters, step, None),
+            self.parameters[:active],
+            gradient,
+            kernels.on_device(along, self.base.device),
+            distance,
+            step.divisors,
+        )
+
+    def _losses(self, parameters: Tensor, step: Step, scale: float | None) -> Tensor:
+        """The losses of a step with `parameters`, summed over each client's tokens: float64 (k,).
+
+        They are backpropagated, times `scale`, unless it is None.
+        """
+        base, method, objective = self.base, self.method, self.objective
+        losses = torch.zeros(len(step.tokens), dtype=torch.float64, device=base.device)
+        for forward in step.forwards:
+            trained = method.trainable.views(parameters)
+            with (
+                autocast(base, self.local.precision),
+                method.attach(trained, self._received, forward.clients, forward.row_keys) as attached,
+            ):
+                if scale is None:
+                    of_tokens = objective.losses(base, attached, forward.batch)
+                else:
+                    of_tokens = objective.backward(base, attached, forward.batch, forward.row_weights, scale)
+            losses.index_add_(0, forward.clients.index_select(0, forward.batch.row), of_tokens.double())
+        return losses
+
+    def updates(self) -> Tensor:
+        """The pseudo-gradients theta_t - theta_i of the payloads (K, P)."""
+        trained = self.method.trainable.views(self.parameters)
+        return self._starts - self.method.payload.flatten(self.method.finish(trained, self._received))
+
+
+class _Losses:
+    """Losses and tokens of the clients of a block, over its steps. Losses stay on the device, for nobody to wait."""
+
+    def __init__(self, clients: int, device: torch.device) -> None:
+        self.total = torch.zeros(clients, dtype=torch.float64, device=device)  # summed over tokens
+        self.first = torch.zeros_like(self.total)  # mean over the tokens of the first step
+        self.last = torch.zeros_like(self.total)
+        self.tokens = np.zeros(clients, dtype=np.int64)
+        self.input_tokens = self.padded_tokens = 0
+
+    def add(self, step: Step, losses: Tensor, passes: int) -> None:
+        """Count a step. losses: summed over each client's tokens (k,); passes: forwards of each row."""
+        active, mean = len(losses), losses / step.divisors
+        if step.number == 0:
+            self.first[:active] = mean
+        self.last[:active] = mean
+        self.total[:active] += losses
+        self.tokens[:active] += step.tokens
+        for forward in step.forwards:
+            self.input_tokens += passes * forward.batch.tokens
+            self.padded_tokens += passes * (forward.batch.tokens - forward.batch.real_tokens)
+
+
+def _optimizer_state(
+    local: LocalTraining, clients: _Clients, memory: Memory | None, gradient: Tensor
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """The optimizer's buffers (K, T) on the device, and the steps that each client has taken, int64 (K,)."""
+    if memory is None:
+        buffers = {name: torch.zeros_like(gradient) for name in local.optimizer.buffers}
+        return buffers, np.zeros(len(gradient), dtype=np.int64)
+    order = torch.from_numpy(clients.order)
+    buffers = {name: memory.buffers[name][order].to(gradient.device) for name in local.optimizer.buffers}
+    return buffers, memory.count[order].numpy()
+
+
+def _memory_of(clients: _Clients, buffers: Mapping[str, Tensor], count: np.ndarray) -> Memory:
+    """The inverse of `_optimizer_state`."""
+    on_cpu = {name: clients.as_given(buffer.to("cpu")) for name, buffer in buffers.items()}
+    return Memory(on_cpu, torch.from_numpy(clients.as_given(count)))
+
+
+def _on_device(counts: np.ndarray, rates: np.ndarray, like: Tensor) -> Tensor:
+    """Steps taken and learning rates (k,) of some clients, as (2, k, 1) beside their parameters.
+
+    Both in one copy to the device, so the counts are of the parameters' dtype, too: exact up to 2^24 in float32.
     """
-    summed = torch.zeros(active, dtype=torch.float64, device=base.device)
-    for part in parts:
-        with (
-            autocast(base, config.runtime.precision),
-            method.attach(method.trainable.views(theta), lead, part.rows, part.row_keys) as attached,
-        ):
-            if scale is None:
-                losses = objective.losses(base, attached, part.batch)
-            else:
-                losses = objective.backward(base, attached, part.batch, part.row_weights, scale)
-        summed.index_add_(0, part.rows.index_select(0, part.batch.row), losses.double())
-    return summed
-
-
-def _micro_batches(
-    base: Base, objective: Objective, examples: Examples, picked: Sequence[np.ndarray]
-) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
-    """The rows of a step, sorted by length and cut where that saves padding.
-
-    With each row's client, and its place among the rows of that client.
-    """
-    rows = np.concatenate(picked)
-    owner = np.repeat(np.arange(len(picked)), [len(p) for p in picked])
-    lengths = examples.lengths_of(rows)
-    order = np.argsort(lengths, kind="stable")
-    place = np.concatenate([np.arange(len(p)) for p in picked])
-    rows, owner, place = rows[order], owner[order], place[order]
-    cost = _FORWARD_COST_TOKENS[base.device.type]
-    cuts = [0, len(rows)] if objective.needs_full_steps else cut_by_length(lengths[order], cost)
-    parts = [(objective.batch(base, examples, rows[a:b], owner[a:b]), slice(a, b)) for a, b in pairwise(cuts)]
-    return [(batch, batch.per_row(owner[part]), batch.per_row(place[part])) for batch, part in parts]
-
-
-def cut_by_length(lengths: np.ndarray, forward_cost: int) -> list[int]:
-    """Where to cut ascending `lengths` (B,) into forwards so that padded tokens plus forward_cost each are fewest.
-
-    Returns the bounds, 0 and B included. Dynamic programming over the last cut.
-    """
-    # Between rows of one length there is never a cut.
-    different, starts = np.unique(lengths, return_index=True)
-    bounds = np.append(starts, len(lengths))
-    best = np.zeros(len(bounds))
-    came_from = np.zeros(len(bounds), dtype=np.int64)
-    for end in range(1, len(bounds)):
-        costs = best[:end] + (bounds[end] - bounds[:end]) * different[end - 1] + forward_cost
-        came_from[end] = int(np.argmin(costs))
-        best[end] = costs[came_from[end]]
-    cuts = [len(bounds) - 1]
-    while cuts[-1] > 0:
-        cuts.append(int(came_from[cuts[-1]]))
-    return bounds[cuts[::-1]].tolist()
+    return kernels.on_device(np.stack([counts, rates]), like.device, like.dtype).unsqueeze(2)

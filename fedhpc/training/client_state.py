@@ -6,24 +6,82 @@ checkpoint names the version of every client that counts (`Server.versions`): a 
 not read and is overwritten, a file that is named and missing is an error, and a client that was never sampled has none.
 Older versions go when a checkpoint that no longer names them is on disk.
 
-- modes centralized and local: its optimizer's `memory.<buffer>` and `memory.count`; in local `theta`, its payload.
-- client.scaffold: `control`, its control variate.
-- personalization.parts: `personal`, its own part of the payload.
-- transforms that keep something: `transforms.<position>.<name>` (fedhpc.updates.pipeline).
-- distillation: `theta`, its own payload, of its group's method.
+Who keeps something says the names of its tensors (`Keeper`); the file of a client has those of all of them:
+
+- modes centralized and local, `memory.<buffer>` and `memory.count`: its optimizer's memory (`fedhpc.training.memory`)
+- mode local and distillation, `theta`: its own payload (`OwnPayload`)
+- client.scaffold, `control`: its control variate (`fedhpc.training.rules.scaffold`)
+- personalization.parts, `personal`: its own part of the payload (`fedhpc.approaches.averaging.personal`)
+- transforms, their own names (`fedhpc.updates.transforms`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedhpc.errors import UserError
+from fedhpc.lazy import Tensor, torch
 from fedhpc.results.files import DAMAGE, load_tensors, save_tensors
-from fedhpc.training.block import Memory
+
+
+class Keeper(Protocol):
+    """Something of which every client keeps tensors from round to round."""
+
+    @property
+    def keeps(self) -> Sequence[str]:
+        """The names of the tensors in the client's file; empty where nothing is kept."""
+
+    def initial(self, name: str) -> Tensor:
+        """The tensor `name` of a client that was never sampled, on the CPU."""
+
+
+@dataclass(frozen=True)
+class OwnPayload:
+    """Keeps the payload of a client that never gets another's."""
+
+    first: Callable[[], Tensor]  # gives the payload before any training (P,)
+
+    keeps: ClassVar[tuple[str, ...]] = ("theta",)
+
+    def initial(self, name: str) -> Tensor:
+        return self.first()
+
+    def of_clients(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The payloads (K, P) among what K clients keep."""
+        return tensors["theta"]
+
+    def tensors(self, payloads: Tensor) -> dict[str, Tensor]:
+        """The inverse of `of_clients`."""
+        return {"theta": payloads}
+
+
+def read(
+    run_dir: Path, clients: Sequence[int], versions: Mapping[int, int], keepers: Iterable[Keeper]
+) -> dict[str, Tensor]:
+    """What each of K clients keeps in its version (0, or not named: it was never sampled): name -> (K, ...)."""
+    files = [load(run_dir, client, versions[client]) if versions.get(client) else {} for client in clients]
+    owners = {name: keeper for keeper in keepers for name in keeper.keeps}
+    return {
+        name: torch.stack([tensors[name] if name in tensors else keeper.initial(name) for tensors in files])
+        for name, keeper in owners.items()
+    }
+
+
+def write(
+    run_dir: Path, clients: Sequence[int], round_: int, tensors: Mapping[str, Tensor], chosen: np.ndarray
+) -> None:
+    """Write what the chosen ones (bool (K,)) of the clients keep after `round_`: name -> (K, ...).
+
+    No file where nothing is kept. UserError where the disk is full.
+    """
+    for i, client in enumerate(clients):
+        if tensors and chosen[i]:
+            save(run_dir, client, round_, {name: tensor[i].contiguous() for name, tensor in tensors.items()})
 
 
 def save(run_dir: Path, client: int, round_: int, tensors: Mapping[str, Tensor]) -> None:
@@ -46,28 +104,11 @@ def load(run_dir: Path, client: int, version: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def load_all(run_dir: Path, clients: Sequence[int], versions: Mapping[int, int]) -> list[dict[str, Tensor]]:
-    """Each client's state in its version; empty for a client that has none (version 0, or not named)."""
-    return [load(run_dir, client, versions[client]) if versions.get(client) else {} for client in clients]
-
-
 def prune(run_dir: Path, client: int, version: int) -> None:
     """Remove the versions before `version`, which the checkpoint on disk names."""
     for file in (run_dir / "clients" / str(client)).glob("*.safetensors"):
         if file.stem.isdigit() and int(file.stem) < version:
             file.unlink(missing_ok=True)
-
-
-def pack(memory: Memory) -> dict[str, Tensor]:
-    """An optimizer's memory as tensors of a file."""
-    return {f"memory.{name}": t for name, t in memory.buffers.items()} | {"memory.count": torch.tensor(memory.count)}
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> Memory:
-    """The inverse of `pack`; other tensors are left out."""
-    buffers = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
-    count = int(buffers.pop("count"))
-    return Memory(buffers, count)
 
 
 def _path(run_dir: Path, client: int, round_: int) -> Path:

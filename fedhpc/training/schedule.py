@@ -7,44 +7,74 @@ depends on blocks, workers or the order in which clients train.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Literal, Protocol
 
 import numpy as np
 
 from fedhpc.rng import generator
 
 
-def num_steps(num_examples: int, client: Any) -> int:
-    """Local steps of a client in one round, under client.steps or client.epochs."""
+class Pace(Protocol):
+    """How far and how fast a client goes: the section `client` of the configuration, or a LocalTraining."""
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per step."""
+
+    @property
+    def epochs(self) -> int | None:
+        """Passes over the client's data in a round."""
+
+    @property
+    def steps(self) -> int | None:
+        """Steps in a round, whatever the client's data; instead of `epochs`."""
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, where the schedule is at its highest."""
+
+    @property
+    def schedule(self) -> Literal["constant", "linear", "cosine"]:
+        """How the learning rate goes down over the whole run."""
+
+    @property
+    def warmup(self) -> float:
+        """Share of the whole run in which it rises from 0."""
+
+
+def num_steps(num_examples: int, pace: Pace) -> int:
+    """How many steps a client with so many examples takes in one round."""
     if num_examples == 0:
         return 0
-    if client.steps is not None:
-        return int(client.steps)
-    return int(client.epochs) * math.ceil(num_examples / client.batch_size)
+    if pace.steps is not None:
+        return pace.steps
+    assert pace.epochs is not None  # the configuration gives one of the two
+    return pace.epochs * math.ceil(num_examples / pace.batch_size)
 
 
-def batches(num_examples: int, client: Any, seed: int, round_: int, client_id: int) -> list[np.ndarray]:
-    """Positions (into the client's examples) of every local step of the round."""
-    per_epoch = math.ceil(num_examples / client.batch_size)
-    steps = []
-    for epoch in range(math.ceil(num_steps(num_examples, client) / per_epoch)):
+def batches(num_examples: int, pace: Pace, seed: int, round_: int, client_id: int) -> list[np.ndarray]:
+    """Which of its examples a client takes in each step of the round: indices (int64) below `num_examples`."""
+    per_epoch = math.ceil(num_examples / pace.batch_size)
+    count = num_steps(num_examples, pace)
+    steps: list[np.ndarray] = []
+    for epoch in range(math.ceil(count / per_epoch) if count else 0):
         order = generator(seed, "batches", round_, client_id, epoch).permutation(num_examples)
-        steps += [order[s * client.batch_size : (s + 1) * client.batch_size] for s in range(per_epoch)]
-    return steps[: num_steps(num_examples, client)]
+        steps += [order[s * pace.batch_size : (s + 1) * pace.batch_size] for s in range(per_epoch)]
+    return steps[:count]
 
 
-def learning_rate(client: Any, progress: float) -> float:
+def learning_rate(pace: Pace, progress: float) -> float:
     """The client learning rate when the share `progress` (0 to 1) of the whole run is done."""
-    if progress < client.warmup:
-        return float(client.lr * progress / client.warmup)
-    left = (progress - client.warmup) / (1 - client.warmup)
-    if client.schedule == "linear":
-        return float(client.lr * (1 - left))
-    if client.schedule == "cosine":
-        return float(client.lr * 0.5 * (1 + math.cos(math.pi * left)))
-    return float(client.lr)
+    if progress < pace.warmup:
+        return float(pace.lr * progress / pace.warmup)
+    after_warmup = (progress - pace.warmup) / (1 - pace.warmup)
+    if pace.schedule == "linear":
+        return float(pace.lr * (1 - after_warmup))
+    if pace.schedule == "cosine":
+        return float(pace.lr * 0.5 * (1 + math.cos(math.pi * after_warmup)))
+    return float(pace.lr)
 
 
-def learning_rates(client: Any, round_: int, rounds: int, steps: int) -> list[float]:
+def learning_rates(pace: Pace, round_: int, rounds: int, steps: int) -> list[float]:
     """The learning rate of each of the `steps` of a client in round `round_` (from 1) of `rounds`."""
-    return [learning_rate(client, (round_ - 1 + s / steps) / rounds) for s in range(steps)]
+    return [learning_rate(pace, (round_ - 1 + s / steps) / rounds) for s in range(steps)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,40 +17,51 @@ class Sent:
     """What a block of K clients sends."""
 
     updates: Tensor  # (K, S)
-    kept: list[dict[str, Tensor]]  # what each client keeps of it
+    tensors: dict[str, Tensor]  # what the clients keep of it: name in their files -> (K, ...)
     bytes_up: np.ndarray  # int64 (K,)
 
 
 class Pipeline:
     """The transforms of a run in their order. S is the size of an update."""
 
-    def __init__(self, transforms: Sequence[Transform], seed: int, size: int) -> None:
-        self.transforms, self._seed, self._size = list(transforms), seed, size
+    def __init__(self, transforms: Sequence[Transform], seed: int, size: int, dtype: torch.dtype) -> None:
+        """dtype: of the updates and of what clients keep."""
+        self.transforms, self._seed, self._size, self._dtype = list(transforms), seed, size, dtype
 
     @property
-    def keeps(self) -> bool:
-        """Whether clients keep something for a transform from round to round."""
-        return any(transform.keeps for transform in self.transforms)
+    def keeps(self) -> list[str]:
+        """The names, in a client's file, of what it keeps for the transforms from round to round."""
+        return list(self._shapes)
+
+    def initial(self, name: str) -> Tensor:
+        """The tensor of that name of a client that was never sampled."""
+        return torch.zeros(self._shapes[name], dtype=self._dtype)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            _key(position, name): transform.shape(name, self._size)
+            for position, transform in enumerate(self.transforms)
+            for name in transform.keeps
+        }
 
     def on_clients(
         self,
         updates: Tensor,
         round_: int,
         clients: Sequence[int],
-        kept: Sequence[Mapping[str, Tensor]],
+        kept: Mapping[str, Tensor],
         bytes_up: np.ndarray,
     ) -> Sent:
         """Run the client halves over the updates (K, S) of a block.
 
-        kept: what each client has kept, under any other names too; bytes_up int64 (K,): of its update as it is.
+        kept: name in the clients' files -> (K, ...), with any other names too; bytes_up int64 (K,): of each update as
+        it is.
         """
         bytes_up = bytes_up.copy()
-        keeps: list[dict[str, Tensor]] = [{} for _ in clients]
+        after: dict[str, Tensor] = {}
         for position, transform in enumerate(self.transforms):
-            tensors = {}
-            for name in transform.keeps:
-                zero = torch.zeros(transform.shape(name, self._size), dtype=updates.dtype)
-                tensors[name] = torch.stack([own.get(_key(position, name), zero) for own in kept])
+            tensors = {name: kept[_key(position, name)] for name in transform.keeps}
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
             about = About(round_, clients, tensors, bytes_up, self._seed, position)
             updates = transform.on_client(updates, about)
@@ -57,10 +69,8 @@ class Pipeline:
             _require(transform, updates.shape == (len(clients), self._size), "changed the shape of the updates")
             kept_shapes = {name: tensor.shape for name, tensor in about.kept.items()}
             _require(transform, kept_shapes == shapes, "kept other tensors than it says")
-            for name, tensor in about.kept.items():
-                for own, row in zip(keeps, tensor, strict=True):
-                    own[_key(position, name)] = row.contiguous()
-        return Sent(updates, keeps, bytes_up)
+            after |= {_key(position, name): tensor for name, tensor in about.kept.items()}
+        return Sent(updates, after, bytes_up)
 
     def server_tensors(self) -> dict[str, Tensor]:
         """What the server keeps for the transforms before the first round, float64."""

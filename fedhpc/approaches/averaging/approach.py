@@ -90,10 +90,8 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
 
     @property
     def keeps_client_state(self) -> bool:
-        """Whether anybody keeps something on the clients: a mode, a rule, a personal part or a transform."""
-        config = self.config
-        alone = config.mode != "federated"
-        return alone or config.corrects_drift or bool(config.personalization.parts) or self.training.pipeline.keeps
+        """Whether anything of the clients' side keeps something."""
+        return any(keeper.keeps for keeper in self.training.keepers)
 
     @property
     def payload_dtype(self) -> torch.dtype:
@@ -110,8 +108,8 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
         """theta_0, with the server optimizer; what one client alone has trained (centralized) is taken as it is."""
         config, theta = self.config, self.split.apart(self.initial_payload())[0]
         optimizer = registry.choice("server_optimizers", config.server.optimizer)(config.server)
-        kept = self.training.pipeline.server_tensors()
-        return Server(theta, optimizer if config.mode == "federated" else None, config.corrects_drift, kept)
+        tensors = self.training.pipeline.server_tensors()
+        return Server(theta, optimizer if config.mode == "federated" else None, config.corrects_drift, tensors)
 
     def download(self, transport: Transport, state: State | None, plan: Plan) -> Download:
         """See the base class."""
@@ -206,7 +204,7 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
         """
         if self.config.mode != "local" or round_ == 0:
             theta = self._theta(transport, state).unsqueeze(0)
-            return self.split.join(theta, self.personal.initial).to(self.base.device)
+            return self.split.join(theta, self.personal.initial()).to(self.base.device)
         transport.barrier()  # another rank may have written the client's file
         clients = self.plan(round_).training
         rows = [client_state.load(self.config.run_dir, c, round_)["theta"] for c in clients]
@@ -231,7 +229,7 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
             for i, client in enumerate(self.plan(self.rounds).training):
                 self.method.export({name: view[i] for name, view in views.items()}, folder / str(client))
         else:
-            views = layout.views(self.split.join(_server(state).theta, self.personal.initial))
+            views = layout.views(self.split.join(_server(state).theta, self.personal.initial()))
             self.method.export(views, folder)
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
         return FinalResults(
@@ -257,8 +255,8 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
             versions = self._versions(transport, state, clients)
 
             def personalize(block: Sequence[int]) -> Tensor:
-                states = client_state.load_all(config.run_dir, block, versions)
-                start = self.split.join(theta.unsqueeze(0), self.personal.of_clients(states)).expand(len(block), -1)
+                tensors = client_state.read(config.run_dir, block, versions, [self.personal])
+                start = self.split.join(theta.unsqueeze(0), self.personal.of_clients(tensors)).expand(len(block), -1)
                 return fine_tuned(config, self.base, self.method, self.objective, self.data, self.rounds, start, block)
 
             personal = self.evaluation.personalized(transport, personalize, clients, self.block_size)
@@ -280,8 +278,8 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
     def summary(self) -> str:
         """See the base class."""
         twice = ", exchanged with control variates of that size" if self.config.corrects_drift else ""
-        kept = self.split.personal.size
-        apart = f", {kept:,} of them personal" if kept else ""
+        size = self.split.personal.size
+        apart = f", {size:,} of them personal" if size else ""
         return f"{self.method.payload.size:,} parameters{apart}{twice}"
 
     def details(self, plan: Plan) -> list[str]:

@@ -19,7 +19,10 @@ from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
 from fedhpc.training import client_state
-from fedhpc.training.block import Memory, Trained, Work, train_block
+from fedhpc.training.block import Trained, Work, train_block
+from fedhpc.training.client_state import Keeper, OwnPayload
+from fedhpc.training.local import LocalTraining
+from fedhpc.training.memory import Memory, OptimizerMemory
 from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.rules import scaffold
 from fedhpc.updates.pipeline import Pipeline
@@ -60,7 +63,18 @@ class BlockTraining:
         self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
         transforms = [registry.choice("transforms", section.name)(section) for section in config.transforms]
         #: What is done to the updates before they are sent, and to their aggregate on the server.
-        self.pipeline = Pipeline(transforms, config.run.seed, self.split.shared.size)
+        self.pipeline = Pipeline(transforms, config.run.seed, self.split.shared.size, personal.dtype)
+        alone = config.mode != "federated"
+        self._payload = OwnPayload(personal.initial_payload) if config.mode == "local" else None
+        self._memory = OptimizerMemory(self.optimizer, method.trainable.size, personal.dtype) if alone else None
+        controls = scaffold.ControlVariates(personal.split.shared.size, personal.dtype)
+        keepers = [self._payload, self._memory, controls if config.corrects_drift else None, personal]
+        self._keepers: list[Keeper] = [keeper for keeper in keepers if keeper is not None]
+
+    @property
+    def keepers(self) -> list[Keeper]:
+        """All that clients keep tensors for from round to round."""
+        return [*self._keepers, self.pipeline]
 
     def raw_bytes(self, clients: Sequence[int]) -> np.ndarray:
         """Bytes of each client's update as it is before the transforms: int64 (K,)."""
@@ -70,35 +84,42 @@ class BlockTraining:
     def train(self, round_: int, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
         """Train `clients` together and write what they keep. UserError where a client on its own diverged."""
         config = self.config
-        works = [Work(c, self.data.population.indices(c)) for c in clients]
-        found = client_state.load_all(config.run_dir, clients, down.versions)
-        change: Tensor | None = None
-        if config.mode == "federated":
-            trained, change, kept = self._train_federated(round_, works, found, down)
-        else:
-            trained, kept = self._train_alone(round_, works, found, down.theta)
+        tensors = client_state.read(config.run_dir, clients, down.versions, self.keepers)
+        starts = self._starts(down, tensors)
+        trained = train_block(
+            self.base,
+            self.method,
+            self.objective,
+            starts,
+            [Work(c, self.data.population.indices(c)) for c in clients],
+            self.data.train,
+            LocalTraining.of(config, round_, self.rounds),
+            None if self._memory is None else Memory.of(tensors),
+            None if down.control is None else scaffold.corrections(tensors, down.control),
+        )
+        changes = None
+        if down.control is not None:
+            changes = scaffold.changes(down.control, trained.updates, trained.distance)
+        tensors_after = self._tensors_after(tensors, starts, trained, changes)
         updates, personal = self.split.apart(trained.updates)
-        finite: np.ndarray = (torch.isfinite(updates).all(dim=1) & torch.isfinite(personal).all(dim=1)).numpy()
-        sent = self.pipeline.on_clients(updates, round_, clients, found, self.raw_bytes(clients))
+        finite = _finite(updates) & _finite(personal)
+        sent = self.pipeline.on_clients(updates, round_, clients, tensors, self.raw_bytes(clients))
         if sent.updates is not updates:
             updates = sent.updates
-            finite &= torch.isfinite(updates).all(dim=1).numpy()
-        if change is not None:
-            finite &= torch.isfinite(change).all(dim=1).numpy()
-        kept = [{**tensors, **own} for tensors, own in zip(kept, sent.kept, strict=True)]
-        for client, state, ok in zip(clients, kept, finite, strict=True):
-            if not ok and config.mode != "federated":
-                raise UserError(
-                    f"client {client}: training diverged in round {round_} (its parameters are not finite): "
-                    "lower client.lr"
-                )
-            if ok and state:
-                client_state.save(config.run_dir, client, round_, state)
+            finite &= _finite(updates)
+        if changes is not None:
+            finite &= _finite(changes)
+        if config.mode != "federated" and not finite.all():
+            raise UserError(
+                f"client {clients[int(finite.argmin())]}: training diverged in round {round_} (its parameters are not "
+                "finite): lower client.lr"
+            )
+        client_state.write(config.run_dir, clients, round_, tensors_after | sent.tensors, finite)
         # Control variates go beside the updates, as they are.
-        bytes_up = sent.bytes_up + self.raw_bytes(clients) if change is not None else sent.bytes_up
+        bytes_up = sent.bytes_up if changes is None else sent.bytes_up + self.raw_bytes(clients)
         return BlockResult(
             clients=tuple(clients),
-            upload=Upload(updates, change),
+            upload=Upload(updates, changes),
             reason=np.where(finite, 0, 1),
             tokens=trained.tokens,
             steps=trained.steps,
@@ -110,45 +131,28 @@ class BlockTraining:
             padded_tokens=trained.padded_tokens,
         )
 
-    def _train_federated(
-        self, round_: int, works: Sequence[Work], found: Sequence[Mapping[str, Tensor]], down: Download
-    ) -> tuple[Trained, Tensor | None, list[dict[str, Tensor]]]:
-        """From theta_t, with fresh optimizers; also the changes of c_i, and what each client keeps."""
+    def _starts(self, down: Download, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The payloads from which K clients train: (K, P), or (1, P) where they share one."""
+        if self._payload is not None:
+            return self._payload.of_clients(tensors)
         assert down.theta is not None
-        own = self.personal.of_clients(found)
-        start = self.split.join(down.theta.unsqueeze(0), own)
-        about = (works, self.data.train, self.config, round_, self.rounds)
-        if down.control is None:
-            trained = train_block(self.base, self.method, self.objective, start, *about)
-            if not self.split.personal.shapes:
-                return trained, None, [{} for _ in works]
-            return trained, None, [{"personal": part} for part in own - self.split.apart(trained.updates)[1]]
-        zero = torch.zeros_like(down.control)
-        controls = torch.stack([state.get("control", zero) for state in found])
-        trained = train_block(
-            self.base, self.method, self.objective, start, *about, corrections=down.control - controls
-        )
-        change = scaffold.change(down.control, trained.updates, trained.distance)
-        return trained, change, [{"control": control} for control in controls + change]
+        return self.split.join(down.theta.unsqueeze(0), self.personal.of_clients(tensors))
 
-    def _train_alone(
-        self, round_: int, works: Sequence[Work], found: Sequence[Mapping[str, Tensor]], theta: Tensor | None
-    ) -> tuple[Trained, list[dict[str, Tensor]]]:
-        """Going on with each client's optimizer, from theta or, in local mode, from its own payload."""
-        names = self.optimizer.buffers
-        memories = [
-            client_state.unpack(state)
-            if state
-            else Memory.fresh(names, self.method.trainable.size, self.personal.dtype)
-            for state in found
-        ]
-        if theta is not None:
-            start = theta.unsqueeze(0)
-        else:
-            start = torch.stack([state["theta"] if state else self.personal.initial_payload() for state in found])
-        about = (works, self.data.train, self.config, round_, self.rounds)
-        trained = train_block(self.base, self.method, self.objective, start, *about, memories)
-        kept = [client_state.pack(memory) for memory in trained.memories]
-        if theta is None:
-            kept = [{"theta": own, **state} for own, state in zip(start - trained.updates, kept, strict=True)]
-        return trained, kept
+    def _tensors_after(
+        self, tensors: Mapping[str, Tensor], starts: Tensor, trained: Trained, changes: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the clients keep now, of everybody who keeps something."""
+        after: dict[str, Tensor] = {}
+        if self._payload is not None:
+            after |= self._payload.tensors(starts - trained.updates)
+        if trained.memory is not None:
+            after |= trained.memory.tensors()
+        if changes is not None:
+            after |= scaffold.tensors_after(tensors, changes)
+        return after | self.personal.tensors_after(tensors, self.split.apart(trained.updates)[1])
+
+
+def _finite(rows: Tensor) -> np.ndarray:
+    """Which of K rows are finite: bool (K,)."""
+    finite: np.ndarray = torch.isfinite(rows).all(dim=1).numpy()
+    return finite

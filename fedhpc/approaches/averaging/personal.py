@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -16,7 +17,10 @@ from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
 from fedhpc.training.block import Work, train_block
+from fedhpc.training.local import LocalTraining
 from fedhpc.updates.layout import Layout, Split
+
+_PERSONAL = "personal"  # its name in a client's file
 
 
 class PersonalPart:
@@ -33,15 +37,27 @@ class PersonalPart:
         return self._method.payload.flatten({name: t.to(self.dtype) for name, t in tensors.items()})
 
     @cached_property
-    def initial(self) -> Tensor:
-        """The personal part of a client that was never sampled (P - S,), on the CPU."""
+    def _initial(self) -> Tensor:
         if not self.split.personal.shapes:
             return torch.empty(0, dtype=self.dtype)
         return self.split.apart(self.initial_payload())[1]
 
-    def of_clients(self, client_states: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Each client's personal part (K, P - S), from the tensors that it has kept."""
-        return torch.stack([tensors.get("personal", self.initial) for tensors in client_states])
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """Its name in a client's file."""
+        return (_PERSONAL,) if self.split.personal.shapes else ()
+
+    def initial(self, name: str = _PERSONAL) -> Tensor:
+        """The personal part of a client that was never sampled (P - S,), on the CPU."""
+        return self._initial
+
+    def of_clients(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Each client's personal part (K, P - S), of what K clients keep; (1, 0) where there is none."""
+        return tensors[_PERSONAL] if self.keeps else self._initial.unsqueeze(0)
+
+    def tensors_after(self, tensors: Mapping[str, Tensor], updates: Tensor) -> dict[str, Tensor]:
+        """What the clients keep once their personal parts have moved by -`updates` (K, P - S)."""
+        return {_PERSONAL: tensors[_PERSONAL] - updates} if self.keeps else {}
 
 
 def fine_tuned(
@@ -63,12 +79,11 @@ def fine_tuned(
     rows = [i for i, work in enumerate(works) if len(work.indices)]
     if not steps or not rows:
         return payloads
-    constant = {"steps": steps, "epochs": None, "schedule": "constant", "warmup": 0.0}
-    config = config.model_copy(update={"client": config.client.model_copy(update=constant)})
-    after = rounds + 1  # of draws that no round has made
-    about = ([works[i] for i in rows], data.train, config, after, after)
+    after = rounds + 1  # so its draws are none that a round has made
+    local = replace(LocalTraining.of(config, after, after), steps=steps, epochs=None, schedule="constant", warmup=0.0)
     tuned = payloads.clone()
-    tuned[rows] -= train_block(base, method, objective, payloads[rows], *about).updates
+    chosen = [works[i] for i in rows]
+    tuned[rows] -= train_block(base, method, objective, payloads[rows], chosen, data.train, local).updates
     return tuned
 
 
@@ -79,14 +94,14 @@ def _split(config: Config, method: Method) -> Split:
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join([*names[:6], *(["..."] if len(names) > 7 else names[6:7]), *names[7:][-1:]])
             raise UserError(f"personalization.parts: no tensor of the payload matches '{pattern}'; it has: {shown}")
-    own = {n: s for n, s in method.payload.shapes.items() if any(fnmatchcase(n, p) for p in patterns)}
-    if len(own) == len(names):
+    personal = {n: s for n, s in method.payload.shapes.items() if any(fnmatchcase(n, p) for p in patterns)}
+    if len(personal) == len(names):
         raise UserError(
             "personalization.parts: all tensors of the payload match, so nothing would be exchanged: use mode local"
         )
-    if own and method.trainable.shapes != method.payload.shapes:
+    if personal and method.trainable.shapes != method.payload.shapes:
         raise UserError(
             f"personalization.parts: {config.method.name} with these options trains other parameters than it "
             "exchanges, so none of them can stay on the client; exchange what is trained"
         )
-    return Split(method.payload, Layout(own))
+    return Split(method.payload, Layout(personal))

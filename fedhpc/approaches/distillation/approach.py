@@ -52,6 +52,8 @@ from fedhpc.rng import generator
 from fedhpc.server.state import State
 from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block
+from fedhpc.training.client_state import OwnPayload
+from fedhpc.training.local import LocalTraining
 from fedhpc.updates.cohort import accepted
 
 
@@ -210,8 +212,8 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
                 payloads = payloads - learnt.updates
                 padded_tokens += learnt.padded_tokens
             works = [Work(c, self.data.population.indices(c)) for c in own]
-            about = (works, group.data.train, self.config, plan.round, self.rounds)
-            trained = train_block(group.base, group.method, group.objective, payloads, *about)
+            local = LocalTraining.of(self.config, plan.round, self.rounds)
+            trained = train_block(group.base, group.method, group.objective, payloads, works, group.data.train, local)
             payloads = payloads - trained.updates
             finite = torch.isfinite(payloads).all(dim=1).tolist()
             for i, payload, sound, opinion in zip(
@@ -242,11 +244,8 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
     def _own_payloads(self, group: LearnerGroup, clients: Sequence[int], versions: Mapping[int, int]) -> Tensor:
         """What each client has kept (K, P), the initial payload of one that was never sampled."""
-        rows = [
-            client_state.load(self.config.run_dir, c, versions[c])["theta"] if versions[c] else group.initial
-            for c in clients
-        ]
-        return torch.stack(rows)
+        keeper = OwnPayload(lambda: group.initial)
+        return keeper.of_clients(client_state.read(self.config.run_dir, clients, versions, [keeper]))
 
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Knowledge | None:
         """The ensemble of the accepted clients."""

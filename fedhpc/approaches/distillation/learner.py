@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,7 @@ from fedhpc.objectives.base import PredictedObjective
 from fedhpc.objectives.soft_targets import SoftTargets
 from fedhpc.rng import generator, torch_seed
 from fedhpc.training.block import Trained, Work, train_block
+from fedhpc.training.local import LocalTraining
 
 _GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
 
@@ -76,7 +78,7 @@ class Learner:
         learning: the section `distil` or `digest` of the method's options. clients: the clients whose random draws the
         models use.
         """
-        options, client, examples = self.config.method, self.config.client, self.public
+        options, examples = self.config.method, self.public
         objective: PredictedObjective = self.objective
         if knowledge is not None:
             objective = SoftTargets(
@@ -87,21 +89,17 @@ class Learner:
                 options.temperature,
                 options.hard_weight,
             )
-        changes = {
-            "lr": client.lr if learning.lr is None else learning.lr,
-            "batch_size": learning.batch_size or client.batch_size,
-            "epochs": learning.epochs,
-            "steps": None,
-        }
-        seed = torch_seed(self.config.run.seed, "public set")  # other draws than those on private data
-        config = self.config.model_copy(
-            update={
-                "client": client.model_copy(update=changes),
-                "run": self.config.run.model_copy(update={"seed": seed}),
-            }
+        local = LocalTraining.of(self.config, round_, rounds)
+        local = replace(
+            local,
+            lr=local.lr if learning.lr is None else learning.lr,
+            batch_size=learning.batch_size or local.batch_size,
+            epochs=learning.epochs,
+            steps=None,
+            seed=torch_seed(self.config.run.seed, "public set"),  # other draws than those on private data
         )
         works = [Work(c, np.arange(len(examples))) for c in clients]
-        return train_block(self.base, self.method, objective, payloads, works, examples, config, round_, rounds)
+        return train_block(self.base, self.method, objective, payloads, works, examples, local)
 
     def knowledge(self, payloads: Tensor) -> list[Knowledge | None]:
         """The knowledge of the models `payloads` (K, P) on the public set; None for one that is not finite."""

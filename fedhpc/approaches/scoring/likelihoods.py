@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedhpc.lazy import lazy
 from fedhpc.models.causal_lm import CausalLM
-from fedhpc.training.block import cut_by_length
+from fedhpc.training.forwards import cut_by_length
 
 if TYPE_CHECKING:
     import torch

@@ -12,17 +12,59 @@ used. Both ways a client exchanges twice the payload.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from fedhpc.lazy import Tensor, torch
+from fedhpc.training.local import LocalTraining
+from fedhpc.training.rules.base import Rule
+
+_CONTROL = "control"  # its name in a client's file
 
 
-def change(control: Tensor, updates: Tensor, distance: Tensor) -> Tensor:
-    """c_i+ - c_i of K clients (K, P).
+class Correction(Rule):
+    """Adds c - c_i to every gradient of a client (client.scaffold)."""
 
-    control (P,): c; updates (K, P): theta_t - theta_i; distance (K,): sum of the learning rates of a client's steps. A
+    def __init__(self, corrections: Tensor) -> None:
+        self.corrections = corrections
+
+    @classmethod
+    def of(cls, local: LocalTraining, start: Tensor, corrections: Tensor | None) -> Rule | None:
+        return None if corrections is None else cls(corrections)
+
+    def change(self, gradient: Tensor, parameters: Tensor) -> None:
+        gradient.add_(self.corrections[: len(gradient)])
+
+
+@dataclass(frozen=True)
+class ControlVariates:
+    """Keeps each client's control variate c_i (K, S)."""
+
+    size: int  # S, that of an update
+    dtype: torch.dtype
+
+    keeps: ClassVar[tuple[str, ...]] = (_CONTROL,)
+
+    def initial(self, name: str) -> Tensor:
+        return torch.zeros(self.size, dtype=self.dtype)
+
+
+def corrections(tensors: Mapping[str, Tensor], control: Tensor) -> Tensor:
+    """c - c_i (K, S) of the K clients that keep `tensors`. control (S,): c."""
+    return control - tensors[_CONTROL]
+
+
+def changes(control: Tensor, updates: Tensor, distance: Tensor) -> Tensor:
+    """c_i+ - c_i of K clients (K, S).
+
+    control (S,): c; updates (K, S): theta_t - theta_i; distance (K,): sum of the learning rates of a client's steps. A
     client whose rates are all 0 has not moved and learnt nothing: no change.
     """
     moved = distance.unsqueeze(1)
     return (updates / moved - control).where(moved > 0, 0.0)
+
+
+def tensors_after(tensors: Mapping[str, Tensor], changes: Tensor) -> dict[str, Tensor]:
+    """What the clients keep once their c_i have changed by `changes` (K, S)."""
+    return {_CONTROL: tensors[_CONTROL] + changes}
