@@ -75,7 +75,7 @@ def test_a_block_with_dropout_equals_its_clients_alone(family: str) -> None:
     for i, work in enumerate(group):
         alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 2, 3).updates[0]
         assert float((together[i] - alone).norm() / alone.norm()) < 1e-9
-    without = tiny.train(base, plain, start, group, data, config, 2, 3).updates
+    without = tiny.train(base, plain, tiny.objective(base), start, group, data, config, 2, 3).updates
     assert float((together - without).norm() / without.norm()) > 1e-2
     another_round = tiny.train(base, method, tiny.objective(base), start, group, data, config, 3, 3).updates
     assert float((together - another_round).norm() / together.norm()) > 1e-2
@@ -248,7 +248,8 @@ def with_added(base: Any, added: dict[str, np.ndarray]) -> Any:
 def trained(method: Lora, start: torch.Tensor, group: list[Any], round_: int) -> np.ndarray:
     """The payloads of clients after a round, each of which trained alone: (C, P)."""
     data, config = tiny.examples(), settings(optimizer="adamw", lr=0.02)
-    updates = [tiny.train(method.base, method, start, [w], data, config, round_, 3).updates[0] for w in group]
+    base, objective = method.base, tiny.objective(method.base)
+    updates = [tiny.train(base, method, objective, start, [w], data, config, round_, 3).updates[0] for w in group]
     return (start - torch.stack(updates)).numpy()
 
 
