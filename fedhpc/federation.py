@@ -17,51 +17,21 @@ from fedhpc import registry
 from fedhpc.approaches.base import Approach
 from fedhpc.approaches.describe import headline, run_description
 from fedhpc.approaches.report import Clock, collect, make_record
-from fedhpc.config import Config
-from fedhpc.errors import UserError
-from fedhpc.participation import forecast as forecasts
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
-from fedhpc.results.lock import Lock, take_lock
+from fedhpc.results.opening import Opening
 from fedhpc.results.progress import Progress
 from fedhpc.results.record import OK, Event, FinalResults, Observer, RoundRecord
-from fedhpc.results.recorder import Recorder, new_results, restored
-from fedhpc.results.results_file import Results
-from fedhpc.results.resume import decide
-from fedhpc.results.run_directory import begin, remove_temporary_files, write_config
-from fedhpc.results.status import read_status, write_status
+from fedhpc.results.recorder import Recorder
 from fedhpc.results.trackers.base import Guarded
-from fedhpc.server.state import State
+from fedhpc.server.state import ServerState
 from fedhpc.training import client_state
 
 AnyApproach = Approach[Any, Any, Any, Any]
 
 
-@dataclass(frozen=True)
-class Server:
-    """What rank 0 has beside the approach: the state that rounds move, and who follows the run, in order."""
-
-    state: State
-    observers: Sequence[Observer]
-
-    def message(self, text: str) -> None:
-        """Tell all observers one line."""
-        for observer in self.observers:
-            observer.message(text)
-
-    def record(self, record: RoundRecord) -> None:
-        """Tell all observers of a round: first the results file, then the screen, so what is seen is on the disk."""
-        for observer in self.observers:
-            observer.round(record)
-
-    def finish(self, results: FinalResults) -> None:
-        """Tell all observers how the run ended."""
-        for observer in self.observers:
-            observer.finish(results)
-
-
 def run_round(
-    approach: AnyApproach, transport: Transport, server_state: State | None, round_: int
+    approach: AnyApproach, transport: Transport, server_state: ServerState | None, round_: int
 ) -> RoundRecord | None:
     """One round; its record on rank 0. FedAvg's are lines 3 to 8 of algorithm 1 of McMahan et al. 2017."""
     wire_bytes, fitted, clock = transport.wire_bytes, approach.clients_that_fit, Clock()
@@ -80,9 +50,8 @@ def run_round(
         completed = reports.status(plan) == OK
         enough = completed.sum() >= approach.min_cohort or not approach.moves_server
         norm = approach.step(server_state, plan, combined) if enough and approach.moves_server else 0.0
-        for client, ok in zip(plan.cohort, completed, strict=True) if enough and approach.keeps_client_state else ():
-            if ok:
-                server_state.name(client, round_)
+        if enough and approach.keeps_client_state:
+            server_state.keep_versions([c for c, ok in zip(plan.cohort, completed, strict=True) if ok], round_)
     sent = approach.bytes_down(plan, download), approach.bytes_fetched(plan, combined)
     record = make_record(approach, plan, reports, clock, norm, *sent, transport.evaluators)
     if enough:
@@ -120,8 +89,35 @@ def run(
             server.message(f"complete: {approach.config.run_dir}/results.h5{exported}")
 
 
+@dataclass(frozen=True)
+class Server:
+    """What rank 0 has beside the approach: the state that rounds move, and who follows the run, in order."""
+
+    state: ServerState
+    observers: Sequence[Observer]
+
+    def message(self, text: str) -> None:
+        """Tell all observers one line."""
+        for observer in self.observers:
+            observer.message(text)
+
+    def record(self, record: RoundRecord) -> None:
+        """Tell all observers of a round: first the results file, then the screen, so what is seen is on the disk."""
+        for observer in self.observers:
+            observer.round(record)
+
+    def finish(self, results: FinalResults) -> None:
+        """Tell all observers how the run ended."""
+        for observer in self.observers:
+            observer.finish(results)
+
+
 def _evaluated(
-    approach: AnyApproach, transport: Transport, server_state: State | None, round_: int, record: RoundRecord | None
+    approach: AnyApproach,
+    transport: Transport,
+    server_state: ServerState | None,
+    round_: int,
+    record: RoundRecord | None,
 ) -> RoundRecord | None:
     """The record with the evaluation after the round. Collective."""
     began = time.perf_counter()
@@ -140,96 +136,54 @@ def _begin(
     writing: AbstractContextManager[object],
     stack: ExitStack,
 ) -> tuple[int, Server | None]:
-    """Take the run directory and go on from what it holds: the last round, and what rank 0 has.
+    """Take the run directory and go on from what it holds: the last round that is done, and what rank 0 has.
 
-    Lock and observers are closed with `stack`.
+    The lock and the observers are closed with `stack`. A new run evaluates the initial state first.
     """
-    config, directory = approach.config, approach.config.run_dir
     run = run_description(approach, transport)
-    begun: list[tuple[Results, State]] = []
-    locks: list[Lock] = []
-
-    def claim() -> str:
-        before = read_status(directory)
-        decision = decide(config, directory, fresh, approach.data.fingerprint, approach.fingerprint)
-        locks.append(take_lock(directory))
-        stack.callback(locks[0].close)
-        if read_status(directory) != before:
-            raise UserError(f"{directory}: another run began or ended in it just now; give the same command again")
-        return decision
-
-    def restore() -> int:
-        state = approach.initial_state()
-        if decision != "resume":
-            begun.append((new_results(run), state))
-            return 0
-        results, round_, tensors = restored(run, f"{transport.world_size} ranks over {transport.name}")
-        if tensors:
-            state.load(tensors)
-        begun.append((results, state))
-        return round_
-
-    def take() -> None:
-        if decision == "fresh":
-            begin(directory)
-        else:
-            remove_temporary_files(directory)
-            # Before the new configuration: a finished run that is being extended must not look finished any more.
-            write_status(directory, "running", round_)
-        write_config(directory, config)
-
-    decision = on_server(transport, claim)
-    round_ = on_server(transport, restore)  # before anything is written: a damaged run is left as it is
-    on_server(transport, take)
+    opening = Opening(approach.config, run, fresh, approach.initial_state)  # used on rank 0 alone
+    stack.callback(opening.close)
+    decision = on_server(transport, opening.claim)
+    round_ = on_server(transport, lambda: opening.restore(f"{transport.world_size} ranks over {transport.name}"))
+    on_server(transport, opening.begin)
     on_round(round_)
     server = None
-    if begun:
-        results, state = begun[0]
-
-        def saved(round_: int) -> None:
-            # Only now is what the checkpoint no longer names of no use.
-            for client in state.renewed:
-                client_state.prune(directory, client, state.versions[client])
-            state.renewed.clear()
-            on_round(round_)
-
-        observers: list[Observer] = [
-            Recorder(run, results, state, config.checkpoint.every, writing, saved),
-            Progress(run.rounds, round_),
-        ]
-        for tracker in config.trackers:
-            made = registry.choice("trackers", tracker.name, "trackers.name")(tracker, run, round_)
-            observers.append(Guarded(tracker.name, made, observers[:2]))
-        for observer in observers:
+    if transport.is_server:
+        server = Server(opening.server_state, _observers(approach, opening, on_round, writing))
+        for observer in server.observers:
             stack.callback(observer.close)
-        server = Server(state, observers)
         for message in [headline(approach, transport), *approach.data.messages]:
             server.message(message)
-        if not locks[0].held:
-            server.message(f"{directory}: this file system has no locks; do not start a second run in it")
+        if not opening.is_locked:
+            server.message(f"{run.directory}: this file system has no locks; do not start a second run in it")
         if decision == "resume":
             server.message(f"resuming after round {round_}")
     if decision == "fresh":
-        initial = _evaluated(approach, transport, server.state if server else None, 0, RoundRecord(0))
-        if server and initial:
-            server.record(initial)
+        record = _evaluated(approach, transport, server.state if server else None, 0, RoundRecord(0))
+        if server and record:
+            server.record(record)
     return round_, server
 
 
-def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
-    """Whether the run directory holds this very run, complete; says so. RefusedError where it holds another one."""
-    finished = on_server(transport, lambda: decide(config, config.run_dir, fresh) == "finished")
-    if finished and transport.is_server:
-        longer = "" if config.method.fixes_rounds else ", a larger federation.rounds extends it"
-        print(f"{config.run_dir}: this run is finished; --fresh starts it over{longer}")
-    return finished
+def _observers(
+    approach: AnyApproach,
+    opening: Opening[ServerState],
+    on_round: Callable[[int], None],
+    writing: AbstractContextManager[object],
+) -> list[Observer]:
+    """Who follows the run on rank 0, in order: the files, the screen, trackers."""
+    config, run, state = approach.config, opening.run, opening.server_state
 
+    def saved(round_: int) -> None:
+        # Only now are the files of no use that the checkpoint no longer names.
+        for client in state.renewed:
+            client_state.prune(run.directory, client, state.versions[client])
+        state.renewed.clear()
+        on_round(round_)
 
-def forecast(approach: AnyApproach, counts: Sequence[int]) -> list[str]:
-    """Lines of --check on other numbers of ranks, from the times of the run in the run directory, if there is one."""
-    config, path = approach.config, approach.config.run_dir / "results.h5"
-    decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)
-    if not path.exists():
-        return forecasts.lines(approach, counts, None, 1)
-    pilot = Results.read(path)
-    return forecasts.lines(approach, counts, pilot.rounds, int(pilot.attributes["world_size"]))
+    recorder = Recorder(run, opening.results, state, config.checkpoint.every, writing, saved)
+    observers: list[Observer] = [recorder, Progress(run.rounds, opening.round)]
+    for options in config.trackers:
+        tracker = registry.choice("trackers", options.name, "trackers.name")(options, run, opening.round)
+        observers.append(Guarded(options.name, tracker, observers[:2]))
+    return observers

@@ -114,11 +114,11 @@ def _imports(model: Model | None = None) -> None:
 def _work(options: argparse.Namespace, rank: Rank) -> None:
     """What the ranks do together: check, or run to the end."""
     from fedhpc import federation
-    from fedhpc.approaches.describe import describe
-    from fedhpc.approaches.prepare import place_ranks, prepare
+    from fedhpc.approaches.describe import describe, forecast_lines
+    from fedhpc.approaches.prepare import is_finished, place_ranks, prepare
 
     config, transport = rank.config, rank.transport
-    if not options.check and federation.is_finished(config, transport, options.fresh):
+    if not options.check and is_finished(config, transport, options.fresh):
         return
     launch = place_ranks(config, transport, rank.launch, rank.gpus)
     approach = prepare(config, transport, launch, write_cache=not options.check)
@@ -129,7 +129,7 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     if options.ranks:
         from fedhpc.ranks.verdict import on_server
 
-        lines += on_server(transport, lambda: federation.forecast(approach, options.ranks))
+        lines += on_server(transport, lambda: forecast_lines(approach, options.ranks))
     if transport.rank == 0:
         print("\n".join(lines))
 

@@ -11,7 +11,7 @@ import torch
 from fedhpc import config as configuration
 from fedhpc import registry
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
-from fedhpc.server.state import Server
+from fedhpc.server.state import ParameterState
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
 from fedhpc.updates.pipeline import Pipeline
@@ -159,15 +159,15 @@ def test_the_server_half_of_a_transform_goes_on_from_what_it_kept(name: str) -> 
 @pytest.mark.parametrize("name", registry.names("server_optimizers"))
 def test_a_server_optimizer_that_was_resumed_goes_on_to_the_bit(name: str) -> None:
     gradients = values(6).double()
-    whole = Server(values(1, 1)[0].double(), made("server_optimizers", name))
+    whole = ParameterState(values(1, 1)[0].double(), made("server_optimizers", name))
     for gradient in gradients:
         before = gradient.clone()
         whole.step(gradient)
         assert torch.equal(gradient, before)  # it is the caller's
-    half = Server(values(1, 1)[0].double(), made("server_optimizers", name))
+    half = ParameterState(values(1, 1)[0].double(), made("server_optimizers", name))
     for gradient in gradients[:3]:
         half.step(gradient)
-    resumed = Server(torch.zeros(LAYOUT.size, dtype=torch.float64), made("server_optimizers", name))
+    resumed = ParameterState(torch.zeros(LAYOUT.size, dtype=torch.float64), made("server_optimizers", name))
     resumed.load({key: array.copy() for key, array in half.tensors().items()})
     for gradient in gradients[3:]:
         resumed.step(gradient)

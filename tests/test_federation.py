@@ -16,9 +16,8 @@ import pandas
 import pytest
 import torch
 
-from fedhpc import federation
 from fedhpc.approaches.averaging.approach import Averaging
-from fedhpc.approaches.prepare import prepare
+from fedhpc.approaches.prepare import is_finished, prepare
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
@@ -380,10 +379,10 @@ def test_an_extension_stopped_at_once_is_not_taken_for_finished(tmp_path: Path, 
     longer = settings(tmp_path, mode(texts, "federated", federation={"rounds": 3}))
     with pytest.raises(Interrupted):
         federate(longer, stop_at=8)
-    assert not federation.is_finished(longer, LoopbackTransport(), False)
+    assert not is_finished(longer, LoopbackTransport(), False)
     federate(longer, ranks=2)
     assert len(table(tmp_path, "rounds")["round"]) == 4
-    assert federation.is_finished(longer, LoopbackTransport(), False)
+    assert is_finished(longer, LoopbackTransport(), False)
 
 
 @pytest.mark.slow

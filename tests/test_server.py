@@ -1,4 +1,4 @@
-"""Server optimizers against Reddi et al. 2021, algorithm 2, written in numpy."""
+"""ParameterState optimizers against Reddi et al. 2021, algorithm 2, written in numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import registry
-from fedhpc.server.state import Server, State
+from fedhpc.server.state import ParameterState, ServerState
 
 
 def paper(name: str, options: dict[str, float], theta: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:
@@ -49,11 +49,11 @@ def test_steps_as_in_the_paper_and_resumes_from_its_tensors(name: str, options: 
     rng = np.random.default_rng(0)
     start, gradients = rng.normal(size=50), [rng.normal(size=50) for _ in range(6)]
     optimizer = registry.choice("server_optimizers", name)(config.server)
-    server = Server(torch.from_numpy(start.copy()), optimizer)
+    server = ParameterState(torch.from_numpy(start.copy()), optimizer)
     for i, g in enumerate(gradients):
         if i == 3:
             saved = {n: a.copy() for n, a in server.tensors().items()}
-            server = Server(torch.zeros(50, dtype=torch.float64), optimizer)
+            server = ParameterState(torch.zeros(50, dtype=torch.float64), optimizer)
             server.load(saved)
         before = server.theta.clone()
         norm = server.step(torch.from_numpy(g.copy()))
@@ -64,13 +64,13 @@ def test_steps_as_in_the_paper_and_resumes_from_its_tensors(name: str, options: 
 def test_fedavg_of_one_client_takes_its_parameters_over() -> None:
     config = configuration.resolve({"partition": {"name": "iid"}})
     theta, client = torch.randn(1000), torch.randn(1000)
-    server = Server(theta, registry.choice("server_optimizers", "sgd")(config.server))
+    server = ParameterState(theta, registry.choice("server_optimizers", "sgd")(config.server))
     server.step(theta.double() - client.double())
     assert torch.equal(server.theta, client)
 
 
 def test_who_goes_on_removes_the_older_files_that_a_killed_run_left() -> None:
-    before, after = State(), State()
+    before, after = ServerState(), ServerState()
     before.name(3, 2)
     before.name(5, 1)
     after.load(before.tensors())

@@ -30,10 +30,10 @@ from fedhpc.participation.sampling import cohort_size
 from fedhpc.participation.schedules.base import Schedule
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
-from fedhpc.server.state import State
+from fedhpc.server.state import ServerState
 from fedhpc.training.schedule import num_steps
 
-StateT = TypeVar("StateT", bound=State)  # the server's state
+StateT = TypeVar("StateT", bound=ServerState)  # the server's state
 DownloadT = TypeVar("DownloadT")  # what clients know of it in a round
 UploadT = TypeVar("UploadT")  # what a block of clients sends back
 CombinedT = TypeVar("CombinedT")  # all contributions of a round in one
@@ -248,7 +248,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         return f"{min(steps, default=0)} to {max(steps, default=0)} local steps"
 
 
-def broadcast_versions(transport: Transport, server_state: State | None, clients: Sequence[int]) -> dict[int, int]:
+def broadcast_versions(
+    transport: Transport, server_state: ServerState | None, clients: Sequence[int]
+) -> dict[int, int]:
     """Which version of each client's own state counts, 0 where it has none; on every rank. Collective."""
     known = server_state.versions if server_state else {}
     versions = torch.tensor([known.get(c, 0) for c in clients], dtype=torch.int64)

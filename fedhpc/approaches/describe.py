@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from fedhpc import data, registry
 from fedhpc.approaches.base import Approach
 from fedhpc.config import plugins
+from fedhpc.participation import forecast
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import RunDescription, Scalar
+from fedhpc.results.results_file import Results
+from fedhpc.results.resume import decide
 
 Run = Approach[Any, Any, Any, Any]
 
@@ -95,3 +99,13 @@ def _partition(approach: Run) -> dict[str, Any]:
         "indices": indices,
         "offsets": offsets,
     }
+
+
+def forecast_lines(approach: Run, counts: Sequence[int]) -> list[str]:
+    """Lines of --check on other numbers of ranks, from the times of the run in the run directory, if there is one."""
+    config, path = approach.config, approach.config.run_dir / "results.h5"
+    decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)
+    if not path.exists():
+        return forecast.lines(approach, counts, None, 1)
+    pilot = Results.read(path)
+    return forecast.lines(approach, counts, pilot.rounds, int(pilot.attributes["world_size"]))

@@ -20,6 +20,19 @@ from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement, assign_gpus
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
+from fedhpc.results.resume import decide
+
+
+def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
+    """Whether the run directory holds this very run, complete; says so on rank 0. Collective.
+
+    RefusedError where it holds another one.
+    """
+    finished = on_server(transport, lambda: decide(config, config.run_dir, fresh) == "finished")
+    if finished and transport.is_server:
+        longer = "" if config.method.fixes_rounds else ", a larger federation.rounds extends it"
+        print(f"{config.run_dir}: this run is finished; --fresh starts it over{longer}")
+    return finished
 
 
 def place_ranks(config: Config, transport: Transport, launch: Launch, gpus: Sequence[str]) -> Launch:

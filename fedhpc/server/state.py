@@ -6,7 +6,7 @@ server optimizer, SCAFFOLD's c and what transforms keep.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from fedhpc.server.optimizers.base import ServerOptimizer
 
 
-class State:
+class ServerState:
     """What a checkpoint holds of the server; an approach adds its own."""
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class State:
         #: Clients named since the last checkpoint, which may have older files.
         self.renewed: set[int] = set()
 
-    def name(self, client: int, round_: int) -> None:
-        """From now on the file of `round_` is the client's state."""
-        self.versions[client] = round_
-        self.renewed.add(client)
+    def keep_versions(self, clients: Sequence[int], round_: int) -> None:
+        """From now on the files of `round_` are what these clients have kept."""
+        self.versions.update(dict.fromkeys(clients, round_))
+        self.renewed.update(clients)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps."""
@@ -39,7 +39,7 @@ class State:
         self.renewed = set(self.versions)  # a run that was killed after its checkpoint may have left older files
 
 
-class Server(State):
+class ParameterState(ServerState):
     """theta_t and the step that turns an aggregated pseudo-gradient into theta_{t+1}."""
 
     def __init__(

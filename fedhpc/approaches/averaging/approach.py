@@ -33,7 +33,7 @@ from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.server.aggregators.base import Aggregator
-from fedhpc.server.state import Server, State
+from fedhpc.server.state import ParameterState, ServerState
 from fedhpc.training import client_state
 from fedhpc.training.schedule import learning_rates, num_steps
 from fedhpc.updates.cohort import Cohort
@@ -48,7 +48,7 @@ class Combined:
     clients: list[int]  # the accepted ones
 
 
-class Averaging(Approach[Server, Download, Upload, Combined | None]):
+class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     """See the module. A method (fedhpc.methods) says what the payload is; S is the size of its shared part."""
 
     def __init__(self, inputs: Inputs, method: Method | None = None) -> None:
@@ -104,14 +104,15 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
 
     # ---- a round
 
-    def initial_state(self) -> Server:
+    def initial_state(self) -> ParameterState:
         """theta_0, with the server optimizer; what one client alone has trained (centralized) is taken as it is."""
         config, theta = self.config, self.split.apart(self.initial_payload())[0]
         optimizer = registry.choice("server_optimizers", config.server.optimizer)(config.server)
         tensors = self.training.pipeline.server_tensors()
-        return Server(theta, optimizer if config.mode == "federated" else None, config.corrects_drift, tensors)
+        optimizer = optimizer if config.mode == "federated" else None
+        return ParameterState(theta, optimizer, config.corrects_drift, tensors)
 
-    def download(self, transport: Transport, state: State | None, plan: Plan) -> Download:
+    def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Download:
         """See the base class."""
         theta = control = None
         if self.config.corrects_drift:
@@ -123,13 +124,13 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
             theta = self._theta(transport, state)
         return Download(theta, control, self._versions(transport, state, plan.cohort))
 
-    def _theta(self, transport: Transport, state: State | None) -> Tensor:
+    def _theta(self, transport: Transport, state: ServerState | None) -> Tensor:
         """theta_t (S,) on the CPU of every rank."""
         theta = _server(state).theta if state else torch.empty(self.split.shared.size, dtype=self.payload_dtype)
         transport.broadcast(theta)
         return theta
 
-    def _versions(self, transport: Transport, state: State | None, clients: Sequence[int]) -> dict[int, int]:
+    def _versions(self, transport: Transport, state: ServerState | None, clients: Sequence[int]) -> dict[int, int]:
         # In local mode this is all that workers wait for.
         return broadcast_versions(transport, state, clients) if self.keeps_client_state else {}
 
@@ -173,7 +174,7 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
 
         return lambda client: of_steps(num_steps(self.data.population.num_examples(client), options))
 
-    def step(self, state: Server, plan: Plan, combined: Combined | None) -> float:
+    def step(self, state: ParameterState, plan: Plan, combined: Combined | None) -> float:
         """Run the transforms' server halves over the aggregate, then the server optimizer's step."""
         assert combined is not None  # as moves_server says
         total = self.training.pipeline.on_server(combined.total, plan.round, combined.clients, state.transforms)
@@ -197,7 +198,7 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
 
     # ---- results
 
-    def _payloads(self, transport: Transport, state: State | None, round_: int) -> Tensor:
+    def _payloads(self, transport: Transport, state: ServerState | None, round_: int) -> Tensor:
         """What an evaluation after `round_` is of: (1, P), or in local mode (M, P), one row per client.
 
         Personal parts are the initial ones, those of a client that was never sampled.
@@ -210,11 +211,11 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
         rows = [client_state.load(self.config.run_dir, c, round_)["theta"] for c in clients]
         return torch.stack(rows).to(self.base.device)
 
-    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+    def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
         """See the base class."""
         return self.evaluation.validation(transport, self._payloads(transport, state, round_))
 
-    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
+    def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Test, per-client evaluation, final payload, export."""
         config = self.config
         payloads = self._payloads(transport, state, self.rounds)
@@ -245,7 +246,9 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
             ],
         )
 
-    def _per_client(self, transport: Transport, state: State | None, payloads: Tensor) -> dict[str, np.ndarray] | None:
+    def _per_client(
+        self, transport: Transport, state: ServerState | None, payloads: Tensor
+    ) -> dict[str, np.ndarray] | None:
         config = self.config
         local = config.mode == "local"
         clients = self.plan(self.rounds).training if local else self.evaluation.clients_evaluated()
@@ -301,8 +304,8 @@ class Averaging(Approach[Server, Download, Upload, Combined | None]):
         ]
 
 
-def _server(state: State) -> Server:
-    assert isinstance(state, Server)
+def _server(state: ServerState) -> ParameterState:
+    assert isinstance(state, ParameterState)
     return state
 
 

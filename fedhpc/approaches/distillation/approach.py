@@ -49,7 +49,7 @@ from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.rng import generator
-from fedhpc.server.state import State
+from fedhpc.server.state import ServerState
 from fedhpc.training import client_state
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.client_state import OwnPayload
@@ -72,7 +72,7 @@ class Download:
     versions: Mapping[int, int]
 
 
-class StudentState(State):
+class StudentState(ServerState):
     """The student's payload, and the knowledge that goes down next."""
 
     def __init__(self, theta: Tensor) -> None:
@@ -178,11 +178,11 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         """See the base class."""
         return StudentState(self.student.initial)
 
-    def download(self, transport: Transport, state: State | None, plan: Plan) -> Download:
+    def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Download:
         """See the base class."""
         return Download(self._known(transport, state), broadcast_versions(transport, state, plan.cohort))
 
-    def _known(self, transport: Transport, state: State | None) -> Knowledge | None:
+    def _known(self, transport: Transport, state: ServerState | None) -> Knowledge | None:
         if self.config.method.down == "none":
             return None
         known = _student(state).knowledge if state else None
@@ -306,13 +306,13 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
     # ---- results
 
-    def _theta(self, transport: Transport, state: State | None) -> Tensor:
+    def _theta(self, transport: Transport, state: ServerState | None) -> Tensor:
         """The student's payload (1, P) on the device of every rank."""
         theta = _student(state).theta.clone() if state else torch.empty_like(self.student.initial)
         transport.broadcast(theta)
         return theta[None].to(self.base.device)
 
-    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+    def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
         """Of the student."""
         config, examples = self.config, self.data.validation
         return self.evaluator(transport).evaluate(
@@ -323,7 +323,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             config.evaluation.metrics,
         )
 
-    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
+    def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Test of the student, of what it is compared with, and export."""
         config, method = self.config, self.student.method
         theta = self._theta(transport, state)
@@ -364,7 +364,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             theta = self._taught(theta, None, round_)
         return theta
 
-    def _test_ensemble(self, transport: Transport, state: State | None) -> dict[str, float] | None:
+    def _test_ensemble(self, transport: Transport, state: ServerState | None) -> dict[str, float] | None:
         """Loss, where all have the server's tokens, and accuracy of the clients' mean; on rank 0. Collective.
 
         Of the clients that have ever been sampled, a seeded sample of many; by their weights at each token, or label.
@@ -476,7 +476,7 @@ def _speak_alike(one: Any, own: Data, other: Any, theirs: Data) -> bool:
     return all(np.array_equal(a.ids, b.ids) and np.array_equal(a.offsets, b.offsets) for a, b in pairs)
 
 
-def _student(state: State) -> StudentState:
+def _student(state: ServerState) -> StudentState:
     assert isinstance(state, StudentState)
     return state
 

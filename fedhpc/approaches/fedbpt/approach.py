@@ -43,7 +43,7 @@ from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
-from fedhpc.server.state import State
+from fedhpc.server.state import ServerState
 
 # Purposes of draws, after the seed.
 _SERVER, _CLIENT = 0, 1
@@ -52,7 +52,7 @@ _SIGMA = 1.0  # of the first round: a unit, since the subspace is scaled by it (
 _COLUMNS = ("round", "evaluations", "tokens", "tokens_unshared", "sigma", "best")
 
 
-class Distribution(State):
+class Distribution(ServerState):
     """The server's CMA-ES."""
 
     def __init__(self, moments: Moments) -> None:
@@ -119,7 +119,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
     def _key(self, *numbers: int) -> Key:
         return (self.config.run.seed, *numbers)
 
-    def download(self, transport: Transport, state: State | None, plan: Plan) -> Any:
+    def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Any:
         """The candidates (popsize, d); with exchange moments the mean, the covariance and the step size."""
         options, d = self.config.method, self.config.method.dimension
         down = np.empty((d + 1, d) if self.by_moments else (options.popsize, d))
@@ -245,21 +245,21 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
 
     # ---- results
 
-    def _payload(self, transport: Transport, state: State | None) -> Tensor:
+    def _payload(self, transport: Transport, state: ServerState | None) -> Tensor:
         """The soft prompt of the distribution's mean as a payload of method prompt (1, n * D). Collective."""
         mean = torch.from_numpy(_distribution(state).moments.mean.copy() if state else np.empty_like(self.first.mean))
         transport.broadcast(mean)
         prompt = self.subspace.prompts(mean.numpy()).to(self.base.dtype)
         return prompt.reshape(1, -1).to(self.base.device)
 
-    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+    def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
         """The soft prompt of the distribution's mean."""
         options, payload = self.config.evaluation, self._payload(transport, state)
         return self.measured(
             transport, self.data.validation, options.metrics, options.max_examples, self.method, payload
         )
 
-    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
+    def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Test, and the export as method prompt has it."""
         options, payload = self.config.evaluation, self._payload(transport, state)
         limit = options.test_max_examples or options.max_examples
@@ -320,7 +320,7 @@ def aggregate(before: Moments, numbers: Float64, popsize: int, sigma_0: float, k
     return replace(told, sigma=np.array(before.sigma * told.sigma / spread))
 
 
-def _distribution(state: State) -> Distribution:
+def _distribution(state: ServerState) -> Distribution:
     assert isinstance(state, Distribution)
     return state
 

@@ -38,13 +38,13 @@ from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.rng import generator
-from fedhpc.server.state import State
+from fedhpc.server.state import ServerState
 
 _TRIES = 20  # times that proposers are asked for candidates that are new and fit
 _POOL = 64  # shared examples that are kept, the latest
 
 
-class Population(State):
+class Population(ServerState):
     """The candidates of the generation, their scores so far, and what has been tried."""
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
@@ -205,7 +205,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
                         found.append(one)
         return found
 
-    def download(self, transport: Transport, state: State | None, plan: Plan) -> Any:
+    def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Any:
         """The candidates that are scored, and the rung."""
         tree: dict[str, Any] = {}
         if state is not None:
@@ -328,14 +328,14 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
 
     # ---- results
 
-    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+    def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
         """The best prompt of the last complete generation."""
         evaluation = self.config.evaluation
         return self._of_prompt(
             transport, self._best(transport, state), self.data.validation, evaluation.metrics, evaluation.max_examples
         )
 
-    def _best(self, transport: Transport, state: State | None) -> Candidate:
+    def _best(self, transport: Transport, state: ServerState | None) -> Candidate:
         text = transport.broadcast_json(None if state is None else _population(state).best.to_json())
         return Candidate.from_json(text)
 
@@ -359,7 +359,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
             transport, self._rewritten[1], metrics, limit, targets=self.writer.answer_texts(candidate), samples=samples
         )
 
-    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
+    def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """The best prompt on the test split, beside the empty one and the hand-written one that validates best."""
         evaluation = self.config.evaluation
         limit = evaluation.test_max_examples or evaluation.max_examples
@@ -469,7 +469,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         return lines
 
 
-def _population(state: State) -> Population:
+def _population(state: ServerState) -> Population:
     assert isinstance(state, Population)
     return state
 

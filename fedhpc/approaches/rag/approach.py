@@ -51,7 +51,7 @@ from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.results.results_file import Results
 from fedhpc.rng import generator
-from fedhpc.server.state import State
+from fedhpc.server.state import ServerState
 
 ARMS = ("federated", "central", "own", "none")
 _AT_ONCE = 256  # questions of one search at the end: bounds the memory of scores
@@ -75,7 +75,7 @@ class Asked:
         return np.flatnonzero((self.routed == client).any(axis=1))
 
 
-class Answers(State):
+class Answers(ServerState):
     """The lists of the questions asked so far, and the texts in them."""
 
     def __init__(self, questions: int, candidates: int) -> None:
@@ -222,7 +222,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         """The questions of a round."""
         return np.array_split(np.arange(len(self._items)), self.rounds)[round_ - 1]
 
-    def download(self, transport: Transport, state: State | None, plan: Plan) -> Asked:
+    def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Asked:
         """See the base class."""
         numbers = self._batch(plan.round)
         questions = self._questions(transport, numbers, plan.training)
@@ -453,14 +453,14 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         classes = {registry.short_name(name): registry.choice("metrics", name) for name in names}
         return {name: float(cls().compute(outputs)) for name, cls in classes.items() if cls.needs == "rankings"}
 
-    def evaluate(self, transport: Transport, state: State | None, round_: int) -> Outcome | None:
+    def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
         """Metrics of rankings over the questions asked so far; texts are written at the end alone."""
         if not isinstance(state, Answers) or not (done := state.rounds > 0).any():
             return None
         ranks = first_hits(state.ranked[:, : self.options.k], self._gold)[done]
         return Outcome(self._rankings(self.config.evaluation.metrics, ranks), [])
 
-    def finish(self, transport: Transport, state: State | None) -> FinalResults | None:
+    def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Answer every question with the passages of each arm, and with none."""
         found: dict[str, tuple[Int64, dict[tuple[int, int], str]]] = {}
         if isinstance(state, Answers):
