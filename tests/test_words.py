@@ -24,7 +24,7 @@ FORBIDDEN = frozenset(
 NAMES_ALLOWED: dict[str, int] = {
     "": 8,
     "approaches": 2,
-    "approaches/distillation": 15,
+    "approaches/distillation": 14,
     "approaches/fedbpt": 5,
     "approaches/prompt_search": 22,
     "approaches/rag": 15,
