@@ -171,8 +171,8 @@ def on_threads(ranks: int, step: Callable[[Transport], Any]) -> list[Any]:
 
 
 def settings(folder: Path, tree: dict[str, Any]) -> Config:
-    """The configuration `tree` with the run directory `folder`."""
-    return configuration.resolve({**tree, "run": {"name": "test", **tree.get("run", {}), "dir": str(folder)}})
+    """The configuration `tree` with the run directory `folder`; what its method does not read is left out."""
+    return configuration.resolve({**tree, "run": {"name": "test", **tree.get("run", {}), "dir": str(folder)}}, given={})
 
 
 def write_texts(folder: Path) -> Path:

@@ -60,8 +60,8 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration", given: Mapping
     """
     with _placed(given or {}, where):
         config = _resolved(raw if given is None else check.without_unread(raw, given))
-        check.conflicts(config)
         check.refuse_unread(config, _keys(raw) if given is None else given)
+        check.conflicts(config)
     return config
 
 

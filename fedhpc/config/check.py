@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from fedhpc import registry
@@ -25,18 +26,32 @@ def completed(section: Section) -> Section:
 
 def unread_of(config: Config, name: str) -> list[str]:
     """The keys of a section, as section.key, that the configuration's method does not read."""
+    reads = type(config.method).reads
     if name == "trackers":  # the round loop reads them, whatever the method
         return []
     if name in LISTS:
-        return [name] if _unread(type(config.method).reads, name, ["name"]) else []
-    return _unread(type(config.method).reads, name, list(type(getattr(config, name)).model_fields))
+        return [] if reads is None or name in reads else [name]
+    return _unread(reads, name, dict(getattr(config, name)))
 
 
-def _unread(reads: Collection[str] | None, section: str, keys: Collection[str]) -> list[str]:
-    """Those of a section's keys, as section.key, that are not among what is read: sections and section.keys."""
+def _unread(reads: Collection[str] | None, section: str, values: Mapping[str, Any]) -> list[str]:
+    """Those of a section's keys, as section.key, that are not among what is read: sections and section.keys.
+
+    The options of a choice are read with the key that names it.
+    """
     if reads is None or section in reads:
         return []
-    return [key for key in (f"{section}.{key}" for key in keys) if key not in reads]
+    model = SECTIONS[section]
+    named_by: dict[str, str] = {}
+    for choice, family in flat_choices(model).items():
+        with suppress(UserError):  # a wrong name is told where the section is built
+            name = values.get(choice, model.model_fields[choice].default)
+            named_by |= dict.fromkeys(registry.options(family, name).model_fields, choice)
+    return [f"{section}.{key}" for key in values if f"{section}.{_owner(key, model, named_by)}" not in reads]
+
+
+def _owner(key: str, model: type[Section], named_by: Mapping[str, str]) -> str:
+    return key if key in model.model_fields else named_by.get(key, key)
 
 
 def refuse_unread(config: Config, given: Mapping[str, str]) -> None:

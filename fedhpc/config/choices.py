@@ -132,10 +132,10 @@ def flat_choices(model: type[Section]) -> dict[str, str]:
     return {key: choice.family for key, choice in marked.items() if choice is not None}
 
 
-def chosen(section: Any, label: str = "") -> Iterator[tuple[str, str, str]]:
+def chosen(section: Section, label: str = "") -> Iterator[tuple[str, str, str]]:
     """All choices within a section, as (key, family, name): ("method.student.name", "methods", "lora")."""
-    for key, field in type(section).model_fields.items():
-        choice, value = choice_of(field), getattr(section, key)
+    for key, value in section:  # not by attribute, which would look like somebody reading all keys
+        choice = choice_of(type(section).model_fields[key])
         path = f"{label}.{key}" if label else key
         for i, one in enumerate(value) if isinstance(value, (list, tuple)) else [(-1, value)]:
             if isinstance(one, Section):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedhpc import registry
+from fedhpc.approaches.reads import ALWAYS, SPLITS
 from fedhpc.registry import Choice, Chosen, Section
 
 APPROACH = "distillation"
@@ -42,6 +43,13 @@ class Learning(Section):
 
 
 class Options(Section):
+    reads = (
+        ALWAYS
+        | SPLITS
+        | {"client.optimizer", "client.lr", "client.weight_decay", "client.clip_norm", "client.proximal"}
+        | {"client.schedule", "client.warmup", "server.weighting", "evaluation.max_clients"}
+    )
+
     student: Annotated[Chosen, Choice("methods", "lora")] = Field(
         description="what the server's model (model.name) trains, {name: ..., its options}"
     )
@@ -79,17 +87,4 @@ class Options(Section):
             problem: str | None = method.conflict(config)
             if problem:
                 return problem
-        neutral = {"aggregator": "mean", "optimizer": "sgd", "lr": 1.0}
-        for name, value in neutral.items():
-            if getattr(config.server, name) != value:
-                return f"server.{name} is about averaged parameters, which distillation has none of: take it out"
-        if config.transforms:
-            return "transforms change updates of parameters, which distillation does not send: take them out"
-        if config.client.scaffold:
-            return "client.scaffold corrects updates of parameters, which distillation does not send: take it out"
-        if config.personalization.parts or config.personalization.finetune_steps or config.evaluation.client_fraction:
-            return (
-                "personalization and evaluation.client_fraction are of a model that clients share, and with "
-                "distillation each has its own: take them out"
-            )
         return None

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedhpc.approaches.scoring.conflict import conflict
+from fedhpc.approaches.scoring.conflict import READS, conflict
 from fedhpc.methods.prompt import Prompt
 
 APPROACH = "fedbpt"
 
 
 class Options(Prompt.Options):
+    reads = READS
+
     dimension: int = Field(32, ge=2, description="d, of the random subspace")
     alpha: float = Field(1.0, gt=0, description="spread of the first prompts, in deviations of the word embeddings")
     popsize: int = Field(20, ge=4, description="candidates of an iteration (lambda)")

@@ -10,12 +10,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from fedhpc import registry
+from fedhpc.approaches.reads import ALWAYS
 from fedhpc.registry import Section
 
 APPROACH = "rag"
 
 
 class Options(Section):
+    reads = ALWAYS
     fixes_rounds: ClassVar[str] = "they share out the questions of data.test, and other rounds would ask some twice"
 
     index: Literal["dense", "lexical", "hybrid"] = Field(
@@ -49,7 +51,7 @@ class Options(Section):
     context_tokens: int = Field(160, ge=1, description="most tokens of passages in front of a question")
 
     def conflict(self, config: Any) -> str | None:
-        """What retrieval has no use for is refused, so that it is not believed to act."""
+        """What a search cannot do."""
         if self.index == "lexical":
             for key in ("encoder", "retriever", "route"):
                 if getattr(self, key) is not None:
@@ -82,19 +84,4 @@ class Options(Section):
                     f"evaluation.metrics: {metric} is of labels, and method.name rag answers in text: use exact_match, "
                     "f1, contains, recall or mrr"
                 )
-        unused = {
-            **{
-                f"server.{key}": getattr(config.server, key) != field.default
-                for key, field in type(config.server).model_fields.items()
-            },
-            "data.label_noise": config.data.label_noise > 0,
-            "transforms": bool(config.transforms),
-            "client.scaffold": bool(config.client.scaffold),
-            "data.join": config.data.join is not None,
-            "personalization": bool(config.personalization.parts or config.personalization.finetune_steps),
-            "evaluation.client_fraction": config.evaluation.client_fraction > 0,
-        }
-        for key, given in unused.items():
-            if given:
-                return f"{key} is for what clients train on or train; method.name rag trains nothing: leave it out"
         return None
