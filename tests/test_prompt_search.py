@@ -422,12 +422,11 @@ REF = {"data": {"target": " {ref}"}, "evaluation": {"metrics": ["loss"]}}
         ({}, REF, r"method\.objective: label_loss .*data\.target must be made of the label"),
         ({"objective": "loss"}, REF, r"method\.label_words: the answers have no labels"),
         ({"survivors": 6}, {}, r"method\.survivors 6 leaves no place"),
-        ({"proposers": [{"name": "template"}]}, {}, r"method\.proposers: unknown value 'template'; did you mean"),
+        ({"proposers": [{"name": "template"}]}, {}, r"method\.proposers\[0\]\.name: unknown value 'template'; did you mean"),
         ({"proposers": [{"name": "lm", "request": "again"}]}, {}, r"has no \{instruction\}"),
         ({"proposers": [{"name": "lm", "heat": 1}]}, {}, r"method\.proposers.*heat"),
         ({"share_demonstrations": True, "demonstrations": 0}, {}, r"method\.share_demonstrations"),
         ({}, {"mode": "local"}, "mode local: prompt_search searches over all clients"),
-        ({}, {"transforms": [{"name": "clip"}]}, "transforms: prompt_search trains no parameters"),
         ({}, {"data": {"label": None}, "evaluation": {"metrics": ["loss"]}}, "label_loss needs data.label"),
     ],
 )  # fmt: skip
