@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedhpc.approaches.scoring.conflict import READS, conflict
+from fedhpc.approaches.scoring.conflict import ACCEPTED, READS, conflict
 from fedhpc.methods.prompt import Prompt
 
 APPROACH = "fedbpt"
 
 
 class Options(Prompt.Options):
-    reads = READS
+    reads = READS | ACCEPTED
 
     dimension: int = Field(32, ge=2, description="d, of the random subspace")
     alpha: float = Field(1.0, gt=0, description="spread of the first prompts, in deviations of the word embeddings")

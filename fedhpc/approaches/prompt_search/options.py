@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedhpc.approaches.scoring.conflict import READS, conflict
+from fedhpc.approaches.scoring.conflict import ACCEPTED, READS, conflict
 from fedhpc.registry import Choice, Chosen, Section
 
 APPROACH = "prompt_search"
@@ -18,7 +18,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class Options(Section):
-    reads = READS | {"evaluation.max_clients"}
+    reads = READS | ACCEPTED | {"evaluation.max_clients"}
 
     instructions: list[_Text] = Field([], description="hand-written texts in front of the input, to begin with")
     cues: list[str] = Field([""], min_length=1, description="texts between input and answer; the first to begin with")

@@ -10,6 +10,9 @@ from fedhpc.approaches.reads import ALWAYS, SPLITS
 #: Clients train nothing, so of `server` only how scores combine is read.
 READS = ALWAYS | SPLITS | {"server.aggregator", "server.weighting"}
 
+#: Nobody reads these, but files of runs that earlier versions began may have them: such a run must resume.
+ACCEPTED = frozenset({"client.optimizer", "client.lr"})
+
 
 def conflict(config: Any, objective: str) -> str | None:
     """What in the configuration does not go with a search, in one line."""
