@@ -201,7 +201,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "a search with a server's rate": (
         ["method.name=prompt_search", "server.lr=0.5"],
-        ("server.optimizer and server.lr", "take them out"),
+        ("command line: server.lr: method.name prompt_search does not read it", "take it out"),
     ),
     "moments with a median": (
         ["method.name=fedbpt", "server.aggregator=median"],

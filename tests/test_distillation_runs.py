@@ -431,11 +431,6 @@ def test_the_public_set_and_the_private_data_have_no_row_in_common(tmp_path: Pat
     ("changes", "message"),
     [
         ({"mode": "local"}, "mode local has no ensemble to distil"),
-        ({"transforms": [{"name": "clip", "norm": 1.0}]}, "transforms change updates of parameters"),
-        ({"server": {"optimizer": "adam"}}, "server.optimizer is about averaged parameters"),
-        ({"server": {"aggregator": "median"}}, "server.aggregator is about averaged parameters"),
-        ({"client": {"scaffold": True, "lr": 0.1}}, "client.scaffold corrects updates"),
-        ({"evaluation": {"client_fraction": 0.1}}, "personalization and evaluation.client_fraction are of a model"),
         ({"method": {"student": {"name": "distillation"}}}, "method.student: distillation trains no model of its own"),
         ({"method": {"student": {"name": "fedkseed"}}}, "method.student: fedkseed sends seeds to save bytes"),
         ({"method": {"student": {"name": "lorra"}}}, "method.student.name: unknown value 'lorra'; did you mean 'lora'"),

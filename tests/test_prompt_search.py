@@ -422,7 +422,7 @@ REF = {"data": {"target": " {ref}"}, "evaluation": {"metrics": ["loss"]}}
         ({}, REF, r"method\.objective: label_loss .*data\.target must be made of the label"),
         ({"objective": "loss"}, REF, r"method\.label_words: the answers have no labels"),
         ({"survivors": 6}, {}, r"method\.survivors 6 leaves no place"),
-        ({"proposers": [{"name": "template"}]}, {}, r"method\.proposers\[0\]\.name: unknown value 'template'; did you mean"),
+        ({"proposers": [{"name": "template"}]}, {}, r"proposers\[0\]\.name: unknown value 'template'; did you mean"),
         ({"proposers": [{"name": "lm", "request": "again"}]}, {}, r"has no \{instruction\}"),
         ({"proposers": [{"name": "lm", "heat": 1}]}, {}, r"method\.proposers.*heat"),
         ({"share_demonstrations": True, "demonstrations": 0}, {}, r"method\.share_demonstrations"),
