@@ -212,7 +212,7 @@ class _Child:
         self.interrupted = False
         self._command = command
         self._process: subprocess.Popen[str] | None = None
-        self._said: list[str] = []  # the lines of fedhpc itself on standard error
+        self._messages: list[str] = []  # the lines of fedhpc itself on standard error
 
     def follow(self, show: Callable[[str], None]) -> int:
         """Run it, and show its lines until it ends; its exit code."""
@@ -269,15 +269,15 @@ class _Child:
 
     def reason(self, code: int) -> str:
         """Why it ended, in one line."""
-        if self._said:
-            return self._said[-1]
+        if self._messages:
+            return self._messages[-1]
         return f"the run was ended by signal {-code}" if code < 0 else f"the run ended with exit code {code}"
 
     def _listen(self, errors: IO[str]) -> None:
         """Hand on warnings and tracebacks; what fedhpc says becomes the text of an exception."""
         for line in errors:
             if line.startswith(_SAYS):
-                self._said.append(line.removeprefix(_SAYS).rstrip("\n"))
+                self._messages.append(line.removeprefix(_SAYS).rstrip("\n"))
             else:
                 print(line, end="", file=sys.stderr, flush=True)
 

@@ -121,13 +121,13 @@ Chosen = SerializeAsAny[Named]
 @cache
 def files(family: str) -> dict[str, Path]:
     """The package's own choices of a family and their files, relative to the package, by name."""
-    found = {}
+    by_name = {}
     for pattern in FAMILIES[family]:
         for file in ROOT.glob(pattern):
             name = file.relative_to(ROOT).parts[len(Path(pattern.partition("*")[0]).parts)].removesuffix(".py")
             if not name.startswith("_") and name != "base":
-                found[name] = file.relative_to(ROOT)
-    return dict(sorted(found.items()))
+                by_name[name] = file.relative_to(ROOT)
+    return dict(sorted(by_name.items()))
 
 
 def names(family: str) -> list[str]:
@@ -151,11 +151,11 @@ def choice(family: str, name: str, key: str = "name") -> type[Any]:
 
     Of the methods that are approaches of their own it is the class of their approach. UserError as `load`.
     """
-    own = files(family).get(name) if isinstance(name, str) else None
-    if own is not None and own.parts[0] == "approaches" and family == "methods":
-        return _class("fedhpc.approaches.base:Approach", _sibling(own, "approach"), name, key)
+    file = files(family).get(name) if isinstance(name, str) else None
+    if file is not None and file.parts[0] == "approaches" and family == "methods":
+        return _class("fedhpc.approaches.base:Approach", _sibling(file, "approach"), name, key)
     module = load(family, name, key)
-    entry = None if own else _installed(family).get(name)
+    entry = None if file else _installed(family).get(name)
     if entry is not None and entry.attr:
         cls = getattr(module, entry.attr, None)
         base = _base(BASES[family])
@@ -274,13 +274,13 @@ def _plugin(family: str, name: str, key: str) -> ModuleType:
             raise UserError(f"there is no module '{name}'", key=key, remedy=hint) from None
         raise UserError(f"{name} cannot be imported: {error}{_line(error)}", key=key) from error
     except Exception as error:
-        said = error.msg if isinstance(error, SyntaxError) else error
-        why = f"{type(error).__name__}: {said}{_line(error)}"
+        detail = error.msg if isinstance(error, SyntaxError) else error
+        why = f"{type(error).__name__}: {detail}{_line(error)}"
         raise UserError(f"{name} cannot be imported: {why}", key=key) from error
 
 
 class _Uncached(SourceFileLoader):
-    """Compiles the file as it is: byte code kept from a version of the same second and size is not used."""
+    """Compiles the file anew: cached byte code may be that of an earlier version of the same second and size."""
 
     def get_code(self, fullname: str) -> CodeType:
         code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
@@ -329,17 +329,17 @@ def _installed(family: str) -> dict[str, EntryPoint]:
 @cache
 def _entries(path: tuple[str, ...]) -> dict[str, dict[str, EntryPoint]]:
     """All families' entry points; they depend on where Python looks for packages. UserError where two share a name."""
-    found: dict[str, dict[str, EntryPoint]] = {family: {} for family in FAMILIES}
+    families: dict[str, dict[str, EntryPoint]] = {family: {} for family in FAMILIES}
     all_entries = entry_points()
-    for family, of_family in found.items():
+    for family, entries in families.items():
         for entry in all_entries.select(group=f"fedhpc.{family}"):
-            other = of_family.setdefault(entry.name, entry)
+            other = entries.setdefault(entry.name, entry)
             if other.value != entry.value:
                 raise UserError(
                     f"the entry point {entry.name} of fedhpc.{family} is declared by {_origin(other)} and by "
                     f"{_origin(entry)}: uninstall one of them"
                 )
-    return found
+    return families
 
 
 def _origin(entry: EntryPoint) -> str:

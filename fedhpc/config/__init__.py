@@ -38,17 +38,17 @@ def load(path: str | Path | None, overrides: Sequence[str]) -> Config:
     return load_changed(path, parse_overrides(overrides), PLACE)
 
 
-def load_changed(path: str | Path | None, changes: Sequence[tuple[str, Any]], place: str) -> Config:
-    """The configuration in a file with other values of keys; `place` says where a person gave those.
+def load_changed(path: str | Path | None, changes: Sequence[tuple[str, Any]], changed_where: str) -> Config:
+    """Read the configuration in a file and change some keys; errors say that those were given in `changed_where`.
 
     What the embedded default says of keys that the chosen method does not read is left out (`resolve`).
     """
     source = Path(path) if path is not None else EMBEDDED
-    where = (str(path) if path else "embedded default") + (f" and {place}" if changes else "")
+    where = (str(path) if path else "embedded default") + (f" and {changed_where}" if changes else "")
     tree = read_yaml(source)
     given = {key: f"{source}:{line}" for key, line in key_lines(source).items()} if path is not None else {}
-    given |= {f"{key}{rest}": place for key, value in changes for rest in ["", *_keys(value, ".")]}
-    raw = override(tree, changes, place)
+    given |= {f"{key}{rest}": changed_where for key, value in changes for rest in ["", *_keys(value, ".")]}
+    raw = override(tree, changes, changed_where)
     return resolve(raw, where, given)
 
 
@@ -129,16 +129,19 @@ def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _keys(tree: Any, prefix: str = "") -> dict[str, str]:
-    """The keys of nested mappings, as section.key; their place is not known."""
-    found: dict[str, str] = {}
+    """The keys of nested mappings, as section.key, each with an empty text: where it was given is not known."""
+    keys: dict[str, str] = {}
     for key, value in tree.items() if isinstance(tree, Mapping) else []:
-        found |= {f"{prefix}{key}": "", **_keys(value, f"{prefix}{key}.")}
-    return found
+        keys |= {f"{prefix}{key}": "", **_keys(value, f"{prefix}{key}.")}
+    return keys
 
 
 @contextmanager
 def _placed(given: Mapping[str, str], where: str) -> Iterator[None]:
-    """Errors that do not say where their key stands say it: its own place, or `where` for all of the configuration."""
+    """Complete the errors inside this context that do not say where their key was given.
+
+    given: for each key the file and line, or the command line. where: what to say for all other keys.
+    """
     try:
         yield
     except UserError as error:

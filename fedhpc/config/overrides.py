@@ -49,11 +49,11 @@ def override(raw: Mapping[str, Any], changes: Sequence[tuple[str, Any]], where: 
 
 def _made_ready(raw: dict[str, Any], path: list[str], value: Any, where: str) -> dict[str, Any]:
     """`raw` without what the new value of the key `path` replaces, itself apart."""
-    whole = ".".join(path)
+    key = ".".join(path)
     if "" in path:
-        raise UserError(f"'{whole}' is not of the form section.key", place=where)
+        raise UserError(f"'{key}' is not of the form section.key", place=where)
     if path[0] not in KEYS:
-        raise UserError(f"unknown key '{whole}'", key=whole, place=where, remedy=nearest(path[0], KEYS))
+        raise UserError(f"unknown key '{key}'", key=key, place=where, remedy=nearest(path[0], KEYS))
     section = raw.get(path[0]) or {}
     if len(path) == 1 or path[0] not in SECTIONS:
         return raw

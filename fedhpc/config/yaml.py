@@ -77,17 +77,17 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def key_lines(path: Path) -> dict[str, int]:
     """The line of each key of a YAML file that read_yaml has read: {"client.lr": 7, ...}."""
-    found: dict[str, int] = {}
+    lines: dict[str, int] = {}
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 name = f"{prefix}{key.value}"
-                found[name] = key.start_mark.line + 1
+                lines[name] = key.start_mark.line + 1
                 walk(value, f"{name}.")
 
     walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader), "")
-    return found
+    return lines
 
 
 def to_yaml(tree: Any) -> str:

@@ -196,14 +196,15 @@ def group_references(examples: Examples) -> list[tuple[int, list[str]]]:
 def tokenize(
     prompts: Sequence[str],
     targets: Sequence[str],
-    places: Sequence[str],
+    locations: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     writing: Writing,
 ) -> Tokens:
-    """Tokens of the rendered texts, at most `max_length` each.
+    """Tokenise rendered texts; an example has at most `max_length` tokens.
 
-    places: where each row is, for the UserError about an empty target or texts that make no example.
+    locations: where each row was read ("train.csv:7"), for the UserError about an empty target or texts that make no
+    example.
     """
     join = writing.join(tokenizer, max_length)
     ids: list[Int32] = []
@@ -216,8 +217,10 @@ def tokenize(
         pieces: list[list[int]] = []
         for number, target in enumerate(_encode(tokenizer, targets[chunk]), start):
             if writing.has_target and (not target or not targets[number].strip()):
-                raise UserError(f"{places[number]}: data.target is empty here; leave the row out with data.where_not")
-            front, supervised = join(encoded_prompts[distinct[prompts[number]]], target, places[number])
+                raise UserError(
+                    f"{locations[number]}: data.target is empty here; leave the row out with data.where_not"
+                )
+            front, supervised = join(encoded_prompts[distinct[prompts[number]]], target, locations[number])
             pieces += (front, supervised)
             prompt_lengths[number] = len(front)
             lengths[number] = len(front) + len(supervised)
@@ -230,15 +233,15 @@ def tokenize(
 def cached_tokens(
     prompts: Sequence[str],
     targets: Sequence[str],
-    places: Sequence[str],
+    locations: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     writing: Writing,
     write: bool = True,
 ) -> tuple[Tokens, str | None]:
-    """`tokenize`, from the cache where it has been done before, and a message where it could not be kept.
+    """`tokenize`, or read the tokens from the cache; also a message if they could not be cached.
 
-    write: whether to keep what was not there.
+    write: whether to put tokens into the cache that are not in it.
     """
     digest = hashlib.sha256(f"{_FORMAT} {writing.task} {max_length} {tokenizer_content(tokenizer)}".encode())
     _update(digest, prompts)
@@ -246,11 +249,11 @@ def cached_tokens(
     try:
         folder = cache_dir() / digest.hexdigest()
     except RuntimeError as error:  # a user without a home directory
-        return tokenize(prompts, targets, places, tokenizer, max_length, writing), f"tokens are not cached: {error}"
+        return tokenize(prompts, targets, locations, tokenizer, max_length, writing), f"tokens are not cached: {error}"
     tokens = _load(folder, len(prompts))
     if tokens is not None:
         return tokens, None
-    tokens = tokenize(prompts, targets, places, tokenizer, max_length, writing)
+    tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing)
     if not write:
         return tokens, None
     try:

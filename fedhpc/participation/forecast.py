@@ -101,7 +101,7 @@ def forecast(
         batches = math.ceil(
             min(config.evaluation.max_examples, len(approach.data.validation)) / config.evaluation.batch_size
         )
-    found = []
+    forecasts = []
     for ranks in counts:
         load = _load(approach, ranks, rounds)
         local = exchanged = other = memory = math.nan
@@ -112,8 +112,8 @@ def forecast(
             evaluation = known["seconds_eval"].mean() * math.ceil(batches / ranks) / math.ceil(batches / pilot_ranks)
             other = float(np.median(known["seconds_server"]) + evaluation)
             memory = float(known["peak_memory_bytes"].max() + each * (load.clients.max() - past.clients.max()))
-        found.append(Forecast(ranks, local, exchanged, other, memory, load.busy, each * load.clients.max()))
-    return found
+        forecasts.append(Forecast(ranks, local, exchanged, other, memory, load.busy, each * load.clients.max()))
+    return forecasts
 
 
 def lines(
@@ -122,16 +122,16 @@ def lines(
     """`forecast` as a table for --check."""
     down, up = approach.bytes_down(approach.plan(1)), approach.bytes_up(approach.plan(1))
     blocks = len(approach.plan(1).blocks)
-    said = [
+    table = [
         f"forecast: {down / 2**20:.2f} MiB down and {up / 2**20:.2f} MiB up a round on any number of ranks; "
         f"{blocks} blocks in round 1, so at most {blocks} workers train at a time",
     ]
     if pilot is None:
-        said.append(
+        table.append(
             f"no times: {approach.config.run_dir} holds no run of this configuration to take them from; run a few "
             "rounds of it there (federation.rounds=3), then ask again"
         )
-    said.append(
+    table.append(
         f"{'ranks':>6} {'at work':>8} {'round':>10} {'local':>10} {'exchange':>10} {'other':>10} {'updates held':>13} "
         f"{'memory':>10}"
     )
@@ -139,5 +139,5 @@ def lines(
         seconds = [row.round_s, row.local_s, row.exchange_s, row.other_s]
         shown = " ".join("         -" if math.isnan(s) else f"{s:>8.3f} s" for s in seconds)
         memory = "-" if math.isnan(row.memory_bytes) else f"{row.memory_bytes / 2**20:,.0f} MiB"
-        said.append(f"{row.ranks:>6} {row.busy:>8.1f} {shown} {row.held / 2**20:>9.1f} MiB {memory:>10}")
-    return said
+        table.append(f"{row.ranks:>6} {row.busy:>8.1f} {shown} {row.held / 2**20:>9.1f} MiB {memory:>10}")
+    return table

@@ -124,10 +124,10 @@ class _Table:
 
     def restore(self, start: int, pending: Mapping[str, Any], last_round: int) -> None:
         """The first `start` rows of the file and the pending ones, which the file may hold or lack."""
-        found = self.recorded()
+        recorded = self.recorded()
         rows = self._arrays(pending)
-        late = {name: array[start + len(rows["round"]) :] for name, array in found.items()}
-        self.saved = {name: array[:start] for name, array in found.items()}
+        late = {name: array[start + len(rows["round"]) :] for name, array in recorded.items()}
+        self.saved = {name: array[:start] for name, array in recorded.items()}
         # Of the rounds done, a file newer than the checkpoint can only have more events ("preempted").
         self.new = [rows, _where(late, late["round"] <= last_round)]
         self.ahead = _where(late, late["round"] > last_round)
@@ -385,16 +385,16 @@ class Results:
 
 
 def _environment() -> dict[str, Scalar]:
-    found: dict[str, Scalar] = {
+    environment: dict[str, Scalar] = {
         "fedhpc_version": __version__,
         "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     for name in LIBRARIES:
         try:
-            found[f"{name}_version"] = metadata.version(name)
+            environment[f"{name}_version"] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue  # an extra that is not installed
-    return found
+    return environment
 
 
 def _strings(texts: Iterable[str]) -> np.ndarray:

@@ -140,8 +140,8 @@ def with_minimum(client_of: Int64, order: Int64, options: Clients) -> Assignment
         position[order] = np.arange(len(order))
         by_client = np.lexsort((position, client_of))
         starts = np.cumsum(sizes) - sizes
-        place = np.arange(len(order)) - np.repeat(starts, sizes)
-        given = by_client[place >= np.repeat(wanted, sizes)]
+        rank = np.arange(len(order)) - np.repeat(starts, sizes)  # of an example among those of its client
+        given = by_client[rank >= np.repeat(wanted, sizes)]
         client_of = client_of.copy()
         client_of[given] = np.repeat(np.arange(options.num_clients), np.maximum(wanted - sizes, 0))
     return grouped(client_of, options.num_clients)

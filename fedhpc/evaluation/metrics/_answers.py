@@ -14,6 +14,6 @@ def words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def within(wanted: list[str], found: list[str]) -> bool:
-    """Whether `wanted`, which is not empty, stands in `found` as a run."""
-    return bool(wanted) and any(found[i : i + len(wanted)] == wanted for i in range(len(found) - len(wanted) + 1))
+def within(part: list[str], text: list[str]) -> bool:
+    """Whether the words of `part`, if there are any, occur in `text` one after another."""
+    return bool(part) and any(text[i : i + len(part)] == part for i in range(len(text) - len(part) + 1))

@@ -1,6 +1,8 @@
-"""F1 of short answers, 0 to 1: the overlap of their words with those of a reference, each word as often as it stands,
-without case, punctuation and articles (SQuAD; Rajpurkar et al. 2016, arXiv 1606.05250, section 6.1). The best reference
-of each item counts; the mean over items."""
+"""F1 of short answers, 0 to 1: the overlap of an answer's words with those of a reference.
+
+A word counts as often as it occurs; case, punctuation and articles do not count (SQuAD; Rajpurkar et al. 2016, arXiv
+1606.05250, section 6.1). The best reference of each item counts, and the result is the mean over items.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class F1(Metric):
         return sum(scores) / len(scores)
 
 
-def _f1(found: list[str], wanted: list[str]) -> float:
-    if not found or not wanted:  # an answer of articles alone, as in SQuAD 2.0
-        return float(found == wanted)
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted))
+def _f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:  # only articles: as in SQuAD 2.0
+        return float(answer == reference)
+    common = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * common / (len(answer) + len(reference))
