@@ -45,15 +45,14 @@ from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.server.state import ServerState
 
-# Purposes of draws, after the seed.
-_SERVER, _CLIENT = 0, 1
+_SERVER, _CLIENT = 0, 1  # tell the draws of the server from those of clients
+_SIGMA = 1.0  # the first step size; any value would do, since the subspace is scaled by it (`alpha` says how far)
 # The columns of /tables/search, one row a round.
-_SIGMA = 1.0  # of the first round: a unit, since the subspace is scaled by it (alpha says how far it reaches)
 _COLUMNS = ("round", "evaluations", "tokens", "tokens_unshared", "sigma", "best")
 
 
 class Distribution(ServerState):
-    """The server's CMA-ES."""
+    """The server's state: the distribution of its CMA-ES."""
 
     def __init__(self, moments: Moments) -> None:
         super().__init__()
@@ -61,12 +60,10 @@ class Distribution(ServerState):
         self.rounds: list[tuple[float, ...]] = []  # the columns of /tables/search
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """See the base class."""
         rounds = np.array(self.rounds, np.float64).reshape(-1, len(_COLUMNS))
         return {**self.moments.tensors(), "rounds": rounds, **super().tensors()}
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """See the base class."""
         super().load(tensors)
         self.moments = Moments.from_tensors(tensors)
         self.rounds = [tuple(row) for row in tensors["rounds"].tolist()]
@@ -74,14 +71,14 @@ class Distribution(ServerState):
 
 @dataclass(frozen=True)
 class _Upload:
-    """What a block of K clients sends."""
+    """The numbers that a block of K clients sends."""
 
     numbers: Float64  # (K, popsize): scores; with exchange moments (K, d + 2): m_k, f_k, sum of sigma_{k,i}^2
-    spent: tuple[int, int, int]  # pairs of candidate and example; tokens; tokens if nothing were shared
+    spent: tuple[int, int, int]  # pairs of candidate and example; tokens; tokens without shared computation
 
 
 class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
-    """See the module."""
+    """Black-box prompt tuning: CMA-ES on the server, or on clients and server, searches for a soft prompt."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
@@ -107,41 +104,40 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
 
     @property
     def min_cohort(self) -> int:
-        """See the base class; CMA-ES takes no population of one or two."""
+        # With exchange moments the clients are the population of the server's CMA-ES, which needs at least 3.
         return max(super().min_cohort, 3 if self.config.method.exchange == "moments" else 1)
 
     # ---- a round
 
     def initial_state(self) -> Distribution:
-        """See the base class."""
         return Distribution(self.first)
 
     def _key(self, *numbers: int) -> Key:
         return (self.config.run.seed, *numbers)
 
     def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Any:
-        """The candidates (popsize, d); with exchange moments the mean, the covariance and the step size."""
+        """Send the candidates (popsize, d), or with exchange moments the mean, the covariance and the step size."""
         options, d = self.config.method, self.config.method.dimension
-        down = np.empty((d + 1, d) if self.by_moments else (options.popsize, d))
+        values = np.empty((d + 1, d) if self.by_moments else (options.popsize, d))
         sigma = np.empty(1)
         if state is not None:
             now = _distribution(state).moments
             sigma[0] = now.sigma
-            down = (
+            values = (
                 np.vstack([now.mean, now.covariance])
                 if self.by_moments
                 else cmaes.ask(now, options.popsize, _SIGMA, self._key(_SERVER, plan.round))
             )
-        numbers = torch.from_numpy(np.concatenate([down.ravel(), sigma]))
+        numbers = torch.from_numpy(np.concatenate([values.ravel(), sigma]))
         transport.broadcast(numbers)
-        down = numbers[:-1].numpy().reshape(down.shape)
+        values = numbers[:-1].numpy().reshape(values.shape)
         if not self.by_moments:
-            return down
+            return values
         zero = np.zeros(d)
-        return Moments(down[0], numbers[-1].numpy(), down[1:], zero, zero, np.array(0))
+        return Moments(values[0], numbers[-1].numpy(), values[1:], zero, zero, np.array(0))
 
     def local(self, plan: Plan, clients: Sequence[int], down: Any) -> BlockResult[Any]:
-        """See the module; all clients of the block and all their candidates go through the model together."""
+        """Score the candidates, or search, for all clients of the block together in the same forward passes."""
         spent = TokenCount()
         examples = [self.scored(plan.round, c, self.config.method.examples)[0] for c in clients]
         if self.by_moments:
@@ -152,7 +148,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
     def _search(
         self, plan: Plan, clients: Sequence[int], start: Moments, examples: Sequence[Int64], spent: TokenCount
     ) -> BlockResult[Any]:
-        """Every client's own CMA-ES, an iteration of all of them at a time."""
+        """Run the CMA-ES of every client, one iteration of all of them at a time."""
         options = self.config.method
         now, done = [start for _ in clients], []
         squares = np.zeros(len(clients))
@@ -180,8 +176,8 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         with self.forward():
             prefixes = likelihoods.of_embeddings(self.base, prompts.to(self.base.device, self.base.dtype), spent)
         rows = Rows()
-        for k, own in enumerate(examples):
-            for example in own:
+        for k, of_client in enumerate(examples):
+            for example in of_client:
                 ids, answers = self.data.train.prompt(int(example)), self.scored_answers(self.labels, int(example))
                 for c in range(count):
                     rows.add(k, c, c if shared else k * count + c, ids, *answers)
@@ -196,26 +192,26 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         return self.report(clients, upload, finite, numbers, done, spent, bytes_up)
 
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Any:
-        """The scores (popsize,) or what the accepted clients have sent (A, d + 2), and what was spent."""
-        options, slots = self.config.method, accepted_indices(plan, results)
+        """The mean scores (popsize,), or the numbers (A, d + 2) of A accepted clients; and what was spent."""
+        options, indices = self.config.method, accepted_indices(plan, results)
         width = options.dimension + 2 if self.by_moments else options.popsize
-        kept = [result.upload.numbers[result.accepted] for result in results]
-        numbers = np.concatenate([np.empty((0, width)), *kept])
+        accepted = [result.upload.numbers[result.accepted] for result in results]
+        numbers = np.concatenate([np.empty((0, width)), *accepted])
         spent = self.spent_by_all(transport, np.sum([(0, 0, 0), *(result.upload.spent for result in results)], axis=0))
         if not self.by_moments:
             training = set(plan.training)
             rows = np.array([self.num_scored(c, options.examples) if c in training else 0 for c in plan.cohort])
-            found = self.mean_scores(transport, plan, slots, numbers, rows)
-            return None if found is None else (found[0], spent)
+            mean = self.mean_scores(transport, plan, indices, numbers, rows)
+            return None if mean is None else (mean[0], spent)
         # A row for each client of the cohort, filled by one rank: the sum is exact, and d is small.
         sent = torch.zeros(len(plan.cohort), width + 1, dtype=torch.float64)
-        sent[torch.from_numpy(slots)] = torch.from_numpy(np.column_stack([numbers, np.ones(len(numbers))]))
+        sent[torch.from_numpy(indices)] = torch.from_numpy(np.column_stack([numbers, np.ones(len(numbers))]))
         transport.reduce_sum(sent)
         rows_sent = sent.numpy()
         return rows_sent[rows_sent[:, -1] > 0, :-1], spent
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
-        """One iteration of the server's CMA-ES; the length of its mean's move."""
+        """Do one iteration of the server's CMA-ES; returns how far its mean moves."""
         numbers, spent = combined
         options, key, before = self.config.method, self._key(_SERVER, plan.round), state.moments
         if self.by_moments:
@@ -229,7 +225,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
 
     @property
     def _numbers_up(self) -> int:
-        """What a client sends: a score for each candidate, or its mean, its loss and its step sizes."""
+        """How many numbers a client sends: a score for each candidate, or its mean, its loss and its step sizes."""
         return self.config.method.dimension + 2 if self.by_moments else self.config.method.popsize
 
     def bytes_down(self, plan: Plan, download: Any = None) -> int:
@@ -253,21 +249,21 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         return prompt.reshape(1, -1).to(self.base.device)
 
     def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
-        """The soft prompt of the distribution's mean."""
+        """Evaluate the soft prompt of the distribution's mean."""
         options, payload = self.config.evaluation, self._payload(transport, state)
         return self.measured(
             transport, self.data.validation, options.metrics, options.max_examples, self.method, payload
         )
 
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
-        """Test, and the export as method prompt has it."""
+        """Test the soft prompt, and export it as method prompt does."""
         options, payload = self.config.evaluation, self._payload(transport, state)
         limit = options.test_max_examples or options.max_examples
-        about = (transport, self.data.test, options.metrics_of_test, limit)
-        untouched = self.measured(*about)
+        args = (transport, self.data.test, options.metrics_of_test, limit)
+        untouched = self.measured(*args)
         start = self.subspace.prompts(self.first.mean).to(self.base.dtype).reshape(1, -1).to(self.base.device)
-        first = self.measured(*about, self.method, start)
-        final = self.measured(*about, self.method, payload, samples=options.samples)
+        first = self.measured(*args, self.method, start)
+        final = self.measured(*args, self.method, payload, samples=options.samples)
         if state is None or final is None or untouched is None or first is None:
             return None
         tensors = self.method.payload.views(payload[0].cpu())
@@ -289,23 +285,19 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
     # ---- what is said of it
 
     def attributes(self) -> dict[str, Any]:
-        """See the base class."""
         return {"payload_parameters": self.method.payload.size, "trainable_parameters": self.config.method.dimension}
 
     def summary(self) -> str:
-        """See the base class."""
         options = self.config.method
         return f"{options.dimension} dimensions of {self.method.payload.size:,} parameters, exchange {options.exchange}"
 
     def work(self, plan: Plan) -> str:
-        """See the base class."""
         options = self.config.method
         candidates = options.popsize * (options.iterations if self.by_moments else 1) + self.by_moments
         on = "all their" if options.examples is None else f"at most {options.examples}"
         return f"{candidates} soft prompts on {on} examples"
 
     def details(self, plan: Plan) -> list[str]:
-        """See the base class."""
         d, popsize = self.config.method.dimension, self.config.method.popsize
         if self.by_moments:
             return [f"exchanged: mean, step size and covariance in {d} dimensions down; mean, its loss, step sizes up"]
@@ -313,7 +305,10 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
 
 
 def aggregate(before: Moments, numbers: Float64, popsize: int, sigma_0: float, key: Key) -> Moments:
-    """The server's iteration of exchange moments. numbers (K, d + 2): m_k, f_k, sum_i sigma_{k,i}^2 of K clients."""
+    """Do the server's iteration of exchange moments.
+
+    numbers (K, d + 2): the mean m_k, the loss f_k and the sum over iterations of sigma_{k,i}^2 of each of K clients.
+    """
     means, losses, squares = numbers[:, :-2], numbers[:, -2], numbers[:, -1]
     spread = np.sqrt(squares.sum() / (len(numbers) * cmaes.parents_of(popsize)))
     told = cmaes.tell(replace(before, sigma=spread), losses, sigma_0, key, means, parents=len(numbers))

@@ -1,16 +1,17 @@
-"""Prompt engineering: a population of prompts, scored by the clients on their own data.
+"""Prompt engineering: searches for the best prompt among candidates that the clients score on their own data.
 
-In a round the candidates go down as texts, every client of the cohort scores all of them on a few of its examples, and
-the scores, a number per candidate, are summed. Rounds are rungs of successive halving (halving.py): a
-generation begins with all candidates on few examples and ends with few candidates on many; the best of these, and
-others that are proposed from them (proposers/), begin the next. The prompt that is evaluated and exported is the
-best of the last generation that is complete; before that it is the first hand-written one.
+In a round the server sends the candidates as texts, every client of the cohort scores all of them on a few of its
+examples, and the scores, a number per candidate, are summed. Rounds are rungs of successive halving (halving.py): a
+generation begins with all candidates on few examples and ends with few candidates on many. The best of these, and
+others that are proposed from them (proposers/), begin the next generation. The prompt that is evaluated and exported is
+the best of the last complete generation; before there is one, it is the first hand-written prompt.
 
-A prompt's demonstrations are each client's own: it says how many and by which rule, and they are not sent. Where the
-server evaluates, example i of the evaluated ones is put to one of the evaluated clients in turn, which puts its own
-demonstrations in front. With method.share_demonstrations every client sends one of its examples in a round.
+The demonstrations in a prompt are each client's own: a prompt says how many there are and by which rule they are
+chosen, and they are not sent. When the server evaluates, the examples are given to clients in turn, and each client
+puts its own demonstrations in front. With method.share_demonstrations every client sends one of its examples in a
+round.
 
-In /clients, steps is the number of candidates, loss_first is the loss of the best so far, loss_last of the last one.
+In /clients, steps is the number of candidates, loss_first the loss of the best one so far, loss_last that of the last.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from fedhpc.results.record import FinalResults
 from fedhpc.rng import generator
 from fedhpc.server.state import ServerState
 
-_TRIES = 20  # times that proposers are asked for candidates that are new and fit
-_POOL = 64  # shared examples that are kept, the latest
+_TRIES = 20  # how often a proposer is asked for candidates that are new and fit
+_POOL = 64  # how many shared examples are kept, the latest ones
 
 
-class Population(ServerState):
-    """The candidates of the generation, their scores so far, and what has been tried."""
+class SearchState(ServerState):
+    """The server's state: the candidates of the generation, their scores so far, and all that was tried before."""
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Population(ServerState):
         self.best = self.alive[0]
         self.rung = 0
         self.generation = 0
-        self.sums = np.zeros(len(self.alive))  # of the scores, times the examples they are of
+        self.sums = np.zeros(len(self.alive))  # of the scores, each times its number of examples
         self.examples = 0.0
         self.shared: list[Shared] = []
         self.known: dict[str, int] = {}  # every candidate that was ever scored -> its number
@@ -62,12 +63,12 @@ class Population(ServerState):
         self.enter(self.alive)
 
     def enter(self, candidates: Sequence[Candidate]) -> None:
-        """From now on they are known."""
+        """Give new candidates their numbers."""
         for candidate in candidates:
             self.known.setdefault(candidate.to_json(), len(self.known))
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """See the base class. All of it is JSON, in which floats keep every bit."""
+        # One JSON text: it keeps every bit of a float.
         tree = {
             "alive": [self.known[c.to_json()] for c in self.alive],
             "best": self.best.to_json(),
@@ -84,7 +85,6 @@ class Population(ServerState):
         return {"population": text.copy(), **super().tensors()}
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """See the base class."""
         super().load(tensors)
         tree = json.loads(tensors["population"].tobytes())
         self.known = {text: number for number, text in enumerate(tree["known"])}
@@ -99,16 +99,16 @@ class Population(ServerState):
 
 @dataclass(frozen=True)
 class _Upload:
-    """What a block of K clients sends."""
+    """The scores and examples that a block of K clients sends."""
 
     means: Float64  # (K, n): the score of every candidate
-    shared: list[Any]  # K examples, or none
-    spent: tuple[int, int, int]  # pairs of candidate and example; tokens; tokens if nothing were shared
+    shared: list[Any]  # an example of each client, or none at all
+    spent: tuple[int, int, int]  # pairs of candidate and example; tokens; tokens without shared computation
 
 
 @dataclass(frozen=True)
 class _Combined:
-    """What rank 0 knows of a round."""
+    """The sum of a round over all clients, as rank 0 has it."""
 
     scores: Float64  # (n,)
     examples: float
@@ -120,8 +120,8 @@ class _Combined:
 _COLUMNS = ("round", "generation", "rung", "candidates", "evaluations", "tokens", "tokens_unshared", "best")
 
 
-class PromptSearch(Scoring[Population, Any, _Upload, Any]):
-    """See the module."""
+class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
+    """Searches for a prompt: clients score candidates, the server proposes new ones from the best."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
@@ -161,62 +161,61 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
                 f"'{self.base.name}' has {limit} positions: lower one of them by {longest - limit}"
             )
         for i, one in enumerate(self.space.hand_written()):
-            if (room := self.writer.tokens_left(one)) < 0:
+            if (left := self.writer.tokens_left(one)) < 0:
                 raise UserError(
                     f"method.instructions[{i}]: with the first cue and the longest label it has "
-                    f"{options.max_prompt_tokens - room} tokens, method.max_prompt_tokens is "
+                    f"{options.max_prompt_tokens - left} tokens, method.max_prompt_tokens is "
                     f"{options.max_prompt_tokens}: shorten it or raise the limit"
                 )
 
     def _initial(self) -> list[Candidate]:
         size = self.config.method.population
         bare = Candidate(cue=self.space.cues[0], words=self.space.first)
-        # The empty prompt is one of them: no other is taken that does worse.
+        # The empty prompt is among them, so that the result is never worse than no prompt.
         begin = list(dict.fromkeys([*self.space.hand_written(), bare, self.plain]))[:size]
-        found = [*begin, *self._proposed(begin, [], size - len(begin), 0, {c.to_json() for c in begin})]
-        if len(found) < 2:
+        candidates = [*begin, *self._proposed(begin, [], size - len(begin), 0, {c.to_json() for c in begin})]
+        if len(candidates) < 2:
             raise UserError(
                 "method.instructions: there is no second candidate: give hand-written instructions, or more "
                 "method.cues, method.label_words or method.demonstrations, within method.max_prompt_tokens"
             )
-        return found
+        return candidates
 
     # ---- a round
 
-    def initial_state(self) -> Population:
-        """The hand-written prompts and what is proposed from them."""
-        return Population(self._first)
+    def initial_state(self) -> SearchState:
+        return SearchState(self._first)
 
     def _proposed(
         self, parents: Sequence[Candidate], shared: Sequence[Shared], count: int, generation: int, known: set[str]
     ) -> list[Candidate]:
-        """At most `count` candidates that are new and fit, each proposer's share in turn."""
-        found: list[Candidate] = []
+        """Ask the proposers, each for its share, for at most `count` candidates that are new and fit."""
+        candidates: list[Candidate] = []
         for number, proposer in enumerate(self.proposers):
             wanted = count * (number + 1) // len(self.proposers)
             for attempt in range(_TRIES):
-                if len(found) >= wanted:
+                if len(candidates) >= wanted:
                     break
                 draws = generator(self.config.run.seed, "proposals", generation, number, attempt)
-                for proposed in proposer.propose(parents, shared, wanted - len(found), draws):
+                for proposed in proposer.propose(parents, shared, wanted - len(candidates), draws):
                     one = proposed.normal()
                     if one.to_json() not in known and self.space.fits(one):
                         known.add(one.to_json())
-                        found.append(one)
-        return found
+                        candidates.append(one)
+        return candidates
 
     def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Any:
-        """The candidates that are scored, and the rung."""
+        """Send the rung and the candidates to be scored to every rank."""
         tree: dict[str, Any] = {}
         if state is not None:
-            population = _population(state)
-            tree = {"rung": population.rung, "candidates": [asdict(c) for c in population.alive]}
+            search = _search_state(state)
+            tree = {"rung": search.rung, "candidates": [asdict(c) for c in search.alive]}
         tree = transport.broadcast_json(tree)
         self._rung, self._candidates = tree["rung"], [Candidate.from_tree(one) for one in tree["candidates"]]
         return self._rung, self._candidates
 
     def local(self, plan: Plan, clients: Sequence[int], down: Any) -> BlockResult[Any]:
-        """Every client scores every candidate on its examples of the rung, all in the same forwards."""
+        """Let every client score every candidate on its examples of the rung, all in the same forward passes."""
         rung, candidates = down
         train, spent = self.data.train, TokenCount()
         parts = [self.scored(plan.round, client, *self._budget(rung)) for client in clients]
@@ -230,11 +229,11 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
             )
             for k, (client, (scored, pool)) in enumerate(zip(clients, parts, strict=True)):
                 if candidate.demonstrations or k == 0:
-                    whole = np.concatenate([fixed, self.writer.demonstrations(candidate, train, pool, client)])
-                    texts.append(whole[:-1])
+                    prefix = np.concatenate([fixed, self.writer.demonstrations(candidate, train, pool, client)])
+                    texts.append(prefix[:-1])
                 for example in scored:
-                    # The prefix leaves its last token to the row, so that no row is empty.
-                    ids = np.concatenate([whole[-1:], self.writer.input(train, example), cue])
+                    # The last token of the prefix begins the row, so that no row is empty.
+                    ids = np.concatenate([prefix[-1:], self.writer.input(train, example), cue])
                     rows.add(k, c, len(texts) - 1, ids, *self.scored_answers(labels, example))
         with self.forward():
             prefixes = likelihoods.of_texts(self.base, texts, spent)
@@ -249,40 +248,42 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         return self.report(clients, upload, finite, scores.means, [scores], spent, bytes_up)
 
     def _budget(self, rung: int) -> tuple[int, int]:
-        """The most examples of a client that a rung scores on, and how many are left for demonstrations."""
+        """On how many examples of a client a rung scores at most, and how many are left for demonstrations."""
         options = self.config.method
         return self.rungs[rung].examples, options.demonstrations
 
     def _sent(self, round_: int, client: int) -> dict[str, Any]:
-        """One of a client's examples, for prompts to be made of."""
+        """Draw one of a client's examples to be sent, so that prompts can show it."""
         indices = self.data.population.indices(client)
-        place = int(generator(self.config.run.seed, "shared", round_, client).integers(len(indices)))
-        return asdict(self.writer.shared(self.data.train, int(indices[place])))
+        position = int(generator(self.config.run.seed, "shared", round_, client).integers(len(indices)))
+        return asdict(self.writer.shared(self.data.train, int(indices[position])))
 
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Any:
-        """See the base class."""
-        slots = accepted_indices(plan, results)
-        kept = [result.upload.means[result.accepted] for result in results]
-        scores = np.concatenate([np.empty((0, len(self._candidates))), *kept])
+        indices = accepted_indices(plan, results)
+        accepted = [result.upload.means[result.accepted] for result in results]
+        scores = np.concatenate([np.empty((0, len(self._candidates))), *accepted])
         training = set(plan.training)
         most, aside = self._budget(self._rung)
         rows = np.array([self.num_scored(c, most, aside) if c in training else 0 for c in plan.cohort])
-        found = self.mean_scores(transport, plan, slots, scores, rows)
+        mean = self.mean_scores(transport, plan, indices, scores, rows)
         spent = self.spent_by_all(transport, np.sum([(0, 0, 0), *(result.upload.spent for result in results)], axis=0))
-        shared = self._gathered(transport, slots, results) if self.config.method.share_demonstrations else []
-        return None if found is None else _Combined(*found, spent, shared)
+        shared = self._gathered(transport, indices, results) if self.config.method.share_demonstrations else []
+        return None if mean is None else _Combined(*mean, spent, shared)
 
-    def _gathered(self, transport: Transport, slots: Int64, results: Sequence[BlockResult[Any]]) -> list[Shared]:
-        """What the accepted clients have sent, in the order of the cohort."""
+    def _gathered(self, transport: Transport, indices: Int64, results: Sequence[BlockResult[Any]]) -> list[Shared]:
+        """The examples that the accepted clients have sent, in the order of the cohort."""
         sent = [
             one for result in results for one, used in zip(result.upload.shared, result.accepted, strict=True) if used
         ]
-        parts = transport.gather_json([[int(slot), one] for slot, one in zip(slots, sent, strict=True)]) or []
+        parts = transport.gather_json([[int(index), one] for index, one in zip(indices, sent, strict=True)]) or []
         ordered = [one for _, one in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
         return [Shared(**one) for one in ordered]
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
-        """Rank the candidates; after the last rung of a generation, propose the next. 1 for another best, else 0."""
+        """Rank the candidates and, after the last rung of a generation, propose the next one.
+
+        Returns 1.0 if the best prompt is another one now, otherwise 0.0.
+        """
         rung, options = self.rungs[state.rung], self.config.method
         numbers = [state.known[c.to_json()] for c in state.alive]
         state.scores += [
@@ -297,11 +298,11 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         if rung.last:
             state.best = ranked[0]
             state.generation += 1
-            kept = ranked[: options.survivors]
+            survivors = ranked[: options.survivors]
             known = set(state.known)
             state.alive = [
-                *kept,
-                *self._proposed(kept, state.shared, options.population - len(kept), state.generation, known),
+                *survivors,
+                *self._proposed(survivors, state.shared, options.population - len(survivors), state.generation, known),
             ]
             state.enter(state.alive)
             state.rung, state.sums, state.examples = 0, np.zeros(len(state.alive)), 0.0
@@ -321,7 +322,7 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         return len(_encoded(*(download or (0, self._first)))) * len(plan.cohort)
 
     def bytes_up(self, plan: Plan) -> int:
-        """A number for each candidate; how long the examples are that clients share is not known before."""
+        """A number for each candidate; the length of shared examples is not known before the round."""
         if self.config.mode != "federated":
             return 0
         return NUMBER_BYTES * len(self._first) * len(plan.training)
@@ -329,14 +330,14 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
     # ---- results
 
     def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
-        """The best prompt of the last complete generation."""
+        """Evaluate the best prompt of the last complete generation."""
         evaluation = self.config.evaluation
         return self._of_prompt(
             transport, self._best(transport, state), self.data.validation, evaluation.metrics, evaluation.max_examples
         )
 
     def _best(self, transport: Transport, state: ServerState | None) -> Candidate:
-        text = transport.broadcast_json(None if state is None else _population(state).best.to_json())
+        text = transport.broadcast_json(None if state is None else _search_state(state).best.to_json())
         return Candidate.from_json(text)
 
     def _of_prompt(
@@ -348,19 +349,20 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         limit: int,
         samples: int = 0,
     ) -> Outcome | None:
-        """The base as it is, on examples with the prompt around them. Collective."""
+        """Evaluate the base on examples with the prompt around them. Collective."""
         key = candidate.to_json() + examples.fingerprint
         if self._rewritten is None or self._rewritten[0] != key:
             population = self.data.population
             clients = range(min(population.num_clients, self.config.evaluation.max_clients, len(examples)))
-            own = [self.writer.demonstrations(candidate, self.data.train, population.indices(c), c) for c in clients]
-            self._rewritten = key, self.writer.rewritten(candidate, examples, own)
+            train = self.data.train
+            shown = [self.writer.demonstrations(candidate, train, population.indices(c), c) for c in clients]
+            self._rewritten = key, self.writer.rewritten(candidate, examples, shown)
         return self.measured(
             transport, self._rewritten[1], metrics, limit, targets=self.writer.answer_texts(candidate), samples=samples
         )
 
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
-        """The best prompt on the test split, beside the empty one and the hand-written one that validates best."""
+        """Test the best prompt, the empty one, and the hand-written one that did best on the validation split."""
         evaluation = self.config.evaluation
         limit = evaluation.test_max_examples or evaluation.max_examples
         best, written = self._best(transport, state), self.space.hand_written()
@@ -371,8 +373,8 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         first = evaluation.metrics[0]
         name, sign = registry.short_name(first), -1 if registry.choice("metrics", first).higher_is_better else 1
         order = np.argsort([sign * one.metrics[name] for one in validated[1:-1] if one], kind="stable")
-        places = transport.broadcast_json([int(i) for i in order[:1]])  # of the best hand-written one, if there is one
-        prompts = [self.plain, *(written[i] for i in places), best]
+        best_written = transport.broadcast_json([int(i) for i in order[:1]])  # empty where none is hand-written
+        prompts = [self.plain, *(written[i] for i in best_written), best]
         on_test = [
             self._of_prompt(transport, c, self.data.test, evaluation.metrics_of_test, limit, samples)
             for c, samples in zip(prompts, [*(0 for _ in prompts[1:]), evaluation.samples], strict=True)
@@ -382,44 +384,44 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         tested = [one.metrics for one in on_test if one is not None]
         self._export(best)
         by_hand = ", ".join(f"{n} {v:.4f}" for metrics in tested[1:-1] for n, v in metrics.items())
-        population = _population(state)
+        search = _search_state(state)
         return FinalResults(
             test=tested[-1],
             base=tested[0],
             tensors={"prompt": np.frombuffer(best.to_json().encode(), np.uint8)},
             samples=on_test[-1].samples if on_test[-1] else (),
             tables={
-                "search": _table(_COLUMNS, population.rounds),
-                "scores": _table(("round", "candidate", "score", "examples"), population.scores),
-                "candidates": {"prompt": np.array(list(population.known), dtype=object)},
+                "search": _table(_COLUMNS, search.rounds),
+                "scores": _table(("round", "candidate", "score", "examples"), search.scores),
+                "candidates": {"prompt": np.array(list(search.known), dtype=object)},
                 "prompts": {
                     "kind": np.array(["empty", *("hand_written" for _ in written), "searched"], dtype=object),
                     "prompt": np.array([c.to_json() for c in [self.plain, *written, best]], dtype=object),
                     **_columns("validation", [one.metrics for one in validated if one is not None]),
-                    **_columns("test", self._in_their_places(places, tested, len(written))),
+                    **_columns("test", self._rows_of_tests(best_written, tested, len(written))),
                 },
             },
             lines=[f"prompt: {self._shown(best)}", *([f"the best hand-written prompt: {by_hand}"] if by_hand else [])],
         )
 
-    def _in_their_places(
-        self, places: Sequence[int], tested: Sequence[Mapping[str, float]], written: int
+    def _rows_of_tests(
+        self, best_written: Sequence[int], tested: Sequence[Mapping[str, float]], written: int
     ) -> list[Mapping[str, float]]:
-        """Test metrics of every prompt of /tables/prompts, NaN where it was not tested."""
+        """The test metrics of every prompt of /tables/prompts, NaN for a prompt that was not tested."""
         nothing = dict.fromkeys(tested[0], float("nan"))
-        by_hand = [tested[1] if i in places else nothing for i in range(written)]
+        by_hand = [tested[1] if i in best_written else nothing for i in range(written)]
         return [tested[0], *by_hand, tested[-1]]
 
     def _shown(self, candidate: Candidate) -> str:
         """A prompt as one line."""
-        own = f"[{candidate.demonstrations} own, {candidate.rule}]" if candidate.demonstrations else ""
+        demonstrations = f"[{candidate.demonstrations} own, {candidate.rule}]" if candidate.demonstrations else ""
         shared = f"[{len(candidate.shared)} shared]" if candidate.shared else ""
         words = f" ({', '.join(candidate.words)})" if candidate.words else ""
-        text = self.writer.separator.join(t for t in (candidate.instruction, own, shared, "{input}") if t)
+        text = self.writer.separator.join(t for t in (candidate.instruction, demonstrations, shared, "{input}") if t)
         return json.dumps(f"{text}{candidate.cue}", ensure_ascii=False) + words
 
     def _export(self, candidate: Candidate) -> None:
-        """adapter/prompt.json: the prompt, and all that is needed to put it around an input."""
+        """Write adapter/prompt.json: the prompt, and all that is needed to write it around an input."""
         folder = self.config.run_dir / "adapter"
         folder.mkdir(parents=True, exist_ok=True)
         names = self.data.train.label_names if candidate.words else []
@@ -437,7 +439,6 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
     # ---- what is said of it
 
     def attributes(self) -> dict[str, Any]:
-        """See the base class."""
         return {
             "payload_parameters": 0,
             "trainable_parameters": 0,
@@ -446,15 +447,12 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         }
 
     def summary(self) -> str:
-        """See the base class."""
         return f"{len(self._candidates)} prompts, a generation in {len(self.rungs)} rounds"
 
     def work(self, plan: Plan) -> str:
-        """See the base class."""
         return f"{len(self._candidates)} prompts on at most {self.rungs[0].examples} examples"
 
     def details(self, plan: Plan) -> list[str]:
-        """See the base class."""
         steps = ", ".join(f"{r.size} prompts on {r.examples} examples" for r in self.rungs)
         lines = [
             f"exchanged: {len(_encoded(self._rung, self._candidates)):,} bytes of prompts down, "
@@ -469,13 +467,13 @@ class PromptSearch(Scoring[Population, Any, _Upload, Any]):
         return lines
 
 
-def _population(state: ServerState) -> Population:
-    assert isinstance(state, Population)
+def _search_state(state: ServerState) -> SearchState:
+    assert isinstance(state, SearchState)
     return state
 
 
 def _encoded(rung: int, candidates: Sequence[Candidate]) -> bytes:
-    """What goes down to a client."""
+    """The candidates as they are sent to a client."""
     tree = {"rung": rung, "candidates": [asdict(c) for c in candidates]}
     return json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Proposer(ABC):
-    """Makes new candidate prompts, on the server. It sees no data but what clients have shared.
+    """Makes new candidate prompts, on the server; of the clients' data it sees only what they have shared.
 
-    A file of this folder has one class derived from this.
+    A proposer is a class derived from this one, in a file of this folder or in a plugin.
     """
 
     Options: ClassVar[type[Section]] = Section
@@ -30,8 +30,9 @@ class Proposer(ABC):
     def propose(
         self, parents: Sequence[Candidate], shared: Sequence[Shared], count: int, draws: np.random.Generator
     ) -> list[Candidate]:
-        """At most `count` candidates, from at least one parent, the best first.
+        """Propose at most `count` candidates, made from the parents, of which there is at least one.
 
-        shared: examples that clients have sent. draws: the only randomness. Candidates that were there before, are too
-        long or do not tell the labels apart are not taken, and then more are asked for.
+        parents: the best first. shared: examples that clients have sent. draws: the only source of randomness.
+        Candidates that were tried before, are too long or do not tell the labels apart are not used; then this is
+        called again.
         """

@@ -1,5 +1,7 @@
-"""Instructions by the base model itself: continuations of the first words of a parent, or answers to a request for a
-paraphrase (as in APE, Zhou et al. 2023, arXiv 2211.01910, section 3.1)."""
+"""Lets the base model itself write new instructions (as in APE, Zhou et al. 2023, arXiv 2211.01910, section 3.1).
+
+They are continuations of the first words of a parent, or answers to a request for a paraphrase.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,9 @@ class LanguageModel(Proposer):
 
         @field_validator("request")
         @classmethod
-        def _has_a_place(cls, request: str | None) -> str | None:
+        def _has_instruction(cls, request: str | None) -> str | None:
             if request is not None and "{instruction}" not in request:
-                raise ValueError("has no {instruction}, the place of the one to be reworded")
+                raise ValueError("has no {instruction}, which the instruction to be reworded replaces")
             return request
 
     def propose(
@@ -56,14 +58,14 @@ class LanguageModel(Proposer):
             prompts.append(np.concatenate([np.array([first], np.int32), ids]))
         with torch.no_grad():
             drawn = continuations(self.base, prompts, draws.random((count, options.max_tokens)), options.temperature)
-        found = []
+        candidates = []
         for parent, prompt, ids in zip(chosen, prompts, drawn, strict=True):
-            # A tokenizer may drop the space in front of a text, so the words go through it with those before them.
-            whole = ids if options.request is not None else np.concatenate([prompt[1:], ids])
+            # A tokenizer may drop the first space of a text, so words are decoded with those before them.
+            text_ids = ids if options.request is not None else np.concatenate([prompt[1:], ids])
             text = self.base.tokenizer.decode(
-                whole.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                text_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             instruction = (text.strip().splitlines() or [""])[0].strip()
             if instruction:
-                found.append(replace(parent, instruction=instruction))
-        return found
+                candidates.append(replace(parent, instruction=instruction))
+        return candidates

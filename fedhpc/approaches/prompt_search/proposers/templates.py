@@ -1,5 +1,7 @@
-"""Candidates by editing and recombining others, word by word, with no model (as in GPS, Xu et al. 2022, arXiv
-2210.17041, and the edits of GrIPS, Prasad et al. 2023, arXiv 2203.07281)."""
+"""Edits and recombines candidates word by word, without a model.
+
+This is as in GPS (Xu et al. 2022, arXiv 2210.17041), with the edits of GrIPS (Prasad et al. 2023, arXiv 2203.07281).
+"""
 
 from __future__ import annotations
 
@@ -28,21 +30,21 @@ class Templates(Proposer):
     def propose(
         self, parents: Sequence[Candidate], shared: Sequence[Shared], count: int, draws: np.random.Generator
     ) -> list[Candidate]:
-        found = []
+        candidates = []
         for _ in range(count):
-            # The better a parent, the likelier: the first of two drawn places.
+            # Parents are sorted, best first: the smaller of two drawn indices prefers the better ones.
             one = parents[int(draws.integers(len(parents), size=2).min())]
             if draws.random() < self.options.crossover and len(parents) > 1:
                 one = _crossed(one, parents[int(draws.integers(len(parents)))], draws)
             else:
                 one = self._edited(one, parents, shared, draws)
-            found.append(one)
-        return found
+            candidates.append(one)
+        return candidates
 
     def _edited(
         self, one: Candidate, parents: Sequence[Candidate], shared: Sequence[Shared], draws: np.random.Generator
     ) -> Candidate:
-        """One part changed, all that can be changed being equally likely."""
+        """Change one part of a candidate; all parts that can be changed are equally likely."""
         space = self.space
         parts = ["instruction"]
         parts += ["cue"] if len(space.cues) > 1 else []
@@ -71,7 +73,7 @@ class Templates(Proposer):
 
 
 def _reworded(text: str, known: Sequence[str], draws: np.random.Generator) -> str:
-    """A word deleted, moved, put in or replaced, or another instruction's sentences behind its own."""
+    """Delete, move, insert or replace a word, or take over another instruction or its sentences."""
     words = text.split()
     vocabulary = sorted({word for other in known for word in other.split()})
     others = [other for other in known if other != text]
@@ -81,42 +83,42 @@ def _reworded(text: str, known: Sequence[str], draws: np.random.Generator) -> st
     if not edits:
         return text
     edit = edits[int(draws.integers(len(edits)))]
-    place = int(draws.integers(max(len(words), 1)))
+    position = int(draws.integers(max(len(words), 1)))
     if edit == "whole":
         return others[int(draws.integers(len(others)))]
     if edit == "sentences":
-        mine, theirs = _SENTENCE.split(text), _SENTENCE.split(others[int(draws.integers(len(others)))])
-        keep, skip = int(draws.integers(len(mine) + 1)), int(draws.integers(len(theirs)))
-        return " ".join(part for part in [*mine[:keep], *theirs[skip:]] if part)
+        ours, theirs = _SENTENCE.split(text), _SENTENCE.split(others[int(draws.integers(len(others)))])
+        keep, skip = int(draws.integers(len(ours) + 1)), int(draws.integers(len(theirs)))
+        return " ".join(part for part in [*ours[:keep], *theirs[skip:]] if part)
     if edit == "delete":
-        words.pop(place)
+        words.pop(position)
     elif edit == "move":
-        words.insert(int(draws.integers(len(words))), words.pop(place))
+        words.insert(int(draws.integers(len(words))), words.pop(position))
     else:
         word = vocabulary[int(draws.integers(len(vocabulary)))]
-        words[place : place + (edit == "replace")] = [word]
+        words[position : position + (edit == "replace")] = [word]
     return " ".join(words)
 
 
 def _crossed(one: Candidate, other: Candidate, draws: np.random.Generator) -> Candidate:
-    """Each part from either parent; how demonstrations are chosen is one part."""
-    mine = draws.random(5) < 0.5
-    chosen = one if mine[3] else other
+    """Take each part from one of two parents at random; how demonstrations are chosen is one part."""
+    from_first = draws.random(5) < 0.5
+    chosen = one if from_first[3] else other
     return Candidate(
-        instruction=(one if mine[0] else other).instruction,
-        cue=(one if mine[1] else other).cue,
-        words=(one if mine[2] else other).words,
+        instruction=(one if from_first[0] else other).instruction,
+        cue=(one if from_first[1] else other).cue,
+        words=(one if from_first[2] else other).words,
         demonstrations=chosen.demonstrations,
         rule=chosen.rule,
         draw=chosen.draw,
-        shared=(one if mine[4] else other).shared,
+        shared=(one if from_first[4] else other).shared,
     )
 
 
 def _rearranged(
     now: tuple[Shared, ...], known: Sequence[Shared], most: int, draws: np.random.Generator
 ) -> tuple[Shared, ...]:
-    """One more, one less, or another order."""
+    """Add one of the `known` examples, remove one, or change their order."""
     new = [one for one in known if one not in now]
     changes = ["more"] if new and len(now) < most else []
     changes += ["less"] if now else []
@@ -125,9 +127,9 @@ def _rearranged(
         return now
     change = changes[int(draws.integers(len(changes)))]
     if change == "more":
-        place = int(draws.integers(len(now) + 1))
-        return (*now[:place], new[int(draws.integers(len(new)))], *now[place:])
+        position = int(draws.integers(len(now) + 1))
+        return (*now[:position], new[int(draws.integers(len(new)))], *now[position:])
     if change == "less":
-        place = int(draws.integers(len(now)))
-        return (*now[:place], *now[place + 1 :])
+        position = int(draws.integers(len(now)))
+        return (*now[:position], *now[position + 1 :])
     return tuple(now[i] for i in draws.permutation(len(now)))
