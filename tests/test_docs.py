@@ -1,0 +1,144 @@
+"""The pages say what is so: their examples run, their links lead somewhere, and a payload passes the files they list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import fedhpc
+from fedhpc import registry
+from fedhpc.console import COMMANDS
+from fedhpc.models.causal_lm import CausalLM
+from tests.federations import federate, final, settings, table, tree, write_texts
+
+ROOT = Path(fedhpc.__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = {
+    name: (line, code)
+    for line, name, code in re.findall(
+        r"^`([^`\n]*\./(\w+)\.py[^`\n]*)`[^`\n]*(?:`[^`\n]*`)?\n```python\n(.*?)```$",
+        (ROOT / "docs/extending.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, (_, code) in EXAMPLES.items():
+        Path(f"{name}.py").write_text(code)
+
+
+# ---------------------------------------------------------------- examples of docs/extending.md
+
+
+def run(texts: Path, line: str, folder: str = "run", ranks: int = 1) -> dict[str, np.ndarray]:
+    """The final payload of two rounds of a small federation with one more line of YAML."""
+    small = {"federation": {"rounds": 2}, "evaluation": {"test_max_examples": 4, "max_examples": 4}}
+    raw, changes = tree(texts, **small), yaml.safe_load(line)
+    for section, value in changes.items():
+        instead = isinstance(value, list) or section in ("method", "partition")  # with options of another choice
+        raw[section] = value if instead else {**raw.get(section, {}), **value}
+    federate(settings(Path(folder), raw), ranks)
+    payload = final(Path(folder))
+    assert payload and all(np.isfinite(tensor).all() for tensor in payload.values())
+    return payload
+
+
+def differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return any(not np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def plain(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    return run(texts, "{}", str(tmp_path_factory.mktemp("plain") / "run"))
+
+
+def test_every_section_has_an_example_of_few_lines() -> None:
+    assert sorted(EXAMPLES) == sorted(
+        ["trimmed", "krum", "rounded", "vectors", "short", "in_turn", "signs", "lines", "smoothed"]
+    )
+    for name, (_, code) in EXAMPLES.items():
+        lines = [line for line in code.splitlines() if line and not line.startswith(("from ", "import "))]
+        assert len(lines) <= 15, f"{name} has {len(lines)} lines beside its imports"
+
+
+@pytest.mark.parametrize("name", ["trimmed", "krum", "rounded"])
+def test_what_changes_updates(name: str, texts: Path, plain: dict[str, np.ndarray]) -> None:
+    """Also on three ranks, to the bit."""
+    one, three = (run(texts, EXAMPLES[name][0], f"run{ranks}", ranks) for ranks in (1, 3))
+    assert not differ(one, three) and differ(one, plain)
+    if name == "rounded":
+        parameters = sum(tensor.size for tensor in one.values())
+        assert (table(Path("run1"), "rounds")["bytes_up"][1:] == 6 * parameters).all()
+        assert (table(Path("run1"), "rounds")["update_norm"][1:] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["vectors", "signs", "in_turn"])
+def test_what_changes_training(name: str, texts: Path, plain: dict[str, np.ndarray]) -> None:
+    payload = run(texts, EXAMPLES[name][0])
+    if name == "vectors":
+        assert list(payload) == ["vectors"] and np.abs(payload["vectors"]).max() > 0
+        assert Path("run/adapter/adapter_model.safetensors").exists()
+    else:
+        assert differ(payload, plain)
+    if name == "in_turn":
+        sizes = table(Path("run"), "partition")["num_examples"]
+        assert len(sizes) == 8 and sizes.max() - sizes.min() <= 1
+
+
+def test_what_is_told(texts: Path, plain: dict[str, np.ndarray]) -> None:
+    """A metric and a tracker, which change nothing."""
+    line = yaml.safe_dump({**yaml.safe_load(EXAMPLES["short"][0]), **yaml.safe_load(EXAMPLES["lines"][0])})
+    assert not differ(run(texts, line), plain)
+    assert np.isfinite(table(Path("run"), "rounds")["eval_short"]).all()
+    assert [row.split(",")[0] for row in Path("losses.csv").read_text().split()] == ["0", "1", "2"]
+
+
+def test_an_objective(texts: Path, plain: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    line, _ = EXAMPLES["smoothed"]
+    name, _, value = line.partition(" = ")
+    assert name == "CausalLM.objective"
+    monkeypatch.setattr(CausalLM, "objective", value.strip('"'))
+    assert differ(run(texts, "{}"), plain)
+
+
+# ---------------------------------------------------------------- links and commands
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_and_files_that_are_named_exist() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for module in re.findall(r"python -m (fedhpc[\w.]*)", text):
+            file = ROOT / module.rstrip(".").replace(".", "/")
+            assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), f"{page.name}: {module}"
+        for command in re.findall(r"(?:^|`)fedhpc (\w+) ", text, re.M):
+            assert command in COMMANDS, f"{page.name}: fedhpc {command}"
+        for file in re.findall(r"`?\b((?:launch|configs|tests|fedhpc|slurm)/[\w/]+\.(?:py|sh|yaml|md))", text):
+            assert (ROOT / file).exists() or not file.startswith("fedhpc"), f"{page.name}: {file}"
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
+
+
+def test_families_of_the_table_are_those_of_the_registry() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = {path for path in re.findall(r"`([\w/]+)/`", text) if (ROOT / "fedhpc" / path).is_dir()}
+    families = {pattern.split("/*")[0] for patterns in registry.FAMILIES.values() for pattern in patterns}
+    assert families - {"approaches/prompt_search/proposers", "participation/schedules"} <= folders
