@@ -1,14 +1,17 @@
-"""The pages say what is so: their examples run, their links lead somewhere, and a payload passes the files they list."""
+"""The pages are right: their examples run, their links lead somewhere, a payload passes the files that they list."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import fedhpc
@@ -16,6 +19,7 @@ from fedhpc import registry
 from fedhpc.console import COMMANDS
 from fedhpc.models.causal_lm import CausalLM
 from tests.federations import federate, final, settings, table, tree, write_texts
+from tests.test_architecture import LAYERS
 
 ROOT = Path(fedhpc.__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -115,6 +119,77 @@ def test_an_objective(texts: Path, plain: dict[str, np.ndarray], monkeypatch: py
     assert differ(run(texts, "{}"), plain)
 
 
+# ---------------------------------------------------------------- docs/architecture.md
+
+
+def section(title: str) -> str:
+    text = (ROOT / "docs/architecture.md").read_text()
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_layers_are_those_of_the_architecture_test() -> None:
+    lines = section("Who imports whom").split("```")[1].split("\n")
+    shown = [{name for name in line.split() if name} for line in lines if line]
+    assert shown[::-1] == [layer - {""} for layer in LAYERS]
+
+
+def test_the_round_is_quoted() -> None:
+    code = (ROOT / "fedhpc/federation.py").read_text()
+    for line in section("A round").split("```")[1].splitlines()[1:]:
+        assert line.partition("...")[0].partition("    #")[0].strip() in code, line
+    assert (
+        section("FedAvg's sum").split("```")[1].splitlines()[1]
+        in (ROOT / "fedhpc/server/aggregators/mean.py").read_text()
+    )
+
+
+SIZE, TOKENS, WIDTH = 192, 3, 64  # of a prefix of three tokens: nothing else in the run has this shape
+
+
+def carries(value: Any, depth: int = 3) -> bool:
+    """Whether a value is the payload, or has it a few levels down."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return value.shape[-1:] == (SIZE,) or value.shape[-2:] == (TOKENS, WIDTH)
+    inner: list[Any] = []
+    if isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        inner = list(value)
+    elif dataclasses.is_dataclass(value):
+        inner = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return depth > 0 and any(carries(one, depth - 1) for one in inner[:50])
+
+
+def test_a_payload_passes_the_files_that_are_listed(texts: Path) -> None:
+    way, beside = section("One payload, from the YAML to /final").split("These files only pass it on")
+    lines = re.findall(r"^\d+\. `([\w/]+\.py)`(.*)", way, re.MULTILINE)
+    listed = {file: re.findall(r"`(\w+)`", " ".join(re.findall(r"\(`.*?\)", rest))) for file, rest in lines}
+    others = set(re.findall(r"`([\w/]+\.py)`", beside.partition("Inside the forward pass")[0]))
+    config = settings(Path("run"), tree(texts, method={"num_virtual_tokens": TOKENS}))
+    names: dict[str, set[str]] = {}
+
+    def follow(frame: FrameType, event: str, result: Any) -> None:
+        code = frame.f_code
+        if event in ("call", "return") and code.co_filename.startswith(f"{ROOT}/fedhpc/"):
+            arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            values = [result] if event == "return" else [frame.f_locals.get(name) for name in arguments]
+            if any(carries(value) for value in values):
+                names.setdefault(code.co_filename.removeprefix(f"{ROOT}/fedhpc/"), set()).add(code.co_name)
+
+    sys.setprofile(follow)
+    try:
+        federate(config)
+    finally:
+        sys.setprofile(None)
+    assert final(Path("run"))["prompt_embeddings"].shape == (TOKENS, WIDTH)
+    passed, before = set(names), {"config/choices.py", "registry.py"}
+    assert set(listed) - before <= passed, "these files are listed, but the payload does not pass them"
+    assert passed - set(listed) == others, "the files that only pass the payload on are not those that are listed"
+    for file, functions in listed.items():
+        text = (ROOT / "fedhpc" / file).read_text()
+        assert not [name for name in functions if not re.search(rf"^ *(def|class) {name}\b", text, re.MULTILINE)], file
+
+
 # ---------------------------------------------------------------- links and commands
 
 
@@ -130,7 +205,7 @@ def test_commands_and_files_that_are_named_exist() -> None:
         for module in re.findall(r"python -m (fedhpc[\w.]*)", text):
             file = ROOT / module.rstrip(".").replace(".", "/")
             assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), f"{page.name}: {module}"
-        for command in re.findall(r"(?:^|`)fedhpc (\w+) ", text, re.M):
+        for command in re.findall(r"(?:^|`)fedhpc (\w+) ", text, re.MULTILINE):
             assert command in COMMANDS, f"{page.name}: fedhpc {command}"
         for file in re.findall(r"`?\b((?:launch|configs|tests|fedhpc|slurm)/[\w/]+\.(?:py|sh|yaml|md))", text):
             assert (ROOT / file).exists() or not file.startswith("fedhpc"), f"{page.name}: {file}"
