@@ -163,7 +163,7 @@ def carries(value: Any, depth: int = 3) -> bool:
 def test_a_payload_passes_the_files_that_are_listed(texts: Path) -> None:
     way, beside = section("One payload, from the YAML to /final").split("These files only pass it on")
     lines = re.findall(r"^\d+\. `([\w/]+\.py)`(.*)", way, re.MULTILINE)
-    listed = {file: re.findall(r"`(\w+)`", " ".join(re.findall(r"\(`.*?\)", rest))) for file, rest in lines}
+    listed = {file: re.findall(r"`(\w+)`", re.split(r"`[\w/]+\.py`|:", rest)[0]) for file, rest in lines}
     others = set(re.findall(r"`([\w/]+\.py)`", beside.partition("Inside the forward pass")[0]))
     config = settings(Path("run"), tree(texts, method={"num_virtual_tokens": TOKENS}))
     names: dict[str, set[str]] = {}
