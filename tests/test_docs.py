@@ -136,7 +136,7 @@ def test_layers_are_those_of_the_architecture_test() -> None:
 def test_the_round_is_quoted() -> None:
     code = (ROOT / "fedhpc/federation.py").read_text()
     for line in section("A round").split("```")[1].splitlines()[1:]:
-        assert line.partition("...")[0].partition("    #")[0].strip() in code, line
+        assert line.partition("...")[0].partition("  #")[0].strip() in code, line
     assert (
         section("FedAvg's sum").split("```")[1].splitlines()[1]
         in (ROOT / "fedhpc/server/aggregators/mean.py").read_text()
