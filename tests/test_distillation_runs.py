@@ -365,8 +365,8 @@ def test_a_client_that_says_nothing_finite_is_rejected(
 ) -> None:
     train = approach.train_block
 
-    def spoilt(base: Any, method: Any, payloads: Any, works: Any, *rest: Any) -> Any:
-        trained = train(base, method, payloads, works, *rest)
+    def spoilt(base: Any, method: Any, objective: Any, payloads: Any, works: Any, *rest: Any) -> Any:
+        trained = train(base, method, objective, payloads, works, *rest)
         for i, work in enumerate(works):
             if work.client_id == bad:
                 trained.updates[i] = value

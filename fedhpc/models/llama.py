@@ -61,7 +61,8 @@ def hidden_at(
 ) -> Tensor:
     """Last hidden states (S, D) at `positions` (S,) of `rows` (S,), of embedded inputs (B, T, D).
 
-    A row's positions follow one another. past: as for `last_hidden`. everywhere: every layer must see all positions.
+    past: as for `last_hidden`. everywhere: every layer must see all positions. Of the last layer what lies between the
+    first and the last position of a row is computed.
     """
     batch, length = inputs.shape[:2]
     first = positions.new_full((batch,), length).scatter_reduce_(0, rows, positions, "amin")
