@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM  # noqa: F401  imported once, here
 
-from fedhpc import federation, main
+from fedhpc import federation, main  # noqa: F401
+from fedhpc.approaches import prepare
 from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.ranks import process
 from fedhpc.ranks.liveness import Liveness  # noqa: F401
@@ -37,11 +38,11 @@ ACTS: dict[str, Callable[[], object]] = {
 }
 # What is called at the moment, and at which call of it the rank fails: in the third or fourth round.
 MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "start-up": (federation, "prepare", 1),
+    "start-up": (prepare, "prepare", 1),
     "local training": (Averaging, "local", 8),
     "collective": (torch_dist.TorchTransport, "_reduce_sum", 7),
     "server step": (Averaging, "step", 3),
-    "checkpoint": (files, "_fsync", 30),
+    "checkpoint": (files, "to_disk", 30),
     "client state": (client_state, "save", 8),
 }
 

@@ -97,7 +97,7 @@ def test_updates_are_compared_from_where_they_start() -> None:
 
 
 def test_a_round_without_work_needs_no_training(tmp_path: Path) -> None:
-    assert 0 < rounds._idle_round(tmp_path, 4, 100, 3) < 5
+    assert 0 < rounds.idle_round(tmp_path, 4, 100, 3) < 5
 
 
 def test_the_bench_says_where_the_peers_are_missing(tmp_path: Path) -> None:

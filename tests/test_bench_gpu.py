@@ -96,7 +96,7 @@ def test_rows_come_at_once_as_json_and_the_other_parts_go_on(
 
     monkeypatch.setattr(gpu, "parts", lambda only, quick, repeats: [fails, lambda: [Row("b", 2.0, 3.0)]])
     options = argparse.Namespace(scale=False, peers=None, gpu=True, only="", quick=False, repeats=None, json=True)
-    assert __main__._measure(options) == 1
+    assert __main__.measure(options) == 1
     said = capsys.readouterr()
     machine, *rows = map(json.loads, said.out.splitlines())
     assert machine["torch"] == torch.__version__
@@ -116,7 +116,7 @@ def test_parts_are_chosen_by_name_and_one_that_fails_is_one_line(
         yield Row("first", 1.0)
         raise RuntimeError("CUDA error")
 
-    rows = gpu._guarded("grid", broken, CPU)
+    rows = gpu.guarded("grid", broken, CPU)
     assert next(rows).what == "first"
     with pytest.raises(UserError, match="grid: RuntimeError: CUDA error"):
         next(rows)

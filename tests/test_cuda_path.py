@@ -194,7 +194,7 @@ def test_fedkseed_reads_its_coefficients_and_nothing_else(monkeypatch: pytest.Mo
 
 
 def test_a_frozen_head_in_pieces_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(objectives_base._LOGITS_AT_ONCE, "cuda", 20 * tiny.VOCABULARY)
+    monkeypatch.setitem(objectives_base.LOGITS_AT_ONCE, "cuda", 20 * tiny.VOCABULARY)
     one, three = waits(monkeypatch, "llama", "prefix", {})
     assert three - one == Counter()
 

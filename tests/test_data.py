@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fedhpc import config
 from fedhpc.data import describe, group_references, load_data
 from fedhpc.data.templates import parse
-from fedhpc.data.tokens import _save, cache_dir, cached_tokens, tokenize
+from fedhpc.data.tokens import cache_dir, cached_tokens, save_tokens, tokenize
 from fedhpc.errors import UserError
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier
@@ -461,7 +461,7 @@ def test_a_sound_cache_entry_is_never_replaced(tmp_path, monkeypatch):
     tokens, _ = cached_tokens(*texts, words(), 16, CausalLM)
     (entry,) = cache_dir().iterdir()
     inode = (entry / "ids.npy").stat().st_ino
-    _save(entry, tokens)  # what a slower process does
+    save_tokens(entry, tokens)  # what a slower process does
     assert (entry / "ids.npy").stat().st_ino == inode
     assert list(cache_dir().iterdir()) == [entry]
 

@@ -102,7 +102,7 @@ def test_the_servers_iteration_is_the_formula() -> None:
     for i in range(6):
         numbers = np.column_stack([rng.standard_normal((clients, d)), rng.random(clients), 2 + rng.random(clients)])
         after = aggregate(moments, numbers, popsize, 1.0, (0, 0, i))
-        strategy = cmaes._strategy(moments, clients, 1.0, (0, 0, i), clients)
+        strategy = cmaes.strategy_from(moments, clients, 1.0, (0, 0, i), clients)
         weights = np.array(strategy.sp.weights.positive_weights)
         assert len(weights) == clients and weights.sum() == pytest.approx(1) and (np.diff(weights) < 0).all()
         spread = np.sqrt(numbers[:, -1].sum() / clients / (popsize // 2))

@@ -167,7 +167,7 @@ def test_a_padded_row_has_the_states_that_it_has_alone() -> None:
 
 
 def test_the_frozen_head_gives_the_losses_and_gradients_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedhpc.objectives.base._LOGITS_AT_ONCE", {"cpu": 16 * 61})
+    monkeypatch.setattr("fedhpc.objectives.base.LOGITS_AT_ONCE", {"cpu": 16 * 61})
     noise = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 8, generator=noise, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(61, 8, generator=noise, dtype=torch.float64)

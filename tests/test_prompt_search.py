@@ -223,11 +223,11 @@ def test_demonstrations_are_the_clients_own_and_by_the_rule(tmp_path: Path, text
     found = writer.demonstrations(one, train, pool, client=0)
     assert len(found) == sum(map(len, pieces))
     balanced = Candidate(words=tuple(WORDS), demonstrations=3, rule="balanced")
-    chosen = writer._order(balanced, train, pool, 0)[: len(set(train.labels[pool]))]
+    chosen = writer.in_order(balanced, train, pool, 0)[: len(set(train.labels[pool]))]
     assert len(set(train.labels[chosen])) == len(chosen)
     tight = Writer(writer.tokenizer, 0, "\n", writer.target, writer.label, len(writer.fixed(one)) + 2)
     assert len(tight.demonstrations(one, train, pool, client=0)) == 0
-    assert writer._order(balanced, train, pool, 0) != writer._order(balanced, train, pool, 1)
+    assert writer.in_order(balanced, train, pool, 0) != writer.in_order(balanced, train, pool, 1)
 
 
 # ---------------------------------------------------------------- runs

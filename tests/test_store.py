@@ -147,7 +147,7 @@ def test_resumed_file_equals_uninterrupted_one(
 ) -> None:
     """Killed between any two steps of any round, twice: same rows, none lost on the way, none twice."""
     monkeypatch.setattr(
-        "fedhpc.results.files._fsync", lambda path: None
+        "fedhpc.results.files.to_disk", lambda path: None
     )  # no power is cut here, and it takes most of the time
     rounds = 5
     path = tmp_path / "results.h5"
@@ -251,5 +251,5 @@ def test_thousand_rounds_of_a_hundred_clients_are_cheap() -> None:
     for t in range(1, 1001):
         results.add_round({**dict.fromkeys(ROUNDS, 1), "round": t})
         results.add_clients(rows)
-    image = results._image(complete=False)
+    image = results.image(complete=False)
     assert time.perf_counter() - start < 5 and len(image) < 12e6

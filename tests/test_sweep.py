@@ -17,7 +17,6 @@ import yaml
 
 from fedhpc import config as configuration
 from fedhpc import sweep
-from fedhpc.errors import UserError
 from fedhpc.results.lock import take_lock
 from fedhpc.results.status import read_status, write_status
 from tests.federations import table
@@ -326,8 +325,10 @@ def test_a_run_that_cannot_be_done_names_its_reason(tmp_path: Path) -> None:
     assert "bad-s0 failed: exit code 2" in text and "good-s0: complete" in text and "1 of 2 runs compared" in text
 
 
-def test_a_sweep_under_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_under_a_launcher_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="one process"):
-        sweep._command("true")
+    assert sweep.main([str(write(tmp_path)), "--dry-run"]) == 2
+    assert "a sweep is one process" in capsys.readouterr().err

@@ -108,13 +108,13 @@ def test_mpi_that_disagrees_with_the_launcher() -> None:
 
 def test_missing_ranks_are_named() -> None:
     launch = Launch("torchrun", 0, 3, 0, 3, "127.0.0.1", free_port())
-    store = torch_dist._open_store(launch, 5)
+    store = torch_dist.open_store(launch, 5)
     store.set("here/2", "yes")
     with pytest.raises(UserError, match=r"ranks \[1\] of 3"):
-        torch_dist._arrive(store, launch, 0.2)
+        torch_dist.arrive(store, launch, 0.2)
     store.set("here/1", "a host")
     store.set("here/2", "127.0.0.1")
-    assert torch_dist._arrive(store, launch, 5) == [[0, 2], [1]]
+    assert torch_dist.arrive(store, launch, 5) == [[0, 2], [1]]
 
 
 def test_a_stale_store_is_not_followed() -> None:
@@ -125,10 +125,10 @@ def test_a_stale_store_is_not_followed() -> None:
     real.set("nonce", "mine")
     real.set("hello", "world")
     published = iter([free_port(), stranger.port, real.port])
-    found = torch_dist._follow(lambda: f"127.0.0.1 {next(published)} mine", 20)
+    found = torch_dist.follow(lambda: f"127.0.0.1 {next(published)} mine", 20)
     assert found.get("hello") == b"world"
     with pytest.raises(UserError, match="did not answer"):
-        torch_dist._follow(lambda: f"127.0.0.1 {free_port()} mine", 0.2)
+        torch_dist.follow(lambda: f"127.0.0.1 {free_port()} mine", 0.2)
 
 
 def test_a_rank_that_never_comes_ends_the_others() -> None:

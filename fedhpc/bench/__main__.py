@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGINT, interrupted)
     try:
-        return _measure(options)
+        return measure(options)
     except UserError as error:
         print(f"fedhpc: error: {error}", file=sys.stderr)
         return 1
@@ -64,7 +64,8 @@ def interrupted(number: int, _: object) -> None:
     raise EndedError(f"ended by {signal.Signals(number).name}")
 
 
-def _measure(options: argparse.Namespace) -> int:
+def measure(options: argparse.Namespace) -> int:
+    """Print the rows that the command line asks for, each as soon as it is there; returns the exit code."""
     if options.scale:
         from fedhpc.bench import scale
 

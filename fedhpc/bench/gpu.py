@@ -71,10 +71,10 @@ def parts(only: str, quick: bool, repeats: int) -> list[Part]:
         if not named:
             raise UserError(f"--only: there is no part '{name}'; {nearest(name, list(known))}")
         chosen |= named
-    return [partial(_guarded, name, part, device) for name, part in chosen.items()]
+    return [partial(guarded, name, part, device) for name, part in chosen.items()]
 
 
-def _guarded(name: str, part: Part, device: Any) -> Iterator[Row]:
+def guarded(name: str, part: Part, device: Any) -> Iterator[Row]:
     """The rows of a part. Any failure becomes a UserError, so that the other parts go on; memory is freed before."""
     free(device)
     try:

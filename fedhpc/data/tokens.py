@@ -257,7 +257,7 @@ def cached_tokens(
     if not write:
         return tokens, None
     try:
-        _save(folder, tokens)
+        save_tokens(folder, tokens)
     except OSError as error:
         return tokens, f"tokens are not cached in {folder.parent}: {error.strerror or error}"
     # What was made here is dropped for the files, which the processes of a machine share.
@@ -316,7 +316,7 @@ def _load(folder: Path, count: int) -> Tokens | None:
     return tokens if tokens.offsets[-1] == len(tokens.ids) else None
 
 
-def _save(folder: Path, tokens: Tokens) -> None:
+def save_tokens(folder: Path, tokens: Tokens) -> None:
     """Write all files beside `folder`, then rename: a reader finds them whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix="writing-", dir=folder.parent))

@@ -20,7 +20,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 # Logits that exist at once behind a frozen output layer: on a CPU about what its cache holds.
-_LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
+LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
 
 
 class Objective(ABC):
@@ -138,7 +138,7 @@ def through_frozen_head(hidden: Tensor, weight: Tensor, targets: Tensor, weights
     softmax less the target (Bridle 1990), so logits are gone again while they are still in the processor's cache.
     """
     gradient, losses = torch.empty_like(hidden), hidden.new_empty(len(hidden))
-    size = max(16, _LOGITS_AT_ONCE[hidden.device.type] // len(weight))
+    size = max(16, LOGITS_AT_ONCE[hidden.device.type] // len(weight))
     for start in range(0, len(hidden), size):
         piece = slice(start, start + size)
         logits = hidden[piece] @ weight.mT

@@ -41,11 +41,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         try:
             yield temporary
-            _fsync(temporary)
+            to_disk(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _fsync(path.parent)
+        to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(
@@ -54,7 +54,8 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _fsync(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until what was written to a file, or renamed in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -274,12 +274,13 @@ class Results:
 
     def write(self, path: Path, complete: bool) -> None:
         """Replace the file at `path` atomically (fedhpc.results.atomic_write, with its errors)."""
-        atomic_write(path, self._image(complete))
+        atomic_write(path, self.image(complete))
         self.complete = complete
         for table in self._tables.values():
             table.mark_saved()
 
-    def _image(self, complete: bool) -> bytes:
+    def image(self, complete: bool) -> bytes:
+        """What `write` puts on the disk: the bytes of the HDF5 file."""
         marks = {"format": FORMAT, "format_version": FORMAT_VERSION, "complete": complete}
         last = np.iinfo(np.int64).max if complete else self._rows() - 1
         # The name is of no file: the core driver without backing store never touches the disk.

@@ -52,7 +52,7 @@ def initial(dimension: int, sigma: float) -> Moments:
 
 def ask(moments: Moments, popsize: int, sigma_0: float, key: Key) -> Float64:
     """Draw the candidates of the next iteration (popsize, d); the draws depend on `key` alone."""
-    samples: Float64 = np.array(_strategy(moments, popsize, sigma_0, key).ask())
+    samples: Float64 = np.array(strategy_from(moments, popsize, sigma_0, key).ask())
     return samples
 
 
@@ -70,7 +70,7 @@ def tell(
     is above sqrt(d) + 2 d / (d + 2) counts as that far (Hansen 2011, arXiv 1110.4181). parents: how many of the best
     points make the new mean; by default half of them.
     """
-    strategy = _strategy(moments, len(losses), sigma_0, key, parents)
+    strategy = strategy_from(moments, len(losses), sigma_0, key, parents)
     drawn = strategy.ask()  # the same samples as before, which the strategy must have drawn itself to recognise them
     # Not before `ask`: with a count above 0 it would read what earlier calls leave in a strategy, and there were none.
     strategy.countiter, strategy.mean_old = int(moments.iteration), strategy.mean
@@ -102,7 +102,8 @@ def _no_draws(*shape: int) -> Float64:
     raise AssertionError("nothing is drawn here")
 
 
-def _strategy(moments: Moments, popsize: int, sigma_0: float, key: Key, parents: int | None = None) -> Any:
+def strategy_from(moments: Moments, popsize: int, sigma_0: float, key: Key, parents: int | None = None) -> Any:
+    """A strategy of the library that goes on from these moments; parents: how many points make the new mean."""
     seed, *numbers = key
     draws = generator(seed, "cma", *numbers)
     options = {**_fixed(), "popsize": popsize, "randn": lambda *shape: draws.standard_normal(shape)}

@@ -120,7 +120,7 @@ class Writer:
         cue, end = self.ids(candidate.cue), self.ids(self.separator)
         left = self.tokens_left(candidate)
         answers, pieces = self.answers(candidate), [np.empty(0, np.int32)]
-        for example in self._order(candidate, examples, pool, client):
+        for example in self.in_order(candidate, examples, pool, client):
             piece = np.concatenate(
                 [self.input(examples, example), cue, self.right_answer(answers, examples, example)[:-1], end]
             )
@@ -181,7 +181,8 @@ class Writer:
         bos = self.tokenizer.bos_token_id
         return np.array([] if bos is None else [bos], np.int32)
 
-    def _order(self, candidate: Candidate, examples: Examples, pool: Int64, client: int) -> list[int]:
+    def in_order(self, candidate: Candidate, examples: Examples, pool: Int64, client: int) -> list[int]:
+        """The examples of `pool` in the order in which the candidate's rule takes them as demonstrations."""
         drawn = generator(self.seed, "demonstrations", client, candidate.draw).permutation(pool)
         if candidate.rule == "short":
             lengths = examples.lengths_of(drawn)

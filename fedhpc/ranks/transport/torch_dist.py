@@ -44,8 +44,8 @@ class TorchTransport(Transport):
         self._nccl: dist.ProcessGroup | None = None
         limit_s = arrival_limit_s(timeout_s)
         with connect_deadline(launch, limit_s + 30):
-            store = _open_store(launch, limit_s)
-            nodes = _arrive(store, launch, limit_s)
+            store = open_store(launch, limit_s)
+            nodes = arrive(store, launch, limit_s)
             if "GLOO_SOCKET_IFNAME" not in os.environ:
                 # Gloo would listen on what the host name resolves to, often an address no other host reaches.
                 os.environ["GLOO_SOCKET_IFNAME"] = interface_of(_address(launch))
@@ -137,7 +137,7 @@ def _address(launch: Launch) -> str:
     return local_address_for(str(launch.master_addr))
 
 
-def _open_store(launch: Launch, limit_s: float) -> Store:
+def open_store(launch: Launch, limit_s: float) -> Store:
     """Open a store that only the processes of this start use, and none of an earlier one."""
     wait = datetime.timedelta(seconds=limit_s)
     address, port = str(launch.master_addr), int(launch.master_port or 0)
@@ -156,10 +156,10 @@ def _open_store(launch: Launch, limit_s: float) -> Store:
         store.set("nonce", nonce)
         agent.set("fedhpc", f"{_address(launch)} {store.port} {nonce}")
         return store
-    return _follow(lambda: agent.get("fedhpc").decode(), limit_s)
+    return follow(lambda: agent.get("fedhpc").decode(), limit_s)
 
 
-def _follow(published: Callable[[], str], limit_s: float) -> Store:
+def follow(published: Callable[[], str], limit_s: float) -> Store:
     """Connect to the store that rank 0 published, reading its address again until the store answers.
 
     After a restart the address may first be that of the dead rank 0: then nobody answers, or another program listens
@@ -185,7 +185,7 @@ def _node(launch: Launch) -> str:
     return _address(launch)
 
 
-def _arrive(store: Store, launch: Launch, limit_s: float) -> list[list[int]]:
+def arrive(store: Store, launch: Launch, limit_s: float) -> list[list[int]]:
     """Wait until every rank has arrived; returns the ranks of each node."""
     keys = [f"here/{rank}" for rank in range(launch.world_size)]
     store.set(keys[launch.rank], _node(launch))
