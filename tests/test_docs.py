@@ -77,6 +77,7 @@ def test_every_section_has_an_example_of_few_lines() -> None:
     for name, (_, code) in EXAMPLES.items():
         lines = [line for line in code.splitlines() if line and not line.startswith(("from ", "import "))]
         assert len(lines) <= 15, f"{name} has {len(lines)} lines beside its imports"
+    assert EXAMPLES["trimmed"][1] in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["trimmed", "krum", "rounded"])
