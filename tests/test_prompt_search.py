@@ -248,7 +248,7 @@ def test_the_scores_of_a_round_are_those_of_its_pooled_examples(tmp_path: Path, 
         candidate = Candidate.from_json(prompts[number])
         total, rows_seen = 0.0, 0
         for client in approach.plan(int(round_)).training:
-            scored, pool = approach.scored(int(round_), client, *approach._budget(int(round_) - 1))
+            scored, pool = approach.scored(int(round_), client, *approach.budget(int(round_) - 1))
             own = approach.writer.demonstrations(candidate, train, pool, client)
             whole = approach.writer.rewritten(candidate, train, [own])
             nothing = torch.empty(1, 0)
@@ -350,8 +350,8 @@ def test_examples_leave_a_client_only_where_it_is_allowed(tmp_path: Path, texts:
 def test_the_bytes_are_those_of_the_texts_and_a_number_for_each(tmp_path: Path, texts: Path) -> None:
     federate(settings(tmp_path, search(texts, federation={"rounds": 1})))
     approach = made(tmp_path / "again", search(texts))
-    text = search_rounds._encoded(0, approach._first)
-    assert [Candidate.from_tree(one) for one in json.loads(text)["candidates"]] == approach._first
+    text = search_rounds.encoded(0, approach.first)
+    assert [Candidate.from_tree(one) for one in json.loads(text)["candidates"]] == approach.first
     found = table(tmp_path, "rounds")
     assert (found["bytes_down"][1], found["bytes_up"][1]) == (4 * len(text), 4 * 8 * 6)
     with h5py.File(tmp_path / "results.h5") as file:

@@ -297,13 +297,13 @@ def test_the_end_needs_no_json_of_texts_and_no_index_and_rounds_stay(
     changes = {"method": {"k": 2, "candidates": 3, "rerank": "likelihood", "context_tokens": 40}}
     held: list[int] = []
 
-    original = Rag._answered
+    original = Rag.answered
 
     def answered(self: Rag, *given: Any) -> Any:
-        held.append(len(self._shards))
+        held.append(len(self.shards))
         return original(self, *given)
 
-    monkeypatch.setattr(Rag, "_answered", answered)
+    monkeypatch.setattr(Rag, "answered", answered)
     wanted = run(world, tmp_path / "one", **changes)
     monkeypatch.setattr("fedhpc.ranks.transport.base.JSON_LIMIT_BYTES", 600)
     directory = run(world, tmp_path / "run", 2, **changes)
@@ -328,9 +328,9 @@ def test_passages_have_the_room_that_question_and_answer_leave(world: Path, tmp_
     approach = prepare(settings(tmp_path / "room", raw), LoopbackTransport(), Launch(), False)
     assert isinstance(approach, Rag)
     test = approach.data.test
-    first = np.array([first for first, _ in approach._items])
-    assert approach._room == [max(0, min(30, 40 - n)) for n in test.lengths[first].tolist()]
-    assert len(set(approach._room)) > 1
+    first = np.array([first for first, _ in approach.questions])
+    assert approach.room == [max(0, min(30, 40 - n)) for n in test.lengths[first].tolist()]
+    assert len(set(approach.room)) > 1
     federate(settings(tmp_path / "run", raw))
     shown = table(tmp_path / "run", "samples")
     for prompt, references in zip(shown["prompt"], shown["references"], strict=True):

@@ -147,9 +147,10 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         self.proposers: list[Proposer] = [
             registry.choice("proposers", one.name)(one, self.space, self.base) for one in options.proposers
         ]
-        self._first = self._initial()
+        #: The candidates of the first round.
+        self.first = self._initial()
         #: The rung and the candidates of the round that is going on.
-        self._rung, self._candidates = 0, self._first
+        self._rung, self._candidates = 0, self.first
         self._rewritten: tuple[str, Examples] | None = None
 
     def _check_lengths(self) -> None:
@@ -184,7 +185,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
     # ---- a round
 
     def initial_state(self) -> SearchState:
-        return SearchState(self._first)
+        return SearchState(self.first)
 
     def _proposed(
         self, parents: Sequence[Candidate], shared: Sequence[Shared], count: int, generation: int, known: set[str]
@@ -218,7 +219,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         """Let every client score every candidate on its examples of the rung, all in the same forward passes."""
         rung, candidates = down
         train, spent = self.data.train, TokenCount()
-        parts = [self.scored(plan.round, client, *self._budget(rung)) for client in clients]
+        parts = [self.scored(plan.round, client, *self.budget(rung)) for client in clients]
         texts: list[Int32] = []
         rows = Rows()
         for c, candidate in enumerate(candidates):
@@ -247,7 +248,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
             bytes_up += [len(json.dumps(one).encode()) for one in sent]
         return self.report(clients, upload, finite, scores.means, [scores], spent, bytes_up)
 
-    def _budget(self, rung: int) -> tuple[int, int]:
+    def budget(self, rung: int) -> tuple[int, int]:
         """On how many examples of a client a rung scores at most, and how many are left for demonstrations."""
         options = self.config.method
         return self.rungs[rung].examples, options.demonstrations
@@ -263,7 +264,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         accepted = [result.upload.means[result.accepted] for result in results]
         scores = np.concatenate([np.empty((0, len(self._candidates))), *accepted])
         training = set(plan.training)
-        most, aside = self._budget(self._rung)
+        most, aside = self.budget(self._rung)
         rows = np.array([self.num_scored(c, most, aside) if c in training else 0 for c in plan.cohort])
         mean = self.mean_scores(transport, plan, indices, scores, rows)
         spent = self.spent_by_all(transport, np.sum([(0, 0, 0), *(result.upload.spent for result in results)], axis=0))
@@ -319,13 +320,13 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         """The candidates as JSON, to every client of the cohort."""
         if self.config.mode != "federated":
             return 0
-        return len(_encoded(*(download or (0, self._first)))) * len(plan.cohort)
+        return len(encoded(*(download or (0, self.first)))) * len(plan.cohort)
 
     def bytes_up(self, plan: Plan) -> int:
         """A number for each candidate; the length of shared examples is not known before the round."""
         if self.config.mode != "federated":
             return 0
-        return NUMBER_BYTES * len(self._first) * len(plan.training)
+        return NUMBER_BYTES * len(self.first) * len(plan.training)
 
     # ---- results
 
@@ -455,7 +456,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
     def details(self, plan: Plan) -> list[str]:
         steps = ", ".join(f"{r.size} prompts on {r.examples} examples" for r in self.rungs)
         lines = [
-            f"exchanged: {len(_encoded(self._rung, self._candidates)):,} bytes of prompts down, "
+            f"exchanged: {len(encoded(self._rung, self._candidates)):,} bytes of prompts down, "
             f"{NUMBER_BYTES * len(self._candidates):,} of scores up for each client of round 1",
             f"a generation: {steps} of every client",
         ]
@@ -472,7 +473,7 @@ def _search_state(state: ServerState) -> SearchState:
     return state
 
 
-def _encoded(rung: int, candidates: Sequence[Candidate]) -> bytes:
+def encoded(rung: int, candidates: Sequence[Candidate]) -> bytes:
     """The candidates as they are sent to a client."""
     tree = {"rung": rung, "candidates": [asdict(c) for c in candidates]}
     return json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()

@@ -134,11 +134,11 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
                 f"evaluation.metrics: {min(ranking)} needs method.gold, the column of data.test that names the right "
                 "passage"
             )
-        # A question is a distinct prompt: (its first row, all its references).
-        self._items = group_references(self.data.test)
-        if self.rounds > len(self._items):
+        #: A question is a distinct prompt: (its first row, all its references).
+        self.questions = group_references(self.data.test)
+        if self.rounds > len(self.questions):
             raise UserError(
-                f"federation.rounds is {self.rounds}, but there are only {len(self._items)} questions to share out: "
+                f"federation.rounds is {self.rounds}, but there are only {len(self.questions)} questions to share out: "
                 "lower it"
             )
         if options.index != "lexical":
@@ -146,7 +146,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         if options.index == "lexical" and not any(terms(text) for text in self.corpus.passages):
             raise UserError(f"method.passage: not one of the {len(self.corpus.passages)} passages has a word to search")
         if options.rerank == "likelihood":
-            queries = [self.corpus.queries[first] for first, _ in self._items]
+            queries = [self.corpus.queries[first] for first, _ in self.questions]
             try:
                 self._examples([""] * len(queries), queries, "question")
             except UserError as error:
@@ -155,7 +155,8 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         if options.encoder is not None:
             self._encoder = Encoder(options.encoder, options.retriever, self.base.device)
         self._tuned = None if options.adapter is None else _tuned(Path(options.adapter), self)
-        self._shards: dict[int, Shard] = {}
+        #: client -> the index of its passages, as long as something is searched.
+        self.shards: dict[int, Shard] = {}
         self._centroids: dict[int, np.ndarray] = {}
         self._vectors: dict[int, np.ndarray] = {}  # of questions
 
@@ -207,20 +208,20 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return sorted(c for block in self._home if block.worker == worker for c in block.clients if c in wanted)
 
     def _shard(self, client: int) -> Shard:
-        if client not in self._shards:
+        if client not in self.shards:
             passages = [self.corpus.passages[i] for i in self.data.population.indices(client)]
-            self._shards[client] = Shard(client, passages, self.options, self._encoder)
-        return self._shards[client]
+            self.shards[client] = Shard(client, passages, self.options, self._encoder)
+        return self.shards[client]
 
     # ---- a round
 
     def initial_state(self) -> Answers:
         """See the base class."""
-        return Answers(len(self._items), self.candidates)
+        return Answers(len(self.questions), self.candidates)
 
     def _batch(self, round_: int) -> Int64:
         """The questions of a round."""
-        return np.array_split(np.arange(len(self._items)), self.rounds)[round_ - 1]
+        return np.array_split(np.arange(len(self.questions)), self.rounds)[round_ - 1]
 
     def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Asked:
         """See the base class."""
@@ -243,7 +244,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     def _query(self, number: int) -> str:
         """What is searched for to answer a question."""
-        return self.corpus.queries[self._items[number][0]]
+        return self.corpus.queries[self.questions[number][0]]
 
     def _questions(self, transport: Transport, numbers: Int64, clients: Sequence[int]) -> Questions:
         """The questions, as `clients` need them for their search. Collective."""
@@ -415,25 +416,25 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     @cached_property
     def _gold(self) -> list[set[int]]:
         """The numbers of the right passages of every question."""
-        place_of = {self.data.test.prompts[first]: i for i, (first, _) in enumerate(self._items)}  # type: ignore[index]
-        found: list[set[int]] = [set() for _ in self._items]
+        place_of = {self.data.test.prompts[first]: i for i, (first, _) in enumerate(self.questions)}  # type: ignore[index]
+        found: list[set[int]] = [set() for _ in self.questions]
         for prompt, gold in zip(self.data.test.prompts or [], self.corpus.gold or [], strict=False):
             found[place_of[prompt]].add(gold)
         return found
 
     @cached_property
-    def _room(self) -> list[int]:
+    def room(self) -> list[int]:
         """Tokens of passages in front of each question: beside it and its longest answer, no more than asked for."""
         test = self.data.test
         longest: dict[str, int] = {}
         for prompt, length in zip(test.prompts or [], test.lengths.tolist(), strict=True):
             longest[prompt] = max(longest.get(prompt, 0), length)
-        left = [self.config.data.max_length - longest[test.prompts[first]] for first, _ in self._items]  # type: ignore[index]
+        left = [self.config.data.max_length - longest[test.prompts[first]] for first, _ in self.questions]  # type: ignore[index]
         return [max(0, min(self.options.context_tokens, room)) for room in left]
 
     def _context(self, number: int, passages: Sequence[str]) -> tuple[str, int, bool]:
         """What stands in front of a question, as `context` gives it; with the question it is no longer than allowed."""
-        room, prompt = self._room[number], (self.data.test.prompts or [])[self._items[number][0]]
+        room, prompt = self.room[number], (self.data.test.prompts or [])[self.questions[number][0]]
 
         def length(text: str) -> int:
             return len(self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -470,8 +471,8 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
             texts = self._texts(transport, ranked)
             if isinstance(state, Answers):
                 found[arm] = (ranked, texts)
-        notes = transport.gather_json(sorted({note for shard in self._shards.values() for note in shard.notes}))
-        self._shards.clear()  # nothing is searched any more, and answering takes memory
+        notes = transport.gather_json(sorted({note for shard in self.shards.values() for note in shard.notes}))
+        self.shards.clear()  # nothing is searched any more, and answering takes memory
         if self.options.rerank == "likelihood":
             for arm in ARMS[:-1]:
                 before = found.get(arm)
@@ -485,10 +486,10 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
             ]
             for arm, ranked in lists.items()
         }
-        contexts["none"] = [("", 0, False)] * len(self._items)
+        contexts["none"] = [("", 0, False)] * len(self.questions)
         outcomes = {
             # Everybody needs the texts to share the work.
-            arm: self._answered(transport, _told(transport, [text for text, *_ in contexts.get(arm, ())]), arm)
+            arm: self.answered(transport, _told(transport, [text for text, *_ in contexts.get(arm, ())]), arm)
             for arm in ARMS
         }
         federated, none = outcomes["federated"], outcomes["none"]
@@ -511,7 +512,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
                 "retrieval": {"arm": np.array(ARMS, dtype=object)}
                 | {name: np.array([arms[arm][name] for arm in ARMS]) for name in arms["none"]},
                 "questions": {
-                    "question": np.arange(len(self._items)),
+                    "question": np.arange(len(self.questions)),
                     "round": state.rounds,
                     "asker": self._askers,
                     **{f"rank_{arm}": found_at for arm, found_at in ranks.items()},
@@ -530,7 +531,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     def _askers(self) -> Int64:
         """The client that asks each question where it is alone: drawn among those with passages."""
         clients = sorted(c for block in self._home for c in block.clients)
-        return generator(self.config.run.seed, "askers").choice(np.array(clients), len(self._items))
+        return generator(self.config.run.seed, "askers").choice(np.array(clients), len(self.questions))
 
     def _searched(self, transport: Transport, arm: str) -> Int64:
         """What the arms central and own find: (questions, candidates, 5) on rank 0. Collective.
@@ -541,8 +542,8 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         everyone = [c for block in self._home for c in block.clients]
         mine = self._mine(transport.rank, everyone)
         options, parts = self.options, []
-        for begin in range(0, len(self._items), _AT_ONCE):
-            numbers = np.arange(begin, min(begin + _AT_ONCE, len(self._items)))
+        for begin in range(0, len(self.questions), _AT_ONCE):
+            numbers = np.arange(begin, min(begin + _AT_ONCE, len(self.questions)))
             questions = self._questions(transport, numbers, everyone)
             ranked = nothing(len(numbers), self.candidates)
             for client in mine:
@@ -573,7 +574,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
             examples = self._examples(pairs[::2], pairs[1::2], "candidate")
             losses = self.evaluator(transport).likelihoods(*self._model, examples)
         if ranked is None or not pairs:
-            return nothing(len(self._items), self.candidates)
+            return nothing(len(self.questions), self.candidates)
         values = np.full(ranked.shape[:2], np.inf)
         values[filled(ranked)] = losses
         return np.take_along_axis(ranked, np.argsort(values, axis=1, kind="stable")[..., None], axis=1)
@@ -589,10 +590,10 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         tokens = tokenize(prompts, targets, places, self.base.tokenizer, max_length, type(self.base))
         return examples_from(tokens, prompts=prompts, targets=targets)
 
-    def _answered(self, transport: Transport, contexts: Sequence[str], arm: str) -> Outcome | None:
+    def answered(self, transport: Transport, contexts: Sequence[str], arm: str) -> Outcome | None:
         """The test with a text in front of each question; on rank 0. Collective."""
         options, test = self.config.evaluation, self.data.test
-        of = {str(test.prompts[first]): text for (first, _), text in zip(self._items, contexts, strict=True)}  # type: ignore[index]
+        of = {str(test.prompts[first]): text for (first, _), text in zip(self.questions, contexts, strict=True)}  # type: ignore[index]
         prompts = [of[prompt] + prompt for prompt in test.prompts or []]
         metrics = [m for m in options.metrics_of_test if registry.choice("metrics", m).needs != "rankings"]
         return self.evaluator(transport).evaluate(
@@ -613,7 +614,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
             found = {"recall_at_1": float(np.mean(ranks == 1)), **self._rankings(("recall", "mrr"), ranks)}
         held = [
             any(within(words(reference), words(text)) for reference in references)
-            for (text, *_), (_, references) in zip(contexts, self._items, strict=True)
+            for (text, *_), (_, references) in zip(contexts, self.questions, strict=True)
         ]
         return {
             **found,
@@ -626,7 +627,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     def attributes(self) -> dict[str, Any]:
         """See the base class."""
-        return {"payload_parameters": 0, "questions": len(self._items), "encoder": self.options.encoder or ""}
+        return {"payload_parameters": 0, "questions": len(self.questions), "encoder": self.options.encoder or ""}
 
     def summary(self) -> str:
         """See the base class."""
@@ -641,7 +642,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         questions = len(self._batch(plan.round))
         route = f", each asked of {self.options.route} clients" if self.options.route else ""
         return [
-            f"exchanged: {questions} questions of {len(self._items):,} in round {plan.round}{route}; up to "
+            f"exchanged: {questions} questions of {len(self.questions):,} in round {plan.round}{route}; up to "
             f"{self.candidates} passages each come up"
         ]
 
