@@ -45,7 +45,7 @@ def load_inputs(
 ) -> Inputs:
     """Load and check the model and the data, which `read` reads. UserError for all that a person can mend."""
     model = model_class(config.model)
-    objective = objectives.for_model(model)
+    objective = objectives.for_model(model, config.objective)
     objective.check(config, model)
     data = read(config, load_tokenizer(config.model), model, write_cache)
     base = load_base(config.model, device_of(launch), data.train.label_names, config.run.seed)

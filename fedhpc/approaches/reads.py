@@ -8,7 +8,7 @@ from __future__ import annotations
 #: To load model and data, to divide them among clients and these among workers, and to evaluate.
 ALWAYS = frozenset(
     {
-        *("mode", "run", "model", "partition", "method", "federation", "runtime", "checkpoint"),
+        *("mode", "run", "model", "objective", "partition", "method", "federation", "runtime", "checkpoint"),
         *("data.source", "data.subset", "data.train", "data.test", "data.where", "data.where_not"),
         *("data.prompt", "data.target", "data.label", "data.client", "data.max_length"),
         *("evaluation.every", "evaluation.metrics", "evaluation.test_metrics", "evaluation.batch_size"),

@@ -166,6 +166,10 @@ class Local(Section):
     max_clients: int = Field(100, ge=1, description="with mode local: at most so many clients, a seeded sample")
 
 
+class ObjectiveChoice(Open):
+    name: Annotated[str, Choice("objectives")] = Field("auto", description="what the loss of a batch is; by the model")
+
+
 class Partition(Open):
     name: Annotated[str, Choice("partitioners")] = Field("dirichlet", description="who holds which example")
 
@@ -190,6 +194,7 @@ class Config(Section):
     run: Run
     model: Model
     data: Data
+    objective: SerializeAsAny[ObjectiveChoice]
     partition: SerializeAsAny[Partition]
     method: SerializeAsAny[Customization]
     federation: Federation
@@ -228,6 +233,7 @@ SECTIONS: dict[str, type[Section]] = {
     "runtime": Runtime,
     "checkpoint": Checkpoint,
     "local": Local,
+    "objective": ObjectiveChoice,
     "partition": Partition,
     "method": Customization,
     "client": Client,

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from fedhpc.config import Config
 from fedhpc.data.tokens import Examples
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.models.base import Attached, Base, Batch, Predictor, TargetBatch
+from fedhpc.registry import Section
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -29,8 +31,29 @@ class Objective(ABC):
     It belongs to one base: what it computes once per example and caches is of that base.
     """
 
+    #: The keys beside `name`.
+    Options: ClassVar[type[Section]] = Section
+
+    #: The model.task of the models that it can be the objective of.
+    tasks: ClassVar[frozenset[str]] = frozenset()
+
     #: The loss of a row depends on the other rows of its client's step, so they are computed together.
     needs_full_steps: ClassVar[bool] = False
+
+    def __init__(self, options: Any = None) -> None:
+        """options: the section `objective` of the configuration, which has the keys."""
+        self.options = options
+
+    @classmethod
+    def for_model(cls, options: Any, model: type[Base]) -> Objective:
+        """The objective of models of this class. UserError where it is for others."""
+        if model.task not in cls.tasks:
+            suits = f"model.task {' or '.join(sorted(cls.tasks))}" if cls.tasks else "no model.task by itself"
+            raise UserError(
+                f"objective.name: {options.name} is for {suits}, not {model.task}", key="objective.name",
+                remedy="leave objective out, or choose another model.task",
+            )  # fmt: skip
+        return cls(options)
 
     def check(self, config: Config, model: type[Base]) -> None:  # noqa: B027  most have nothing to refuse
         """UserError where the configuration asks for what this objective cannot do with such models."""

@@ -15,6 +15,8 @@ from fedhpc.objectives.base import CrossEntropy, Int32, Int64
 class Classification(CrossEntropy):
     """The negative log-likelihood of an example's label, which counts as one supervised token."""
 
+    tasks = frozenset({"classification"})
+
     def check(self, config: Config, model: type[Base]) -> None:
         """A column for the labels, and only metrics that a classifier has."""
         if config.data.label is None:

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -43,9 +44,11 @@ class Contrastive(Objective):
     The vectors of texts are cached, since the encoder is frozen.
     """
 
+    tasks = frozenset({"embedding"})
     needs_full_steps = True
 
-    def __init__(self) -> None:
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
         self._cache: dict[bytes, Tensor] = {}  # token ids -> vector, on the CPU
 
     def check(self, config: Config, model: type[Base]) -> None:

@@ -9,6 +9,8 @@ from fedhpc.objectives.base import CrossEntropy, Int32, Int64
 class LanguageModelling(CrossEntropy):
     """The negative log-likelihood of each supervised token after all that stands in front of it."""
 
+    tasks = frozenset({"causal_lm", "seq2seq"})
+
     def num_supervised(self, examples: Examples, indices: Int64) -> Int64:
         return examples.num_supervised(indices)
 
