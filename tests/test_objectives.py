@@ -218,8 +218,6 @@ def test_the_template_of_a_chat_is_applied() -> None:
 
 def test_the_objective_of_the_configuration() -> None:
     """auto is the model's own; another one must be for such models."""
-    from fedhpc.models.classifier import Classifier
-
     named = configuration.resolve({"objective": {"name": "language_modelling"}})
     assert type(objectives.for_model(CausalLM, named.objective)) is type(objectives.for_model(CausalLM))
     with pytest.raises(UserError, match=r"objective\.name: language_modelling is for model\.task causal_lm or seq2seq"):
