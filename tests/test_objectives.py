@@ -17,6 +17,7 @@ from fedhpc.data.tokens import Examples, Spans, Tokens, examples_from, ranges
 from fedhpc.errors import UserError
 from fedhpc.models.base import Attached, Batch, TargetBatch
 from fedhpc.models.causal_lm import CausalLM
+from fedhpc.models.encoder import Classifier
 from fedhpc.models.load import MODELS
 from fedhpc.objectives.base import Objective
 from fedhpc.objectives.language_modelling import LanguageModelling
@@ -218,12 +219,12 @@ def test_the_template_of_a_chat_is_applied() -> None:
 
 def test_the_objective_of_the_configuration() -> None:
     """auto is the model's own; another one must be for such models."""
-    named = configuration.resolve({"objective": {"name": "language_modelling"}})
+    named = configuration.load(None, ["objective.name=language_modelling"])
     assert type(objectives.for_model(CausalLM, named.objective)) is type(objectives.for_model(CausalLM))
     with pytest.raises(UserError, match=r"objective\.name: language_modelling is for model\.task causal_lm or seq2seq"):
         objectives.for_model(Classifier, named.objective)
     with pytest.raises(UserError, match=r"objective\.name: unknown value 'dpoo'"):
-        configuration.resolve({"objective": {"name": "dpoo"}})
-    soft = configuration.resolve({"objective": {"name": "soft_targets"}})
+        configuration.load(None, ["objective.name=dpoo"])
+    soft = configuration.load(None, ["objective.name=soft_targets"])
     with pytest.raises(UserError, match=r"soft_targets is for no model\.task by itself"):
         objectives.for_model(CausalLM, soft.objective)
