@@ -115,12 +115,12 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     """What the ranks do together: check, or run to the end."""
     from fedhpc import federation
     from fedhpc.approaches.describe import describe, forecast_lines
-    from fedhpc.approaches.prepare import is_finished, place_ranks, prepare
+    from fedhpc.approaches.prepare import assign_devices, is_finished, prepare
 
     config, transport = rank.config, rank.transport
     if not options.check and is_finished(config, transport, options.fresh):
         return
-    launch = place_ranks(config, transport, rank.launch, rank.gpus)
+    launch = assign_devices(config, transport, rank.launch, rank.gpus)
     approach = prepare(config, transport, launch, write_cache=not options.check)
     if not options.check:
         federation.run(approach, transport, options.fresh, rank.saved.reached, rank.saved.writing)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc.approaches.prepare import place_ranks
+from fedhpc.approaches.prepare import assign_devices
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement, assign_gpus
@@ -120,9 +120,9 @@ def test_a_server_on_the_cpu_does_not_evaluate_for_workers_on_gpus() -> None:
 def test_ranks_agree_on_it_or_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedhpc.approaches.prepare.device_of", lambda launch: torch.device("cpu"))
     config = configuration.load(None, [])
-    launch = place_ranks(config, LoopbackTransport(), Launch(), ["a0", "a1"])
+    launch = assign_devices(config, LoopbackTransport(), Launch(), ["a0", "a1"])
     assert launch.placement == Placement(("a0",), 2)
-    assert place_ranks(config, LoopbackTransport(), Launch(), []).placement == Placement()
+    assert assign_devices(config, LoopbackTransport(), Launch(), []).placement == Placement()
     config = configuration.load(None, ["runtime.server=own"])
     with pytest.raises(RefusedError, match=r"runtime\.server: own needs GPUs"):
-        place_ranks(config, LoopbackTransport(), Launch(), [])
+        assign_devices(config, LoopbackTransport(), Launch(), [])

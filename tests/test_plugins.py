@@ -185,11 +185,11 @@ class Coarse(Transform):
 
     keeps = ("residual",)
 
-    def on_client(self, updates, about):
-        wanted = updates + about.kept["residual"]
+    def on_client(self, updates, context):
+        wanted = updates + context.tensors["residual"]
         sent = (wanted / self.options.step).round() * self.options.step
-        about.kept["residual"] = wanted - sent
-        about.bytes_up[:] = updates.shape[1]
+        context.tensors["residual"] = wanted - sent
+        context.bytes_up[:] = updates.shape[1]
         return sent
 ''',
 }

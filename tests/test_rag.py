@@ -329,8 +329,8 @@ def test_passages_have_the_room_that_question_and_answer_leave(world: Path, tmp_
     assert isinstance(approach, Rag)
     test = approach.data.test
     first = np.array([first for first, _ in approach.questions])
-    assert approach.room == [max(0, min(30, 40 - n)) for n in test.lengths[first].tolist()]
-    assert len(set(approach.room)) > 1
+    assert approach.budgets == [max(0, min(30, 40 - n)) for n in test.lengths[first].tolist()]
+    assert len(set(approach.budgets)) > 1
     federate(settings(tmp_path / "run", raw))
     shown = table(tmp_path / "run", "samples")
     for prompt, references in zip(shown["prompt"], shown["references"], strict=True):

@@ -23,7 +23,7 @@ from fedhpc.rng import generator
 from fedhpc.server.aggregators.base import Aggregator
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.pipeline import Pipeline
-from fedhpc.updates.transforms.base import About, Transform
+from fedhpc.updates.transforms.base import Transform, TransformContext
 from tests.federations import table
 from tests.test_quadratic import COHORT, ROUNDS, SIZE, START, STEPS, agree, cohorts, federated, sgd, thetas
 
@@ -88,13 +88,13 @@ class EightBits(Transform):
 
     keeps = ("residual",)
 
-    def on_client(self, updates: Tensor, about: About) -> Tensor:
-        wanted = updates + about.kept["residual"]
+    def on_client(self, updates: Tensor, context: TransformContext) -> Tensor:
+        wanted = updates + context.tensors["residual"]
         step = wanted.abs().amax(dim=1, keepdim=True) / 127
-        draws = np.stack([about.generator("rounding", client).random(updates.shape[1]) for client in about.clients])
+        draws = np.stack([context.generator("rounding", client).random(updates.shape[1]) for client in context.clients])
         sent = (wanted / step + torch.from_numpy(draws)).floor() * step
-        about.kept["residual"] = wanted - sent
-        about.bytes_up[:] = updates.shape[1] + 8  # and the step
+        context.tensors["residual"] = wanted - sent
+        context.bytes_up[:] = updates.shape[1] + 8  # and the step
         return sent
 
 
@@ -106,16 +106,16 @@ class Noise(Transform):
     def shape(self, name: str, size: int) -> tuple[int, ...]:
         return ()
 
-    def on_server(self, total: Tensor, about: About) -> Tensor:
-        about.kept["rounds"] = about.kept["rounds"] + 1
-        scale = 0.01 * float(about.kept["rounds"]) * len(about.clients)
-        return total + scale * torch.from_numpy(about.generator("noise").normal(size=len(total)))
+    def on_server(self, total: Tensor, context: TransformContext) -> Tensor:
+        context.tensors["rounds"] = context.tensors["rounds"] + 1
+        scale = 0.01 * float(context.tensors["rounds"]) * len(context.clients)
+        return total + scale * torch.from_numpy(context.generator("noise").normal(size=len(total)))
 
 
 class Halve(Transform):
     """Halves the aggregate."""
 
-    def on_server(self, total: Tensor, about: About) -> Tensor:
+    def on_server(self, total: Tensor, context: TransformContext) -> Tensor:
         return total / 2
 
 
@@ -215,9 +215,9 @@ def test_a_rejected_client_keeps_what_it_had(tmp_path: Path) -> None:
     """Its update is not finite in round 2, so its residual stays that of round 1."""
 
     class Once(EightBits):
-        def on_client(self, updates: Tensor, about: About) -> Tensor:
-            sent = super().on_client(updates, about)
-            return sent if about.round != 2 else sent / 0
+        def on_client(self, updates: Tensor, context: TransformContext) -> Tensor:
+            sent = super().on_client(updates, context)
+            return sent if context.round != 2 else sent / 0
 
     def change(approach: Averaging) -> None:
         approach.training.pipeline = Pipeline([Once(None)], approach.config.run.seed, SIZE, torch.float64)
@@ -231,8 +231,8 @@ def test_a_rejected_client_keeps_what_it_had(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (lambda updates, about: updates[:1], "changed the shape of the updates"),
-        (lambda updates, about: about.kept.update(other=updates) or updates, "kept other tensors than it says"),
+        (lambda updates, context: updates[:1], "changed the shape of the updates"),
+        (lambda updates, context: context.tensors.update(other=updates) or updates, "kept other tensors than it says"),
     ],
 )
 def test_a_transform_that_breaks_its_word_is_an_error(broken: Callable[..., Tensor], said: str) -> None:

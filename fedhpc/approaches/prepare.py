@@ -35,7 +35,7 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
     return finished
 
 
-def place_ranks(config: Config, transport: Transport, launch: Launch, gpus: Sequence[str]) -> Launch:
+def assign_devices(config: Config, transport: Transport, launch: Launch, gpus: Sequence[str]) -> Launch:
     """`launch` with the GPUs of all ranks, agreed by all. gpus: unique ids of those that this rank may use."""
     visible = transport.gather_json(list(gpus))
     quantized = config.model.quantize != "none"

@@ -89,14 +89,14 @@ def collect(
         clients[rows] = np.column_stack([np.ones(len(rows)), *(getattr(result, n) for n in BlockResult.COLUMNS)])
     ranks = np.zeros((transport.world_size, len(fields(RankReport))))
     wire_bytes = transport.wire_bytes - wire_bytes_before + clients.nbytes + ranks.nbytes
-    own = RankReport(
+    of_this_rank = RankReport(
         padded_tokens=sum(result.padded_tokens for result in results),
         seconds_local=seconds_local,
         peak_memory_bytes=peak_memory(approach.base.device),
         wire_bytes=wire_bytes if transport.world_size > 1 else 0,
         clients_that_fit=approach.clients_that_fit or 0 if approach.clients_that_fit != fitted else 0,
     )
-    ranks[transport.rank] = [getattr(own, field.name) for field in fields(own)]
+    ranks[transport.rank] = [getattr(of_this_rank, field.name) for field in fields(of_this_rank)]
     both = torch.from_numpy(np.concatenate([clients.ravel(), ranks.ravel()]))
     transport.reduce_sum(both)
     if not transport.is_server:

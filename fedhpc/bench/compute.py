@@ -98,7 +98,7 @@ class Trainer:
     def __init__(self, workload: Workload, folder: Path, k: int | str, **changes: Any) -> None:
         import torch
 
-        from fedhpc.approaches.prepare import place_ranks, prepare
+        from fedhpc.approaches.prepare import assign_devices, prepare
         from fedhpc.ranks import memory
         from fedhpc.ranks.devices import visible_gpus
         from fedhpc.ranks.launch import Launch
@@ -110,7 +110,7 @@ class Trainer:
         device = {"device": "auto", "block_size": k}
         config = workloads.read(workloads.write(workload, folder, 1, client=steps, runtime=device, **changes))
         transport, launch = LoopbackTransport(), Launch()
-        launch = place_ranks(config, transport, launch, visible_gpus(config))
+        launch = assign_devices(config, transport, launch, visible_gpus(config))
         self.approach: Any = prepare(config, transport, launch, write_cache=False)
         self.base = self.approach.base
         self.plan = self.approach.plan(1)

@@ -52,18 +52,18 @@ class Split:
     2022, arXiv 2204.03809).
     """
 
-    whole: Layout
+    payload: Layout
     personal: Layout  # of some of its tensors; empty where all of them are exchanged
 
     @cached_property
     def shared(self) -> Layout:
-        return Layout({n: shape for n, shape in self.whole.shapes.items() if n not in self.personal.shapes})
+        return Layout({n: shape for n, shape in self.payload.shapes.items() if n not in self.personal.shapes})
 
     def apart(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """(..., P) as the shared part (..., S) and the personal one (..., P - S)."""
         if not self.personal.shapes:
             return flat, flat[..., :0]
-        tensors = self.whole.views(flat)
+        tensors = self.payload.views(flat)
         return self.shared.flatten(tensors), self.personal.flatten(tensors)
 
     def join(self, shared: Tensor, personal: Tensor) -> Tensor:
@@ -72,4 +72,4 @@ class Split:
             return shared
         lead = torch.broadcast_shapes(shared.shape[:-1], personal.shape[:-1])
         parts = (self.shared.views(shared.expand(*lead, -1)), self.personal.views(personal.expand(*lead, -1)))
-        return self.whole.flatten({**parts[0], **parts[1]})
+        return self.payload.flatten({**parts[0], **parts[1]})

@@ -1,4 +1,4 @@
-"""The transforms of a run, one after the other: over the updates of a block, and back over their aggregate."""
+"""Runs the transforms one after the other: over the updates of a block, and in reverse over their aggregate."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from functools import cached_property
 import numpy as np
 
 from fedhpc.lazy import Tensor, torch
-from fedhpc.updates.transforms.base import About, Transform
+from fedhpc.updates.transforms.base import Transform, TransformContext
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What a block of K clients sends."""
+    """The updates of a block of K clients after the transforms."""
 
     updates: Tensor  # (K, S)
-    tensors: dict[str, Tensor]  # what the clients keep of it: name in their files -> (K, ...)
+    tensors: dict[str, Tensor]  # what stays on the clients: name in their files -> (K, ...)
     bytes_up: np.ndarray  # int64 (K,)
 
 
 class Pipeline:
-    """The transforms of a run in their order. S is the size of an update."""
+    """The transforms of a run, in their order. S is the size of an update."""
 
     def __init__(self, transforms: Sequence[Transform], seed: int, size: int, dtype: torch.dtype) -> None:
         """dtype: of the updates and of what clients keep."""
@@ -50,26 +50,26 @@ class Pipeline:
         updates: Tensor,
         round_: int,
         clients: Sequence[int],
-        kept: Mapping[str, Tensor],
+        client_tensors: Mapping[str, Tensor],
         bytes_up: np.ndarray,
     ) -> Sent:
         """Run the client halves over the updates (K, S) of a block.
 
-        kept: name in the clients' files -> (K, ...), with any other names too; bytes_up int64 (K,): of each update as
-        it is.
+        client_tensors: name in the clients' files -> (K, ...), with any other names too. bytes_up: int64 (K,), how many
+        bytes each update has before the transforms.
         """
         bytes_up = bytes_up.copy()
         after: dict[str, Tensor] = {}
         for position, transform in enumerate(self.transforms):
-            tensors = {name: kept[_key(position, name)] for name in transform.keeps}
+            tensors = {name: client_tensors[_key(position, name)] for name in transform.keeps}
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
-            about = About(round_, clients, tensors, bytes_up, self._seed, position)
-            updates = transform.on_client(updates, about)
-            bytes_up = about.bytes_up
+            context = TransformContext(round_, clients, tensors, bytes_up, self._seed, position)
+            updates = transform.on_client(updates, context)
+            bytes_up = context.bytes_up
             _require(transform, updates.shape == (len(clients), self._size), "changed the shape of the updates")
-            kept_shapes = {name: tensor.shape for name, tensor in about.kept.items()}
-            _require(transform, kept_shapes == shapes, "kept other tensors than it says")
-            after |= {_key(position, name): tensor for name, tensor in about.kept.items()}
+            new_shapes = {name: tensor.shape for name, tensor in context.tensors.items()}
+            _require(transform, new_shapes == shapes, "kept other tensors than it says")
+            after |= {_key(position, name): tensor for name, tensor in context.tensors.items()}
         return Sent(updates, after, bytes_up)
 
     def server_tensors(self) -> dict[str, Tensor]:
@@ -80,16 +80,18 @@ class Pipeline:
             for name in transform.keeps_on_server
         }
 
-    def on_server(self, total: Tensor, round_: int, clients: Sequence[int], kept: dict[str, Tensor]) -> Tensor:
+    def on_server(
+        self, total: Tensor, round_: int, clients: Sequence[int], tensors_of_server: dict[str, Tensor]
+    ) -> Tensor:
         """Run the server halves, in reverse order, over the aggregated update, float64 (S,).
 
-        clients: the accepted ones. kept: `server_tensors`, brought up to date in place.
+        clients: the accepted ones. tensors_of_server: those of `server_tensors`, updated in place.
         """
         for position, transform in reversed(list(enumerate(self.transforms))):
-            tensors = {name: kept[_key(position, name)] for name in transform.keeps_on_server}
-            about = About(round_, clients, tensors, np.zeros(len(clients), np.int64), self._seed, position)
-            total = transform.on_server(total, about)
-            kept.update({_key(position, name): tensor for name, tensor in about.kept.items()})
+            tensors = {name: tensors_of_server[_key(position, name)] for name in transform.keeps_on_server}
+            context = TransformContext(round_, clients, tensors, np.zeros(len(clients), np.int64), self._seed, position)
+            total = transform.on_server(total, context)
+            tensors_of_server.update({_key(position, name): tensor for name, tensor in context.tensors.items()})
         return total
 
 

@@ -49,7 +49,7 @@ class Combined:
 
 
 class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
-    """See the module. A method (fedhpc.methods) says what the payload is; S is the size of its shared part."""
+    """Federated averaging of a payload, whose tensors the method defines; S is the size of its shared part."""
 
     def __init__(self, inputs: Inputs, method: Method | None = None) -> None:
         """method: instead of the one that the configuration names."""
@@ -75,17 +75,16 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     @property
     def block_size(self) -> int:
-        """See the base class; clients that cannot share a base train in turn."""
+        # Clients that cannot share a base train in turn.
         return super().block_size if self.method.shares_base else 1
 
     @property
     def most_together(self) -> int:
-        """See the base class."""
         return super().most_together if self.method.shares_base else 1
 
     @property
     def moves_server(self) -> bool:
-        """See the base class; in mode local every client goes its own way."""
+        # In mode local every client trains alone.
         return self.config.mode != "local"
 
     @property
@@ -113,7 +112,6 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return ParameterState(theta, optimizer, config.corrects_drift, tensors)
 
     def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Download:
-        """See the base class."""
         theta = control = None
         if self.config.corrects_drift:
             size = self.split.shared.size
@@ -212,7 +210,6 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return torch.stack(rows).to(self.base.device)
 
     def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
-        """See the base class."""
         return self.evaluation.validation(transport, self._payloads(transport, state, round_))
 
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
@@ -270,7 +267,6 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     # ---- what is said of it
 
     def attributes(self) -> dict[str, Any]:
-        """See the base class."""
         return {
             "payload_parameters": self.method.payload.size,
             "trainable_parameters": self.method.trainable.size,
@@ -279,14 +275,12 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         }
 
     def summary(self) -> str:
-        """See the base class."""
         twice = ", exchanged with control variates of that size" if self.config.corrects_drift else ""
         size = self.split.personal.size
         apart = f", {size:,} of them personal" if size else ""
         return f"{self.method.payload.size:,} parameters{apart}{twice}"
 
     def details(self, plan: Plan) -> list[str]:
-        """See the base class."""
         config, personal = self.config, self.split.personal
         payload, state, item = self.method.payload, self.method.trainable.size, self.payload_dtype.itemsize
         base_bytes = sum(p.numel() * p.element_size() for p in self.base.model.parameters())

@@ -1,16 +1,17 @@
-"""Knowledge distillation: models teach each other on a public set; parameters stay where they are.
+"""Knowledge distillation: models teach each other on a public set, and no parameters are exchanged.
 
-A round, after FedMD (Li and Wang 2019, arXiv 1910.03581, algorithm 1, whose words digest and revisit are):
+A round follows FedMD (Li and Wang 2019, arXiv 1910.03581, algorithm 1, which calls its steps digest and revisit):
 
-- down: what the ensemble of the last round (FedMD), or the server's own model (FedMKT, Fan et al. 2024, arXiv
-  2406.02224; FedCoLLM, arXiv 2411.11707), holds likely at every supervised position of the public set;
-- a client learns from that (digest), then from its private data (revisit), and sends what it holds likely itself. It
-  keeps its own parameters from round to round: clients may have different bases and methods (`groups`);
-- the server's ensemble is the weighted mean (ensemble.py), from which its student learns, as in FedDF
-  (Lin et al. 2020, arXiv 2006.07242, algorithm 1). FedDF starts that from an average of the clients'
-  parameters, of every architecture its own; here the student goes on from where it was, so no parameters travel.
+- the server sends what is likely at every supervised position of the public set, according to the ensemble of the last
+  round (FedMD) or to the server's own model (FedMKT, Fan et al. 2024, arXiv 2406.02224; FedCoLLM, arXiv 2411.11707);
+- a client learns from that (digest), then from its private data (revisit), and sends what is likely according to its
+  own model. Its parameters stay on it from round to round, so clients may have different bases and methods (`groups`);
+- the server's ensemble is the weighted mean of the clients (ensemble.py), from which its student learns, as in FedDF
+  (Lin et al. 2020, arXiv 2006.07242, algorithm 1). FedDF starts the student from the average of the clients'
+  parameters, one for each architecture; here it continues from its own, so no parameters are sent.
 
-Bytes each way: positions of the public set times a record of `top_k` classes (knowledge.Format), whatever the models.
+The bytes of each direction are the positions of the public set times a record of `top_k` classes (knowledge.Format),
+however large the models are.
 """
 
 from __future__ import annotations
@@ -59,21 +60,21 @@ from fedhpc.updates.cohort import accepted
 
 @dataclass(frozen=True)
 class GroupedData(Data):
-    """The data of a run, and the same in the tokens of every group, None where those are the same."""
+    """The data of a run, in the tokens of the server and in those of every group; None for a group with the same."""
 
     groups: tuple[Data | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Download:
-    """What clients know of the server when a round begins."""
+    """What clients get from the server at the beginning of a round."""
 
-    knowledge: Knowledge | None  # None where there is nothing to learn from yet
+    knowledge: Knowledge | None  # None as long as there is nothing to learn from
     versions: Mapping[int, int]
 
 
 class StudentState(ServerState):
-    """The student's payload, and the knowledge that goes down next."""
+    """The server's state: the student's payload, and the knowledge that is sent in the next round."""
 
     def __init__(self, theta: Tensor) -> None:
         """theta: (P,), on the CPU."""
@@ -82,15 +83,13 @@ class StudentState(ServerState):
         self.knowledge: Knowledge | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """See the base class."""
-        known = self.knowledge
-        kept: dict[str, np.ndarray] = {"theta": self.theta.numpy()}
-        if known is not None:
-            kept |= {"knowledge.index": known.index, "knowledge.probability": known.probability}
-        return {**kept, **super().tensors()}
+        knowledge = self.knowledge
+        tensors: dict[str, np.ndarray] = {"theta": self.theta.numpy()}
+        if knowledge is not None:
+            tensors |= {"knowledge.index": knowledge.index, "knowledge.probability": knowledge.probability}
+        return {**tensors, **super().tensors()}
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """See the base class."""
         super().load(tensors)
         self.theta = torch.from_numpy(tensors["theta"].copy())
         if "knowledge.index" in tensors:
@@ -98,7 +97,7 @@ class StudentState(ServerState):
 
 
 class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
-    """See the module."""
+    """Clients and a student on the server teach each other by their predictions on a public set."""
 
     base: Predictor
     objective: PredictedObjective
@@ -115,13 +114,13 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         assert isinstance(grouped, GroupedData)
         self.student = Learner(self.config, options.student, grouped, self.base, self.objective)
         listed = [(_model(self.config, group.model), group.method, group.share) for group in options.groups]
-        listed = listed or [(self.config.model, options.student, 1.0)]  # read() has None for it
+        listed = listed or [(self.config.model, options.student, 1.0)]  # `read` gives None for it
         self.groups = [
-            LearnerGroup(self.config, model, method, own, self.student)
-            for (model, method, _), own in zip(listed, grouped.groups, strict=True)
+            LearnerGroup(self.config, model, method, of_group, self.student)
+            for (model, method, _), of_group in zip(listed, grouped.groups, strict=True)
         ]
         for learner in (self.student, *(group for group in self.groups if group.model == self.config.model)):
-            learner.method  # noqa: B018  what cannot be trained is said before the run
+            learner.method  # noqa: B018  made now, so that an error about it comes before the run
         self._shares = [share for _, _, share in listed]
         classes = num_classes(self.base)
         k = classes if options.top_k is None else min(options.top_k, classes)
@@ -131,10 +130,10 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
     @classmethod
     def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> GroupedData:
-        """The splits and the public set in the tokens of the server and of every group."""
-        own = data.load_data(config, tokenizer, model, write_cache, config.method.public)
+        """Load the splits and the public set in the tokens of the server and of every group."""
+        of_server = data.load_data(config, tokenizer, model, write_cache, config.method.public)
         groups: list[Data | None] = []
-        found: dict[str, Data] = {}
+        by_content: dict[str, Data] = {}  # of the tokenizer
         for i, group in enumerate(config.method.groups):
             of_group = _model(config, group.model)
             groups.append(None)
@@ -153,33 +152,31 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             content = tokenizer_content(theirs)
             if content == tokenizer_content(tokenizer):
                 continue
-            if content not in found:
+            if content not in by_content:
                 changed = config.model_copy(update={"model": of_group})
-                found[content] = data.load_data(changed, theirs, model, write_cache, config.method.public)
-            same = model.has_target and _speak_alike(tokenizer, own, theirs, found[content])
+                by_content[content] = data.load_data(changed, theirs, model, write_cache, config.method.public)
+            same = model.has_target and _same_tokens(tokenizer, of_server, theirs, by_content[content])
             if model.has_target and not same and config.method.align == "none":
                 raise UserError(
                     f"{key}: '{of_group.name}' has other tokens than '{config.model.name}', so what one holds likely "
                     "means nothing to the other; method.align edit_distance maps the one to the other"
                 )
-            groups[-1] = None if same else found[content]
-        whole = hashlib.sha256("".join(d.fingerprint for d in (own, *found.values())).encode()).hexdigest()
-        parts = {field.name: getattr(own, field.name) for field in fields(own)}
-        return GroupedData(**{**parts, "fingerprint": whole}, groups=tuple(groups) or (None,))
+            groups[-1] = None if same else by_content[content]
+        every = "".join(d.fingerprint for d in (of_server, *by_content.values()))
+        fingerprint = hashlib.sha256(every.encode()).hexdigest()
+        parts = {field.name: getattr(of_server, field.name) for field in fields(of_server)}
+        return GroupedData(**{**parts, "fingerprint": fingerprint}, groups=tuple(groups) or (None,))
 
     @property
     def keeps_client_state(self) -> bool:
-        """See the base class: its own parameters."""
-        return True
+        return True  # its own parameters
 
     # ---- a round
 
     def initial_state(self) -> StudentState:
-        """See the base class."""
         return StudentState(self.student.initial)
 
     def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Download:
-        """See the base class."""
         return Download(self._known(transport, state), broadcast_versions(transport, state, plan.cohort))
 
     def _known(self, transport: Transport, state: ServerState | None) -> Knowledge | None:
@@ -196,37 +193,37 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         return self._down.unpack(records)
 
     def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Any]:
-        """Learn from what comes down, train on private data, say what is likely on the public set."""
+        """Let clients learn from the server's knowledge, train on private data, and predict the public set."""
         count = len(clients)
         reason, tokens, steps = (np.zeros(count, np.int64) for _ in range(3))
         loss_sum, first, last, norms = (np.zeros(count) for _ in range(4))
         upload = torch.zeros(count, len(self._targets), self._up.record_bytes, dtype=torch.uint8)
         padded_tokens = 0
-        for group, places in self._parts(clients):
-            own = [clients[i] for i in places]
-            start = self._own_payloads(group, own, down.versions)
+        for group, indices in self._parts(clients):
+            members = [clients[i] for i in indices]
+            start = self._client_payloads(group, members, down.versions)
             payloads, options = start, self.config.method
             if down.knowledge is not None:
                 knowledge = group.from_server(down.knowledge)
-                learnt = group.learn(payloads, own, knowledge, options.digest, plan.round, self.rounds)
+                learnt = group.learn(payloads, members, knowledge, options.digest, plan.round, self.rounds)
                 payloads = payloads - learnt.updates
                 padded_tokens += learnt.padded_tokens
-            works = [Work(c, self.data.population.indices(c)) for c in own]
+            works = [Work(c, self.data.population.indices(c)) for c in members]
             local = LocalTraining.of(self.config, plan.round, self.rounds)
             trained = train_block(group.base, group.method, group.objective, payloads, works, group.data.train, local)
             payloads = payloads - trained.updates
             finite = torch.isfinite(payloads).all(dim=1).tolist()
-            for i, payload, sound, opinion in zip(
-                places, payloads, finite, group.knowledge_for_server(payloads, self._up.k), strict=True
+            for i, payload, is_finite, knowledge_up in zip(
+                indices, payloads, finite, group.knowledge_for_server(payloads, self._up.k), strict=True
             ):
-                reason[i] = 1 if not sound else 2 if opinion is None else 0
+                reason[i] = 1 if not is_finite else 2 if knowledge_up is None else 0
                 if not reason[i]:
-                    assert opinion is not None
-                    upload[i] = self._up.pack(opinion)
+                    assert knowledge_up is not None
+                    upload[i] = self._up.pack(knowledge_up)
                     client_state.save(self.config.run_dir, clients[i], plan.round, {"theta": payload.clone()})
-            tokens[places], steps[places] = trained.tokens, trained.steps
-            loss_sum[places], first[places], last[places] = trained.loss_sum, trained.loss_first, trained.loss_last
-            norms[places] = torch.linalg.vector_norm((start - payloads).double(), dim=1).numpy()
+            tokens[indices], steps[indices] = trained.tokens, trained.steps
+            loss_sum[indices], first[indices], last[indices] = trained.loss_sum, trained.loss_first, trained.loss_last
+            norms[indices] = torch.linalg.vector_norm((start - payloads).double(), dim=1).numpy()
             padded_tokens += trained.padded_tokens
         bytes_up = np.full(count, self._record_bytes_up)
         return BlockResult(
@@ -234,21 +231,21 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         )
 
     def _parts(self, clients: Sequence[int]) -> Iterator[tuple[LearnerGroup, list[int]]]:
-        """The places of the clients that can train together, by group."""
+        """The indices of the clients that can train together, with their group."""
         of = [group_of(self._shares, self.config.run.seed, client) for client in clients]
         for number, group in enumerate(self.groups):
-            places = [i for i, chosen in enumerate(of) if chosen == number]
-            size = len(places) if places and group.method.shares_base else 1
-            for start in range(0, len(places), size):
-                yield group, places[start : start + size]
+            indices = [i for i, chosen in enumerate(of) if chosen == number]
+            size = len(indices) if indices and group.method.shares_base else 1
+            for start in range(0, len(indices), size):
+                yield group, indices[start : start + size]
 
-    def _own_payloads(self, group: LearnerGroup, clients: Sequence[int], versions: Mapping[int, int]) -> Tensor:
-        """What each client has kept (K, P), the initial payload of one that was never sampled."""
+    def _client_payloads(self, group: LearnerGroup, clients: Sequence[int], versions: Mapping[int, int]) -> Tensor:
+        """The payload that stays on each client (K, P); the initial one for a client that was never sampled."""
         keeper = OwnPayload(lambda: group.initial)
         return keeper.of_clients(client_state.read(self.config.run_dir, clients, versions, [keeper]))
 
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Knowledge | None:
-        """The ensemble of the accepted clients."""
+        """Combine the knowledge of the accepted clients into the ensemble's."""
         positions = accepted_indices(plan, results)
         chosen, owners = accepted(transport, positions, len(plan.cohort))
         if not len(chosen):
@@ -264,13 +261,13 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         return exchange(transport, positions, records, owners, weights, self._up, self._down.k)
 
     def _weights(self, clients: Sequence[int]) -> np.ndarray:
-        """n_i of each client: int64 (C,)."""
+        """The weight n_i of each client: int64 (C,)."""
         if self.config.server.weighting == "uniform":
             return np.ones(len(clients), np.int64)
         return np.array([self.data.population.num_examples(c) for c in clients], np.int64)
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
-        """The student learns from the ensemble."""
+        """Let the student learn from the ensemble; returns the L2 norm of its move."""
         before, options = state.theta, self.config.method
         knowledge = with_targets_where_unknown(combined, self._targets)
         state.theta = self._taught(before, knowledge, plan.round)
@@ -285,18 +282,18 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
     def _taught(self, theta: Tensor, knowledge: Knowledge | None, round_: int) -> Tensor:
         """The student's payload (P,) after a round on the public set."""
-        nobody = self.data.population.num_clients  # the server draws as a client that there is not
+        nobody = self.data.population.num_clients  # the server's draws are those of a client number that nobody has
         learning = self.config.method.distil
         trained = self.student.learn(theta[None], [nobody], knowledge, learning, round_, self.rounds)
         return theta - trained.updates[0]
 
     @property
     def _record_bytes_up(self) -> int:
-        """What a client sends: a record for each position of the public set."""
+        """How many bytes a client sends: a record for each position of the public set."""
         return len(self._targets) * self._up.record_bytes
 
     def bytes_down(self, plan: Plan, download: Download | None = None) -> int:
-        """Records of all positions; nothing goes down before there was a first ensemble."""
+        """Records of all positions; nothing is sent before there is a first ensemble."""
         if self.config.method.down == "none" or (download is not None and download.knowledge is None):
             return 0
         return len(self._targets) * self._down.record_bytes * len(plan.cohort)
@@ -313,7 +310,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         return theta[None].to(self.base.device)
 
     def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
-        """Of the student."""
+        """Evaluate the student."""
         config, examples = self.config, self.data.validation
         return self.evaluator(transport).evaluate(
             self.student.method,
@@ -324,7 +321,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         )
 
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
-        """Test of the student, of what it is compared with, and export."""
+        """Test the student and the models it is compared with, and export the student."""
         config, method = self.config, self.student.method
         theta = self._theta(transport, state)
         outcomes = {"student": self._test(transport, method, theta, config.evaluation.samples)}
@@ -358,16 +355,17 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         return subset(len(self.data.test), evaluation.test_max_examples or evaluation.max_examples)
 
     def _trained_alone(self) -> Tensor:
-        """The student's payload after as many steps on the public set's own targets."""
+        """The student's payload after as many steps on the public set's targets, without any knowledge."""
         theta = self.student.initial
         for round_ in range(1, self.rounds + 1):
             theta = self._taught(theta, None, round_)
         return theta
 
     def _test_ensemble(self, transport: Transport, state: ServerState | None) -> dict[str, float] | None:
-        """Loss, where all have the server's tokens, and accuracy of the clients' mean; on rank 0. Collective.
+        """Test the weighted mean of the clients' predictions; the metrics on rank 0. Collective.
 
-        Of the clients that have ever been sampled, a seeded sample of many; by their weights at each token, or label.
+        They are the loss, if all groups have the server's tokens, and the accuracy. The clients are those that have
+        been sampled in any round; of many, a seeded sample.
         """
         n, limit = self.data.population.num_clients, self.config.evaluation.max_clients
         rng = generator(self.config.run.seed, "evaluated clients")
@@ -377,27 +375,27 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         weights = self._weights(clients)
         targets = self.label_targets if "accuracy" in self.config.evaluation.metrics_of_test else None
         indices, test = self._tested(), self.data.test
-        spoken = not any(group.aligned for group in self.groups)
-        # Each block has slots of its own, so the sums do not depend on the number of ranks.
+        same_tokens = not any(group.aligned for group in self.groups)
+        # Each block has its own row, which one rank fills, so the sums do not depend on the number of ranks.
         blocks = [clients[begin : begin + self.block_size] for begin in range(0, len(clients), self.block_size)]
-        tokens = int(self.objective.num_supervised(test, indices).sum()) if spoken else 0
+        tokens = int(self.objective.num_supervised(test, indices).sum()) if same_tokens else 0
         of_tokens = torch.zeros(len(blocks), tokens, dtype=torch.float64)
         of_labels = torch.zeros(len(blocks), len(indices), len(targets or ()), dtype=torch.float64)
         for number, block in enumerate(blocks):
             if transport.evaluator(number) != transport.rank:
                 continue
-            for group, places in self._parts(block):
-                own = [block[i] for i in places]
-                found, labels = replace(self.evaluator(transport), base=group.base).mixed_probabilities(
+            for group, indices_in_block in self._parts(block):
+                members = [block[i] for i in indices_in_block]
+                probabilities, labels = replace(self.evaluator(transport), base=group.base).mixed_probabilities(
                     group.method,
-                    self._own_payloads(group, own, versions).to(group.base.device),
-                    self._weights(own) / weights.sum(),
+                    self._client_payloads(group, members, versions).to(group.base.device),
+                    self._weights(members) / weights.sum(),
                     group.data.test,
                     indices,
                     labels=targets is not None,
                 )
-                if spoken:
-                    of_tokens[number] += torch.from_numpy(found)
+                if same_tokens:
+                    of_tokens[number] += torch.from_numpy(probabilities)
                 if labels is not None:
                     of_labels[number] += torch.from_numpy(labels)
         transport.reduce_sum(of_tokens)
@@ -415,7 +413,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     # ---- what is said of it
 
     def attributes(self) -> dict[str, Any]:
-        """See the base class: what a client sends is `public_positions` records of `record_bytes`."""
+        # A client sends `public_positions` records of `record_bytes`.
         return {
             "payload_parameters": self.student.method.payload.size,
             "trainable_parameters": self.student.method.trainable.size,
@@ -425,7 +423,6 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         }
 
     def summary(self) -> str:
-        """See the base class."""
         student = self.config.method.student.name
         return f"{self.student.method.payload.size:,} parameters of a student by {student}, taught by {self._who()}"
 
@@ -441,7 +438,6 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         return " and ".join(f"{s / total:.0%} {name}" for s, name in zip(self._shares, named, strict=True))
 
     def details(self, plan: Plan) -> list[str]:
-        """See the base class."""
         sent = "all" if self._up.has_all_classes else f"{self._up.k} of"
         held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
         each = self._up.record_bytes * len(self._targets)
@@ -462,17 +458,19 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
 
 def _model(config: Config, name: str | None) -> Any:
-    """`model` with another name; a revision and the trust in a model's own code are of one model alone."""
+    """The section `model` with another name; without revision and trust_remote_code, which are about one model."""
     if name is None or name == config.model.name:
         return config.model
     return config.model.model_copy(update={"name": name, "revision": None, "trust_remote_code": False})
 
 
-def _speak_alike(one: Any, own: Data, other: Any, theirs: Data) -> bool:
-    """Whether two tokenizers that are written differently have the same tokens and make the same of the public set."""
-    if one.get_vocab() != other.get_vocab() or own.public is None or theirs.public is None:
+def _same_tokens(one: Any, of_one: Data, other: Any, of_other: Data) -> bool:
+    """Whether two tokenizers, whose files differ, have the same vocabulary and give the same tokens for the data."""
+    if one.get_vocab() != other.get_vocab() or of_one.public is None or of_other.public is None:
         return False
-    pairs = zip((own.public, own.train, own.test), (theirs.public, theirs.train, theirs.test), strict=True)
+    pairs = zip(
+        (of_one.public, of_one.train, of_one.test), (of_other.public, of_other.train, of_other.test), strict=True
+    )
     return all(np.array_equal(a.ids, b.ids) and np.array_equal(a.offsets, b.offsets) for a, b in pairs)
 
 
@@ -490,7 +488,7 @@ _ARMS = {
 
 
 def _columns(tested: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """/tables/comparison: a row for each model, NaN for what it was not tested in."""
+    """The columns of /tables/comparison: a row for each model, NaN for metrics that it was not tested with."""
     arms = [arm for arm in _ARMS if arm in tested]
     metrics = list(tested["student"])
     return {
@@ -500,7 +498,7 @@ def _columns(tested: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]
 
 
 def _lines(tested: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """One for each metric that the ensemble has too, or the student alone."""
+    """One line for each metric of the student, with the other models that have it."""
     return [
         f"test {metric}: "
         + ", ".join(f"{name} {tested[arm][metric]:.4f}" for arm, name in _ARMS.items() if metric in tested.get(arm, {}))

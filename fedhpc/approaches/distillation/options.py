@@ -72,7 +72,6 @@ class Options(Section):
     alone: bool = Field(True, description="at the end, compare with the student trained on the public targets alone")
 
     def conflict(self, config: Any) -> str | None:
-        """See the base class."""
         if config.mode != "federated":
             return (
                 f"mode {config.mode} has no ensemble to distil: give method the name of what is trained, such as "

@@ -33,7 +33,6 @@ class Options(Prompt.Options):
     )
 
     def conflict(self, config: Any) -> str | None:
-        """See the base class."""
         if self.exchange == "moments" and config.mode != "federated":
             return f"method.exchange moments is between clients, and mode {config.mode} has one: use exchange scores"
         if self.exchange == "moments" and (config.server.aggregator != "mean" or config.server.weighting != "examples"):

@@ -45,7 +45,6 @@ class Options(Section):
     examples: int = Field(4, ge=1, description="examples of a client in a generation's first round; times eta in each")
 
     def conflict(self, config: Any) -> str | None:
-        """See the base class."""
         if self.survivors >= self.population:
             return (
                 f"method.survivors {self.survivors} leaves no place for others in method.population {self.population}"

@@ -1,1 +1,1 @@
-"""Retrieval-augmented generation."""
+"""Retrieval-augmented generation: the clients' passages are searched where they are."""

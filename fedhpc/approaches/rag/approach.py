@@ -1,12 +1,13 @@
 """Retrieval-augmented generation over passages that stay with their clients.
 
-A round is a batch of questions. They go down; each worker searches the indexes of its clients; lists of the best
-passages come up through a tree of merges, each as long as every other, and then the texts of those that won. The server
-keeps the answers. At the end the base model answers every question with what was found, with what one index of all
-passages would have found (`central`), with what one client alone would have (`own`), and with nothing (`none`).
+A round is a batch of questions. The server sends them to the clients; each worker searches the indexes of its clients;
+lists of the best passages, all of the same length, are merged in a tree on their way to the server, which then asks for
+the texts of the passages that won, and stores them. At the end the base model answers every question four times: with
+the passages found in the rounds (`federated`), with those that one index of all passages would have found (`central`),
+with those of a single client (`own`), and with none (`none`).
 
-A client is searched by one worker for the whole run, so its index is made once. All scores are integers and all orders
-total (ranking.py), so lists do not depend on the number of ranks.
+A client is searched by the same worker for the whole run, so its index is made once. All scores are integers and all
+orders total (ranking.py), so lists do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -54,38 +55,37 @@ from fedhpc.rng import generator
 from fedhpc.server.state import ServerState
 
 ARMS = ("federated", "central", "own", "none")
-_AT_ONCE = 256  # questions of one search at the end: bounds the memory of scores
-_ENTRY_BYTES = 12  # of a list on the wire of the protocol: a 4-byte score and the key of the passage
+_AT_ONCE = 256  # how many questions one search at the end has: bounds the memory of scores
+_ENTRY_BYTES = 12  # protocol bytes of an entry of a list: a 4-byte score and the key of the passage
 _COUNT_BYTES = 8
-_UNIT_BYTES = 2  # of a vector's coordinate
+_UNIT_BYTES = 2  # of one coordinate of a vector
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What goes down in a round."""
+    """The questions that the server asks in a round, and whom."""
 
-    numbers: Int64  # (Q,): which questions
+    numbers: Int64  # (Q,): the numbers of the questions
     questions: Questions
-    routed: Int64 | None  # (Q, m): the clients asked for each question, -1 in empty places; None: all
+    routed: Int64 | None  # (Q, m): the clients that each question is sent to, -1 where there are fewer; None: all
 
     def rows(self, client: int) -> Int64:
-        """The rows of the questions that go to `client`."""
+        """The rows of the questions that are sent to a client."""
         if self.routed is None:
             return np.arange(len(self.numbers))
         return np.flatnonzero((self.routed == client).any(axis=1))
 
 
 class Answers(ServerState):
-    """The lists of the questions asked so far, and the texts in them."""
+    """The server's state: the lists of passages for the questions asked so far, and the texts of these passages."""
 
     def __init__(self, questions: int, candidates: int) -> None:
         super().__init__()
         self.ranked = nothing(questions, candidates)
-        self.rounds = np.zeros(questions, np.int64)  # in which each was answered; 0: not yet
+        self.rounds = np.zeros(questions, np.int64)  # the round in which each question was answered; 0: not yet
         self.texts: dict[tuple[int, int], str] = {}  # (client, key) -> chunk
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """See the base class."""
         content = [text.encode() for text in self.texts.values()]
         return {
             "ranked": self.ranked,
@@ -97,7 +97,6 @@ class Answers(ServerState):
         }
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """See the base class."""
         super().load(tensors)
         self.ranked, self.rounds = tensors["ranked"].copy(), tensors["rounds"].copy()
         ends = np.cumsum(tensors["text_sizes"])
@@ -112,7 +111,7 @@ _Ranked = tuple[Int64, dict[tuple[int, int], str]]  # the best passages of each 
 
 
 class Rag(Approach[Answers, Asked, Int64, _Ranked]):
-    """See the module."""
+    """Clients search their passages for the server's questions; the base model answers with what they find."""
 
     reasons = ("", "there is no word in its passages")
     answers = frozenset({"rankings"})
@@ -162,14 +161,13 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     @classmethod
     def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> Corpus:
-        """See the base class."""
         options = config.method
         columns = Columns(options.passage, options.passage_id, options.query, options.gold)
         return load_passages(config, columns, tokenizer, model, write_cache)
 
     @property
     def fingerprint(self) -> str:
-        """See the base class; of the encoder and the adapter too."""
+        """A hash of the weights of the base, the encoder and the adapter."""
         parts = [self.base.fingerprint]
         parts += [self._encoder.fingerprint] if self._encoder else []
         parts += [_hash(self._tuned[1])] if self._tuned else []
@@ -177,14 +175,14 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     @property
     def candidates(self) -> int:
-        """Passages per question that come up."""
+        """How many passages the server collects for each question."""
         return int(self.options.candidates or self.options.k)
 
     # ---- who searches what
 
     @cached_property
     def _home(self) -> tuple[Block, ...]:
-        """All clients with passages in blocks, each at the worker that searches it in every round."""
+        """All clients with passages, in blocks, each of which one worker searches in every round."""
         population, lengths = self.data.population, self.data.train.lengths
         costs = {
             c: float(lengths[indices].sum())
@@ -195,14 +193,14 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return tuple(assign(blocks, [sum(costs[c] for c in b) for b in blocks], self.workers))
 
     def plan(self, round_: int) -> Plan:
-        """See the base class; every client at its own worker."""
+        # Every client at the worker that has its index.
         plan = super().plan(round_)
         active = set(plan.training)
         blocks = [replace(block, clients=tuple(c for c in block.clients if c in active)) for block in self._home]
         return replace(plan, blocks=tuple(block for block in blocks if block.clients))
 
-    def _mine(self, rank: int, clients: Sequence[int]) -> list[int]:
-        """Those of `clients` that this rank searches, in ascending order."""
+    def _searched_by(self, rank: int, clients: Sequence[int]) -> list[int]:
+        """Those of `clients` that a rank searches, in ascending order."""
         wanted = set(clients)
         worker = self.topology.worker_of(rank)
         return sorted(c for block in self._home if block.worker == worker for c in block.clients if c in wanted)
@@ -216,7 +214,6 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     # ---- a round
 
     def initial_state(self) -> Answers:
-        """See the base class."""
         return Answers(len(self.questions), self.candidates)
 
     def _batch(self, round_: int) -> Int64:
@@ -224,18 +221,17 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return np.array_split(np.arange(len(self.questions)), self.rounds)[round_ - 1]
 
     def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Asked:
-        """See the base class."""
         numbers = self._batch(plan.round)
         questions = self._questions(transport, numbers, plan.training)
         return Asked(numbers, questions, self._routed(transport, questions, self._reachable(plan)))
 
     def _reachable(self, plan: Plan) -> list[int]:
-        """Those of the round's clients that have passages; who drops out does so later."""
+        """The clients of the round that have passages, also those that drop out of it later."""
         return [c for c in plan.cohort if self.data.population.num_examples(c)]
 
     @cached_property
     def _registered(self) -> dict[int, int]:
-        """The round in which each client takes part first and sends its centroids."""
+        """The first round of each client, in which it sends its centroids."""
         first: dict[int, int] = {}
         for round_ in range(1, self.rounds + 1):
             for client in self._reachable(self.plan(round_)):
@@ -243,36 +239,35 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return first
 
     def _query(self, number: int) -> str:
-        """What is searched for to answer a question."""
+        """The text that is searched for to answer a question."""
         return self.corpus.queries[self.questions[number][0]]
 
     def _questions(self, transport: Transport, numbers: Int64, clients: Sequence[int]) -> Questions:
-        """The questions, as `clients` need them for their search. Collective."""
+        """Make the questions ready for the clients' search: vectors, terms, statistics. Collective."""
         asked = [self._query(i) for i in numbers]
         vectors = None
         if self._encoder is not None:
-            # Each is embedded by one rank.
-            mine = [
-                i for place_, i in enumerate(numbers.tolist())
-                if transport.evaluator(place_) == transport.rank and i not in self._vectors
-            ]  # fmt: skip
-            if mine:
-                found = self._encoder.queries([self._query(i) for i in mine])
-                self._vectors.update(zip(mine, found, strict=True))
+            # Each question is embedded by one rank.
+            numbered = [
+                (row, i) for row, i in enumerate(numbers.tolist()) if transport.evaluator(row) == transport.rank
+            ]
+            new = [i for _, i in numbered if i not in self._vectors]
+            if new:
+                embedded = self._encoder.queries([self._query(i) for i in new])
+                self._vectors.update(zip(new, embedded, strict=True))
             width = self._encoder.width
-            slots = torch.zeros(len(numbers), width, dtype=torch.int64)
-            for place_, i in enumerate(numbers.tolist()):
-                if transport.evaluator(place_) == transport.rank:
-                    slots[place_] = torch.from_numpy(self._vectors[i].astype(np.int64))
-            transport.reduce_sum(slots)
-            transport.broadcast(slots)
-            vectors = slots.numpy().astype(np.int16)
+            total = torch.zeros(len(numbers), width, dtype=torch.int64)
+            for row, i in numbered:
+                total[row] = torch.from_numpy(self._vectors[i].astype(np.int64))
+            transport.reduce_sum(total)
+            transport.broadcast(total)
+            vectors = total.numpy().astype(np.int16)
         if self.options.index == "dense":
             return Questions(vectors, None, None)
         in_terms = [terms(text) for text in asked]
         distinct = sorted({term for question in in_terms for term in question})
         counts = torch.zeros(len(distinct) + 2, dtype=torch.int64)
-        for client in self._mine(transport.rank, clients):
+        for client in self._searched_by(transport.rank, clients):
             shard = self._shard(client)
             if shard.lexical is not None:
                 counts += torch.from_numpy(shard.lexical.counts(distinct))
@@ -281,28 +276,29 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return Questions(vectors, in_terms, statistics(counts.numpy(), distinct))
 
     def _routed(self, transport: Transport, questions: Questions, clients: Sequence[int]) -> Int64 | None:
-        """The clients to be asked for each question; None: all. Collective.
+        """Choose the clients that each question is sent to; None means all. Collective.
 
-        The centroids stay where they were made, and the closest clients come up as lists of passages do.
+        Every rank compares the questions with the centroids of its clients, and the lists of the closest clients are
+        merged as lists of passages are.
         """
         m = self.options.route
         if m is None:
             return None
         assert questions.vectors is not None
-        for client in self._mine(transport.rank, clients):
+        for client in self._searched_by(transport.rank, clients):
             shard = self._shard(client)
             if client not in self._centroids and shard.dense is not None:
                 self._centroids[client] = centroids(
                     shard.dense.vectors, self.options.centroids, self.config.run.seed, client
                 )
-        known = {c: self._centroids[c] for c in self._mine(transport.rank, clients) if c in self._centroids}
+        known = {c: self._centroids[c] for c in self._searched_by(transport.rank, clients) if c in self._centroids}
         mine = best(closeness(questions.vectors, known), m)
         routed = torch.from_numpy(np.ascontiguousarray(_merged(transport, mine, m, False)[..., CLIENT]))
         transport.broadcast(routed)
         return routed.numpy()
 
     def local(self, plan: Plan, clients: Sequence[int], down: Asked) -> BlockResult[Any]:
-        """Search the indexes of `clients`: one list for the block."""
+        """Search the indexes of the clients: one merged list for the block."""
         options = self.options
         width = min(options.per_client or self.candidates, self.candidates)
         lists = []
@@ -311,10 +307,10 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         for i, client in enumerate(clients):
             shard, rows = self._shard(client), down.rows(client)
             reason[i] = 0 if len(shard) else 1
-            found = nothing(len(down.numbers), width)
-            found[rows] = shard.search(down.questions[rows], len(rows), width, options.merge)
+            ranked = nothing(len(down.numbers), width)
+            ranked[rows] = shard.search(down.questions[rows], len(rows), width, options.merge)
             answered[i] = len(rows)
-            lists.append(found)
+            lists.append(ranked)
         zeros, unknown = np.zeros(len(clients)), np.full(len(clients), np.nan)
         return BlockResult(
             clients=tuple(clients),
@@ -330,7 +326,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         )
 
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> _Ranked:
-        """The best of all lists, and the texts in them."""
+        """Merge the lists of all clients, and fetch the texts of the passages in the result."""
         numbers = self._batch(plan.round)
         mine = np.concatenate([nothing(len(numbers), 1), *(result.upload for result in results)], axis=1)
         ranked = _merged(
@@ -340,17 +336,17 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return ranked, texts
 
     def _texts(self, transport: Transport, ranked: Int64) -> dict[tuple[int, int], str]:
-        """The chunks in rank 0's lists by owner and key, on rank 0. Collective."""
+        """Fetch the chunks in rank 0's lists: (client, key) -> text, on rank 0. Collective."""
         wanted = torch.from_numpy(np.ascontiguousarray(ranked[..., [CLIENT, KEY]].reshape(-1, 2)))
         transport.broadcast(wanted)
         names = np.unique(wanted.numpy()[wanted.numpy()[:, 0] >= 0], axis=0).tolist()
-        owned = set(self._mine(transport.rank, [client for client, _ in names]))
+        owned = set(self._searched_by(transport.rank, [client for client, _ in names]))
         mine = {i: self._shard(client).text(key).encode() for i, (client, key) in enumerate(names) if client in owned}
-        found = gather_bytes(transport, len(names), mine)
-        return {(client, key): text.decode() for (client, key), text in zip(names, found, strict=False)}
+        texts = gather_bytes(transport, len(names), mine)
+        return {(client, key): text.decode() for (client, key), text in zip(names, texts, strict=False)}
 
     def step(self, state: Any, plan: Plan, combined: Any) -> float:
-        """Keep the answers."""
+        """Store the lists and texts of the round in the state."""
         ranked, texts = combined
         numbers = self._batch(plan.round)
         state.ranked[numbers] = ranked
@@ -359,26 +355,26 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return 0.0
 
     def _count_bytes(self, plan: Plan) -> tuple[int, int]:
-        """Bytes of the distinct terms of a round's questions, and of a count for each; none where vectors decide."""
+        """Bytes of the distinct terms of a round's questions, and of a count for each; 0 for a dense index."""
         if self.options.index == "dense":
             return 0, 0
         asked = {term for number in self._batch(plan.round) for term in terms(self._query(number))}
         return sum(len(term.encode()) + 1 for term in asked), _COUNT_BYTES * (len(asked) + 2)
 
     def _answer_bytes(self, plan: Plan, questions: Int64) -> Int64:
-        """What clients send that were asked so many questions each: their lists, and the counts of the terms."""
+        """Bytes of the lists and counts of terms that clients send; `questions` says how many each was asked."""
         if self.config.mode != "federated":
             return np.zeros_like(questions)
         entries = min(self.options.per_client or self.candidates, self.candidates)
         return questions * entries * _ENTRY_BYTES + self._count_bytes(plan)[1]
 
     def _estimated_questions(self, plan: Plan, clients: int) -> int:
-        """How many questions so many clients of the cohort are asked, all together, by what is known before."""
+        """An estimate, before the round, of how many questions `clients` clients of the cohort are asked in all."""
         asked = min(self.options.route or len(plan.cohort), len(plan.cohort))
         return round(len(self._batch(plan.round)) * clients * asked / len(plan.cohort))
 
     def bytes_down(self, plan: Plan, download: Asked | None = None) -> int:
-        """Questions: their vectors, and the terms with their counts, which go to every client."""
+        """The questions: their vectors, and for every client the terms with their counts."""
         if self.config.mode != "federated":
             return 0
         size = len(plan.cohort)
@@ -393,7 +389,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return total
 
     def bytes_up(self, plan: Plan) -> int:
-        """Lists, counts and centroids; nothing is known of the texts before a round."""
+        """Lists, counts and centroids; how long the texts are is not known before the round."""
         clients = len(plan.training)
         if self.config.mode != "federated" or not clients:
             return self._centroid_bytes(plan)
@@ -401,7 +397,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return int(self._answer_bytes(plan, questions).sum()) + self._centroid_bytes(plan)
 
     def bytes_fetched(self, plan: Plan, combined: _Ranked) -> int:
-        """The texts that won and, in a client's first round with a router, its centroids."""
+        """The texts of the passages that won and, in a client's first round with a router, its centroids."""
         texts = sum(len(text.encode()) for text in combined[1].values()) if self.config.mode == "federated" else 0
         return texts + self._centroid_bytes(plan)
 
@@ -416,46 +412,46 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     @cached_property
     def _gold(self) -> list[set[int]]:
         """The numbers of the right passages of every question."""
-        place_of = {self.data.test.prompts[first]: i for i, (first, _) in enumerate(self.questions)}  # type: ignore[index]
-        found: list[set[int]] = [set() for _ in self.questions]
+        item_of = {self.data.test.prompts[first]: i for i, (first, _) in enumerate(self.questions)}  # type: ignore[index]
+        gold_of: list[set[int]] = [set() for _ in self.questions]
         for prompt, gold in zip(self.data.test.prompts or [], self.corpus.gold or [], strict=False):
-            found[place_of[prompt]].add(gold)
-        return found
+            gold_of[item_of[prompt]].add(gold)
+        return gold_of
 
     @cached_property
-    def room(self) -> list[int]:
-        """Tokens of passages in front of each question: beside it and its longest answer, no more than asked for."""
+    def budgets(self) -> list[int]:
+        """How many tokens of passages fit in front of each question and its longest answer, at most context_tokens."""
         test = self.data.test
         longest: dict[str, int] = {}
         for prompt, length in zip(test.prompts or [], test.lengths.tolist(), strict=True):
             longest[prompt] = max(longest.get(prompt, 0), length)
         left = [self.config.data.max_length - longest[test.prompts[first]] for first, _ in self.questions]  # type: ignore[index]
-        return [max(0, min(self.options.context_tokens, room)) for room in left]
+        return [max(0, min(self.options.context_tokens, tokens)) for tokens in left]
 
     def _context(self, number: int, passages: Sequence[str]) -> tuple[str, int, bool]:
-        """What stands in front of a question, as `context` gives it; with the question it is no longer than allowed."""
-        room, prompt = self.room[number], (self.data.test.prompts or [])[self.questions[number][0]]
+        """The passages in front of a question, as `context` gives them, cut so that both together fit."""
+        budget, prompt = self.budgets[number], (self.data.test.prompts or [])[self.questions[number][0]]
 
         def length(text: str) -> int:
             return len(self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-        allowed = length(prompt) + room
+        allowed = length(prompt) + budget
         while True:
-            found = context(self.base.tokenizer, passages, self._template, room)
-            # Where two texts meet there may be a token more than they have apart.
-            over = length(found[0] + prompt) - allowed
-            if over <= 0 or not found[0]:
-                return found
-            room = max(0, room - over)
+            made = context(self.base.tokenizer, passages, self._template, budget)
+            # Two texts together may have more tokens than each by itself.
+            over = length(made[0] + prompt) - allowed
+            if over <= 0 or not made[0]:
+                return made
+            budget = max(0, budget - over)
 
     def _rankings(self, names: Sequence[str], ranks: Int64) -> dict[str, float]:
-        """Those of the metrics `names` that are of rankings."""
+        """Compute those of the metrics `names` that are about rankings."""
         outputs = Outputs(ranks=ranks)
         classes = {registry.short_name(name): registry.choice("metrics", name) for name in names}
         return {name: float(cls().compute(outputs)) for name, cls in classes.items() if cls.needs == "rankings"}
 
     def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
-        """Metrics of rankings over the questions asked so far; texts are written at the end alone."""
+        """Compute metrics of rankings over the questions asked so far; texts are written only at the end."""
         if not isinstance(state, Answers) or not (done := state.rounds > 0).any():
             return None
         ranks = first_hits(state.ranked[:, : self.options.k], self._gold)[done]
@@ -463,33 +459,33 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Answer every question with the passages of each arm, and with none."""
-        found: dict[str, tuple[Int64, dict[tuple[int, int], str]]] = {}
+        by_arm: dict[str, _Ranked] = {}
         if isinstance(state, Answers):
-            found["federated"] = (state.ranked, state.texts)
+            by_arm["federated"] = (state.ranked, state.texts)
         for arm in ("central", "own"):
             ranked = self._searched(transport, arm)
             texts = self._texts(transport, ranked)
             if isinstance(state, Answers):
-                found[arm] = (ranked, texts)
+                by_arm[arm] = (ranked, texts)
         notes = transport.gather_json(sorted({note for shard in self.shards.values() for note in shard.notes}))
-        self.shards.clear()  # nothing is searched any more, and answering takes memory
+        self.shards.clear()  # the indexes are not needed any more, and answering takes memory
         if self.options.rerank == "likelihood":
             for arm in ARMS[:-1]:
-                before = found.get(arm)
-                found[arm] = (self._reranked(transport, *(before or (None, {}))), before[1] if before else {})
-        lists = {arm: ranked[:, : self.options.k] for arm, (ranked, _) in found.items()} if state else {}
-        # (text, passages in it, whether one is cut) per question.
+                before = by_arm.get(arm)
+                by_arm[arm] = (self._reranked(transport, *(before or (None, {}))), before[1] if before else {})
+        lists = {arm: ranked[:, : self.options.k] for arm, (ranked, _) in by_arm.items()} if state else {}
+        # For each question: its text, how many passages are in it, whether one is cut.
         contexts = {
             arm: [
-                self._context(number, [found[arm][1][int(e[CLIENT]), int(e[KEY])] for e in entries[filled(entries)]])
+                self._context(number, [by_arm[arm][1][int(e[CLIENT]), int(e[KEY])] for e in entries[filled(entries)]])
                 for number, entries in enumerate(ranked)
             ]
             for arm, ranked in lists.items()
         }
         contexts["none"] = [("", 0, False)] * len(self.questions)
         outcomes = {
-            # Everybody needs the texts to share the work.
-            arm: self.answered(transport, _told(transport, [text for text, *_ in contexts.get(arm, ())]), arm)
+            # Every rank needs the texts, to answer its share of the questions.
+            arm: self.answered(transport, _on_every_rank(transport, [text for text, *_ in contexts.get(arm, ())]), arm)
             for arm in ARMS
         }
         federated, none = outcomes["federated"], outcomes["none"]
@@ -515,7 +511,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
                     "question": np.arange(len(self.questions)),
                     "round": state.rounds,
                     "asker": self._askers,
-                    **{f"rank_{arm}": found_at for arm, found_at in ranks.items()},
+                    **{f"rank_{arm}": first_hit for arm, first_hit in ranks.items()},
                     "passages_in_context": np.array([n for _, n, _ in contexts["federated"]]),
                     "cut": np.array([cut for *_, cut in contexts["federated"]]),
                 },
@@ -529,18 +525,18 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     @cached_property
     def _askers(self) -> Int64:
-        """The client that asks each question where it is alone: drawn among those with passages."""
+        """For each question, the client that asks it in the arm `own`: drawn among those with passages."""
         clients = sorted(c for block in self._home for c in block.clients)
         return generator(self.config.run.seed, "askers").choice(np.array(clients), len(self.questions))
 
     def _searched(self, transport: Transport, arm: str) -> Int64:
-        """What the arms central and own find: (questions, candidates, 5) on rank 0. Collective.
+        """Search for the arm `central` or `own`: lists (questions, candidates, 5) on rank 0. Collective.
 
-        central: plain scores over the passages of all clients, which is what one index of them finds. own: those of the
-        asking client, with the statistics of its own passages.
+        central: plain scores over the passages of all clients, as one index of all of them would give. own: the asking
+        client's passages, with the statistics of these passages alone.
         """
         everyone = [c for block in self._home for c in block.clients]
-        mine = self._mine(transport.rank, everyone)
+        mine = self._searched_by(transport.rank, everyone)
         options, parts = self.options, []
         for begin in range(0, len(self.questions), _AT_ONCE):
             numbers = np.arange(begin, min(begin + _AT_ONCE, len(self.questions)))
@@ -555,21 +551,25 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
                     if shard.lexical is not None and asked.statistics is not None:
                         distinct = list(asked.statistics.holding)
                         asked = replace(asked, statistics=statistics(shard.lexical.counts(distinct), distinct))
-                found = shard.search(asked, len(rows), self.candidates, "score")
-                ranked[rows] = best(np.concatenate([ranked[rows], found], axis=1), self.candidates, options.distinct)
+                of_client = shard.search(asked, len(rows), self.candidates, "score")
+                ranked[rows] = best(
+                    np.concatenate([ranked[rows], of_client], axis=1), self.candidates, options.distinct
+                )
             parts.append(_merged(transport, ranked, self.candidates, options.distinct))
         return np.concatenate(parts)
 
     def _reranked(self, transport: Transport, ranked: Int64 | None, texts: Mapping[tuple[int, int], str]) -> Int64:
-        """Candidates by the base's likelihood of the question after each (Sachan et al. 2022, arXiv 2204.07496,
-        equation 3), on rank 0. Collective."""
+        """Sort candidates by the likelihood of the question after each of them, on rank 0. Collective.
+
+        This is the reranking of Sachan et al. (2022, arXiv 2204.07496, equation 3) with the base model.
+        """
         pairs: list[str] = []  # a passage, the question, a passage, ...
         if ranked is not None:
             for i, entries in enumerate(ranked):
                 for e in entries[filled(entries)]:
                     passage = texts[int(e[CLIENT]), int(e[KEY])]
                     pairs += [self._template.render({"passage": passage}), self._query(i)]
-        pairs = _told(transport, pairs)
+        pairs = _on_every_rank(transport, pairs)
         if pairs:
             examples = self._examples(pairs[::2], pairs[1::2], "candidate")
             losses = self.evaluator(transport).likelihoods(*self._model, examples)
@@ -581,20 +581,20 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     @property
     def _model(self) -> tuple[Method | None, Tensor]:
-        """What answers: the base, with the adapter where there is one, as `evaluate` takes them."""
+        """The model that answers, as `evaluate` takes it: the base, with the adapter if there is one."""
         return self._tuned or (None, torch.empty(1, 0))
 
-    def _examples(self, prompts: list[str], targets: list[str], what: str) -> Examples:
-        places = [f"{what} {i}" for i in range(len(prompts))]
+    def _examples(self, prompts: list[str], targets: list[str], name: str) -> Examples:
+        locations = [f"{name} {i}" for i in range(len(prompts))]
         max_length = self.config.data.max_length
-        tokens = tokenize(prompts, targets, places, self.base.tokenizer, max_length, type(self.base))
+        tokens = tokenize(prompts, targets, locations, self.base.tokenizer, max_length, type(self.base))
         return examples_from(tokens, prompts=prompts, targets=targets)
 
     def answered(self, transport: Transport, contexts: Sequence[str], arm: str) -> Outcome | None:
-        """The test with a text in front of each question; on rank 0. Collective."""
+        """Test the model with a text in front of each question; the outcome on rank 0. Collective."""
         options, test = self.config.evaluation, self.data.test
-        of = {str(test.prompts[first]): text for (first, _), text in zip(self.questions, contexts, strict=True)}  # type: ignore[index]
-        prompts = [of[prompt] + prompt for prompt in test.prompts or []]
+        context_of = {str(test.prompts[first]): text for (first, _), text in zip(self.questions, contexts, strict=True)}  # type: ignore[index]
+        prompts = [context_of[prompt] + prompt for prompt in test.prompts or []]
         metrics = [m for m in options.metrics_of_test if registry.choice("metrics", m).needs != "rankings"]
         return self.evaluator(transport).evaluate(
             *self._model,
@@ -609,15 +609,15 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     ) -> dict[str, float]:
         """A row of /tables/retrieval."""
         assert outcome is not None
-        found = {"recall_at_1": float("nan"), "recall": float("nan"), "mrr": float("nan")}
+        hits = {"recall_at_1": float("nan"), "recall": float("nan"), "mrr": float("nan")}
         if ranks is not None and self.corpus.gold is not None:
-            found = {"recall_at_1": float(np.mean(ranks == 1)), **self._rankings(("recall", "mrr"), ranks)}
+            hits = {"recall_at_1": float(np.mean(ranks == 1)), **self._rankings(("recall", "mrr"), ranks)}
         held = [
             any(within(words(reference), words(text)) for reference in references)
             for (text, *_), (_, references) in zip(contexts, self.questions, strict=True)
         ]
         return {
-            **found,
+            **hits,
             "answer_in_context": float(np.mean(held)),
             "passages_in_context": float(np.mean([n for _, n, _ in contexts])),
             **outcome.metrics,
@@ -626,19 +626,15 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     # ---- what is said of it
 
     def attributes(self) -> dict[str, Any]:
-        """See the base class."""
         return {"payload_parameters": 0, "questions": len(self.questions), "encoder": self.options.encoder or ""}
 
     def summary(self) -> str:
-        """See the base class."""
         return f"{self.options.index} search of {len(self.corpus.passages):,} passages, k {self.options.k}"
 
     def work(self, plan: Plan) -> str:
-        """See the base class."""
         return f"one search for {len(self._batch(plan.round))} questions"
 
     def details(self, plan: Plan) -> list[str]:
-        """See the base class."""
         questions = len(self._batch(plan.round))
         route = f", each asked of {self.options.route} clients" if self.options.route else ""
         return [
@@ -648,7 +644,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
 
 def _merged(transport: Transport, mine: Int64, k: int, distinct: bool) -> Int64:
-    """The best of all ranks' lists, on rank 0. Collective."""
+    """Merge the lists of all ranks, on rank 0. Collective."""
 
     def merge(one: Tensor, other: Tensor) -> Tensor:
         return torch.from_numpy(best(np.concatenate([one.numpy(), other.numpy()], axis=1), k, distinct))
@@ -656,16 +652,16 @@ def _merged(transport: Transport, mine: Int64, k: int, distinct: bool) -> Int64:
     return tree_merge(transport, torch.from_numpy(np.ascontiguousarray(mine)), merge).numpy()
 
 
-def _told(transport: Transport, texts: Sequence[str]) -> list[str]:
-    """Rank 0's texts on every rank. Collective."""
+def _on_every_rank(transport: Transport, texts: Sequence[str]) -> list[str]:
+    """Send rank 0's texts to every rank. Collective."""
     return [item.decode() for item in broadcast_bytes(transport, [text.encode() for text in texts])]
 
 
 def _tuned(path: Path, approach: Rag) -> tuple[Method, Tensor]:
-    """The method and payload (1, P) of another run's adapter. UserError where it does not fit this base.
+    """Read the method and payload (1, P) of another run's adapter. UserError where it does not fit this base.
 
-    They come from that run's own files, not from the export: every method can be had that way, and answers in the same
-    batches as in its own test.
+    They are read from that run's own files, not from the export: this works for every method, and the model answers as
+    in that run's test.
     """
     folder = path.parent
     if not (folder / "results.h5").is_file() or not (folder / "config.yaml").is_file():

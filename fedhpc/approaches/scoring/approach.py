@@ -1,4 +1,4 @@
-"""What approaches have in common whose clients score candidates: examples, answers, rejections, sums of scores."""
+"""The common part of approaches whose clients score candidates: examples, answers, rejections, sums of scores."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ NUMBER_BYTES = 8  # of a score, or of any other number that is sent
 
 @dataclass
 class Rows:
-    """Rows to be scored: each belongs to a client (by its place in the block), a candidate and a prefix."""
+    """Rows to be scored: each belongs to a client of the block, a candidate and a prefix, all given as indices."""
 
     client: list[int] = field(default_factory=list)
     candidate: list[int] = field(default_factory=list)
     prefix: list[int] = field(default_factory=list)
     ids: list[Int32] = field(default_factory=list)
     answers: list[list[Int32]] = field(default_factory=list)
-    right: list[int] = field(default_factory=list)  # the place of the right answer
+    right: list[int] = field(default_factory=list)  # the index of the right answer
 
     def add(self, client: int, candidate: int, prefix: int, ids: Int32, answers: list[Int32], right: int) -> None:
-        """One more row."""
+        """Add one row."""
         for values, value in zip(vars(self).values(), (client, candidate, prefix, ids, answers, right), strict=True):
             values.append(value)
 
 
 @dataclass
 class Scores:
-    """Of K clients and n candidates."""
+    """The scores that K clients give to n candidates."""
 
     means: Float64  # (K, n): the score of a candidate, the smaller the better
-    losses: Float64  # (K, n): negative log-likelihood of the right answers, summed
-    tokens: Int64  # (K, n): of the right answers
-    rows: Int64  # (K, n)
+    losses: Float64  # (K, n): negative log-likelihood of the right answers, summed over their tokens
+    tokens: Int64  # (K, n): how many tokens the right answers have
+    rows: Int64  # (K, n): how many rows were scored
 
 
 class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
-    """Clients score; nothing is trained."""
+    """An approach in which clients score candidates and train nothing."""
 
     base: CausalLM
 
@@ -95,23 +95,23 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
     # ---- scores
 
     def num_scored(self, client: int, most: int | None, aside: int = 0) -> int:
-        """How many of its examples a client scores on.
+        """On how many of its examples a client scores: at most `most`.
 
-        At most `most`, and so many that `aside` are left as long as that is not more than half of them.
+        `aside` examples are left out, but never more than half of them.
         """
         size = self.data.population.num_examples(client)
         count = size - min(aside, size // 2)
         return count if most is None else min(most, count)
 
     def scored(self, round_: int, client: int, most: int | None, aside: int = 0) -> tuple[Int64, Int64]:
-        """The examples of a client that a round scores on, `num_scored` of them, and those that are left."""
+        """Draw the examples of a client that a round scores on, `num_scored` of them; returns them and the others."""
         indices = self.data.population.indices(client)
         drawn = generator(self.config.run.seed, "scored", round_, client).permutation(indices)
         count = self.num_scored(client, most, aside)
         return np.sort(drawn[:count]), np.sort(drawn[count:])
 
     def scored_answers(self, labels: list[Int32], example: int) -> tuple[list[Int32], int]:
-        """The answers whose likelihoods an example's score needs, and the place of the right one.
+        """The answers whose likelihoods an example's score needs, and the index of the right one.
 
         labels: the answer of each label; empty where the data have none.
         """
@@ -124,26 +124,26 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """In which the model computes."""
+        """A context for forward passes: without gradients, in the precision of the run."""
         with torch.no_grad(), autocast(self.base, self.config.runtime.precision):
             yield
 
     def score(self, prefixes: Prefixes, rows: Rows, clients: int, candidates: int, spent: TokenCount) -> Scores:
-        """Score all rows in few forwards."""
+        """Score all rows in a few forward passes."""
         with self.forward():
-            found = log_likelihoods(self.base, prefixes, np.array(rows.prefix), rows.ids, rows.answers, spent)
+            likelihoods = log_likelihoods(self.base, prefixes, np.array(rows.prefix), rows.ids, rows.answers, spent)
         right = np.array(rows.right)
         cell = np.array(rows.client) * candidates + np.array(rows.candidate)
 
         def summed(values: Any) -> Any:
             return np.bincount(cell, weights=values, minlength=clients * candidates).reshape(clients, candidates)
 
-        lengths = [len(answers[place]) for answers, place in zip(rows.answers, rows.right, strict=True)]
+        lengths = [len(answers[index]) for answers, index in zip(rows.answers, rows.right, strict=True)]
         counts = summed(None)
-        with np.errstate(invalid="ignore"):  # what is not finite is found by the caller
-            scores = row_losses(self.config.method.objective, found, right)
+        with np.errstate(invalid="ignore"):  # the caller rejects scores that are not finite
+            scores = row_losses(self.config.method.objective, likelihoods, right)
             means = summed(scores) / np.maximum(counts, 1)
-        return Scores(means, summed(row_losses("loss", found, right)), summed(lengths).astype(np.int64), counts)
+        return Scores(means, summed(row_losses("loss", likelihoods, right)), summed(lengths).astype(np.int64), counts)
 
     def report(
         self,
@@ -155,14 +155,15 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         spent: TokenCount,
         bytes_up: Int64,
     ) -> BlockResult[Any]:
-        """What a block sends back: `sent` (K, m) are its numbers, `scores` those it has made one after the other.
+        """Make the result of a block of K clients.
 
-        bytes_up (K,): of what each client sends, where it sends anything at all (mode federated).
+        sent: the numbers that the clients send, (K, m). scores: all that they have scored, in order. bytes_up: the
+        bytes that each client sends in mode federated, (K,).
         """
         tokens = sum(one.tokens.sum(axis=1) for one in scores)
 
-        def per_token(losses: Float64, of: Int64) -> Float64:
-            return np.asarray(losses / np.maximum(of, 1))
+        def per_token(losses: Float64, tokens: Int64) -> Float64:
+            return np.asarray(losses / np.maximum(tokens, 1))
 
         return BlockResult(
             clients=tuple(clients),
@@ -179,19 +180,19 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         )
 
     def mean_scores(
-        self, transport: Transport, plan: Plan, slots: Int64, scores: Float64, rows: Int64
+        self, transport: Transport, plan: Plan, indices: Int64, scores: Float64, rows: Int64
     ) -> tuple[Float64, float] | None:
-        """The aggregated scores (n,) of the accepted clients, by server.aggregator, and their weight; None without any.
+        """Aggregate the scores of the accepted clients with server.aggregator; None where there are none. Collective.
 
-        scores (c, n): of this rank's accepted clients, at these places of the cohort. rows (C,): examples that each
-        client of the cohort scores on, which is its weight where server.weighting is examples. Collective; of no
-        meaning above rank 0.
+        scores: of this rank's accepted clients, (c, n). indices: their indices in the cohort, (c,). rows: how many
+        examples each client of the cohort scores on, (C,), which is its weight if server.weighting is "examples".
+        Returns the aggregated scores (n,) and their examples; the result is undefined above rank 0.
         """
         config, count = self.config, scores.shape[1]
         counted = rows.astype(np.float64) if config.server.weighting == "examples" else (rows > 0).astype(np.float64)
         shares = counted / max(counted.sum(), 1.0)
         layout = Layout({"scores": (count,)})
-        cohort = Cohort(transport, layout, plan.cohort, shares, slots, torch.from_numpy(scores))
+        cohort = Cohort(transport, layout, plan.cohort, shares, indices, torch.from_numpy(scores))
         if not len(cohort):
             return None
         total = registry.choice("aggregators", config.server.aggregator)(config.server).combine(cohort)
@@ -199,7 +200,7 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         return total.numpy(), float(sum(scored[c] for c in cohort.clients))
 
     def spent_by_all(self, transport: Transport, numbers: Sequence[int]) -> list[int]:
-        """The sum of these numbers over all ranks; of no meaning above rank 0. Collective."""
+        """The sum of these numbers over all ranks, on rank 0; undefined on the others. Collective."""
         total = torch.tensor(numbers, dtype=torch.int64)
         transport.reduce_sum(total)
         return [int(n) for n in total]

@@ -1,14 +1,14 @@
-"""What a transform is: it changes the updates on their way from the clients to the server.
+"""The interface of transforms, which change the updates on their way from the clients to the server. For example:
 
 class Quantize(Transform):
     keeps = ("residual",)  # error feedback: what rounding lost goes into the client's next update
 
-    def on_client(self, updates, about):
-        wanted = updates + about.kept["residual"]
-        sent = torch.stack([rounded(row, about.generator("rounding", client))
-                            for row, client in zip(wanted, about.clients)])
-        about.kept["residual"] = wanted - sent
-        about.bytes_up[:] = updates.shape[1] + 4
+    def on_client(self, updates, context):
+        wanted = updates + context.tensors["residual"]
+        sent = torch.stack([rounded(row, context.generator("rounding", client))
+                            for row, client in zip(wanted, context.clients)])
+        context.tensors["residual"] = wanted - sent
+        context.bytes_up[:] = updates.shape[1] + 4
         return sent
 """
 
@@ -26,30 +26,32 @@ from fedhpc.registry import Section
 
 
 @dataclass
-class About:
-    """What a transform is told of the round, and where it writes down what it keeps and sends."""
+class TransformContext:
+    """What a transform knows of the round, and where it writes the tensors it keeps and the bytes it sends."""
 
     #: Number of the round, from 1.
     round: int
 
-    #: Whose updates these are, row by row (K); at the server the accepted clients of the cohort.
+    #: The client of each row of the updates (K); on the server, the accepted clients of the cohort.
     clients: Sequence[int]
 
-    #: What it keeps, by the names of `keeps`: (K, *shape), a row for each client; at the server by those of
-    #: `keeps_on_server`: (*shape). All zeros at first. What is put here is there again the next time. Of a client
-    #: whose update is rejected nothing changes.
-    kept: dict[str, Tensor]
+    #: The tensors that it keeps from round to round, by the names of `keeps`: (K, *shape), a row for each client; on
+    #: the server by those of `keeps_on_server`: (*shape). They are zeros at first. What the transform puts here is here
+    #: again the next time; for a client whose update is rejected, nothing changes.
+    tensors: dict[str, Tensor]
 
-    #: int64 (K,): bytes that each client's update takes on the wire. A transform that packs it
-    #: otherwise writes what that takes.
+    #: int64 (K,): how many bytes each client's update takes on the wire; a transform that packs the update in another
+    #: way writes here how many bytes that takes.
     bytes_up: np.ndarray
 
     seed: int
     position: int  # of the transform in the list `transforms`
 
     def generator(self, purpose: str, client: int | None = None) -> np.random.Generator:
-        """A generator of random draws, which follow from run.seed, this transform, the purpose, the round and, where
-        it is given, the client alone: the same on any number of ranks and after a resume."""
+        """A generator of random draws, the same on any number of ranks and after a resume.
+
+        The draws follow from run.seed, this transform, the purpose, the round and, if it is given, the client.
+        """
         keys = (self.round,) if client is None else (self.round, client)
         return rng.generator(self.seed, f"transforms.{self.position}.{purpose}", *keys)
 
@@ -77,13 +79,13 @@ class Transform:
         """Shape of the tensor that is kept under `name`; size: S, that of an update, which is the default."""
         return (size,)
 
-    def on_client(self, updates: Tensor, about: About) -> Tensor:
+    def on_client(self, updates: Tensor, context: TransformContext) -> Tensor:
         """Change the updates of K clients (K, S), a row each, into what arrives at the server, of the same shape.
 
         A row must not depend on the other rows: how many clients are in a block depends on the machine.
         """
         return updates
 
-    def on_server(self, total: Tensor, about: About) -> Tensor:
+    def on_server(self, total: Tensor, context: TransformContext) -> Tensor:
         """Change the aggregated update, float64 (S,), before the server optimizer takes its step. On rank 0 alone."""
         return total

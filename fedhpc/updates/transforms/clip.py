@@ -6,7 +6,7 @@ from pydantic import Field
 
 from fedhpc.lazy import Tensor, torch
 from fedhpc.registry import Section
-from fedhpc.updates.transforms.base import About, Transform
+from fedhpc.updates.transforms.base import Transform, TransformContext
 
 
 class Clip(Transform):
@@ -15,6 +15,6 @@ class Clip(Transform):
     class Options(Section):
         norm: float = Field(1.0, gt=0, description="largest L2 norm of an update")
 
-    def on_client(self, updates: Tensor, about: About) -> Tensor:
+    def on_client(self, updates: Tensor, context: TransformContext) -> Tensor:
         norms = torch.linalg.vector_norm(updates.double(), dim=1, keepdim=True)
         return updates * (self.options.norm / norms).clamp(max=1.0).to(updates.dtype)
