@@ -151,11 +151,10 @@ def choice(family: str, name: str, key: str = "name") -> type[Any]:
 
     Of the methods that are approaches of their own it is the class of their approach. UserError as `load`.
     """
-    file = files(family).get(name) if isinstance(name, str) else None
-    if file is not None and file.parts[0] == "approaches" and family == "methods":
-        return _class("fedhpc.approaches.base:Approach", _sibling(file, "approach"), name, key)
+    if family == "methods" and is_approach(name):
+        return approach(name)
     module = load(family, name, key)
-    entry = None if file else _installed(family).get(name)
+    entry = _installed(family).get(name)
     if entry is not None and entry.attr:
         cls = getattr(module, entry.attr, None)
         base = _base(BASES[family])
@@ -165,28 +164,26 @@ def choice(family: str, name: str, key: str = "name") -> type[Any]:
     return _class(BASES[family], module, name, key)
 
 
-def is_approach(method: str) -> bool:
+def is_approach(method: Any) -> bool:
     """Whether the name of a method is that of an approach of its own, and not of parameters that are averaged."""
-    file = files("methods").get(method)
+    file = files("methods").get(method) if isinstance(method, str) else None
     return file is not None and file.parts[0] == "approaches"
+
+
+def approach(method: str) -> type[Any]:
+    """The class of approaches/ that runs a method: of its own folder, else the averaging of what it trains."""
+    folder = files("methods")[method].parent.name if is_approach(method) else "averaging"
+    module = importlib.import_module(f"fedhpc.approaches.{folder}.approach")
+    return _class("fedhpc.approaches.base:Approach", module, method, "method.name")
 
 
 def options(family: str, name: str, key: str = "name") -> type[Section]:
     """The keys of one choice in the configuration."""
     module = load(family, name, key)
-    holder = module if hasattr(module, "Options") else choice(family, name, key)  # an approach's options.py holds them
+    # Those of an approach stand apart from its class, so that they load without torch.
+    holder = module if family == "methods" and is_approach(name) else choice(family, name, key)
     cls: type[Section] = getattr(holder, "Options", Section)
     return cls
-
-
-def approach(method: ModuleType) -> Any:
-    """The class of approaches/ that runs a method; most methods say what is averaged, the others name what they do."""
-    name = getattr(method, "APPROACH", "averaging")
-    return importlib.import_module(f"fedhpc.approaches.{name}.approach").APPROACH
-
-
-def _sibling(file: Path, name: str) -> ModuleType:
-    return importlib.import_module(".".join(["fedhpc", *file.with_name(name).parts]))
 
 
 def _base(path: str) -> type:

@@ -10,9 +10,11 @@ import h5py
 import numpy as np
 import pytest
 
+from fedhpc import config as configuration
 from fedhpc import registry
 from fedhpc.config import resolve
 from fedhpc.errors import UserError
+from fedhpc.ranks.verdict import RefusedError
 from tests.federations import federate, settings
 
 LABELS = {
@@ -219,6 +221,90 @@ def test_an_aggregator_a_transform_and_optimizers(tmp_path: Path) -> None:
         assert (file["rounds"]["update_norm"][1:] > 0).all()
     with pytest.raises(UserError, match=r"aggregator fednova .* of client.optimizer ./signs.py are not"):
         resolve({**tree, "server": {"aggregator": "fednova"}})
+
+
+SOFT = '''
+"""Trained vectors in front of the text, all starting at zero."""
+
+from contextlib import contextmanager
+
+from pydantic import Field
+
+from fedhpc import kernels
+from fedhpc.lazy import torch
+from fedhpc.methods.base import Attached, Method
+from fedhpc.registry import Section
+from fedhpc.updates.layout import Layout
+
+
+class Soft(Method):
+    """A soft prompt."""
+
+    class Options(Section):
+        length: int = Field(2, ge=1, description="vectors in front of the text")
+
+    @property
+    def virtual_tokens(self):
+        return self.options.length
+
+    @property
+    def payload(self):
+        return Layout({"soft": (self.options.length, self.base.hidden_size)})
+
+    def initial(self):
+        return {"soft": torch.zeros(self.payload.shapes["soft"])}
+
+    @contextmanager
+    def attach(self, trained, received, rows, row_keys=None):
+        yield Attached(embeddings=kernels.of_rows(trained["soft"].to(self.base.dtype), rows))
+
+    def export(self, payload, path):
+        path.mkdir(parents=True)
+        (path / "soft.txt").write_text(" ".join(str(x) for x in payload["soft"].flatten().tolist()))
+'''
+
+
+def test_a_method_which_must_not_change_while_a_run_is_resumed(tmp_path: Path) -> None:
+    put("soft.py", SOFT)
+    tree = {**LABELS, "method": {"name": "./soft.py", "length": 3}, "client": {**LABELS["client"], "lr": 0.5}}
+    for ranks in (1, 3):
+        federate(settings(tmp_path / f"run{ranks}", tree), ranks)
+    same(finals("run1"), finals("run3"))
+    assert finals("run1")["final/soft"].shape == (3, 64) and finals("run1")["final/soft"].any()
+    assert len(Path("run1/adapter/soft.txt").read_text().split()) == 192
+    shorter = {**tree, "federation": {"rounds": 1, "cohort_size": 3}}
+    for folder in ("resumed", "changed"):
+        federate(settings(tmp_path / folder, shorter))
+    federate(settings(tmp_path / "resumed", tree))
+    same(finals("run1"), finals("resumed"))
+    put("soft.py", SOFT.replace("starting at zero", "starting at naught"))
+    words = r"the source of the plugin method\.name \./soft\.py changed since the run began \(\w{12} -> \w{12}\); put"
+    with pytest.raises((UserError, RefusedError), match=words):
+        federate(settings(tmp_path / "changed", tree))
+    put("soft.py", SOFT)
+    federate(settings(tmp_path / "changed", tree))
+    same(finals("run1"), finals("changed"))
+
+
+def test_every_rank_has_the_plugin_of_rank_0() -> None:
+    put("soft.py", SOFT)
+    stated = configuration.stated(resolve({**LABELS, "method": {"name": "./soft.py"}}))
+    assert configuration.restore_stated(stated).method.name == "./soft.py"
+    put("soft.py", SOFT + "# edited on this host\n")
+    with pytest.raises(UserError, match=r"method\.name: the plugin \./soft\.py has another source here than on rank 0"):
+        configuration.restore_stated(stated)
+    Path("soft.py").unlink()
+    with pytest.raises(UserError, match=r"method\.name: there is no file 'soft\.py'"):
+        configuration.restore_stated(stated)
+
+
+def test_options_must_not_hide_a_key_of_the_section() -> None:
+    put("signs.py", UPDATES["signs.py"] + "\n    class Options(Section):\n        lr: float = 1.0\n")
+    put("signs.py", "from fedhpc.registry import Section\n" + Path("signs.py").read_text())
+    with pytest.raises(
+        UserError, match=r"client\.optimizer: \./signs\.py has the option lr, which client has without it"
+    ):
+        resolve({**LABELS, "client": {"optimizer": "./signs.py"}})
 
 
 WRONG = {

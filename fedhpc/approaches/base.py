@@ -83,6 +83,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     #: What metrics can need beside the answers of the base model.
     answers: ClassVar[frozenset[str]] = frozenset()
 
+    #: Whether the server trains a model, which on a CPU beside workers on GPUs would crawl.
+    server_trains: ClassVar[bool] = False
+
     def __init__(self, inputs: Inputs) -> None:
         self.config, self.base, self.objective, self.data = inputs.config, inputs.base, inputs.objective, inputs.data
         for name in (*self.config.evaluation.metrics, *self.config.evaluation.metrics_of_test):

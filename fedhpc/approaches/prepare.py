@@ -39,7 +39,7 @@ def assign_devices(config: Config, transport: Transport, launch: Launch, gpus: S
     """`launch` with the GPUs of all ranks, agreed by all. gpus: unique ids of those that this rank may use."""
     visible = transport.gather_json(list(gpus))
     quantized = config.model.quantize != "none"
-    trains = getattr(registry.load("methods", config.method.name), "SERVER_TRAINS", False)
+    trains = registry.approach(config.method.name).server_trains
     chosen = on_server(transport, lambda: asdict(assign_gpus(visible or [], config.runtime.server, quantized, trains)))
     placement = Placement(tuple(chosen["gpus"]), chosen["seen"])
     # Under an MPI launcher that fedhpc.ranks.launch does not know, the transport alone knows the rank.
@@ -56,7 +56,7 @@ def prepare(config: Config, transport: Transport, launch: Launch, write_cache: b
 
     RefusedError on every rank where rank 0 found what a person can mend.
     """
-    approach_class: type[Approach[Any, Any, Any, Any]] = registry.approach(registry.load("methods", config.method.name))
+    approach_class: type[Approach[Any, Any, Any, Any]] = registry.approach(config.method.name)
 
     def make() -> Approach[Any, Any, Any, Any]:
         return approach_class(load_inputs(config, launch, transport.world_size, write_cache, approach_class.read))

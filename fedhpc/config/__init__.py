@@ -29,7 +29,8 @@ S = TypeVar("S", bound=Section)
 
 __all__ = [
     "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Model", "load", "load_changed", "override",
-    "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore", "section", "unread",
+    "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore", "restore_stated", "section",
+    "stated", "unread",
 ]  # fmt: skip
 
 
@@ -70,6 +71,23 @@ def restore(raw: Mapping[str, Any], where: str = "configuration") -> Config:
     with _placed({}, where):
         config = _resolved(raw)
         check.conflicts(config)
+    return config
+
+
+def stated(config: Config) -> dict[str, Any]:
+    """What other ranks need of a configuration, as JSON: its tree, and which sources its plugins have."""
+    return {"config": config.model_dump(mode="json"), "plugins": plugins(config)}
+
+
+def restore_stated(message: Mapping[str, Any]) -> Config:
+    """The configuration of rank 0 on this rank. UserError where a plugin is missing here or has another source."""
+    config = restore(message["config"])
+    here = plugins(config)
+    for which, digest in message["plugins"].items():
+        if here.get(which) != digest:
+            key, _, name = which.partition(" ")
+            remedy = "give all hosts the same file"
+            raise UserError(f"the plugin {name} has another source here than on rank 0", key=key, remedy=remedy)
     return config
 
 

@@ -40,7 +40,14 @@ def build(model: type[S], raw: Any, label: str) -> S:
         if name is None:
             valid = ", ".join(registry.names(family))
             raise UserError(f"{label}.{key} is missing; valid: {valid}", key=f"{label}.{key}")
-        options.append(registry.options(family, name, f"{label}.{key}"))
+        keys = registry.options(family, name, f"{label}.{key}")
+        taken = set(keys.model_fields) & {
+            *model.model_fields,
+            *(one for other in options for one in other.model_fields),
+        }
+        if taken:
+            raise UserError(f"{name} has the option {min(taken)}, which {label} has without it", key=f"{label}.{key}")
+        options.append(keys)
         values[key] = name
     model = _joined(model, tuple(options))
     for key, field in model.model_fields.items():

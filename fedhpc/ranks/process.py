@@ -206,7 +206,8 @@ def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
     here = "rank 0: " if transport.rank == 0 and transport.world_size > 1 else ""
     try:
         # Rank 0's file counts, should another host see another one.
-        config = configuration.restore(transport.broadcast_json(rank.config.model_dump(mode="json")))
+        stated = transport.broadcast_json(configuration.stated(rank.config))
+        config = configuration.restore_stated(stated)
         saved.directory = config.run_dir
         work(replace(rank, config=config))
         return DONE

@@ -301,6 +301,3 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 def _server(state: ServerState) -> ParameterState:
     assert isinstance(state, ParameterState)
     return state
-
-
-APPROACH = Averaging

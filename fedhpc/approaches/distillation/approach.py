@@ -99,6 +99,8 @@ class StudentState(ServerState):
 class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     """Clients and a student on the server teach each other by their predictions on a public set."""
 
+    server_trains = True  # its student
+
     base: Predictor
     objective: PredictedObjective
 
@@ -504,6 +506,3 @@ def _lines(tested: Mapping[str, Mapping[str, float]]) -> list[str]:
         + ", ".join(f"{name} {tested[arm][metric]:.4f}" for arm, name in _ARMS.items() if metric in tested.get(arm, {}))
         for metric in tested["student"]
     ]
-
-
-APPROACH = Distillation

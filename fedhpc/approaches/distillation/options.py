@@ -14,9 +14,6 @@ from fedhpc import registry
 from fedhpc.approaches.reads import ALWAYS, SPLITS
 from fedhpc.registry import Choice, Chosen, Section
 
-APPROACH = "distillation"
-SERVER_TRAINS = True  # its student: on a CPU beside workers on GPUs that would crawl
-
 
 class Public(Section):
     source: str | None = Field(None, min_length=1, description="where it is, as in data.source; default data.source")

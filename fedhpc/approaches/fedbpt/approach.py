@@ -318,6 +318,3 @@ def aggregate(before: Moments, numbers: Float64, popsize: int, sigma_0: float, k
 def _distribution(state: ServerState) -> Distribution:
     assert isinstance(state, Distribution)
     return state
-
-
-APPROACH = FedBPT

@@ -14,8 +14,6 @@ from pydantic import Field
 from fedhpc.approaches.scoring.conflict import ACCEPTED, READS, conflict
 from fedhpc.methods.prompt import Prompt
 
-APPROACH = "fedbpt"
-
 
 class Options(Prompt.Options):
     reads = READS | ACCEPTED

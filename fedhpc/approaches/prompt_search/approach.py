@@ -486,6 +486,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str,
 
 def _columns(split: str, rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
     return {f"{split}_{name}": np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-APPROACH = PromptSearch

@@ -12,8 +12,6 @@ from pydantic import Field
 from fedhpc.approaches.scoring.conflict import ACCEPTED, READS, conflict
 from fedhpc.registry import Choice, Chosen, Section
 
-APPROACH = "prompt_search"
-
 _Text = Annotated[str, Field(min_length=1)]
 
 

@@ -680,6 +680,3 @@ def _tuned(path: Path, approach: Rag) -> tuple[Method, Tensor]:
 
 def _hash(payload: Tensor) -> str:
     return hashlib.sha256(payload.cpu().numpy().tobytes()).hexdigest()[:32]
-
-
-APPROACH = Rag

@@ -13,8 +13,6 @@ from fedhpc import registry
 from fedhpc.approaches.reads import ALWAYS
 from fedhpc.registry import Section
 
-APPROACH = "rag"
-
 
 class Options(Section):
     reads = ALWAYS
