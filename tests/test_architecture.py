@@ -271,7 +271,7 @@ def raw_of(family: str, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("family", "name"), CHOICES)
 def test_a_choice_alone_is_a_configuration_and_survives_yaml(family: str, name: str) -> None:
-    config = configuration.resolve(raw_of(family, name))
+    config = configuration.resolve(raw_of(family, name), given={})
     again = configuration.resolve(configuration.parse_yaml(config.to_yaml(), "again"))
     assert again == config
     assert again.to_yaml() == config.to_yaml()

@@ -270,8 +270,8 @@ def test_a_method_which_must_not_change_while_a_run_is_resumed(tmp_path: Path) -
     for ranks in (1, 3):
         federate(settings(tmp_path / f"run{ranks}", tree), ranks)
     same(finals("run1"), finals("run3"))
-    assert finals("run1")["final/soft"].shape == (3, 64) and finals("run1")["final/soft"].any()
-    assert len(Path("run1/adapter/soft.txt").read_text().split()) == 192
+    assert finals("run1")["final/soft"].shape == (3, 128) and finals("run1")["final/soft"].any()
+    assert len(Path("run1/adapter/soft.txt").read_text().split()) == 384
     shorter = {**tree, "federation": {"rounds": 1, "cohort_size": 3}}
     for folder in ("resumed", "changed"):
         federate(settings(tmp_path / folder, shorter))
