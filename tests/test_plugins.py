@@ -259,7 +259,7 @@ class Soft(Method):
         yield Attached(embeddings=kernels.of_rows(trained["soft"].to(self.base.dtype), rows))
 
     def export(self, payload, path):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         (path / "soft.txt").write_text(" ".join(str(x) for x in payload["soft"].flatten().tolist()))
 '''
 
