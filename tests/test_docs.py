@@ -16,6 +16,7 @@ import yaml
 
 import fedhpc
 from fedhpc import registry
+from fedhpc.config import resolve
 from fedhpc.console import COMMANDS
 from tests.federations import federate, final, settings, table, tree, write_texts
 from tests.test_architecture import LAYERS
@@ -206,6 +207,11 @@ def test_commands_and_files_that_are_named_exist() -> None:
         for file in re.findall(r"`?\b((?:launch|configs|tests|fedhpc|slurm)/[\w/]+\.(?:py|sh|yaml|md))", text):
             assert (ROOT / file).exists() or not file.startswith("fedhpc"), f"{page.name}: {file}"
             assert (ROOT / file).exists(), f"{page.name}: {file}"
+
+
+def test_configurations_of_the_readme_are_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert [resolve(yaml.safe_load(block)).run.name for block in blocks] == ["mine"]
 
 
 def test_families_of_the_table_are_those_of_the_registry() -> None:
