@@ -87,9 +87,16 @@ def _padding() -> list[Row]:
     what = "W3: padding among input tokens"
     if why := W3.absent():
         return [skipped(what, why)]
+    from fedhpc.training.block import Work, train_block
+    from fedhpc.training.local import LocalTraining
+
     with tempfile.TemporaryDirectory() as folder:
-        returned = Trainer(W3, Path(folder), _CLIENTS).train_once()
-    return [Row(what, returned.padded_tokens / returned.input_tokens, 0.10, most=True, unit="%")]
+        trainer = Trainer(W3, Path(folder), _CLIENTS)
+        approach, start = trainer.approach, trainer.approach.initial_payload().unsqueeze(0)
+        works = [Work(client, approach.data.population.indices(client)) for client in trainer.clients]
+        local, examples = LocalTraining.of(approach.config, 1, 1), approach.data.train
+        trained = train_block(approach.base, approach.method, approach.objective, start, works, examples, local)
+    return [Row(what, trained.padded_tokens / trained.input_tokens, 0.10, most=True, unit="%")]
 
 
 class Trainer:
@@ -122,9 +129,9 @@ class Trainer:
         for begin in range(0, len(self.clients), self.k):
             self.approach.local(self.plan, self.clients[begin : begin + self.k], self.down)
 
-    def train_once(self) -> Any:
-        """Train the first block: returns what the round loop would get."""
-        return self.approach.local(self.plan, self.clients[: self.k], self.down)
+    def train_once(self) -> None:
+        """Train the first block."""
+        self.approach.local(self.plan, self.clients[: self.k], self.down)
 
 
 def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any, int], None]:
