@@ -283,7 +283,7 @@ class _Child:
 
 
 def _environment() -> dict[str, str]:
-    """That of the child, which imports this very package, installed or not."""
+    """The environment of the child process, in which it imports this same package, installed or not."""
     root = Path(__file__).parents[1]
     added = {} if root.name in ("site-packages", "dist-packages") else {"PYTHONPATH": str(root)}
     if added and os.environ.get("PYTHONPATH"):

@@ -9,11 +9,12 @@ _Error = TypeVar("_Error", bound="UserError")
 
 
 class UserError(Exception):
-    """A mistake that a person can mend, told in one line: what is wrong, where, and what to do.
+    """A mistake of the user's, explained in one line: what is wrong, where, and what to do.
 
-    place: where it is, as file and line or 'command line'. key: the key of the configuration that it is about. remedy:
-    what to do. The printed line is `place: key: message; remedy`, without those that are empty, and without the key
-    where the message names it. Raised before anything was written it ends the program with exit code 2, later with 1.
+    place: where it is, as file and line or 'command line'. key: the configuration key that it is about. remedy: what to
+    do. The printed line is `place: key: message; remedy`, without the parts that are empty, and without the key if the
+    message names it: "demo.yaml:7: client.lr: must be at least 0; set 0 or more". If nothing was written yet, it ends
+    the program with exit code 2, otherwise with 1.
     """
 
     def __init__(self, message: str, *, key: str = "", place: str = "", remedy: str = "") -> None:
@@ -24,7 +25,7 @@ class UserError(Exception):
         super().__init__(" ".join(text.split()))
 
     def but(self: _Error, *, key: str | None = None, place: str | None = None, remedy: str | None = None) -> _Error:
-        """The same mistake at another key or place, or with another remedy. A key in the message is renamed with it."""
+        """This error with another key, place or remedy. If the message names the key, it is renamed there too."""
         message = self.message
         if key is not None and self.key:
             renamed = key

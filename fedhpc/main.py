@@ -1,9 +1,9 @@
 """Run a federation.
 
     torchrun --nproc_per_node=8 -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--check] [--where] [--fresh]
-    python -m fedhpc.main ... --check ranks=8,64,512     a forecast for so many ranks (fedhpc.participation.forecast)
+    python -m fedhpc.main ... --check ranks=8,64,512     a forecast for these numbers of ranks
     python -m fedhpc.main ...                  one process
-    python -m fedhpc.main ... --ranks 3        so many processes of this machine, without a launcher
+    python -m fedhpc.main ... --ranks 3        3 processes of this machine, without a launcher
     mpiexec -n 4 python -m fedhpc.main ...     MPI
     srun python -m fedhpc.main ...             Slurm
 

@@ -359,7 +359,9 @@ def test_classifiers_need_no_alignment(tmp_path: Path, encoders: Path) -> None:
 # ---------------------------------------------------------------- what goes wrong
 
 
-@pytest.mark.parametrize(("value", "reason"), [(np.nan, "its parameters are not"), (1e200, "what it holds likely")])
+@pytest.mark.parametrize(
+    ("value", "reason"), [(np.nan, "its parameters are not"), (1e200, "its predictions on the public")]
+)
 def test_a_client_that_says_nothing_finite_is_rejected(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, value: float, reason: str
 ) -> None:

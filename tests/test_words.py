@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,12 @@ FORBIDDEN = frozenset(
 ALLOWED = {("errors.py", "place")}
 
 
+# How a docstring must not begin: it sends the reader elsewhere, or needs its owner to be understood.
+_NO_SENTENCE = re.compile(r"(See|Those|That|Of (the|what|all|every))\b")
+# Not plain English: say how many, who is to do what, which number is not finite.
+PHRASES = ("so many", "a person can mend", "what is not finite", "holds likely")
+
+
 def bound(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and name of every variable, argument, attribute, function and class that a module binds."""
     for node in ast.walk(tree):
@@ -37,11 +44,11 @@ def bound(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def empty_docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every docstring that sends the reader elsewhere or has fewer than three words."""
+    """Line and text of every docstring that sends the reader elsewhere, needs its owner, or has under three words."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             text = ast.get_docstring(node)
-            if text is not None and (len(text.split()) < 3 or text.startswith("See ")):
+            if text is not None and (len(text.split()) < 3 or _NO_SENTENCE.match(text)):
                 yield getattr(node, "lineno", 1), text
 
 
@@ -62,6 +69,11 @@ def test_names_say_what_they_are() -> None:
         if FORBIDDEN & set(name.split("_")) and (file, name) not in ALLOWED
     ]
     assert hits == [], "call it what it is: an index, a row, a rank, a location, lines, results, ..."
+
+
+def test_sentences_are_plain() -> None:
+    texts = {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")}
+    assert [f"{file}: {phrase}" for file, text in texts.items() for phrase in PHRASES if phrase in text] == []
 
 
 def test_docstrings_say_something() -> None:

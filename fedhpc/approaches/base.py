@@ -112,7 +112,7 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights of all models: a resumed run must have the same."""
+        """A hash of the weights of all models: a resumed run must have the same."""
         return self.base.fingerprint
 
     @property

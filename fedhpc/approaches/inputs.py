@@ -43,7 +43,7 @@ def load_inputs(
     write_cache: bool,
     read: Callable[[Config, Any, type[Base], bool], Data],
 ) -> Inputs:
-    """Load and check the model and the data, which `read` reads. UserError for all that a person can mend."""
+    """Load and check the model and the data, which `read` reads. UserError where one of them is wrong."""
     model = model_class(config.model)
     objective = objectives.for_model(model, config.objective)
     objective.check(config, model)

@@ -54,7 +54,7 @@ def assign_devices(config: Config, transport: Transport, launch: Launch, gpus: S
 def prepare(config: Config, transport: Transport, launch: Launch, write_cache: bool) -> Approach[Any, Any, Any, Any]:
     """The approach that the configuration names, with its inputs loaded and checked; no run directory is needed.
 
-    RefusedError on every rank where rank 0 found what a person can mend.
+    RefusedError on every rank where rank 0 found a mistake of the user's.
     """
     approach_class: type[Approach[Any, Any, Any, Any]] = registry.approach(config.method.name)
 

@@ -1,7 +1,7 @@
 """What all ranks report of a round, summed on rank 0 and made into one RoundRecord.
 
 Every client of the cohort has a row and every rank has one; each is filled by one rank, so the sum is exact in any
-order, and what is not finite stays in its row.
+order, and a number that is not finite affects no other row.
 """
 
 from __future__ import annotations

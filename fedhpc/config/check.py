@@ -35,7 +35,7 @@ def unread_of(config: Config, name: str) -> list[str]:
 
 
 def _unread(reads: Collection[str] | None, section: str, values: Mapping[str, Any]) -> list[str]:
-    """Those of a section's keys, as section.key, that are not among what is read: sections and section.keys.
+    """The keys of a section, as section.key, that nobody reads. reads: the sections and section.keys that are read.
 
     The options of a choice are read with the key that names it.
     """

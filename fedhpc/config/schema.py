@@ -163,7 +163,7 @@ class Checkpoint(Section):
 
 
 class Local(Section):
-    max_clients: int = Field(100, ge=1, description="with mode local: at most so many clients, a seeded sample")
+    max_clients: int = Field(100, ge=1, description="with mode local: the most clients that train, a seeded sample")
 
 
 class ObjectiveChoice(Open):

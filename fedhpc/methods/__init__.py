@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def make_method(options: Any, base: Base, seed: int, max_length: int) -> Method:
-    """The method that the section `method` of a configuration names; a base that has a head trains it too.
+    """Make the method that the section `method` of a configuration names; a base that has a head trains it too.
 
-    max_length: tokens of the longest text. UserError where the base has not so many positions with those that the
-    method takes.
+    max_length: how many tokens the longest text has. UserError where the base has too few positions for these and the
+    method's virtual tokens.
     """
     cls: type[Method] = registry.choice("methods", options.name)
     method = cls(options, base, seed)

@@ -18,7 +18,7 @@ from fedhpc.lazy import Tensor, torch
 
 Int64 = NDArray[np.int64]
 
-# Logits of more supervised tokens than fit in so many elements are computed and differentiated piece by piece.
+# The most elements of logits that are computed at once; more are computed and differentiated piece by piece.
 LOGITS_AT_ONCE = 2**24
 
 
@@ -227,7 +227,7 @@ class Predictor(Base):
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def pieces(self, tokens: int) -> list[slice]:
-        """So many supervised tokens in pieces whose logits can exist at once."""
+        """Cut `tokens` supervised tokens into pieces whose logits fit in memory at once."""
         size = max(1, LOGITS_AT_ONCE // self.num_classes)
         return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
 

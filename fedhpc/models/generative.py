@@ -89,7 +89,7 @@ class Generative(Predictor):
 
 
 def at(states: Tensor, positions: Tensor) -> Tensor:
-    """Those of states (B, T, D) at `positions`, b * T + t, (S,): (S, D)."""
+    """Select the states (B, T, D) at `positions` (S,), given as b * T + t: (S, D)."""
     return states.flatten(0, 1).index_select(0, positions)
 
 

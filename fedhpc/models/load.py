@@ -167,7 +167,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
 
 
 def check_length(base: Base, max_length: int, virtual: int) -> None:
-    """UserError where the model has no positions for so many tokens of a text and virtual ones in front."""
+    """UserError where the model has too few positions for `max_length` tokens and `virtual` ones before them."""
     limit = base.max_positions
     if limit is not None and max_length + virtual > limit:
         raise UserError(
@@ -287,7 +287,7 @@ def _draw(network: Any, new: Collection[str], seed: int) -> None:
 
 
 def _fingerprint(network: Any, new: Collection[str]) -> str:
-    """Of the stored weights: those that are `new` come from the run's seed."""
+    """A hash of the stored weights, without the `new` ones, which follow from the run's seed."""
     digest = hashlib.sha256()
     for name, tensor in _sorted_parameters(network):
         if name in new:

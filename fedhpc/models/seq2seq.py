@@ -106,7 +106,7 @@ class Seq2Seq(Generative):
 
     @classmethod
     def sizes(cls, config: Any) -> Sizes:
-        """Of the decoder."""
+        """The sizes of the decoder."""
         heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
         layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
         return Sizes(
@@ -118,7 +118,7 @@ class Seq2Seq(Generative):
 
     @property
     def max_positions(self) -> int | None:
-        """Of the encoder and of the decoder; None for T5, whose positions are relative."""
+        """The positions of the encoder and of the decoder; None for T5, whose positions are relative."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         return int(limit) if limit else None
 
@@ -140,7 +140,7 @@ class Seq2Seq(Generative):
         self.require_same_logits(theirs, ours)
 
     def activations(self, ids: Sequence[int]) -> list[Tensor]:
-        """Of the decoder's self-attention, with the same text in the encoder."""
+        """The activations of the decoder's self-attention, with the same text in the encoder."""
         cache, text = _cache(Attached()), torch.tensor([ids], device=self.device)
         with torch.no_grad():
             states = self.model.get_encoder()(input_ids=text).last_hidden_state

@@ -16,7 +16,7 @@ from fedhpc.objectives.base import Int32, Int64, PredictedObjective
 
 @dataclass(frozen=True)
 class SoftBatch(Batch):
-    """A batch with what a teacher holds likely at each of its supervised tokens."""
+    """A batch with the likeliest classes of a teacher at each of its supervised tokens."""
 
     examples: TargetBatch
     index: Tensor  # int64 (S, k)
@@ -24,7 +24,7 @@ class SoftBatch(Batch):
 
 
 class SoftTargets(PredictedObjective):
-    """The distance to what a teacher holds likely at each supervised token, beside the example's own target."""
+    """The distance to a teacher's probabilities at each supervised token, beside the loss of the example's target."""
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ def soft_losses(
 ) -> Tensor:
     """The loss (S,) of each token: (1 - w) T^2 KL(p || q) + w CE, as in section 2 of the paper.
 
-    p is what the teacher holds likely, q the softmax of the model's logits / T, CE the cross-entropy with the example's
-    own target, w the hard_weight. Of p the k likeliest classes are known; all others are one more class with what is
-    left of the probability, in p and q alike. By the log-sum inequality this KL is never more than that of the whole
-    distributions, and it is the same where k is V.
+    p are the teacher's probabilities, q is the softmax of the model's logits / T, CE the cross-entropy with the
+    example's own target, w the hard_weight. Only the k likeliest classes of p are known; all others are one more class
+    with the rest of the probability, in p and q alike. By the log-sum inequality this KL is never more than that of the
+    whole distributions, and it is the same where k is V.
 
     logits (S, V), targets (S,), index and probability (S, k).
     """

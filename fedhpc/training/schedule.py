@@ -43,7 +43,7 @@ class Pace(Protocol):
 
 
 def num_steps(num_examples: int, pace: Pace) -> int:
-    """How many steps a client with so many examples takes in one round."""
+    """How many steps a client with `num_examples` examples takes in one round."""
     if num_examples == 0:
         return 0
     if pace.steps is not None:

@@ -88,7 +88,7 @@ class Cohort:
         return np.array([self._movement(client) for client in self.clients], dtype=np.float64)
 
     def replaced(self, updates: Tensor) -> Cohort:
-        """The same clients with something else that they sent (c, S), row by row."""
+        """A cohort of the same clients with other tensors that they sent, (c, S), in the same order."""
         other = object.__new__(Cohort)
         other.__dict__.update(self.__dict__)
         other._updates = updates

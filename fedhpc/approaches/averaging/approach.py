@@ -94,7 +94,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     @property
     def payload_dtype(self) -> torch.dtype:
-        """Of what is exchanged and trained, whatever the base computes in."""
+        """The type of the exchanged and trained tensors, whatever type the base computes in."""
         return self.base.payload_dtype
 
     def initial_payload(self) -> Tensor:

@@ -107,7 +107,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     reasons: ClassVar[tuple[str, ...]] = (
         "",
         "its parameters are not finite",
-        "what it holds likely on the public set is not finite",
+        "its predictions on the public set are not finite",
     )
 
     def __init__(self, inputs: Inputs) -> None:
@@ -160,8 +160,8 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             same = model.has_target and _same_tokens(tokenizer, of_server, theirs, by_content[content])
             if model.has_target and not same and config.method.align == "none":
                 raise UserError(
-                    f"{key}: '{of_group.name}' has other tokens than '{config.model.name}', so what one holds likely "
-                    "means nothing to the other; method.align edit_distance maps the one to the other"
+                    f"{key}: '{of_group.name}' has other tokens than '{config.model.name}', so the predictions of "
+                    "one mean nothing to the other; method.align edit_distance maps the one to the other"
                 )
             groups[-1] = None if same else by_content[content]
         every = "".join(d.fingerprint for d in (of_server, *by_content.values()))

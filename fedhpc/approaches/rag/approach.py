@@ -200,7 +200,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return replace(plan, blocks=tuple(block for block in blocks if block.clients))
 
     def _searched_by(self, rank: int, clients: Sequence[int]) -> list[int]:
-        """Those of `clients` that a rank searches, in ascending order."""
+        """Which of `clients` a rank searches, in ascending order."""
         wanted = set(clients)
         worker = self.topology.worker_of(rank)
         return sorted(c for block in self._home if block.worker == worker for c in block.clients if c in wanted)

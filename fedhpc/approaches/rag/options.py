@@ -40,7 +40,7 @@ class Options(Section):
     )
     per_client: int | None = Field(None, ge=1, description="most passages of one client per question")
     distinct: bool = Field(True, description="of passages with the same text keep one")
-    route: int | None = Field(None, ge=1, description="ask only so many clients, those with the closest centroids")
+    route: int | None = Field(None, ge=1, description="ask only the clients with the closest centroids: how many")
     centroids: int = Field(1, ge=1, description="vectors by which a client is known to the router")
     k1: float = Field(1.2, ge=0, description="BM25: how soon repetitions of a term stop to count")
     b: float = Field(0.75, ge=0, le=1, description="BM25: how much longer chunks lose")

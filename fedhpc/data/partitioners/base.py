@@ -53,7 +53,7 @@ class Rows(Protocol):
 class Limited(Section):
     """Options of every partitioner that divides the examples."""
 
-    max_examples: int | None = Field(None, ge=1, description="a client keeps a seeded sample of so many; default all")
+    max_examples: int | None = Field(None, ge=1, description="most examples of a client, a seeded sample; default all")
 
 
 class Clients(Limited):
