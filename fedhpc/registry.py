@@ -238,7 +238,10 @@ def is_plugin(family: str, name: Any, key: str = "name") -> bool:
             return False
         if name in installed or name.endswith(".py") or _MODULE.fullmatch(name):
             return True
-    raise UserError(f"unknown value '{name}'", key=key, remedy=nearest(str(name), names(family)))
+    hint = nearest(str(name), names(family))
+    if isinstance(name, str) and name and Path(f"{name}.py").is_file():
+        hint = f"a file of your own is './{name}.py'; {hint}"
+    raise UserError(f"unknown value '{name}'", key=key, remedy=hint)
 
 
 def source_hash(family: str, name: str, key: str = "name") -> str | None:

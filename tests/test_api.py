@@ -360,6 +360,16 @@ def test_commands_are_the_modules_of_python_m(small: tuple[dict[str, Any], fedhp
         assert done.returncode == 0 and done.stdout.startswith("usage: python -m fedhpc."), done
 
 
+def test_config_prints_the_sections_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedhpc.config.__main__ import main
+
+    assert main(["checkpoint", "run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == ["run:", "checkpoint:"]
+    assert main(["servr"]) == 2
+    assert "no section 'servr'; did you mean 'server'? valid: run, model" in capsys.readouterr().err
+
+
 def test_help_and_config_import_no_torch(tmp_path: Path) -> None:
     program = """
         from fedhpc.console import main

@@ -96,7 +96,7 @@ def says(line: str, *words: str) -> None:
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "missing config": (["absent.yaml"], ("absent.yaml: there is no such configuration file",)),
     "two configs": (["one.yaml", "two.yaml"], ("more than one configuration file: one.yaml, two.yaml",)),
-    "a folder": (["texts"], ("texts: cannot be read",)),
+    "a folder": (["texts"], ("texts: is a folder",)),
     "override without =": (["client.lr"], ("client.lr", "section.key=value")),
     "override of nothing": (["=3"], ("'=3'", "section.key=value")),
     "empty step in a key": (["client..lr=3"], ("'client..lr'", "section.key")),
@@ -244,6 +244,13 @@ def test_configuration_files(capfd: pytest.CaptureFixture[str], case: str) -> No
 def test_a_file_that_is_no_text(capfd: pytest.CaptureFixture[str]) -> None:
     Path("config.yaml").write_bytes(b"\xff\xfe\x00")
     says(refused(capfd, ["config.yaml"]), "config.yaml: cannot be read as a UTF-8 text file")
+
+
+def test_a_folder_for_a_file(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    says(refused(capfd, ["folder"]), "folder: is a folder; give a YAML file")
+    Path("folder/config.yaml").write_text("mode: federated")
+    says(refused(capfd, ["folder"]), "give a YAML file, such as folder/config.yaml")
 
 
 @pytest.mark.parametrize(

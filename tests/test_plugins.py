@@ -328,6 +328,30 @@ def test_a_wrong_plugin_is_one_line(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (
+            "cohort.by_coordinate(lambda values: values)",
+            r"by_coordinate returned a tensor of shape \(3, \d+\), not a ten",
+        ),
+        ("cohort.by_coordinate(lambda values: values.median(dim=0))", "the rule of by_coordinate returned a median"),
+        ("None", r"\./wrong.py returned a NoneType, not a tensor of shape \(\d+,\)"),
+    ],
+)
+def test_an_aggregator_that_returns_no_update_is_told_so(tmp_path: Path, answer: str, words: str) -> None:
+    put("wrong.py", UPDATES["trimmed.py"].partition("        return ")[0] + f"        return {answer}\n")
+    tree = {**LABELS, "client": {"steps": 1, "batch_size": 2}, "server": {"aggregator": "./wrong.py"}}
+    with pytest.raises(UserError, match=rf"server\.aggregator: .*{words}"):
+        federate(settings(tmp_path / "run", tree))
+
+
+def test_the_name_of_a_file_without_its_ending_is_told_how_to_name_it() -> None:
+    put("trimmed.py", UPDATES["trimmed.py"])
+    with pytest.raises(UserError, match=r"unknown value 'trimmed'; a file of your own is './trimmed.py'; valid: "):
+        resolve({"server": {"aggregator": "trimmed"}, "partition": {"name": "iid"}})
+
+
 def test_a_module_and_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put("site/ours/mcc.py", MCC)
     put("site/ours-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")

@@ -106,7 +106,7 @@ def conflicts(config: Config) -> None:
         if partitioner.needs_labels and config.data.label is None:
             raise UserError(
                 f"partition.name {config.partition.name} skews labels and needs data.label (a column); "
-                "without labels use iid or quantity_skew"
+                "without labels set partition.name to iid or quantity_skew (dirichlet is the default)"
             )
     aggregator, optimizer = config.server.aggregator, config.client.optimizer
     needs_movements = registry.choice("aggregators", aggregator).needs_movements

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Literal, get_args, get_origin
 
 from fedhpc import registry
@@ -11,10 +12,12 @@ from fedhpc.config.schema import SECTIONS
 from fedhpc.registry import Section
 
 
-def reference() -> str:
-    """Every key with its default and what it means, as `python -m fedhpc.config` prints it."""
-    lines = ["mode: federated    # federated | centralized | local"]
+def reference(sections: Collection[str] = ()) -> str:
+    """Every key with its default and what it means, as `python -m fedhpc.config` prints it; of some sections or all."""
+    lines = [] if sections else ["mode: federated    # federated | centralized | local"]
     for name, model in SECTIONS.items():
+        if sections and name not in sections:
+            continue
         lines += [f"{name}:", *_keys(model, "  ")]
         for key, family in flat_choices(model).items():
             for choice in registry.names(family):

@@ -53,6 +53,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such configuration file") from None
+    except IsADirectoryError:
+        file = f"a YAML file, such as {path / 'config.yaml'}" if (path / "config.yaml").is_file() else "a YAML file"
+        raise UserError(f"{path}: is a folder; give {file}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
     tree = parse_yaml(text, str(path))

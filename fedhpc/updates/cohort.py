@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.ranks.collectives import combine_shards
 from fedhpc.ranks.transport.base import Transport
@@ -123,14 +125,19 @@ class Cohort:
         """Combine each coordinate's C values alone: float64 (S,) on rank 0.
 
         rule: (C, chunk) float64 -> (chunk,), the rows in the order of `clients`, a chunk of coordinates on every rank.
+        UserError where it gives something else.
         """
+
+        def checked(values: Tensor) -> Tensor:
+            return expect_vector(rule(values), values.shape[1], "the rule of by_coordinate")
+
         combined = combine_shards(
             self._transport,
             self._positions,
             self._updates.double(),
             self._owners,
             max(1, min(_CHUNK, _VALUES // max(len(self), 1))),
-            rule,
+            checked,
             torch.empty(0, dtype=torch.float64),
         )
         return self._elsewhere() if combined is None else combined
@@ -170,3 +177,11 @@ class Cohort:
 
     def _elsewhere(self) -> Tensor:
         return torch.zeros(1, dtype=torch.float64).expand(self.size)
+
+
+def expect_vector(value: Any, size: int, who: str) -> Tensor:
+    """`value`, which an aggregator of anybody's made; UserError unless it is a tensor of shape (size,)."""
+    if isinstance(value, torch.Tensor) and value.shape == (size,):
+        return value
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    raise UserError(f"{who} returned {got}, not a tensor of shape ({size},)", key="server.aggregator")

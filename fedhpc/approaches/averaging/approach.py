@@ -36,7 +36,7 @@ from fedhpc.server.aggregators.base import Aggregator
 from fedhpc.server.state import ParameterState, ServerState
 from fedhpc.training import client_state
 from fedhpc.training.schedule import learning_rates, num_steps
-from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.cohort import Cohort, expect_vector
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         updates = torch.cat([none, *(upload.updates[ok] for upload, ok in used)])
         shares = self._shares(plan)
         cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, self._movement(plan))
-        total = self.aggregator.combine(cohort) if len(cohort) else torch.zeros(layout.size, dtype=torch.float64)
+        if len(cohort):
+            total = expect_vector(self.aggregator.combine(cohort), layout.size, self.config.server.aggregator)
+        else:
+            total = torch.zeros(layout.size, dtype=torch.float64)
         if not self.config.corrects_drift:
             return Combined(total, None, cohort.clients)
         changes = cohort.replaced(
