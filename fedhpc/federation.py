@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 from fedhpc import registry
-from fedhpc.approaches.base import Approach
+from fedhpc.approaches.base import AnyApproach
 from fedhpc.approaches.describe import headline, run_description
 from fedhpc.approaches.report import Clock, collect, make_record
 from fedhpc.ranks.transport.base import Transport
@@ -23,11 +23,9 @@ from fedhpc.results.opening import Opening
 from fedhpc.results.progress import Progress
 from fedhpc.results.record import OK, Event, FinalResults, Observer, RoundRecord
 from fedhpc.results.recorder import Recorder
-from fedhpc.results.trackers.base import Guarded
+from fedhpc.results.trackers.base import Guarded, Tracker
 from fedhpc.server.state import ServerState
 from fedhpc.training import client_state
-
-AnyApproach = Approach[Any, Any, Any, Any]
 
 
 def run_round(
@@ -140,8 +138,8 @@ def _begin(
 
     The lock and the observers are closed with `stack`. A new run evaluates the initial state first.
     """
-    run = run_description(approach, transport)
-    opening = Opening(approach.config, run, fresh, approach.initial_state)  # used on rank 0 alone
+    describe = partial(run_description, approach, transport)
+    opening = Opening(approach.config, describe, fresh, approach.initial_state)  # used on rank 0 alone
     stack.callback(opening.close)
     decision = on_server(transport, opening.claim)
     round_ = on_server(transport, lambda: opening.restore(f"{transport.world_size} ranks over {transport.name}"))
@@ -155,7 +153,7 @@ def _begin(
         for message in [headline(approach, transport), *approach.data.messages]:
             server.message(message)
         if not opening.is_locked:
-            server.message(f"{run.directory}: this file system has no locks; do not start a second run in it")
+            server.message(f"{opening.run.directory}: this file system has no locks; do not start a second run in it")
         if decision == "resume":
             server.message(f"resuming after round {round_}")
     if decision == "fresh":
@@ -184,6 +182,6 @@ def _observers(
     recorder = Recorder(run, opening.results, state, config.checkpoint.every, writing, saved)
     observers: list[Observer] = [recorder, Progress(run.rounds, opening.round)]
     for options in config.trackers:
-        tracker = registry.choice("trackers", options.name, "trackers.name")(options, run, opening.round)
-        observers.append(Guarded(options.name, tracker, observers[:2]))
+        tracker: type[Tracker] = registry.choice("trackers", options.name, "trackers.name")
+        observers.append(Guarded(options.name, partial(tracker, options, run, opening.round), observers[:2]))
     return observers

@@ -26,7 +26,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
@@ -249,7 +249,8 @@ def source_hash(family: str, name: str, key: str = "name") -> str | None:
     if not is_plugin(family, name, key):
         return None
     if name.endswith(".py"):
-        return hashlib.sha256(_read(Path(name), key)).hexdigest()
+        _plugin(family, name, key)
+        return _in_use(Path(name), key).digest
     file = _plugin(family, name, key).__file__
     return hashlib.sha256(_read(Path(file), key)).hexdigest() if file else "no file"
 
@@ -261,7 +262,7 @@ def _plugin(family: str, name: str, key: str) -> ModuleType:
             if entry is not None:
                 return importlib.import_module(entry.module)
             if name.endswith(".py"):
-                return _from_file(Path(name), key)
+                return _in_use(Path(name), key).module
             here = os.getcwd()  # as python -m has it; a console script has the folder of the script instead
             if here not in sys.path and "" not in sys.path:
                 sys.path.append(here)
@@ -279,6 +280,31 @@ def _plugin(family: str, name: str, key: str) -> ModuleType:
         raise UserError(f"{name} cannot be imported: {why}", key=key) from error
 
 
+class _File(NamedTuple):
+    module: ModuleType
+    digest: str  # sha256 of what it was made from
+
+
+_files_in_use: dict[Path, _File] = {}
+
+
+def reread() -> None:
+    """From here on a plugin is what its file says now.
+
+    Until then it stays what it was, so a run that is going on is not changed by who edits it.
+    """
+    with _importing:
+        _files_in_use.clear()
+
+
+def _in_use(path: Path, key: str) -> _File:
+    file = path.resolve()
+    if file not in _files_in_use:
+        source = _read(path, key)
+        _files_in_use[file] = _File(_from_file(path, source), hashlib.sha256(source).hexdigest())
+    return _files_in_use[file]
+
+
 class _Uncached(SourceFileLoader):
     """Compiles the file anew: cached byte code may be that of an earlier version of the same second and size."""
 
@@ -287,10 +313,9 @@ class _Uncached(SourceFileLoader):
         return code
 
 
-def _from_file(path: Path, key: str) -> ModuleType:
-    """The module of a file, imported once for each content."""
-    digest = hashlib.sha256(_read(path, key) + str(path.resolve()).encode()).hexdigest()
-    name = f"fedhpc_plugin_{digest[:16]}"
+def _from_file(path: Path, source: bytes) -> ModuleType:
+    """The module of a file with this content, imported once for each."""
+    name = f"fedhpc_plugin_{hashlib.sha256(source + str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))

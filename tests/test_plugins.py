@@ -12,7 +12,7 @@ import pytest
 
 from fedhpc import config as configuration
 from fedhpc import registry
-from fedhpc.config import resolve
+from fedhpc.config import plugins, resolve
 from fedhpc.errors import UserError
 from fedhpc.ranks.verdict import RefusedError
 from tests.federations import federate, settings
@@ -305,6 +305,17 @@ def test_options_must_not_hide_a_key_of_the_section() -> None:
         UserError, match=r"client\.optimizer: \./signs\.py has the option lr, which client has without it"
     ):
         resolve({**LABELS, "client": {"optimizer": "./signs.py"}})
+
+
+def test_who_edits_a_plugin_does_not_change_a_run_that_is_going_on(tmp_path: Path) -> None:
+    put("signs.py", UPDATES["signs.py"])
+    tree = {**LABELS, "client": {"optimizer": "./signs.py", "steps": 1, "batch_size": 2, "lr": 0.01}}
+    config = settings(tmp_path / "run", tree)
+    before, kept = plugins(config), registry.choice("client_optimizers", "./signs.py")
+    put("signs.py", UPDATES["signs.py"] + "\n# edited\n")
+    assert registry.choice("client_optimizers", "./signs.py") is kept and plugins(config) == before
+    edited = settings(tmp_path / "run", tree)
+    assert registry.choice("client_optimizers", "./signs.py") is not kept and plugins(edited) != before
 
 
 WRONG = {

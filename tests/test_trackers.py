@@ -27,6 +27,12 @@ class Losses(Tracker):
     class Options(Section):
         path: str = Field("losses.txt", min_length=1, description="file of the lines")
         fails_in: int = Field(-1, description="round in which it raises an error")
+        fails_at_once: bool = Field(False, description="raises one when it is made")
+
+    def __init__(self, options, run, start_round):
+        super().__init__(options, run, start_round)
+        if options.fails_at_once:
+            raise RuntimeError("no account at the dashboard")
 
     def round(self, record):
         if record.round == self.options.fails_in:
@@ -74,8 +80,11 @@ def test_a_tracker_that_fails_is_left_out_with_one_line_and_changes_no_bit(
     federate(settings(tmp_path / "without", raw))
     capsys.readouterr()
     trackers = [{"name": "./losses.py", "path": "b.txt", "fails_in": 1}, {"name": "./losses.py", "path": "c.txt"}]
+    trackers.append({"name": "./losses.py", "path": "d.txt", "fails_at_once": True})
     federate(settings(tmp_path / "with", raw | {"trackers": trackers}))
-    assert capsys.readouterr().out.count("no route to the dashboard") == 1
+    out = capsys.readouterr().out
+    assert out.count("no route to the dashboard") == 1 and out.count("no account at the dashboard") == 1
+    assert not Path("d.txt").exists()
     assert [line.split()[0] for line in Path("b.txt").read_text().splitlines()] == ["0"]
     assert [line.split()[0] for line in Path("c.txt").read_text().splitlines()] == ["0", "1", "2", "3", "test"]
     for name, tensor in final(tmp_path / "without").items():

@@ -251,6 +251,10 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         return f"{min(steps, default=0)} to {max(steps, default=0)} local steps"
 
 
+#: Whatever the states, downloads and uploads are: what the round loop and its reports ask is the same.
+AnyApproach = Approach[Any, Any, Any, Any]
+
+
 def broadcast_versions(
     transport: Transport, server_state: ServerState | None, clients: Sequence[int]
 ) -> dict[int, int]:

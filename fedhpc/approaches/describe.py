@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedhpc import data, registry
-from fedhpc.approaches.base import Approach
+from fedhpc.approaches.base import AnyApproach
 from fedhpc.config import plugins
 from fedhpc.participation import forecast
 from fedhpc.participation.sampling import cohort_size
@@ -18,10 +18,8 @@ from fedhpc.results.record import RunDescription, Scalar
 from fedhpc.results.results_file import Results
 from fedhpc.results.resume import decide
 
-Run = Approach[Any, Any, Any, Any]
 
-
-def headline(approach: Run, transport: Transport) -> str:
+def headline(approach: AnyApproach, transport: Transport) -> str:
     """What is about to run, in one line."""
     config, population = approach.config, approach.data.population
     joined = approach.most_together > approach.block_size
@@ -34,7 +32,7 @@ def headline(approach: Run, transport: Transport) -> str:
     )
 
 
-def describe(approach: Run, transport: Transport) -> list[str]:
+def describe(approach: AnyApproach, transport: Transport) -> list[str]:
     """The plan that --check prints: clients, blocks, steps, what is exchanged, bytes per round, memory."""
     splits, plan = approach.data, approach.plan(1)
     per_worker = {
@@ -56,7 +54,7 @@ def describe(approach: Run, transport: Transport) -> list[str]:
     ]
 
 
-def run_description(approach: Run, transport: Transport) -> RunDescription:
+def run_description(approach: AnyApproach, transport: Transport) -> RunDescription:
     """What the observers of a run know before its first round."""
     config, device = approach.config, approach.base.device
     identity: dict[str, Scalar] = {
@@ -86,7 +84,7 @@ def run_description(approach: Run, transport: Transport) -> RunDescription:
     )
 
 
-def _partition(approach: Run) -> dict[str, Any]:
+def _partition(approach: AnyApproach) -> dict[str, Any]:
     population, train = approach.data.population, approach.data.train
     if population.assignment is None:
         return {}
@@ -101,7 +99,7 @@ def _partition(approach: Run) -> dict[str, Any]:
     }
 
 
-def forecast_lines(approach: Run, counts: Sequence[int]) -> list[str]:
+def forecast_lines(approach: AnyApproach, counts: Sequence[int]) -> list[str]:
     """Lines of --check on other numbers of ranks, from the times of the run in the run directory, if there is one."""
     config, path = approach.config, approach.config.run_dir / "results.h5"
     decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)

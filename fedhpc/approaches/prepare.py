@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
 from fedhpc import registry
-from fedhpc.approaches.base import Approach
+from fedhpc.approaches.base import AnyApproach
 from fedhpc.approaches.inputs import load_inputs
 from fedhpc.config import Config
 from fedhpc.ranks.devices import device_of
@@ -51,17 +50,17 @@ def assign_devices(config: Config, transport: Transport, launch: Launch, gpus: S
     return launch
 
 
-def prepare(config: Config, transport: Transport, launch: Launch, write_cache: bool) -> Approach[Any, Any, Any, Any]:
+def prepare(config: Config, transport: Transport, launch: Launch, write_cache: bool) -> AnyApproach:
     """The approach that the configuration names, with its inputs loaded and checked; no run directory is needed.
 
     RefusedError on every rank where rank 0 found a mistake of the user's.
     """
-    approach_class: type[Approach[Any, Any, Any, Any]] = registry.approach(config.method.name)
+    approach_class: type[AnyApproach] = registry.approach(config.method.name)
 
-    def make() -> Approach[Any, Any, Any, Any]:
+    def make() -> AnyApproach:
         return approach_class(load_inputs(config, launch, transport.world_size, write_cache, approach_class.read))
 
-    approach: Approach[Any, Any, Any, Any] | None = None
+    approach: AnyApproach | None = None
 
     def first() -> None:
         nonlocal approach

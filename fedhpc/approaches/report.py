@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedhpc.approaches.base import Approach, BlockResult
+from fedhpc.approaches.base import AnyApproach, BlockResult
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import DROPPED, OK, REJECTED, Event, RoundRecord
-
-Run = Approach[Any, Any, Any, Any]
 
 
 class Clock:
@@ -76,7 +74,7 @@ class Reports:
 
 
 def collect(
-    transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]], approach: Run, fitted: int | None,
+    transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]], approach: AnyApproach, fitted: int | None,
     seconds_local: float, wire_bytes_before: int,
 ) -> Reports | None:  # fmt: skip
     """The reports of all ranks on rank 0, None elsewhere. Collective: one sum of float64.
@@ -110,8 +108,8 @@ def collect(
 
 
 def make_record(
-    approach: Run, plan: Plan, reports: Reports, clock: Clock, update_norm: float, bytes_down: int, bytes_up: int,
-    evaluators: Sequence[int],
+    approach: AnyApproach, plan: Plan, reports: Reports, clock: Clock, update_norm: float, bytes_down: int,
+    bytes_up: int, evaluators: Sequence[int],
 ) -> RoundRecord:  # fmt: skip
     """The record of a round, before its evaluation. bytes_up: beyond what the clients report."""
     column, ranks, status = reports.clients, reports.ranks, reports.status(plan)
@@ -145,7 +143,9 @@ def make_record(
     )
 
 
-def _client_columns(approach: Run, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> dict[str, Any]:
+def _client_columns(
+    approach: AnyApproach, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray
+) -> dict[str, Any]:
     """The rows of /clients."""
     speaker = approach.topology.speaker
     trained_in = {c: (speaker(block.worker), i) for i, block in enumerate(plan.blocks) for c in block.clients}
@@ -168,7 +168,7 @@ def _client_columns(approach: Run, plan: Plan, column: dict[str, np.ndarray], st
     }
 
 
-def _rejections(approach: Run, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> list[Event]:
+def _rejections(approach: AnyApproach, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> list[Event]:
     reasons = [approach.reasons[int(reason)] for reason in column["reason"]]
     return [
         Event("rejected", f"client {c}: {'it has no training examples' if c in plan.empty else reasons[i]}")

@@ -58,7 +58,9 @@ def resolve(raw: Mapping[str, Any], where: str = "configuration", given: Mapping
 
     given: the keys that a person gave for this run, as section.key, each with the place where it stands; default all
     of `raw`. Of those, every one must be read by somebody; of the others those that nobody reads are left out.
+    Plugins are what their files say now.
     """
+    registry.reread()
     with _placed(given or {}, where):
         config = _resolved(raw if given is None else check.without_unread(raw, given))
         check.refuse_unread(config, _keys(raw) if given is None else given)
@@ -81,6 +83,7 @@ def stated(config: Config) -> dict[str, Any]:
 
 def restore_stated(message: Mapping[str, Any]) -> Config:
     """The configuration of rank 0 on this rank. UserError where a plugin is missing here or has another source."""
+    registry.reread()
     config = restore(message["config"])
     here = plugins(config)
     for which, digest in message["plugins"].items():

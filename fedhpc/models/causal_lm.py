@@ -82,7 +82,7 @@ class CausalLM(Generative):
             positions=kernels.on_device(row * len(columns) + position - 1, device),
             targets=kernels.on_device(examples.ids[starts[row] + position].astype(np.int64), device),
             row=kernels.on_device(row, device),
-            supervised=examples.num_supervised(indices),
+            supervised=np.bincount(row, minlength=len(indices)),
             tokens=int(ids.size),
             real_tokens=int((lengths - 1).sum()),
         )

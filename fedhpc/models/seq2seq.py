@@ -91,7 +91,7 @@ class Seq2Seq(Generative):
             positions=kernels.on_device(positions, self.device),
             targets=kernels.on_device(targets, self.device),
             row=kernels.on_device(row, self.device),
-            supervised=examples.num_supervised(indices),
+            supervised=np.bincount(row, minlength=len(indices)),
             tokens=int(ids.size + source.size),
             real_tokens=int(seen.sum() + mask.sum()),
         )

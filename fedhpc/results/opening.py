@@ -6,6 +6,7 @@ Nothing is written before the last step, so a directory that cannot serve, or a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -34,15 +35,27 @@ StateT = TypeVar("StateT", bound=Restorable)
 class Opening(Generic[StateT]):
     """Takes a run directory for this process: `claim`, then `restore`, then `begin`; `close` lets go of it."""
 
-    def __init__(self, config: Config, run: RunDescription, fresh: bool, initial_state: Callable[[], StateT]) -> None:
-        """fresh: start over in a directory that holds a run. initial_state: the server's before the first round."""
-        self.config, self.run, self.fresh = config, run, fresh
-        self._initial_state = initial_state
+    def __init__(
+        self,
+        config: Config,
+        describe: Callable[[], RunDescription],
+        fresh: bool,
+        initial_state: Callable[[], StateT],
+    ) -> None:
+        """describe: what the run is, asked for when it is needed. fresh: start over in a directory that holds a run.
+        initial_state: the server's before the first round."""
+        self.config, self.fresh = config, fresh
+        self._describe, self._initial_state = describe, initial_state
         self.decision: Decision = "fresh"
         self.round = 0  # the last round that is done
         self.results: Results
         self.server_state: StateT
         self._lock: Lock | None = None
+
+    @cached_property
+    def run(self) -> RunDescription:
+        """What the observers of the run are told of it."""
+        return self._describe()
 
     def claim(self) -> Decision:
         """Decide what to do with the directory and lock it. UserError where it cannot serve this run."""

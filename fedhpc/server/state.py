@@ -1,7 +1,7 @@
 """The server's state: what moves from round to round, and which versions of the clients' own states count.
 
-A checkpoint holds all of it. `Server` is that of parameter averaging: the global payload theta_t, the buffers of the
-server optimizer, SCAFFOLD's c and what transforms keep.
+A checkpoint holds all of it. `ParameterState` is that of parameter averaging: the global payload theta_t, the buffers
+of the server optimizer, SCAFFOLD's c and what transforms keep.
 """
 
 from __future__ import annotations

@@ -100,6 +100,7 @@ def train_block(
             counts, rates = _on_device(count[:active], clients.rates_of(number, active), parameters)
             of_active = {name: buffer[:active] for name, buffer in buffers.items()}
             local.optimizer.step(parameters[:active], gradient[:active], of_active, counts, rates)
+        del step  # before the next one takes memory too: what teachers say of a step can be large
 
     with torch.no_grad():
         updates = model.updates().to("cpu")

@@ -2,9 +2,9 @@
 
 One file per client and round in the run directory, clients/<client>/<round>.safetensors, written by whichever rank
 trained the client, so state is never keyed by rank. It is written before the checkpoint of that round, and the
-checkpoint names the version of every client that counts (`Server.versions`): a file of a later round that was lost is
-not read and is overwritten, a file that is named and missing is an error, and a client that was never sampled has none.
-Older versions go when a checkpoint that no longer names them is on disk.
+checkpoint names the version of every client that counts (`ServerState.versions`): a file of a later round that was lost
+is not read and is overwritten, a file that is named and missing is an error, and a client that was never sampled has
+none. Older versions go when a checkpoint that no longer names them is on disk.
 
 Who keeps something says the names of its tensors (`Keeper`); the file of a client has those of all of them:
 

@@ -33,7 +33,7 @@ from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.server.aggregators.base import Aggregator
-from fedhpc.server.state import ParameterState, ServerState
+from fedhpc.server.state import ParameterState
 from fedhpc.training import client_state
 from fedhpc.training.schedule import learning_rates, num_steps
 from fedhpc.updates.cohort import Cohort, expect_vector
@@ -111,24 +111,24 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         optimizer = optimizer if config.mode == "federated" else None
         return ParameterState(theta, optimizer, config.corrects_drift, tensors)
 
-    def download(self, transport: Transport, state: ServerState | None, plan: Plan) -> Download:
+    def download(self, transport: Transport, state: ParameterState | None, plan: Plan) -> Download:
         theta = control = None
         if self.config.corrects_drift:
             size = self.split.shared.size
-            both = _server(state).with_control() if state else torch.empty(2 * size, dtype=self.payload_dtype)
+            both = state.with_control() if state else torch.empty(2 * size, dtype=self.payload_dtype)
             transport.broadcast(both)
             theta, control = both.split(size)
         elif self.config.mode != "local":
             theta = self._theta(transport, state)
         return Download(theta, control, self._versions(transport, state, plan.cohort))
 
-    def _theta(self, transport: Transport, state: ServerState | None) -> Tensor:
+    def _theta(self, transport: Transport, state: ParameterState | None) -> Tensor:
         """theta_t (S,) on the CPU of every rank."""
-        theta = _server(state).theta if state else torch.empty(self.split.shared.size, dtype=self.payload_dtype)
+        theta = state.theta if state else torch.empty(self.split.shared.size, dtype=self.payload_dtype)
         transport.broadcast(theta)
         return theta
 
-    def _versions(self, transport: Transport, state: ServerState | None, clients: Sequence[int]) -> dict[int, int]:
+    def _versions(self, transport: Transport, state: ParameterState | None, clients: Sequence[int]) -> dict[int, int]:
         # In local mode this is all that workers wait for.
         return broadcast_versions(transport, state, clients) if self.keeps_client_state else {}
 
@@ -199,7 +199,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     # ---- results
 
-    def _payloads(self, transport: Transport, state: ServerState | None, round_: int) -> Tensor:
+    def _payloads(self, transport: Transport, state: ParameterState | None, round_: int) -> Tensor:
         """What an evaluation after `round_` is of: (1, P), or in local mode (M, P), one row per client.
 
         Personal parts are the initial ones, those of a client that was never sampled.
@@ -212,10 +212,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         rows = [client_state.load(self.config.run_dir, c, round_)["theta"] for c in clients]
         return torch.stack(rows).to(self.base.device)
 
-    def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
+    def evaluate(self, transport: Transport, state: ParameterState | None, round_: int) -> Outcome | None:
         return self.evaluation.validation(transport, self._payloads(transport, state, round_))
 
-    def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
+    def finish(self, transport: Transport, state: ParameterState | None) -> FinalResults | None:
         """Test, per-client evaluation, final payload, export."""
         config = self.config
         payloads = self._payloads(transport, state, self.rounds)
@@ -230,7 +230,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             for i, client in enumerate(self.plan(self.rounds).training):
                 self.method.export({name: view[i] for name, view in views.items()}, folder / str(client))
         else:
-            views = layout.views(self.split.join(_server(state).theta, self.personal.initial()))
+            views = layout.views(self.split.join(state.theta, self.personal.initial()))
             self.method.export(views, folder)
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
         return FinalResults(
@@ -247,7 +247,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         )
 
     def _per_client(
-        self, transport: Transport, state: ServerState | None, payloads: Tensor
+        self, transport: Transport, state: ParameterState | None, payloads: Tensor
     ) -> dict[str, np.ndarray] | None:
         config = self.config
         local = config.mode == "local"
@@ -299,8 +299,3 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
             f"{copies * state * item * largest / 2**20:.1f} MiB block, {update * held / 2**20:.1f} MiB updates",
         ]
-
-
-def _server(state: ServerState) -> ParameterState:
-    assert isinstance(state, ParameterState)
-    return state

@@ -11,10 +11,13 @@ class Lines(Tracker):
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 from fedhpc.registry import Section
 from fedhpc.results.record import FinalResults, Observer, RoundRecord, RunDescription
+
+T = TypeVar("T")
 
 
 class Tracker:
@@ -41,32 +44,35 @@ class Tracker:
 class Guarded:
     """A tracker as an observer that never stops a run: its first error is said, and ends it."""
 
-    def __init__(self, name: str, tracker: Tracker, others: list[Observer]) -> None:
-        """others: the observers that are told of the error, in a line."""
-        self._name, self._tracker, self._others = name, tracker, others
-        self._failed = False
+    def __init__(self, name: str, make: Callable[[], Tracker], others: list[Observer]) -> None:
+        """make: gives the tracker, which may fail too. others: the observers that are told of the error, in a line."""
+        self._name, self._others = name, others
+        self._tracker: Tracker | None = None
+        self._tracker = self._guarded(make)
 
     def message(self, text: str) -> None:
         """Lines for whoever watches the screen are not for trackers."""
 
     def round(self, record: RoundRecord) -> None:
         """Pass a round on."""
-        self._call("round", record)
+        if self._tracker is not None:
+            self._guarded(self._tracker.round, record)
 
     def finish(self, results: FinalResults) -> None:
         """Pass the results on."""
-        self._call("finish", results)
+        if self._tracker is not None:
+            self._guarded(self._tracker.finish, results)
 
     def close(self) -> None:
         """Pass the end on."""
-        self._call("close")
+        if self._tracker is not None:
+            self._guarded(self._tracker.close)
 
-    def _call(self, verb: str, *arguments: Any) -> None:
-        if self._failed:
-            return
+    def _guarded(self, call: Callable[..., T], *arguments: object) -> T | None:
         try:
-            getattr(self._tracker, verb)(*arguments)
+            return call(*arguments)
         except Exception as error:  # of somebody else's program, which must not end a run of days
-            self._failed = True
+            self._tracker = None
             for observer in self._others:
                 observer.message(f"trackers: {self._name} failed and is left out: {type(error).__name__}: {error}")
+            return None
