@@ -71,8 +71,8 @@ def test_fedavg_of_one_client_takes_its_parameters_over() -> None:
 
 def test_who_goes_on_removes_the_older_files_that_a_killed_run_left() -> None:
     before, after = ServerState(), ServerState()
-    before.name(3, 2)
-    before.name(5, 1)
+    before.keep_versions([3], 2)
+    before.keep_versions([5], 1)
     after.load(before.tensors())
     assert after.versions == {3: 2, 5: 1}
     assert after.renewed == {3, 5}
