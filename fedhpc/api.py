@@ -18,9 +18,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedhpc import config as configuration
 from fedhpc.config import Config
@@ -54,16 +57,19 @@ def load_config(config: Configuration = None, overrides: Overrides = ()) -> Conf
 
     A mapping is a tree of sections like a YAML file. Relative paths are relative to the working directory.
     """
-    if isinstance(overrides, str):
-        raise UserError(f"overrides: a list of texts like section.key=value is needed, got the text '{overrides}'")
     if isinstance(overrides, Mapping):
         changes = [(str(key), _plain(value)) for key, value in overrides.items()]
+    elif isinstance(overrides, (list, tuple)) and all(isinstance(text, str) for text in overrides):
+        changes = configuration.parse_overrides(overrides, "overrides")
     else:
-        changes = configuration.parse_overrides(overrides)
+        raise UserError(f"overrides: a list of texts like section.key=value is needed, got {overrides!r}")
     if config is None or isinstance(config, (str, os.PathLike)):
         return configuration.load_changed(None if config is None else Path(config), changes, "overrides")
-    tree = config.model_dump(mode="json") if isinstance(config, Config) else _plain(config)
-    return configuration.resolve(configuration.override(tree, changes, "overrides"))
+    if isinstance(config, Config):
+        return configuration.changed(config, changes, "overrides")
+    if not isinstance(config, Mapping):
+        raise UserError(f"config: a file, a mapping of sections or a fedhpc.Config is needed, got {config!r}")
+    return configuration.resolve(configuration.override(_plain(config), changes, "overrides"))
 
 
 def run(config: Configuration = None, ranks: int = 1, overrides: Overrides = (), fresh: bool = False) -> Run:
@@ -100,7 +106,8 @@ def run(config: Configuration = None, ranks: int = 1, overrides: Overrides = (),
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """Read the run in a directory, finished or not, as far as it has come. UserError where there is none."""
-    return Run(load_run(Path(path)))
+    loaded = load_run(Path(path))
+    return Run(replace(loaded, directory=loaded.directory.absolute()))  # also after the caller has gone elsewhere
 
 
 class Run:
@@ -188,11 +195,13 @@ class Run:
 
 
 def _plain(tree: Any) -> Any:
-    """A tree as YAML could give it: tuples become lists, paths become texts."""
+    """A tree as YAML could give it: tuples become lists, paths become texts, numpy's numbers plain ones."""
     if isinstance(tree, Mapping):
         return {str(key): _plain(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_plain(value) for value in tree]
+    if isinstance(tree, (np.generic, np.ndarray)):
+        return tree.tolist()
     return os.fspath(tree) if isinstance(tree, os.PathLike) else tree
 
 

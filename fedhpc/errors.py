@@ -47,6 +47,8 @@ def nearest(word: str, valid: list[str]) -> str:
     """A hint for an unknown `word`: the closest valid one, and the whole list."""
     import difflib
 
+    if not valid:
+        return "there is none in the package: give a file of your own, like ./mine.py"
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}valid: {', '.join(valid)}"

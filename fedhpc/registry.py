@@ -183,6 +183,8 @@ def options(family: str, name: str, key: str = "name") -> type[Section]:
     # Those of an approach stand apart from its class, so that they load without torch.
     holder = module if family == "methods" and is_approach(name) else choice(family, name, key)
     cls: type[Section] = getattr(holder, "Options", Section)
+    if not (isinstance(cls, type) and issubclass(cls, Section)):
+        raise UserError(f"Options of {name} is no class derived from fedhpc.registry.Section", key=key)
     return cls
 
 
@@ -213,7 +215,17 @@ def _class(base_path: str, module: ModuleType, choice_name: str, key: str) -> ty
             key=key,
             remedy="keep one, or let the names of the others begin with _",
         )
-    return next(iter(classes.values()))
+    cls = next(iter(classes.values()))
+    declared = {
+        name
+        for base in cls.__mro__
+        for name, kind in vars(base).get("__annotations__", {}).items()
+        if "ClassVar" in str(kind)
+    }
+    missing = sorted({*getattr(cls, "__abstractmethods__", ()), *(name for name in declared if not hasattr(cls, name))})
+    if missing:
+        raise UserError(f"the class {cls.__name__} of {choice_name} lacks {', '.join(missing)}", key=key)
+    return cls
 
 
 def short_name(name: str) -> str:
@@ -274,7 +286,7 @@ def _plugin(family: str, name: str, key: str) -> ModuleType:
             hint = nearest(name, names(family))
             raise UserError(f"there is no module '{name}'", key=key, remedy=hint) from None
         raise UserError(f"{name} cannot be imported: {error}{_line(error)}", key=key) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         detail = error.msg if isinstance(error, SyntaxError) else error
         why = f"{type(error).__name__}: {detail}{_line(error)}"
         raise UserError(f"{name} cannot be imported: {why}", key=key) from error

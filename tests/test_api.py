@@ -227,6 +227,8 @@ def test_a_run_that_somebody_else_ends(texts: Path, tmp_path: Path, number: int,
         ({}, {"overrides": "client.lr=1"}, "overrides: a list of texts"),
         ({}, {"overrides": {"client.rl": 1}}, "unknown key 'client.rl'"),
         ({}, {"ranks": 0}, "ranks: 0: a number of 1 or more is needed"),
+        ({}, {"overrides": [3]}, r"overrides: a list of texts like section.key=value is needed, got \[3\]"),
+        (5, {}, "config: a file, a mapping of sections or a fedhpc.Config is needed, got 5"),
         ("none.yaml", {}, r"none\.yaml: there is no such configuration file"),
     ],
 )
@@ -253,6 +255,23 @@ def test_under_a_launcher_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, value)
     with pytest.raises(fedhpc.UserError, match="torchrun has started this process"):
         fedhpc.run({})
+
+
+def test_a_resolved_configuration_is_changed_to_another_method() -> None:
+    config = fedhpc.load_config(None, {"client.lr": np.float32(0.5), "federation.rounds": np.int64(3)})
+    assert config.client.lr == 0.5 and config.federation.rounds == 3
+    assert fedhpc.load_config(config, ["method.name=rag"]).method.name == "rag"
+    with pytest.raises(fedhpc.UserError, match=r"overrides: client\.lr: method\.name rag does not read it"):
+        fedhpc.load_config(config, ["method.name=rag", "client.lr=0.25"])
+
+
+def test_a_run_stays_the_same_when_the_program_goes_elsewhere(
+    small: tuple[dict[str, Any], fedhpc.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small[1].path.parent)
+    run = fedhpc.open_run(small[1].path.name)
+    monkeypatch.chdir(tmp_path)
+    assert run.path == small[1].path and run.adapter == small[1].path / "adapter"
 
 
 def test_no_run_is_one_line(tmp_path: Path) -> None:

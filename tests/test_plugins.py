@@ -326,6 +326,50 @@ WRONG = {
     "a mistake in its import": ("./m.py", "x = 1\nimport nothing_like_it", r"No module named 'nothing_like_it' \(m"),
     "no class": ("./m.py", "x = 1", "./m.py has no class derived from fedhpc.evaluation.metrics.base.Metric"),
     "two classes": ("./m.py", MCC + MCC.replace("MCC(", "Other("), r"several classes .*Metric \(MCC, Other\)"),
+    "a program that ends": (
+        "./m.py",
+        "raise SystemExit(0)",
+        r"./m.py cannot be imported: SystemExit: 0 \(m.py, line 1\)",
+    ),
+    "a class that is not complete": (
+        "./m.py",
+        MCC.replace("compute", "other"),
+        "the class MCC of ./m.py lacks compute",
+    ),
+    "a class that does not say what it needs": ("./m.py", MCC.replace("needs =", "x ="), "MCC of ./m.py lacks needs"),
+}
+
+OPTIONS = """
+from fedhpc import Aggregator
+from fedhpc.registry import Section
+from pydantic import field_validator
+
+class Trimmed(Aggregator):
+    class Options({base}):
+        {body}
+
+    def combine(self, cohort):
+        return cohort.mean()
+"""
+WRONG_OPTIONS = {
+    "no section": (
+        "object",
+        "trim = 1",
+        {},
+        r"server\.aggregator: Options of ./m.py is no class derived from .*Section$",
+    ),
+    "a key that is there": (
+        "Section",
+        "lr: str = 'x'",
+        {},
+        "./m.py has the option lr, which server has without it",
+    ),
+    "a check that fails": (
+        "Section",
+        "trim: int = 1\n        _check = field_validator('trim')(lambda x: 1 // 0)",
+        {"trim": 2},
+        "server: ZeroDivisionError: ",
+    ),
 }
 
 
@@ -361,6 +405,42 @@ def test_the_name_of_a_file_without_its_ending_is_told_how_to_name_it() -> None:
     put("trimmed.py", UPDATES["trimmed.py"])
     with pytest.raises(UserError, match=r"unknown value 'trimmed'; a file of your own is './trimmed.py'; valid: "):
         resolve({"server": {"aggregator": "trimmed"}, "partition": {"name": "iid"}})
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_wrong_options_are_one_line(case: str) -> None:
+    base, body, keys, words = WRONG_OPTIONS[case]
+    put("m.py", OPTIONS.format(base=base, body=body))
+    with pytest.raises(UserError, match=words) as caught:
+        resolve({**LABELS, "server": {"aggregator": "./m.py", **keys}})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_aggregate_that_is_not_finite_does_not_reach_the_server_s_state(tmp_path: Path) -> None:
+    rule = "cohort.by_coordinate(lambda values: values.mean(dim=0) / 0)"
+    put("wrong.py", UPDATES["trimmed.py"].partition("        return ")[0] + f"        return {rule}\n")
+    tree = {**LABELS, "client": {"steps": 1, "batch_size": 2}, "server": {"aggregator": "./wrong.py"}}
+    with pytest.raises(
+        UserError, match=r"server\.aggregator: round 1: \./wrong.py gave an aggregate that is not finite"
+    ):
+        federate(settings(tmp_path / "run", tree))
+
+
+WRONG_PARTITIONS = {
+    "None": r"partition\.name: ./p.py gave NoneType instead of an Assignment",
+    "grouped(np.arange(len(rows) - 9) % 4, 4)": r"did not give each of the \d+ training examples to exactly one client",
+    "grouped(np.arange(len(rows) + 1) % 4, 4)": r"did not give each of the \d+ training examples to exactly one client",
+    "Assignment(np.arange(len(rows)), np.array([0, 9]))": "offsets that do not go from 0 to the number of its indices",
+}
+
+
+@pytest.mark.parametrize("value", WRONG_PARTITIONS)
+def test_a_partitioner_that_loses_examples_is_refused(tmp_path: Path, value: str) -> None:
+    text = BY_LENGTH.partition("        owner = ")[0].replace("import Assignment,", "import Assignment as Assignment,")
+    put("p.py", f"{text}        return {value}\n")
+    with pytest.raises(RefusedError, match=WRONG_PARTITIONS[value]):
+        federate(settings(tmp_path / "run", {**LABELS, "partition": {"name": "./p.py"}}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_module_and_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,13 +28,16 @@ class Losses(Tracker):
         path: str = Field("losses.txt", min_length=1, description="file of the lines")
         fails_in: int = Field(-1, description="round in which it raises an error")
         fails_at_once: bool = Field(False, description="raises one when it is made")
+        leaves: bool = Field(False, description="whether it ends the program")
 
     def __init__(self, options, run, start_round):
         super().__init__(options, run, start_round)
         if options.fails_at_once:
-            raise RuntimeError("no account at the dashboard")
+            raise RuntimeError("no account\\nat the dashboard")
 
     def round(self, record):
+        if record.round == 1 and self.options.leaves:
+            raise SystemExit(0)
         if record.round == self.options.fails_in:
             raise OSError("no route to the dashboard")
         saved = load_checkpoint(self.run.directory)[1]["round"]
@@ -81,14 +84,17 @@ def test_a_tracker_that_fails_is_left_out_with_one_line_and_changes_no_bit(
     capsys.readouterr()
     trackers = [{"name": "./losses.py", "path": "b.txt", "fails_in": 1}, {"name": "./losses.py", "path": "c.txt"}]
     trackers.append({"name": "./losses.py", "path": "d.txt", "fails_at_once": True})
+    trackers.append({"name": "./losses.py", "path": "e.txt", "leaves": True})
     federate(settings(tmp_path / "with", raw | {"trackers": trackers}))
     out = capsys.readouterr().out
     assert out.count("no route to the dashboard") == 1 and out.count("no account at the dashboard") == 1
+    assert out.count("trackers: ./losses.py failed and is left out: SystemExit: 0\n") == 1
     assert not Path("d.txt").exists()
     assert [line.split()[0] for line in Path("b.txt").read_text().splitlines()] == ["0"]
     assert [line.split()[0] for line in Path("c.txt").read_text().splitlines()] == ["0", "1", "2", "3", "test"]
     for name, tensor in final(tmp_path / "without").items():
         assert np.array_equal(tensor, final(tmp_path / "with")[name])
-    # Other trackers do not make it another run.
+    # Other trackers do not make it another run, also where the old one is gone or has changed.
+    Path("losses.py").unlink()
     federate(settings(tmp_path / "with", tree(texts, federation={"rounds": 4})))
     assert len(table(tmp_path / "with", "rounds")["round"]) == 5

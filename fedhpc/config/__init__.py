@@ -28,7 +28,7 @@ from fedhpc.registry import Section
 S = TypeVar("S", bound=Section)
 
 __all__ = [
-    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Model", "load", "load_changed", "override",
+    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Model", "changed", "load", "load_changed", "override",
     "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore", "restore_stated", "section",
     "stated", "unread",
 ]  # fmt: skip
@@ -48,9 +48,13 @@ def load_changed(path: str | Path | None, changes: Sequence[tuple[str, Any]], ch
     where = (str(path) if path else "embedded default") + (f" and {changed_where}" if changes else "")
     tree = read_yaml(source)
     given = {key: f"{source}:{line}" for key, line in key_lines(source).items()} if path is not None else {}
-    given |= {f"{key}{rest}": changed_where for key, value in changes for rest in ["", *_keys(value, ".")]}
-    raw = override(tree, changes, changed_where)
-    return resolve(raw, where, given)
+    return resolve(override(tree, changes, changed_where), where, given | _given(changes, changed_where))
+
+
+def changed(config: Config, changes: Sequence[tuple[str, Any]], changed_where: str) -> Config:
+    """A resolved configuration with some keys changed; keys that a new method does not read are left out."""
+    raw = override(config.model_dump(mode="json"), changes, changed_where)
+    return resolve(raw, "configuration", _given(changes, changed_where))
 
 
 def resolve(raw: Mapping[str, Any], where: str = "configuration", given: Mapping[str, str] | None = None) -> Config:
@@ -155,6 +159,11 @@ def _keys(tree: Any, prefix: str = "") -> dict[str, str]:
     for key, value in tree.items() if isinstance(tree, Mapping) else []:
         keys |= {f"{prefix}{key}": "", **_keys(value, f"{prefix}{key}.")}
     return keys
+
+
+def _given(changes: Sequence[tuple[str, Any]], where: str) -> dict[str, str]:
+    """The keys that are changed, and those within them, each with the place where it was given."""
+    return {f"{key}{rest}": where for key, value in changes for rest in ["", *_keys(value, ".")]}
 
 
 @contextmanager

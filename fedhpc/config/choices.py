@@ -38,8 +38,8 @@ def build(model: type[S], raw: Any, label: str) -> S:
         field = model.model_fields[key]
         name = values.get(key, None if field.is_required() else field.default)
         if name is None:
-            valid = ", ".join(registry.names(family))
-            raise UserError(f"{label}.{key} is missing; valid: {valid}", key=f"{label}.{key}")
+            valid = nearest("", registry.names(family))
+            raise UserError(f"{label}.{key} is missing", key=f"{label}.{key}", remedy=valid)
         keys = registry.options(family, name, f"{label}.{key}")
         taken = set(keys.model_fields) & {
             *model.model_fields,
@@ -56,6 +56,8 @@ def build(model: type[S], raw: Any, label: str) -> S:
         return model(**values)
     except ValidationError as error:
         raise _readable(error, model, label) from None
+    except Exception as error:  # of a plugin's own checks
+        raise UserError(f"{type(error).__name__}: {error}", key=label) from error
 
 
 def _joined(model: type[S], options: tuple[type[Section], ...]) -> type[S]:

@@ -15,14 +15,14 @@ from fedhpc.registry import Section
 PLACE = "command line"
 
 
-def parse_overrides(texts: Sequence[str]) -> list[tuple[str, Any]]:
+def parse_overrides(texts: Sequence[str], where: str = PLACE) -> list[tuple[str, Any]]:
     """`section.key=value` as (section.key, value). UserError where one is not of that form."""
     parsed = []
     for text in texts:
         key, sep, value = text.partition("=")
         if not sep or not key:
-            raise UserError(f"'{text}' is not of the form section.key=value", place=PLACE)
-        parsed.append((key, parse_yaml(value, f"{PLACE}: {key}")))
+            raise UserError(f"'{text}' is not of the form section.key=value", place=where)
+        parsed.append((key, parse_yaml(value, f"{where}: {key}")))
     return parsed
 
 

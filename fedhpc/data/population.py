@@ -10,6 +10,7 @@ import numpy as np
 from fedhpc import config, registry
 from fedhpc.data.partitioners.base import Assignment, Draws, Int64, Partitioner, limited
 from fedhpc.data.tokens import Examples
+from fedhpc.errors import UserError
 from fedhpc.rng import generator
 
 _SHOWN = 10  # clients, and at most as many labels, in the table of `--check`
@@ -40,6 +41,7 @@ class Population:
         made = partitioner.partition(train)
         if isinstance(made, Draws):
             return cls(made.num_clients, seed, fraction, draw=made.draw, drawn=made.size)
+        _check(made, len(train), options.name)
         limit = getattr(options, "max_examples", None)
         assignment = made if limit is None else limited(made, limit, seed)
         names = partitioner.client_names(train)
@@ -144,3 +146,18 @@ def describe(population: Population, train: Examples) -> list[str]:
     if population.num_clients > _SHOWN:
         lines.append(f"and {population.num_clients - _SHOWN} more clients")
     return lines
+
+
+def _check(made: Assignment, num_examples: int, name: str) -> None:
+    """UserError where a partitioner, which may be a plugin, did not give every example to exactly one client."""
+    problem = ""
+    if not isinstance(made, Assignment):
+        problem = f"gave {type(made).__name__} instead of an Assignment"
+    elif len(made.offsets) < 2 or made.offsets[0] != 0 or made.offsets[-1] != len(made.indices):
+        problem = "gave offsets that do not go from 0 to the number of its indices"
+    elif (np.diff(made.offsets) < 0).any():
+        problem = "gave offsets that are not ascending"
+    elif not np.array_equal(np.sort(made.indices), np.arange(num_examples)):
+        problem = f"did not give each of the {num_examples} training examples to exactly one client"
+    if problem:
+        raise UserError(f"{name} {problem}", key="partition.name")

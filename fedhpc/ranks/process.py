@@ -219,7 +219,7 @@ def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
         liveness.fail(FAILED, f"{here}{error}", symptom=True)
     except UserError as error:
         liveness.fail(REFUSED if saved.last is None else FAILED, str(error))
-    except Exception as error:  # told to every rank, with its cause; none may wait for this one
+    except (Exception, SystemExit) as error:  # told to every rank, with its cause; none may wait for this one
         import traceback
 
         traceback.print_exc()

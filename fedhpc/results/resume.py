@@ -33,6 +33,8 @@ FREE_KEYS = frozenset(
     }
 )
 
+_FREE_SECTIONS = ("trackers",)  # other ones, or none, or ones that are gone by now
+
 Decision = Literal["fresh", "resume", "finished"]
 
 
@@ -90,7 +92,7 @@ def _check_plugins(config: Config, directory: Path, before: Mapping[str, str]) -
     """UserError where a plugin that the run began with has another source now."""
     now = plugins(config)
     for which, digest in before.items():
-        if now.get(which, digest) != digest:
+        if now.get(which, digest) != digest and not which.startswith(_FREE_SECTIONS):
             raise UserError(
                 f"{directory}: the source of the plugin {which} changed since the run began ({digest[:12]} -> "
                 f"{now[which][:12]}); put the old file back, choose another run.dir, or start over with --fresh"
@@ -101,7 +103,8 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
     """Whether the run is to go beyond the rounds it was made for. UserError where it is another run."""
     path = directory / "config.yaml"
     try:
-        old = _flat(restore(read_yaml(path), str(path)).model_dump(mode="json"))
+        tree = {key: value for key, value in read_yaml(path).items() if key not in _FREE_SECTIONS}
+        old = _flat(restore(tree, str(path)).model_dump(mode="json"))
     except UserError as error:
         raise UserError(
             f"{error}; it says what the run in {directory} computes: mend it, or start over with --fresh"
@@ -110,7 +113,7 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
     free = {*FREE_KEYS, "federation.rounds"}
     if new["runtime.block_size"] == meta.get("block_size"):
         free.add("runtime.block_size")
-    ignored = [*unread(config), "trackers"]
+    ignored = [*unread(config), *_FREE_SECTIONS]
     free |= {key for key in {*old, *new} if any(f"{key}.".startswith(f"{one}.") for one in ignored)}
     changed = [key for key in [*old, *(k for k in new if k not in old)] if old.get(key) != new.get(key)]
     # Options that came or went with a choice explain less than the choice itself.

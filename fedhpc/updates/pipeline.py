@@ -66,7 +66,8 @@ class Pipeline:
             context = TransformContext(round_, clients, tensors, bytes_up, self._seed, position)
             updates = transform.on_client(updates, context)
             bytes_up = context.bytes_up
-            _require(transform, updates.shape == (len(clients), self._size), "changed the shape of the updates")
+            shape = getattr(updates, "shape", None)
+            _require(transform, shape == (len(clients), self._size), "changed the shape of the updates")
             new_shapes = {name: tensor.shape for name, tensor in context.tensors.items()}
             _require(transform, new_shapes == shapes, "kept other tensors than it says")
             after |= {_key(position, name): tensor for name, tensor in context.tensors.items()}
@@ -91,6 +92,8 @@ class Pipeline:
             tensors = {name: tensors_of_server[_key(position, name)] for name in transform.keeps_on_server}
             context = TransformContext(round_, clients, tensors, np.zeros(len(clients), np.int64), self._seed, position)
             total = transform.on_server(total, context)
+            shape = getattr(total, "shape", None)
+            _require(transform, shape == (self._size,), "changed the shape of the aggregate")
             tensors_of_server.update({_key(position, name): tensor for name, tensor in context.tensors.items()})
         return total
 

@@ -178,7 +178,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def step(self, state: ParameterState, plan: Plan, combined: Combined | None) -> float:
         """Run the transforms' server halves over the aggregate, then the server optimizer's step."""
         assert combined is not None  # as moves_server says
+        _expect_finite(combined.total, plan.round, "server.aggregator", self.config.server.aggregator)
         total = self.training.pipeline.on_server(combined.total, plan.round, combined.clients, state.transforms)
+        named = ", ".join(transform.name for transform in self.config.transforms)
+        _expect_finite(total, plan.round, "transforms", named)
         norm: float = state.step(total)
         if combined.change is not None:
             state.correct(combined.change)
@@ -299,3 +302,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
             f"{copies * state * item * largest / 2**20:.1f} MiB block, {update * held / 2**20:.1f} MiB updates",
         ]
+
+
+def _expect_finite(total: Tensor, round_: int, key: str, name: str) -> None:
+    """UserError where an aggregate would spoil the server's state; what the rounds before made is kept."""
+    if not total.isfinite().all():
+        raise UserError(f"round {round_}: {name} gave an aggregate that is not finite", key=key)

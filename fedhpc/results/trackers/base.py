@@ -71,8 +71,9 @@ class Guarded:
     def _guarded(self, call: Callable[..., T], *arguments: object) -> T | None:
         try:
             return call(*arguments)
-        except Exception as error:  # of somebody else's program, which must not end a run of days
+        except (Exception, SystemExit) as error:  # of somebody else's program, which must not end a run of days
             self._tracker = None
+            why = " ".join(f"{type(error).__name__}: {error}".split())
             for observer in self._others:
-                observer.message(f"trackers: {self._name} failed and is left out: {type(error).__name__}: {error}")
+                observer.message(f"trackers: {self._name} failed and is left out: {why}")
             return None
