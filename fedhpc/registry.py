@@ -161,7 +161,10 @@ def choice(family: str, name: str, key: str = "name") -> type[Any]:
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise UserError(f"{name} (entry point {entry.value}) is no class derived from {base.__name__}", key=key)
         return cls
-    return _class(BASES[family], module, name, key)
+    cls = _class(BASES[family], module, name, key)
+    if is_plugin(family, name, key):
+        _refuse_incomplete(cls, name, key)
+    return cls
 
 
 def is_approach(method: Any) -> bool:
@@ -215,7 +218,11 @@ def _class(base_path: str, module: ModuleType, choice_name: str, key: str) -> ty
             key=key,
             remedy="keep one, or let the names of the others begin with _",
         )
-    cls = next(iter(classes.values()))
+    return next(iter(classes.values()))
+
+
+def _refuse_incomplete(cls: type[Any], name: str, key: str) -> None:
+    """UserError where the class of a plugin lacks a method, or an attribute that its base only declares."""
     declared = {
         name
         for base in cls.__mro__
@@ -224,8 +231,7 @@ def _class(base_path: str, module: ModuleType, choice_name: str, key: str) -> ty
     }
     missing = sorted({*getattr(cls, "__abstractmethods__", ()), *(name for name in declared if not hasattr(cls, name))})
     if missing:
-        raise UserError(f"the class {cls.__name__} of {choice_name} lacks {', '.join(missing)}", key=key)
-    return cls
+        raise UserError(f"the class {cls.__name__} of {name} lacks {', '.join(missing)}", key=key)
 
 
 def short_name(name: str) -> str:
