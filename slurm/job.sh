@@ -7,7 +7,7 @@ place_ranks() {
     local gpus=${SLURM_GPUS_ON_NODE:-0} hosts host rank
     if [ "$gpus" = 0 ] || [ -n "${SLURM_NTASKS:-}" ]; then return; fi
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    SLURM_HOSTFILE=$(mktemp)
+    SLURM_HOSTFILE=$(mktemp 2> /dev/null || mktemp -p /tmp) # TMPDIR may name a folder that is not there
     export SLURM_HOSTFILE
     {
         echo "${hosts[0]}"
@@ -35,6 +35,8 @@ run() {
         exit 1
     fi
     echo "fedhpc: requeued, to go on after round $(status "$directory" round)"
-    scontrol requeue "$SLURM_JOB_ID" || exit "$code" # some sites requeue a job that ends with 75
+    # A task of an array by its own name: the bare id of one of them is that of the whole array.
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    scontrol requeue "${job:-$SLURM_JOB_ID}" || exit "$code" # some sites requeue a job that ends with 75
     exit 0
 }
