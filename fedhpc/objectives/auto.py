@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedhpc import registry
 from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
+from fedhpc.registry import Open
 
 
 class Auto(Objective):
     """Chooses by the model: targets for language models, labels for classifiers, passages for sentence encoders."""
 
     @classmethod
-    def for_model(cls, options: Any, model: type[Base]) -> Objective:
+    def for_model(cls, options: Open, model: type[Base]) -> Objective:
         chosen: Objective = registry.choice("objectives", model.objective)(options)
         return chosen

@@ -16,7 +16,7 @@ from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.models.base import Attached, Base, Batch, Predictor, TargetBatch
-from fedhpc.registry import Section
+from fedhpc.registry import Open, Section
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -40,12 +40,12 @@ class Objective(ABC):
     #: The loss of a row depends on the other rows of its client's step, so they are computed together.
     needs_full_steps: ClassVar[bool] = False
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: Open | None = None) -> None:
         """options: the section `objective` of the configuration, which has the keys."""
         self.options = options
 
     @classmethod
-    def for_model(cls, options: Any, model: type[Base]) -> Objective:
+    def for_model(cls, options: Open, model: type[Base]) -> Objective:
         """The objective of models of this class. UserError where it is for others."""
         if model.task not in cls.tasks:
             suits = f"model.task {' or '.join(sorted(cls.tasks))}" if cls.tasks else "no model.task by itself"

@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import Attached, Base, Batch
 from fedhpc.models.encoder import SentenceEncoder
 from fedhpc.objectives.base import Int64, Objective
+from fedhpc.registry import Open
 
 CACHED_BYTES = 2**29  # of vectors, on every rank
 TEMPERATURE = 0.05  # as all-MiniLM and its like were trained (scale 20)
@@ -47,7 +47,7 @@ class Contrastive(Objective):
     tasks = frozenset({"embedding"})
     needs_full_steps = True
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: Open | None = None) -> None:
         super().__init__(options)
         self._cache: dict[bytes, Tensor] = {}  # token ids -> vector, on the CPU
 

@@ -12,9 +12,9 @@ class Lines(Tracker):
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-from fedhpc.registry import Section
+from fedhpc.registry import Open, Section
 from fedhpc.results.record import FinalResults, Observer, RoundRecord, RunDescription
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class Tracker:
     #: The keys beside `name`.
     Options: ClassVar[type[Section]] = Section
 
-    def __init__(self, options: Any, run: RunDescription, start_round: int) -> None:
+    def __init__(self, options: Open, run: RunDescription, start_round: int) -> None:
         """options: its item of the list `trackers`. start_round: the last round that was done before; 0 for a new
         run. A resumed run tells of the rounds after it, so none is told twice unless the run was killed in between."""
         self.options, self.run, self.start_round = options, run, start_round

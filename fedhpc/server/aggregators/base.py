@@ -9,10 +9,10 @@ class NormBounded(Aggregator):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedhpc.lazy import Tensor
-from fedhpc.registry import Section
+from fedhpc.registry import Open, Section
 
 if TYPE_CHECKING:
     from fedhpc.updates.cohort import Cohort
@@ -27,7 +27,7 @@ class Aggregator(ABC):
     #: Whether it reads `Cohort.movements`, so that the client's optimizer must have a `movement`.
     needs_movements: ClassVar[bool] = False
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Open) -> None:
         """options: the section `server` of the configuration."""
         self.options = options
 

@@ -6,12 +6,12 @@ The family is that of Reddi et al. 2021 (arXiv 2003.00295, algorithm 2), whose D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from fedhpc.lazy import Tensor, torch
-from fedhpc.registry import Section
+from fedhpc.registry import Open, Section
 
 
 class ServerOptimizer(ABC):
@@ -20,7 +20,7 @@ class ServerOptimizer(ABC):
     #: The keys it adds to the section `server`.
     Options: ClassVar[type[Section]] = Section
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Open) -> None:
         """options: the section `server` of the configuration; server.lr is options.lr."""
         self.options = options
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fedhpc.lazy import Tensor
-from fedhpc.registry import Section
+from fedhpc.registry import Open, Section
 
 
 class ClientOptimizer(ABC):
@@ -19,7 +19,7 @@ class ClientOptimizer(ABC):
     #: Whether a client's update is a weighted sum of its gradients, so that `movement` says how much of one.
     sums_gradients: ClassVar[bool] = False
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Open) -> None:
         """options: the section `client` of the configuration."""
         self.options = options
 

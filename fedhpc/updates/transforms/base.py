@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from fedhpc import rng
 from fedhpc.lazy import Tensor
-from fedhpc.registry import Section
+from fedhpc.registry import Open, Section
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Transform:
     #: Names of the tensors that the server keeps from round to round; they are in the checkpoint.
     keeps_on_server: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Open) -> None:
         """options: its item of the list `transforms` in the configuration."""
         self.options = options
 

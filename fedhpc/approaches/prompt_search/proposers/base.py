@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from fedhpc.approaches.scoring.prompts import Candidate, Shared, Space
-from fedhpc.registry import Section
+from fedhpc.registry import Open, Section
 
 if TYPE_CHECKING:
     from fedhpc.models.causal_lm import CausalLM
@@ -23,7 +23,7 @@ class Proposer(ABC):
 
     Options: ClassVar[type[Section]] = Section
 
-    def __init__(self, options: Any, space: Space, base: CausalLM) -> None:
+    def __init__(self, options: Open, space: Space, base: CausalLM) -> None:
         self.options, self.space, self.base = options, space, base
 
     @abstractmethod
