@@ -25,7 +25,7 @@ _SCALED = {"ranks": 4, "cohort": 32, "population": 10_000, "parameters": 2**13, 
 def scale(quick: bool = False) -> Iterator[dict[str, Any]]:
     """Measure one setting after the other, each with one thing changed: a row for each.
 
-    Rows have the median seconds of a round, rank 0's CPU seconds, the wire bytes of the busiest rank, and rank 0's
+    Rows have the median seconds of a round, rank 0's CPU seconds, the wire bytes of all ranks, and rank 0's
     memory beyond what it had before the first round. UserError where a rank fails or a setting takes longer than
     15 minutes; all of its ranks are ended then.
     """
