@@ -150,14 +150,16 @@ def _begin(
         server = Server(opening.server_state, _observers(approach, opening, on_round, writing))
         for observer in server.observers:
             stack.callback(observer.close)
-        for message in [headline(approach, transport), *approach.data.messages]:
+        for message in [headline(approach, transport), *approach.messages]:
             server.message(message)
         if not opening.is_locked:
             server.message(f"{opening.run.directory}: this file system has no locks; do not start a second run in it")
         if decision == "resume":
             server.message(f"resuming after round {round_}")
     if decision == "fresh":
-        record = _evaluated(approach, transport, server.state if server else None, 0, RoundRecord(0))
+        notes = [Event("note", message) for message in approach.messages]
+        state = server.state if server else None
+        record = _evaluated(approach, transport, state, 0, RoundRecord(0, events=notes))
         if server and record:
             server.record(record)
     return round_, server

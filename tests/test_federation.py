@@ -590,8 +590,9 @@ def test_a_client_that_overflows_or_has_no_data_is_rejected(
     assert found["tokens"] == clients["tokens"].sum()
     assert found["train_loss"] == pytest.approx((used["loss_first"] * used["tokens"]).sum() / used["tokens"].sum())
     events = table(tmp_path / "run", "events")
-    assert list(events["kind"]) == ["rejected", "rejected"]
-    assert sorted(events["message"]) == [
+    assert list(events["kind"]) == ["note", "rejected", "rejected"]
+    assert events["message"][0].startswith("data: 1 of 4 owners have no examples left")
+    assert sorted(events["message"][1:]) == [
         "client 1: its update is not finite",
         "client 2: it has no training examples",
     ]

@@ -236,8 +236,8 @@ def test_owners_without_pairs_are_rejected(encoder: Path, tmp_path: Path) -> Non
     raw = tree(encoder, **changes)
     raw["partition"] = {"name": "natural", "min_examples": 0}
     federate(settings(tmp_path / "run", raw))
-    messages = table(tmp_path / "run", "events")["message"].tolist()
-    assert len(messages) == 1 and "it has no training examples" in messages[0]
+    note, rejected = table(tmp_path / "run", "events")["message"].tolist()
+    assert "owners have no examples left" in note and "it has no training examples" in rejected
 
 
 def test_data_loads_as_the_model_writes_it(encoder: Path, tmp_path: Path) -> None:

@@ -111,6 +111,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         return data.load_data(config, tokenizer, model, write_cache)
 
     @property
+    def messages(self) -> list[str]:
+        """What was decided while model and data were loaded, a line each: for the screen, `--check` and /events."""
+        return [*self.base.messages, *self.data.messages]
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the weights of all models: a resumed run must have the same."""
         return self.base.fingerprint

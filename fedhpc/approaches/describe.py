@@ -42,7 +42,7 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
     exchanged, *rest = approach.details(plan)
     return [
         headline(approach, transport),
-        *splits.messages,
+        *approach.messages,
         *data.describe(splits.population, splits.train),
         f"examples: {len(splits.train):,} training, {len(splits.validation):,} validation, {len(splits.test):,} test",
         f"rounds: {approach.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most "

@@ -113,6 +113,7 @@ class Base(ABC):
     head_dim: int
     hidden_size: int
     head: tuple[str, ...] = ()  # linear layers that every method trains beside its own payload
+    messages: tuple[str, ...] = ()  # for the log: what was decided while loading
 
     @classmethod
     def of(

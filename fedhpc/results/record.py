@@ -19,7 +19,7 @@ Scalar = str | int | float | bool
 
 
 class Event(NamedTuple):
-    """Something that a reader of the results should know: a rejected client, a void round, a resume."""
+    """Something that a reader of the results should know: a rejected client, a void round, a resume, a note."""
 
     kind: str
     message: str
