@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from fedhpc import config, registry
 from fedhpc.data import sources
+from fedhpc.data.files import is_shard
 from fedhpc.data.partitioners.base import Int32
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Table
 from fedhpc.data.templates import Template, parse
 from fedhpc.data.tokens import Examples, Writing, cached_tokens, examples_from
+from fedhpc.data.values import text
 from fedhpc.errors import UserError
 from fedhpc.rng import EVALUATION, generator
 
@@ -116,17 +120,26 @@ def _read_splits(
 ) -> tuple[dict[str, Table], list[str]]:
     """The rows of train, validation, test and the public set, and the names of the training rows' owners."""
     data = settings.data
+    natural = issubclass(registry.choice("partitioners", settings.partition.name), Natural)
     source = sources.with_join(sources.open_source(data), data.join)
-    columns = {
+    templates = {
         **dict.fromkeys(target.columns, "data.target"),
         **dict.fromkeys(prompt.columns, "data.prompt"),
     }
+    columns = dict(templates)
     if data.label is not None:
         columns[data.label] = "data.label"
     shared = dict(columns)
     columns |= {**dict.fromkeys(data.where_not, "data.where_not"), **dict.fromkeys(data.where, "data.where")}
     owner = {} if data.client is None else {data.client: "data.client"}
     tables: dict[str, Table] = {}
+    unseen = [
+        (key, column, value)
+        for key in ("where", "where_not")
+        for column, values in getattr(data, key).items()
+        for value in dict.fromkeys(map(text, values))
+        if value
+    ]
     absent = []
     owner_names: list[str] = []
     for split in ("train", "validation", "test"):
@@ -134,8 +147,7 @@ def _read_splits(
         name_in_source = sources.find_split(source, name)
         if name_in_source is None and (name != split or split == "train"):
             raise UserError(
-                f"data.{split}: '{data.source}' has no split or file '{name}'; it has: "
-                f"{', '.join(source.splits()) or 'nothing'}"
+                f"data.{split}: '{data.source}' has no split or file '{name}'; it has: {sources.contents(source)}"
             )
         # `train: dev` must not make dev the default validation split too.
         is_train = split != "train" and name == split and name_in_source == tables["train"].name
@@ -145,8 +157,15 @@ def _read_splits(
         table = sources.read_table(source, name_in_source, {**columns, **(owner if split == "train" else {})})
         if split == "train" and data.client is not None:
             # Owners whose rows are all filtered out stay clients, without data.
-            owner_names = sorted({row[data.client] for row in table.rows})
+            owner_names = sorted({row[data.client] for row in table.rows if row[data.client] or not natural})
+        unseen = [one for one in unseen if not any(row[one[1]] == one[2] for row in table.rows)]
         tables[split] = sources.filtered(table, data)
+        if is_shard(Path(name_in_source)):
+            messages.append(
+                f"data.{split}: {name_in_source} is one of several files; the others are not read (the folder as "
+                "data.source, and the name in front of the number, read all)"
+            )
+    messages += [f"data.{key}: no row has '{value}' in the column '{column}'" for key, column, value in unseen]
     for split in absent:
         tables["train"], tables[split] = _hold_out(tables["train"], split)
         messages.append(
@@ -155,9 +174,35 @@ def _read_splits(
         )
     if public is not None:
         tables["train"], tables["public"] = _public_rows(settings, public, shared, tables, messages)
-    if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
+    messages += _check_missing(data, natural, templates, tables)
+    if natural:
         tables["train"], owner_names = owners_with_enough(settings, tables["train"], owner_names, messages)
     return {split: tables[split] for split in ("train", "validation", "test", "public") if split in tables}, owner_names
+
+
+def _check_missing(
+    data: config.Data, natural: bool, columns: Mapping[str, str], tables: Mapping[str, Table]
+) -> list[str]:
+    """UserError where a row has no label or no owner. For the log: where a template has an empty text instead."""
+    lines = []
+    for split, table in tables.items():
+        if natural and split == "train":
+            sources.refuse(table, table.without(str(data.client)), str(data.client), "data.client")
+        if data.label is not None:
+            rows = table.missing(data.label)
+            if split == "train" or len(rows) < len(table.rows):  # a split of hidden labels is another matter
+                sources.refuse(table, rows, data.label, "data.label")
+            empty = table.without(data.label) if not rows else []
+            lines += [f"data.label: {_at(table, empty)} the empty text, which is a class of its own"] if empty else []
+        for column, key in columns.items():
+            rows = table.missing(column) if column != data.label else []
+            lines += [f"{key}: {_at(table, rows)} no '{column}' (null), which is an empty text there"] if rows else []
+    return lines
+
+
+def _at(table: Table, rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - 1} more of {len(table.rows)} rows have" if len(rows) > 1 else " has"
+    return f"{table.locations[rows[0]]}{more}"
 
 
 def _public_rows(
@@ -190,8 +235,7 @@ def _public_rows(
     name_in_source = sources.find_split(source, name)
     if name_in_source is None:
         raise UserError(
-            f"method.public.split: '{data.source}' has no split or file '{name}'; it has: "
-            f"{', '.join(source.splits()) or 'nothing'}"
+            f"method.public.split: '{data.source}' has no split or file '{name}'; it has: {sources.contents(source)}"
         )
     filters = {column: f"method.public.{key}" for key, columns in public_filters.items() for column in columns}
     table = sources.read_table(source, name_in_source, {**columns, **filters})

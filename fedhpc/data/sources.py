@@ -6,26 +6,20 @@ row remembers where it was read (`data/train.csv:7`), so that an error can name 
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedhpc import builtin, config
+from fedhpc.data import files
+from fedhpc.data.files import INSTALL, LocatedRows
+from fedhpc.data.values import is_missing, text
 from fedhpc.errors import UserError, nearest
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 VALIDATION = ("validation", "dev", "valid", "val")
-_INSTALL = "pip install 'fedhpc[data]'"
-
-# Where a row was read ("train.csv:7", "builtin:dining train row 7") and its values by column.
-LocatedRows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -35,10 +29,24 @@ class Table:
     name: str
     rows: list[dict[str, str]]
     locations: list[str]  # of each row, like "train.csv:7"
+    nulls: list[frozenset[str]] = field(default_factory=list)  # of each row, the columns that have no value
 
     def select(self, keep: list[int]) -> Table:
         """The table of the rows with these indices."""
-        return replace(self, rows=[self.rows[i] for i in keep], locations=[self.locations[i] for i in keep])
+        return replace(
+            self,
+            rows=[self.rows[i] for i in keep],
+            locations=[self.locations[i] for i in keep],
+            nulls=[self.nulls[i] for i in keep],
+        )
+
+    def missing(self, column: str) -> list[int]:
+        """Which rows have no value in a column: null, or not a number."""
+        return [number for number, columns in enumerate(self.nulls) if column in columns]
+
+    def without(self, column: str) -> list[int]:
+        """Which rows have no text in a column: no value, or an empty one."""
+        return [number for number, row in enumerate(self.rows) if not row[column]]
 
 
 class Source(Protocol):
@@ -60,11 +68,12 @@ def open_source(data: config.Data) -> Source:
     if data.source.startswith("builtin:"):
         source: Source = _Builtin(data.source.removeprefix("builtin:"))
     elif path.exists():
-        source = _Files(path)
-    elif data.source.startswith((".", "/", "~")) or _is_data_file(path):
+        saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+        source = _Hub.saved(path) if saved else _Files(path)
+    elif data.source.startswith((".", "/", "~")) or files.is_data_file(path):
         raise UserError(f"there is no file or folder '{data.source}'", key="data.source")
     else:
-        return _Hub(data.source, data.subset)
+        return _Hub.loaded(data.source, data.subset)
     if data.subset is not None:
         raise UserError("data.subset is for data sets of the hub, which data.source is not: remove data.subset")
     return source
@@ -85,12 +94,28 @@ def read_table(source: Source, split: str, columns: Mapping[str, str]) -> Table:
     columns: the columns to keep, each with the configuration key that asks for it, like {"mr": "data.prompt"}.
     """
     table = Table(split, [], [])
+    none = frozenset[str]()
     for location, values in source.read(split):
-        table.rows.append({column: _column(values, column, key, location) for column, key in columns.items()})
+        row, nulls = {}, none
+        for column, key in columns.items():
+            value = _value(values, column, key, location, is_first=not table.rows)
+            row[column] = _text(value, column, key, location)
+            if is_missing(value):
+                nulls |= {column}
+        table.rows.append(row)
         table.locations.append(location)
+        table.nulls.append(nulls)
     if not table.rows:
         raise UserError(f"{split}: the split has no rows")
     return table
+
+
+def contents(source: Source) -> str:
+    """The splits of a source for an error message; of a folder without any, what lies there instead."""
+    rest = source.folder.rest() if isinstance(source, _Files) and source.folder is not None else []
+    if source.splits() or not rest:
+        return ", ".join(source.splits()) or "nothing"
+    return f"nothing that is read, but {', '.join(rest[:5])}; {files.REWRITE}"
 
 
 def with_join(source: Source, join: config.Join | None) -> Source:
@@ -99,13 +124,10 @@ def with_join(source: Source, join: config.Join | None) -> Source:
         return source
     file = find_split(source, join.file)
     if file is None:
-        raise UserError(
-            f"data.join.file: there is no split or file '{join.file}'; there is: "
-            f"{', '.join(source.splits()) or 'nothing'}"
-        )
+        raise UserError(f"data.join.file: there is no split or file '{join.file}'; there is: {contents(source)}")
     others: dict[str, Mapping[str, Any]] = {}
     for location, values in source.read(file):
-        name = _column(values, join.key, "data.join.key", location)
+        name = _text(_value(values, join.key, "data.join.key", location), join.key, "data.join.key", location)
         if name in others:
             raise UserError(f"{location}: data.join.key: '{name}' stands twice in the column '{join.key}'")
         others[name] = values
@@ -130,35 +152,34 @@ def filtered(table: Table, data: config.Data, section: str = "data") -> Table:
     return table.select(keep)
 
 
-def text(value: Any) -> str:
-    """Turn a value into the text that templates and filters use: 3 becomes "3", true "true", null the empty text.
-
-    A list of one value stands for that value. ValueError for longer lists, objects and bytes.
-    """
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, dict, bytes)):
-        raise ValueError(f"a {type(value).__name__} of {len(value)}")
-    result = str(value)
-    try:
-        result.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at position {error.start}, which is no character") from None
-    return result
+def refuse(table: Table, rows: list[int], column: str, key: str) -> None:
+    """UserError where there are rows that lack what every row needs in a column."""
+    if rows:
+        more = f", nor in {len(rows) - 1} more of {len(table.rows)} rows" if len(rows) > 1 else ""
+        raise UserError(
+            f"{table.locations[rows[0]]}: {key}: the column '{column}' has no value here{more}; give it one, or leave "
+            f'such rows out with data.where_not: {{{column}: [""]}}'
+        )
 
 
-def _column(values: Mapping[str, Any], column: str, key: str, location: str) -> str:
+def _value(values: Mapping[str, Any], column: str, key: str, location: str, is_first: bool = True) -> Any:
+    """The value of a row in a column. UserError where it has none, or one that Python cannot hold."""
     if column not in values:
-        hint = nearest(column, [str(name) for name in values])
-        raise UserError(f"{location}: {key} names the column '{column}', which is not there; {hint}")
+        remedy = nearest(column, [str(name) for name in values])
+        if not is_first:
+            remedy = f"rows before it have one: write null, or an empty text, where a row has no value; {remedy}"
+        raise UserError(f"{location}: {key} names the column '{column}', which is not there; {remedy}")
     try:
-        return text(values[column])
+        return values[column]
+    except UserError as error:
+        raise error.but(key=key) from None
+
+
+def _text(value: Any, column: str, key: str, location: str) -> str:
+    try:
+        return text(value)
     except ValueError as error:
-        raise UserError(f"{location}: {key}: the column '{column}' holds {error}; use one text or number") from None
+        raise UserError(f"{location}: {key}: the column '{column}' holds {error}") from None
 
 
 @dataclass(frozen=True)
@@ -174,11 +195,12 @@ class _Joined:
         return self.source.find(split)
 
     def read(self, split: str) -> LocatedRows:
+        column, key = self.join.column, "data.join.column"
         for location, values in self.source.read(split):
-            name = _column(values, self.join.column, "data.join.column", location)
+            name = _text(_value(values, column, key, location), column, key, location)
             if name not in self.others:
                 raise UserError(f"{location}: data.join: '{name}' is not in the column '{self.join.key}' of its file")
-            yield location, {**self.others[name], **values}
+            yield location, ChainMap(values, self.others[name])  # type: ignore[arg-type]  # nobody writes to it
 
 
 @dataclass(frozen=True)
@@ -196,62 +218,67 @@ class _Builtin:
 
     def read(self, split: str) -> LocatedRows:
         if split not in self.splits():
-            yield from _read_file(Path(split))
+            yield from files.read_file(Path(split))
             return
         for number, row in enumerate(builtin.rows(self.task, split), 1):
             yield f"builtin:{self.task} {split} row {number}", row
 
 
-@dataclass(frozen=True)
 class _Files:
-    path: Path
+    """A folder of data files, or one file."""
 
-    @property
-    def folder(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = files.Folder.open(path) if path.is_dir() else None
+        self._paths: dict[str, list[Path]] = {}  # the files of each split, as `find` named it
 
     def splits(self) -> list[str]:
-        if not self.path.is_dir():
-            return [_stem(self.path)]
-        return sorted({_stem(path) for path in self._data_files()})
-
-    def _data_files(self) -> list[Path]:
-        try:
-            return sorted(path for path in self.path.iterdir() if _is_data_file(path))
-        except OSError as error:
-            raise UserError(f"the folder {self.path} cannot be read: {error}", key="data.source") from None
+        return [files.stem(self.path)] if self.folder is None else self.folder.splits()
 
     def find(self, split: str) -> str | None:
-        if _is_data_file(Path(split)):
-            return _file_named(split, self.folder)
-        if self.path.is_file():
+        paths = self._files_of(split)
+        if not paths:
+            return None
+        name = str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        self._paths[name] = paths
+        return name
+
+    def _files_of(self, split: str) -> list[Path]:
+        if files.is_data_file(Path(split)):
+            named = _file_named(split, self.path.parent if self.folder is None else self.folder.path)
+            if named is not None or self.folder is None:
+                return [] if named is None else [Path(named)]
+        if self.folder is None:
             # A file by itself is the training data whatever it is called, and never the evaluation data too.
-            is_train = split == "train" or (split == _stem(self.path) and split not in (*VALIDATION, "test"))
-            return str(self.path) if is_train else None
-        files = [path.name for path in self._data_files() if _stem(path) == split]
-        if len(files) > 1:
-            raise UserError(f"{self.path}: several files for the split '{split}': {', '.join(files)}; name one")
-        return str(self.path / files[0]) if files else None
+            is_train = split == "train" or (split == files.stem(self.path) and split not in (*VALIDATION, "test"))
+            return [self.path] if is_train else []
+        # So is a folder of parts without a split's name.
+        return self.folder.files_of(split) or (files.parts_of(self.path) if split == "train" else [])
 
     def read(self, split: str) -> LocatedRows:
-        return _read_file(Path(split))
+        return files.read_files(self._paths[split])
 
 
+@dataclass(frozen=True)
 class _Hub:
-    """A data set of the Hugging Face hub, read by the library `datasets`."""
+    """A data set of the Hugging Face hub, or one saved by the library `datasets`, which reads both."""
 
-    def __init__(self, name: str, subset: str | None) -> None:
+    name: str
+    tables: Mapping[str, Any]  # a datasets.Dataset for each split
+
+    @classmethod
+    def loaded(cls, name: str, subset: str | None) -> _Hub:
+        """The data set that the hub calls `name`."""
         try:
             import datasets
         except ImportError:
             raise UserError(
                 f"'{name}' is not a file or folder here, and a data set of the hub needs the "
-                f"library datasets: {_INSTALL}",
+                f"library datasets: {INSTALL}",
                 key="data.source",
             ) from None
-        self.name = name
         try:
-            self.loaded: Any = datasets.load_dataset(name, subset)
+            return cls(name, datasets.load_dataset(name, subset))
         except Exception as error:  # the library raises anything, from OSError to its own classes
             raise UserError(
                 f"'{name}' is neither a file or folder here nor a data set that the hub gives: "
@@ -259,101 +286,51 @@ class _Hub:
                 key="data.source",
             ) from None
 
+    @classmethod
+    def saved(cls, path: Path) -> _Hub:
+        """What `save_to_disk` has written to a folder: several splits, or one, which is the training data."""
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                f"{path} was written by the library datasets, which reads it: {INSTALL}", key="data.source"
+            ) from None
+        try:
+            tables = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise UserError(
+                f"{path}: cannot be read as what datasets' save_to_disk writes: {type(error).__name__}: {error}",
+                key="data.source",
+            ) from None
+        return cls(str(path), tables if isinstance(tables, datasets.DatasetDict) else {"train": tables})
+
     def splits(self) -> list[str]:
-        return [str(split) for split in self.loaded]
+        return [str(split) for split in self.tables]
 
     def find(self, split: str) -> str | None:
         return split if split in self.splits() else _file_named(split, None)
 
     def read(self, split: str) -> LocatedRows:
         if split not in self.splits():
-            yield from _read_file(Path(split))
+            yield from files.read_file(Path(split))
             return
-        rows = self.loaded[split]
-        # Columns of class numbers give the names of their classes.
-        classes = {column: feature.names for column, feature in rows.features.items() if hasattr(feature, "int2str")}
-        for number, row in enumerate(rows, 1):
-            names = {c: class_names[row[c]] for c, class_names in classes.items() if row[c] is not None and row[c] >= 0}
-            yield f"{self.name} {split} row {number}", {**row, **names}
+        table = self.tables[split]
 
+        def values(column: str) -> list[Any]:
+            read = files.python_values(table.select_columns([column]).with_format("arrow")[:].column(column))
+            feature = table.features[column]
+            if not hasattr(feature, "int2str"):
+                return read
+            # Columns of class numbers give the names of their classes.
+            return [feature.names[value] if value is not None and value >= 0 else value for value in read]
 
-def _stem(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
-    return name.removesuffix(Path(name).suffix)
-
-
-def _is_data_file(path: Path) -> bool:
-    return path.name.removesuffix(".gz").endswith(SUFFIXES)
+        yield from files.Columns(table.column_names, values).rows(len(table), f"{self.name} {split}")
 
 
 def _file_named(split: str, folder: Path | None) -> str | None:
     """The path of a split that is given as a file: in the source's folder, else in the current one; None if neither."""
     path = Path(os.path.expanduser(split))
-    if not _is_data_file(path):
+    if not files.is_data_file(path):
         return None
     candidates = [path] if folder is None else [folder / path, path]
     return next((str(candidate) for candidate in candidates if candidate.is_file()), None)
-
-
-def _read_file(path: Path) -> LocatedRows:
-    if not _is_data_file(path):
-        raise UserError(f"{path}: a data file ends in {', '.join(SUFFIXES)}, each with or without .gz")
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    return {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[suffix](path, content)
-
-
-def _read_jsonl(path: Path, content: bytes) -> LocatedRows:
-    for number, line in enumerate(io.BytesIO(content), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: must be a JSON object of columns, got {type(row).__name__}")
-        yield f"{path}:{number}", row
-
-
-def _read_csv(path: Path, content: bytes) -> LocatedRows:
-    try:
-        decoded = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
-    reader = csv.reader(io.StringIO(decoded, newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                if len(cells) != len(header):
-                    raise UserError(f"{path}:{line}: {len(cells)} cells, but {len(header)} columns in the header")
-                yield f"{path}:{line}", dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-
-
-def _read_parquet(path: Path, content: bytes) -> LocatedRows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs the library pyarrow: {_INSTALL}") from None
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a valid parquet file: {error}") from None
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path} row {number}", row

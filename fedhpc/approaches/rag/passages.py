@@ -7,16 +7,18 @@ among the questions. A question whose target column holds a list has one referen
 from __future__ import annotations
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedhpc import config, registry
 from fedhpc.data import sources
+from fedhpc.data.files import LocatedRows
 from fedhpc.data.load import Data, ids_of, owners_with_enough
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
-from fedhpc.data.sources import LocatedRows, Source, Table
+from fedhpc.data.sources import Source, Table
 from fedhpc.data.templates import Template, parse
 from fedhpc.data.tokens import Examples, Join, Writing, cached_tokens, examples_from
 from fedhpc.errors import UserError
@@ -120,7 +122,7 @@ def _name_of(source: Source, data: config.Data, split: str) -> str:
         content = "passages" if split == "train" else "questions"
         raise UserError(
             f"data.{split}: '{data.source}' has no split or file '{name}' with {content}; it has: "
-            f"{', '.join(source.splits()) or 'nothing'}"
+            f"{sources.contents(source)}"
         )
     return name_in_source
 
@@ -187,4 +189,4 @@ class _OneReference:
                 )
             # An empty list gives a row with an empty target, for which there is an error already.
             for chosen in zip(*lists.values(), strict=True) if all(lists.values()) else [("",) * len(lists)]:
-                yield location, {**values, **dict(zip(lists, chosen, strict=True))}
+                yield location, ChainMap(dict(zip(lists, chosen, strict=True)), values)  # type: ignore[arg-type]
