@@ -135,7 +135,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=getattr(torch, model.dtype),
-            attn_implementation="sdpa",
+            attn_implementation=None,  # torch's own where the class supports it, else what it has
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed; without, the reason is only logged
             **quantization,

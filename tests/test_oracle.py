@@ -1,0 +1,39 @@
+"""Classes of transformers beside transformers itself (tests/oracle.py): all of them by hand, some in every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import oracle
+from tests.oracle import Case
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of tiny random models
+
+# One of each sort: rotary and grouped keys, learned positions, one key head, latent attention, experts, a sliding
+# window, a state-space hybrid, no SDPA; an encoder, one with relative positions; T5's kind and BART's.
+REPRESENTATIVES = [
+    *(Case("causal_lm", name) for name in ("qwen3", "opt", "falcon", "deepseek_v3", "mixtral", "mistral", "jamba")),
+    *(Case("causal_lm", name) for name in ("gemma2", "bloom")),
+    *(Case("classification", name) for name in ("distilbert", "deberta-v2")),
+    *(Case("seq2seq", name) for name in ("mt5", "marian")),
+]
+
+
+def _agrees(case: Case, folder: Path) -> None:
+    verdict = oracle.judge(case, folder)
+    assert not verdict.wrong, verdict.wrong
+    assert verdict.works or verdict.refused or verdict.unmade
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REPRESENTATIVES, ids=str)
+def test_a_class_of_each_sort_is_what_transformers_is(case: Case, tmp_path: Path) -> None:
+    _agrees(case, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("case", oracle.cases(), ids=str)
+def test_every_class_is_what_transformers_is_or_refused(case: Case, tmp_path: Path) -> None:
+    _agrees(case, tmp_path)
