@@ -24,6 +24,7 @@ from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Evaluator, Outcome
 from fedhpc.models.base import Base
+from fedhpc.models.load import stored_classes
 from fedhpc.participation.blocks import joined, most_together, resolve_block_size
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.participation.sampling import cohort_size
@@ -108,7 +109,7 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     @classmethod
     def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> Data:
         """The splits and the population. UserError for all that is wrong with the data."""
-        return data.load_data(config, tokenizer, model, write_cache)
+        return data.load_data(config, tokenizer, model, write_cache, head=stored_classes(config.model))
 
     @property
     def messages(self) -> list[str]:

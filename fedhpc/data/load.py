@@ -13,6 +13,7 @@ import numpy as np
 from fedhpc import config, registry
 from fedhpc.data import sources
 from fedhpc.data.files import is_shard
+from fedhpc.data.labels import class_order
 from fedhpc.data.partitioners.base import Int32
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
@@ -64,12 +65,14 @@ def load_data(
     writing: Writing,
     write_cache: bool = True,
     public: Public | None = None,
+    head: Sequence[str] = (),
 ) -> Data:
     """Read, tokenise and divide the data of a run.
 
     writing: how an example is written; data.target is used only where it has a target. write_cache: whether tokens are
-    cached for the next run (`--check` writes nothing). public: the public set to read beside the splits. A UserError
-    says what is wrong with the data, and in which file and line.
+    cached for the next run (`--check` writes nothing). public: the public set to read beside the splits. head: the
+    classes of the model's own head, whose order the classes have that are the same. A UserError says what is wrong
+    with the data, and in which file and line.
     """
     data = settings.data
     prompt, target = parse(data.prompt, "data.prompt"), parse(data.target if writing.has_target else "", "data.target")
@@ -77,7 +80,10 @@ def load_data(
     tables, owner_names = _read_splits(settings, prompt, target, public, messages)
     label_names: list[str] = []
     if data.label is not None:
-        label_names = sorted({row[data.label] for table in tables.values() for row in table.rows})
+        names = {row[data.label] for table in tables.values() for row in table.rows}
+        label_names = class_order(names, head)
+        if without_rows := [name for name in label_names if name not in names]:
+            messages.append(f"data.label: no row is {', '.join(without_rows)}, which stays a class as the model has it")
     true_labels = ids_of(tables["train"], data.label, label_names)
     if data.label is not None and data.label_noise:
         if writing.has_target and data.label not in target.columns:

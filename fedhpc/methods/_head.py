@@ -97,13 +97,15 @@ class WithHead(Method):
             yield attached
 
     def export(self, values: Tensors, path: Path) -> None:
-        """The method's own export with the head in it."""
+        """The method's own export with the head in it, and with the names of the classes, for which PEFT has no place:
+        a config.json that transformers' AutoConfig reads."""
         head = _part(values, self._head)
         with swapped(holders(self.base.model, head), {n: t.to(self._parameters[n]) for n, t in head.items()}):
             self.method.export(_part(values, self.method.payload), path)
         # A model folder has the head among its weights by now.
         if (path / "adapter_config.json").exists():
             add_modules(path, head, self.base)
+            self.base.model.config.save_pretrained(path)
 
     def write_adapter(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
         self.method.write_adapter(path, config, tensors)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,20 @@ class Sizes:
     hidden_size: int
 
 
+class Absent(NamedTuple):
+    """The parameters that a model folder does not have."""
+
+    missing: AbstractSet[str]
+    resized: Mapping[str, int]  # stored in another shape -> how many rows they have there
+
+
+class Fitted(NamedTuple):
+    """What became of a stored head."""
+
+    anew: Sequence[str] = ()  # parameters that are drawn anew though they were stored
+    messages: Sequence[str] = ()  # for the log
+
+
 @dataclass(frozen=True, eq=False)
 class Base(ABC):
     """A frozen model and its tokenizer, on one device.
@@ -160,6 +175,16 @@ class Base(ABC):
     def config_options(cls, labels: Sequence[str]) -> dict[str, Any]:
         """What is set in the model's configuration when it is loaded."""
         return {}
+
+    @classmethod
+    def stored_classes(cls, config: Any) -> list[str]:
+        """The classes of a stored head, row by row, by the transformers configuration; none without one, or names."""
+        return []
+
+    @classmethod
+    def fit_head(cls, network: Any, head: Sequence[str], labels: Sequence[str], absent: Absent) -> Fitted:
+        """Make the stored head of `network` one of the classes `labels`, in place. head: as `stored_classes` says."""
+        return Fitted()
 
     @classmethod
     def may_be_new(cls, network: Any, parameter: str) -> bool:

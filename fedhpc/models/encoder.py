@@ -5,7 +5,7 @@ A text stands between the tokenizer's own special tokens, cut at its end where i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from fedhpc.data.labels import in_head
 from fedhpc.data.tokens import Examples, Join
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import (
+    Absent,
     Attached,
     Base,
+    Fitted,
     Int64,
     LabelRows,
     Predictor,
@@ -110,11 +113,56 @@ class Classifier(Encoder, Predictor):
 
     @classmethod
     def config_options(cls, labels: Sequence[str]) -> dict[str, Any]:
-        """The labels. UserError for fewer than two."""
+        """The labels, one of which an example has. UserError for fewer than two."""
         if len(labels) < 2:
             raise UserError(f"data.label: a classifier needs at least two classes, the data have {len(labels)}")
         names = dict(enumerate(labels))
-        return {"num_labels": len(labels), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        return {
+            "id2label": names,
+            "label2id": {name: i for i, name in names.items()},
+            "problem_type": "single_label_classification",
+        }
+
+    @classmethod
+    def stored_classes(cls, config: Any) -> list[str]:
+        """As `id2label` names them, or `label2id` where that has the names alone; none where the two disagree."""
+        by_id, by_name = dict(config.id2label), {int(row): name for name, row in (config.label2id or {}).items()}
+        if _is_unnamed(by_id) and by_name.keys() == by_id.keys():
+            by_id = by_name
+        holds = sorted(by_id) == list(range(len(by_id))) and (by_name == by_id or _is_unnamed(by_name))
+        return [by_id[row] for row in sorted(by_id)] if holds else []
+
+    @classmethod
+    def fit_head(cls, network: Any, head: Sequence[str], labels: Sequence[str], absent: Absent) -> Fitted:
+        """The rows of the stored output layer go with their names; where they cannot, it is drawn anew."""
+        outputs = [
+            (path, module)
+            for path, module in network.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            and not _in_backbone(network, path)
+            and module.out_features == len(labels)
+        ]
+        if not outputs:
+            return Fitted()
+        path, layer = outputs[-1]
+        names = [f"{path}.{name}" for name, _ in layer.named_parameters()]
+        drawn = f"one for the {len(labels)} classes of data.label is drawn by run.seed"
+        if not absent.missing.isdisjoint(names):
+            return Fitted(messages=[f"has no head of a classifier: {drawn}"])
+        if rows := [absent.resized[name] for name in names if name in absent.resized]:
+            return Fitted(messages=[f"has a head of size {rows[0]}, which is left out: {drawn}"])
+        ordered = in_head(labels, head)
+        if ordered is None:
+            named = f"for {_listed(head)} and not {_listed(labels)}" if head else "without names for its rows"
+            way_out = "to keep it, give its config.json an id2label and a label2id with the values of data.label"
+            return Fitted(names, [f"has a head {named}, which is left out: {drawn}; {way_out}"])
+        if ordered.classes != list(labels):
+            rows = [ordered.classes.index(label) for label in labels]
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.copy_(parameter[rows])
+        taken = f"has a head for {_listed(head)}, which are taken for {_listed(ordered.classes)}"
+        return Fitted(messages=[] if ordered.by_name else [taken])
 
     @classmethod
     def may_be_new(cls, network: Any, parameter: str) -> bool:
@@ -258,6 +306,16 @@ class SentenceEncoder(Encoder):
                 hidden = self.model(input_ids=text, attention_mask=torch.ones_like(text), **types).last_hidden_state
                 vectors.append(torch.nn.functional.normalize(hidden[0].mean(dim=0), dim=0))
         return torch.stack(vectors)
+
+
+def _is_unnamed(names: Mapping[int, str]) -> bool:
+    """Whether these are the names that transformers gives to classes without one."""
+    return all(name == f"LABEL_{row}" for row, name in names.items())
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [name or "(empty)" for name in names[:6]]
+    return ", ".join(shown) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _in_backbone(network: Any, path: str) -> bool:

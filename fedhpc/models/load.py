@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedhpc.config import Model
 from fedhpc.errors import UserError
-from fedhpc.models.base import Base
+from fedhpc.models.base import Absent, Base
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier, SentenceEncoder
 from fedhpc.models.seq2seq import Seq2Seq
@@ -115,6 +116,11 @@ def import_classes(model: Model) -> None:
         getattr(_transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
 
 
+def stored_classes(model: Model) -> list[str]:
+    """The classes of the model's own head, row by row; none where it has no head, or one without names."""
+    return model_class(model).stored_classes(_load_config(model))
+
+
 def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), seed: int = 0) -> Base:
     """Load the base model onto `device`, in eval mode, without gradients.
 
@@ -140,16 +146,18 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             ignore_mismatched_sizes=True,  # so that they are listed; without, the reason is only logged
             **quantization,
         )
-    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    new = sorted(name for name in absent if chosen.may_be_new(network, name))
-    unfit = absent.difference(new)
+    absent = Absent(set(info["missing_keys"]), {key[0]: key[1][0] for key in info["mismatched_keys"]})
+    new = sorted(name for name in {*absent.missing, *absent.resized} if chosen.may_be_new(network, name))
+    unfit = {*absent.missing, *absent.resized}.difference(new)
     if unfit:
         raise UserError(
             f"the weights of '{model.name}' do not fit its config.json: {len(unfit)} tensors are missing "
             f"or of another shape, like {min(unfit)}",
             key="model.name",
         )
-    _draw(network, new, seed)
+    fingerprint = _fingerprint(network, new)  # of what is stored, whatever the data make of it
+    fitted = chosen.fit_head(network, stored_classes(model), labels, absent)
+    _draw(network, {*new, *fitted.anew}, seed)
     network.requires_grad_(False).eval()
     if not quantization:  # else it is there, and bitsandbytes refuses to move it
         network.to(device)
@@ -159,7 +167,8 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             f"{network.get_input_embeddings().weight.shape[0]}: they do not belong together",
             key="model.name",
         )
-    base = chosen.of(network, tokenizer, device, model.name, _fingerprint(network, new), new)
+    made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
+    base = replace(made, messages=tuple(f"model: '{model.name}' {message}" for message in fitted.messages))
     base.check()
     if model.gradient_checkpointing:
         checkpoint_layers(network)

@@ -44,7 +44,7 @@ from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, subset
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base, Predictor
-from fedhpc.models.load import load_tokenizer, model_class
+from fedhpc.models.load import load_tokenizer, model_class, stored_classes
 from fedhpc.objectives.base import PredictedObjective
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
@@ -133,7 +133,8 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     @classmethod
     def read(cls, config: Config, tokenizer: Any, model: type[Base], write_cache: bool) -> GroupedData:
         """Load the splits and the public set in the tokens of the server and of every group."""
-        of_server = data.load_data(config, tokenizer, model, write_cache, config.method.public)
+        public, head = config.method.public, stored_classes(config.model)
+        of_server = data.load_data(config, tokenizer, model, write_cache, public, head)
         groups: list[Data | None] = []
         by_content: dict[str, Data] = {}  # of the tokenizer
         for i, group in enumerate(config.method.groups):
@@ -156,7 +157,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
                 continue
             if content not in by_content:
                 changed = config.model_copy(update={"model": of_group})
-                by_content[content] = data.load_data(changed, theirs, model, write_cache, config.method.public)
+                by_content[content] = data.load_data(changed, theirs, model, write_cache, public, head)
             same = model.has_target and _same_tokens(tokenizer, of_server, theirs, by_content[content])
             if model.has_target and not same and config.method.align == "none":
                 raise UserError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedhpc import config, registry
 from fedhpc.data import sources
 from fedhpc.data.files import LocatedRows
+from fedhpc.data.labels import class_order
 from fedhpc.data.load import Data, ids_of, owners_with_enough
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
@@ -72,7 +73,7 @@ def load_passages(
     if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
         table, owner_names = owners_with_enough(settings, table, owner_names, messages)
     passages = [render.render(row) for row in table.rows]
-    label_names = sorted({row[data.label] for row in table.rows}) if data.label is not None else []
+    label_names = class_order(row[data.label] for row in table.rows) if data.label is not None else []
     tokens, message = cached_tokens(
         passages, [""] * len(passages), table.locations, tokenizer, data.max_length, _Passage(), write_cache
     )

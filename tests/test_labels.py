@@ -1,0 +1,201 @@
+"""What becomes a class, in which order, and what a model's own head makes of it: against transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+from fedhpc import registry
+from fedhpc.config import Model
+from fedhpc.data.labels import class_order, in_head
+from fedhpc.methods import adapter as bottleneck
+from fedhpc.methods import with_head
+from fedhpc.methods.base import Method
+from fedhpc.models import load as models
+from fedhpc.models.base import Base
+from tests import federations
+from tests.federations import write_texts
+
+NLI = ["entailment", "neutral", "contradiction"]
+CPU = torch.device("cpu")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "prefix": {"num_virtual_tokens": 3},
+    "prompt": {"num_virtual_tokens": 3},
+    "lora": {"rank": 2},
+    "ia3": {},
+    "adapter": {"bottleneck": 4},
+    "full": {},
+}
+
+# ---------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ([str(i) for i in range(12)], [str(i) for i in range(12)]),
+        (["10", "9", "-1", "0.5", "1e1", "02"], ["-1", "0.5", "02", "9", "10", "1e1"]),
+        (["10", "2", ""], ["", "2", "10"]),
+        (["10", "2", "b"], ["10", "2", "b"]),
+        (["10", "2", "nan"], ["10", "2", "nan"]),
+        (["b", "a", "b", ""], ["", "a", "b"]),
+    ],
+)
+def test_numbers_are_in_their_order_and_other_classes_in_that_of_texts(names: list[str], wanted: list[str]) -> None:
+    assert class_order(names) == class_order(reversed(names)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("classes", "head", "wanted"),
+    [
+        (NLI, NLI[::-1], (NLI[::-1], True)),
+        (["neg", "pos"], ["NEG", "Pos"], (["neg", "pos"], False)),
+        (["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"], (["0", "1", "2"], False)),
+        (["0", "1", "2"], NLI, (["0", "1", "2"], False)),
+        (["LABEL_0", "LABEL_1"], ["neg", "pos"], (["LABEL_0", "LABEL_1"], False)),
+        (["0", "1"], ["1", "0"], (["1", "0"], True)),  # its names are numbers, and not those of its rows
+        (["0", "1", "2"], ["1", "2", "3"], None),
+        (["1", "2", "3"], NLI, None),
+        (["neg", "pos"], ["LABEL_0", "LABEL_1"], None),
+        (["neg", "pos"], ["neg", "neg"], None),
+        (["A", "a"], ["a", "B"], None),
+        (["a", "b"], ["a", "b", "c"], None),
+        (["a", "b"], [], None),
+    ],
+)
+def test_classes_are_those_of_a_head_by_name_or_by_index(
+    classes: list[str], head: list[str], wanted: tuple[list[str], bool] | None
+) -> None:
+    found = in_head(classes, head)
+    assert (None if found is None else tuple(found)) == wanted
+    assert class_order(classes, head) == (wanted[0] if wanted else classes if set(classes) - set(head) else head)
+
+
+# ---------------------------------------------------------------- a head that a model brings
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_texts(tmp_path_factory.mktemp("texts"))
+    federations.save_random_bert(folder / "bert")
+    return folder
+
+
+def with_classes(texts: Path, folder: Path, names: Sequence[str], by_name: dict[str, int] | None = None) -> Path:
+    """A classifier in `folder` whose random head has these classes, row by row."""
+    torch.manual_seed(len(names))
+    model = tf.AutoModelForSequenceClassification.from_pretrained(texts / "bert", id2label=dict(enumerate(names)))
+    model.config.label2id = {name: i for i, name in enumerate(names)} if by_name is None else by_name
+    with torch.no_grad():
+        model.classifier.weight.mul_(20.0)
+        model.classifier.bias.copy_(torch.linspace(-1, 1, len(names)))
+    model.save_pretrained(folder)
+    tf.AutoTokenizer.from_pretrained(texts / "bert").save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, labels: Sequence[str], seed: int = 0) -> Base:
+    return models.load_base(Model(name=str(folder), dtype="float64"), CPU, labels, seed)
+
+
+@pytest.mark.parametrize(
+    "labels", [NLI, NLI[::-1], sorted(NLI), ["1", "0", "2"], ["NEUTRAL", "Entailment", "contradiction"]]
+)
+def test_the_rows_of_a_head_go_with_their_names(texts: Path, tmp_path: Path, labels: list[str]) -> None:
+    base = load(with_classes(texts, tmp_path, NLI), labels)
+    theirs = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    ids = torch.arange(4, 24).reshape(2, 10)
+    wanted = theirs(input_ids=ids).logits
+    for column, label in enumerate(labels):
+        row = int(label) if label.isdigit() else NLI.index(label.lower())
+        torch.testing.assert_close(base.model(input_ids=ids).logits[:, column], wanted[:, row])
+    assert base.model.config.id2label == dict(enumerate(labels))
+    assert base.model.config.problem_type == "single_label_classification"
+    said = (
+        [] if set(labels) == set(NLI) else [f"model: '{tmp_path}' has a head for {', '.join(NLI)}, which are taken for"]
+    )
+    assert len(base.messages) == len(said) and all(m.startswith(s) for m, s in zip(base.messages, said, strict=True))
+
+
+LEFT_OUT: dict[str, tuple[list[str], dict[str, int] | None, str]] = {
+    "another size": (["a", "b", "c", "d", "e"], None, "has a head of size 5, which is left out: one for the 3 classes"),
+    "regression": (["LABEL_0"], None, "has a head of size 1, which is left out"),
+    "other names": (
+        ["x", "y", "z"],
+        None,
+        "has a head for x, y, z and not neutral, entailment, contradiction, which is",
+    ),
+    "no names": (["LABEL_0", "LABEL_1", "LABEL_2"], None, "has a head for LABEL_0, LABEL_1, LABEL_2 and not neutral"),
+    "contradiction": (NLI, {name: 2 - i for i, name in enumerate(NLI)}, "has a head without names for its rows"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_head_that_is_not_of_the_classes_is_drawn_anew_and_said(texts: Path, tmp_path: Path, case: str) -> None:
+    names, by_name, said = LEFT_OUT[case]
+    folder, labels = with_classes(texts, tmp_path, names, by_name), ["neutral", "entailment", "contradiction"]
+    one, same, other = (load(folder, labels, seed) for seed in (5, 5, 6))
+    stored = tf.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).classifier.weight
+    bare = load(texts / "bert", labels, 5)
+    assert torch.equal(one.model.classifier.weight, same.model.classifier.weight)
+    assert torch.equal(one.model.classifier.weight, bare.model.classifier.weight)  # as one of an encoder without any
+    assert not torch.equal(one.model.classifier.weight, other.model.classifier.weight)
+    assert one.model.classifier.weight.shape != stored.shape or not torch.equal(one.model.classifier.weight, stored)
+    assert len(one.messages) == 1 and said in one.messages[0] and "drawn by run.seed" in one.messages[0]
+    assert "has no head of a classifier" in bare.messages[0]
+    assert one.fingerprint == other.fingerprint
+
+
+def test_names_that_label2id_alone_has_are_used(texts: Path, tmp_path: Path) -> None:
+    unnamed = [f"LABEL_{i}" for i in range(3)]
+    folder = with_classes(texts, tmp_path, unnamed, {name: i for i, name in enumerate(NLI)})
+    assert models.stored_classes(Model(name=str(folder))) == NLI
+
+
+# ---------------------------------------------------------------- exports
+
+
+def tuned(base: Base, name: str) -> tuple[Method, dict[str, torch.Tensor]]:
+    """A method and a payload that shows."""
+    method = with_head(registry.choice("methods", name)(registry.options("methods", name)(**OPTIONS[name]), base, 0))
+    noise = torch.Generator().manual_seed(1)
+    size = 0.02 if name == "full" else 0.2
+    payload = {n: t + size * torch.randn(t.shape, generator=noise, dtype=t.dtype) for n, t in method.initial().items()}
+    return method, payload
+
+
+@pytest.mark.parametrize("classes", [6, 12])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_export_says_its_classes_to_peft_and_pipelines(texts: Path, tmp_path: Path, name: str, classes: int) -> None:
+    """Of integer labels, on a bare encoder, whose configuration has two classes."""
+    labels, folder = class_order(str(i) for i in range(classes)), tmp_path / "adapter"
+    base = models.load_base(Model(name=str(texts / "bert")), CPU, labels)
+    method, payload = tuned(base, name)
+    method.export(payload, folder)
+    config = tf.AutoConfig.from_pretrained(folder)
+    assert config.id2label == {i: str(i) for i in range(classes)}
+    assert config.label2id == {str(i): i for i in range(classes)}
+    auto, names = tf.AutoModelForSequenceClassification, {"id2label": config.id2label, "label2id": config.label2id}
+    if name == "full":
+        loaded = auto.from_pretrained(folder)
+    elif name == "adapter":
+        loaded = bottleneck.load(auto.from_pretrained(texts / "bert", config=config), folder)
+    else:
+        loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, **names)
+    pipe = tf.pipeline("text-classification", model=loaded, tokenizer=base.tokenizer, device="cpu", top_k=None)
+    rows = [json.loads(line)["mr"] for line in (texts / "test.jsonl").read_text().splitlines()[:2]]
+    views = {n: t.unsqueeze(0) for n, t in payload.items()}
+    for row in rows:
+        ids = base.tokenizer(row, return_tensors="pt")["input_ids"]
+        with torch.no_grad(), method.attach(views, views, torch.zeros(1, dtype=torch.int64)) as attached:
+            ours = base.class_logits(attached, ids, torch.ones_like(ids)).softmax(-1)[0]  # type: ignore[attr-defined]
+        theirs = {answer["label"]: answer["score"] for answer in pipe([row])[0]}
+        assert set(theirs) == set(labels)
+        assert [theirs[label] for label in labels] == pytest.approx(ours.tolist(), abs=1e-5)
