@@ -2,6 +2,7 @@
 
     run = fedhpc.run("mine.yaml", ranks=3)      # or a mapping, or a Config; a Run with DataFrames comes back
     run = fedhpc.open_run("runs/mine")          # one that is on disk
+    model = fedhpc.load("runs/mine/adapter")    # what it exported: model.generate(["..."])
 
 The names below are imported on first use, so that `import fedhpc` costs nothing. The classes are those that a plugin
 derives from (fedhpc.registry says where a plugin may lie).
@@ -19,6 +20,7 @@ _MODULES = {
     "run": "fedhpc.api",
     "open_run": "fedhpc.api",
     "load_config": "fedhpc.api",
+    "load": "fedhpc.customized",
     "Run": "fedhpc.api",
     "Config": "fedhpc.config",
     "UserError": "fedhpc.errors",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from fedhpc.api import open_run as open_run
     from fedhpc.api import run as run
     from fedhpc.config import Config as Config
+    from fedhpc.customized import load as load
     from fedhpc.data.partitioners.base import Partitioner as Partitioner
     from fedhpc.errors import UserError as UserError
     from fedhpc.evaluation.metrics.base import Metric as Metric

@@ -115,7 +115,7 @@ LAYERS = [
     {"participation", "evaluation"},
     {"approaches"},
     {"federation"},
-    {"main", "bench", "sweep", "api"},
+    {"main", "bench", "sweep", "api", "customized"},
     {"console"},
     {"__main__"},
 ]

@@ -230,6 +230,15 @@ def tokenize(
     return Tokens(np.concatenate(ids), offsets, prompt_lengths)
 
 
+def prompt_ids(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing
+) -> list[Int32]:
+    """The token ids of rendered prompts without a target, special ones included: as `tokenize` makes them."""
+    join = writing.join(tokenizer, max_length)
+    encoded = _encode(tokenizer, prompts) if prompts else []
+    return [np.array(join(ids, [], f"prompt {number}")[0], np.int32) for number, ids in enumerate(encoded, 1)]
+
+
 def cached_tokens(
     prompts: Sequence[str],
     targets: Sequence[str],

@@ -111,7 +111,8 @@ class Evaluator:
             firsts = np.array([groups[i][0] for i in items], np.int64)
             generated = shares.texts(examples, firsts, payload)
             if rank == 0:
-                texts = [_decode(base, row) for row in generated]
+                assert isinstance(base, Generative)
+                texts = [base.text(row) for row in generated]
                 references = [[target.strip() for target in groups[i][1]] for i in items]
                 outputs |= {"texts": texts, "references": references}
                 prompts = examples.prompts or []
@@ -323,10 +324,3 @@ class _Shares:
         self.transport.reduce_sum(results)
         summed: NDArray[Any] = results.numpy()
         return summed
-
-
-def _decode(base: Base, ids: Int64) -> str:
-    text: str = base.tokenizer.decode(
-        ids[ids >= 0].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return text.strip()

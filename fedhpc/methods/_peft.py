@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedhpc.models.load import BUILTIN
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,8 +27,8 @@ def virtual_tokens(prompt: Tensor, base: Base) -> dict[str, Any]:
 def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base) -> None:
     """adapter_config.json and adapter_model.safetensors in the folder `path`, on the CPU, contiguous."""
     path.mkdir(parents=True, exist_ok=True)
-    source = str(BUILTIN) if base.name == "builtin" else base.name
-    full = {"task_type": base.task_type, **config, "base_model_name_or_path": source, "inference_mode": True}
+    where = {"base_model_name_or_path": base.source or base.name, "revision": base.revision}
+    full = {"task_type": base.task_type, **config, **where, "inference_mode": True}
     (path / "adapter_config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     _save(path, tensors)
 

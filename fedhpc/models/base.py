@@ -129,6 +129,9 @@ class Base(ABC):
     hidden_size: int
     head: tuple[str, ...] = ()  # linear layers that every method trains beside its own payload
     messages: tuple[str, ...] = ()  # for the log: what was decided while loading
+    source: str = ""  # where it was loaded from: a hub id, or the absolute path of a folder
+    revision: str | None = None  # of the hub
+    quantize: str = "none"  # as in `model.quantize`
 
     @classmethod
     def of(
@@ -216,6 +219,10 @@ class Base(ABC):
     def peft_prefix(self, prefix: Tensor) -> tuple[Tensor, dict[str, int]]:
         """A prefix (n, layers * 2 * kv_heads * head_dim) as PEFT lays it out, and the keys that say so."""
         return prefix, {"num_layers": self.num_layers, "num_transformer_submodules": 1}
+
+    def from_peft_prefix(self, prefix: Tensor) -> Tensor:
+        """The prefix that `peft_prefix` laid out."""
+        return prefix
 
 
 class Predictor(Base):

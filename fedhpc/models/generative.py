@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
@@ -46,6 +47,13 @@ class Generative(Predictor):
         prompts: B non-empty arrays of token ids. A row ends at eos, which is left out, or when the model has no
         positions left. Call it without gradients and with the method attached.
         """
+
+    def text(self, ids: NDArray[Any]) -> str:
+        """The text of a row that was generated, (max_new_tokens,) with -1 after the end, without blanks around it."""
+        text: str = self.tokenizer.decode(
+            ids[ids >= 0].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.strip()
 
     @property
     def num_classes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,14 +36,14 @@ _UNASKED = ("scipy", "sklearn", "jinja2")
 
 
 def source_of(model: Model) -> str:
-    """The folder or hub id that `model.name` means. UserError for a folder without a model."""
+    """The folder (absolute) or hub id that `model.name` means. UserError for a folder without a model."""
     if model.name == "builtin":
         return str(BUILTIN)
     path = Path(model.name).expanduser()
     looks_local = path.exists() or model.name.startswith((".", "/", "~")) or model.name.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
         raise UserError(f"'{model.name}' is not a model folder (it has no config.json)", key="model.name")
-    return str(path) if looks_local else model.name
+    return os.path.abspath(path) if looks_local else model.name
 
 
 @cache
@@ -168,7 +169,13 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             key="model.name",
         )
     made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
-    base = replace(made, messages=tuple(f"model: '{model.name}' {message}" for message in fitted.messages))
+    base = replace(
+        made,
+        source=source,
+        revision=model.revision,
+        quantize=model.quantize,
+        messages=tuple(f"model: '{model.name}' {message}" for message in fitted.messages),
+    )
     base.check()
     if model.gradient_checkpointing:
         checkpoint_layers(network)

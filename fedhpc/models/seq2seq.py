@@ -157,6 +157,10 @@ class Seq2Seq(Generative):
         spread = torch.stack([pairs, torch.zeros_like(pairs)], dim=2).flatten(1)
         return spread, {"num_layers": 2 * self.num_layers, "num_transformer_submodules": 2}
 
+    def from_peft_prefix(self, prefix: Tensor) -> Tensor:
+        """The pairs of keys and values that belong to a layer, without those between them."""
+        return prefix.unflatten(-1, (2 * self.num_layers, -1))[:, ::2].flatten(1)
+
     def states(self, attached: Attached, batch: PairBatch) -> Tensor:
         from fedhpc.models.masks import causal
         from fedhpc.models.prefix_cache import decoder_cache

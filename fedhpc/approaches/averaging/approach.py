@@ -24,6 +24,7 @@ from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines
 from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
+from fedhpc.approaches.export import export
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
@@ -231,10 +232,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         if config.mode == "local":
             views = layout.views(payloads.cpu())
             for i, client in enumerate(self.plan(self.rounds).training):
-                self.method.export({name: view[i] for name, view in views.items()}, folder / str(client))
+                export(self.method, {name: view[i] for name, view in views.items()}, folder / str(client), config)
         else:
             views = layout.views(self.split.join(state.theta, self.personal.initial()))
-            self.method.export(views, folder)
+            export(self.method, views, folder, config)
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
         return FinalResults(
             test=final.metrics,

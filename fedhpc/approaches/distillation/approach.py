@@ -36,6 +36,7 @@ from fedhpc.approaches.distillation.knowledge import (
     with_targets_where_unknown,
 )
 from fedhpc.approaches.distillation.learner import Learner, LearnerGroup, group_of
+from fedhpc.approaches.export import export
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.config import Config
 from fedhpc.data import Data
@@ -337,7 +338,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             return None
         tested = {name: outcome.metrics for name, outcome in outcomes.items() if outcome} | {"ensemble": ensemble}
         views = method.payload.views(_student(state).theta)
-        method.export(views, config.run_dir / "adapter")
+        export(method, views, config.run_dir / "adapter", config)
         student = outcomes["student"]
         assert student is not None
         return FinalResults(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fedhpc.approaches.base import BlockResult, accepted_indices
+from fedhpc.approaches.export import export
 from fedhpc.approaches.fedbpt import cmaes
 from fedhpc.approaches.fedbpt.cmaes import Key, Moments
 from fedhpc.approaches.fedbpt.subspace import subspace
@@ -267,7 +268,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         if state is None or final is None or untouched is None or first is None:
             return None
         tensors = self.method.payload.views(payload[0].cpu())
-        self.method.export(tensors, self.config.run_dir / "adapter")
+        export(self.method, tensors, self.config.run_dir / "adapter", self.config)
         now = _distribution(state)
         columns = np.array(now.rounds, np.float64).reshape(-1, len(_COLUMNS)).T
         return FinalResults(

@@ -432,7 +432,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
             "separator": self.writer.separator,
             "input": self.config.data.prompt,
             "answer": self.config.data.target,
-            "base_model_name_or_path": self.base.name,
+            "base_model_name_or_path": self.base.source,
         }
         text = json.dumps(tree, indent=2, ensure_ascii=False)
         (folder / "prompt.json").write_text(text + "\n", encoding="utf-8")

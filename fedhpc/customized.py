@@ -1,0 +1,235 @@
+"""What a run exported, loaded for use: it writes the texts, or gives the logits, of the run's own test.
+
+    model = fedhpc.load("runs/mine/adapter")
+    model.generate(["name[Aromi], area[city centre] :"], max_new_tokens=64)
+
+A base is loaded and a method attached to it as in the run itself, so the texts depend neither on PEFT nor on how a
+version of transformers passes its cache on, and a row's text is the same alone and in a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedhpc import kernels
+from fedhpc.approaches.export import FACTS
+from fedhpc.config import Model
+from fedhpc.data.tokens import prompt_ids
+from fedhpc.errors import UserError
+from fedhpc.methods import adapter as bottleneck
+from fedhpc.methods.base import Method, Tensors, as_one_client
+from fedhpc.methods.ia3 import IA3
+from fedhpc.methods.lora import Lora
+from fedhpc.methods.prefix import PREFIX, Prefix
+from fedhpc.methods.prompt import Prompt
+from fedhpc.models.base import Attached, Base, padded
+from fedhpc.models.encoder import Classifier
+from fedhpc.models.generative import Generative
+from fedhpc.models.load import autocast, load_base
+
+
+@dataclass(frozen=True)
+class Customized:
+    """A base with what a run trained for it."""
+
+    base: Base
+    method: Method | None  # None: the weights of the base are the customized ones
+    payload: Tensors
+    max_length: int  # tokens of a prompt, special ones included; a longer one is cut as in the run
+    precision: str  # as in `runtime.precision`
+
+    @property
+    def model(self) -> Any:
+        """The transformers model of the base; prefixes and the like are not a part of it."""
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the base."""
+        return self.base.tokenizer
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:
+        """The text that the model writes behind each prompt: the likeliest token, again and again, up to its end.
+
+        prompts: rendered as the run's `data.prompt`; special tokens are added here. batch_size: how many are written at
+        once, which changes no text. UserError for a model that writes none.
+        """
+        base = self.base
+        if not isinstance(base, Generative):
+            raise UserError(f"'{base.name}' is used for {base.task} and writes no texts; use logits")
+        texts: list[str] = []
+        for part in self._parts(prompts, batch_size):
+            with self._attached(len(part)) as attached:
+                generated = base.generate(attached, part, max_new_tokens)
+            texts += [base.text(row) for row in generated.cpu().numpy()]
+        return texts
+
+    def logits(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """Logits of a classifier: float (texts, classes) on the CPU, classes as in `model.config.id2label`.
+
+        UserError for a model that is none.
+        """
+        base = self.base
+        if not isinstance(base, Classifier):
+            raise UserError(f"'{base.name}' is used for {base.task} and has no logits of classes; use generate")
+        rows = [torch.empty(0, base.num_classes)]
+        for part in self._parts(texts, batch_size):
+            ids, mask = (kernels.on_device(array, base.device) for array in padded(part, base.pad_id))
+            with self._attached(len(part)) as attached:
+                rows.append(base.class_logits(attached, ids, mask).cpu())
+        return torch.cat(rows)
+
+    def _parts(self, texts: Sequence[str], size: int) -> Iterator[list[np.ndarray]]:
+        """The token ids of the texts, `size` texts at a time."""
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"a list of texts is needed, got {type(texts).__name__}")
+        ids = prompt_ids(list(texts), self.base.tokenizer, self.max_length, self.base)
+        for start in range(0, len(ids), size):
+            yield ids[start : start + size]
+
+    @contextmanager
+    def _attached(self, rows: int) -> Iterator[Attached]:
+        with torch.no_grad(), autocast(self.base, self.precision):
+            if self.method is None:
+                yield Attached()
+                return
+            received = as_one_client(self.payload)
+            trained = self.method.start(received)
+            of_client = torch.zeros(rows, dtype=torch.int64, device=self.base.device)
+            with self.method.attach(trained, received, of_client) as attached:
+                yield attached
+
+
+def load(adapter: str | os.PathLike[str], base: str | None = None, device: str = "cpu") -> Customized:
+    """Load the `adapter/` of a complete run.
+
+    base: the folder or hub id of the base, where it is another than the export names. device: as torch names it.
+    UserError where there is no export, or its base cannot be loaded.
+    """
+    folder = Path(adapter)
+    config = _config(folder)
+    facts = {"max_length": 10**9, "precision": "float32", **_json(folder / FACTS, missing_ok=True)}
+    tuned = "base_model_name_or_path" not in config  # the weights of a base, not an adapter
+    name = base or (str(folder) if tuned else config["base_model_name_or_path"])
+    options = {key: facts[key] for key in ("task", "dtype", "quantize") if key in facts}
+    revision = config.get("revision") if base is None else None
+    model = Model.model_validate({"name": name, "revision": revision, **options})
+    names = _json(folder / "config.json", missing_ok=True).get("id2label", {})
+    ready = load_base(model, torch.device(device), [names[number] for number in sorted(names, key=int)])
+    if tuned:
+        return Customized(ready, None, {}, facts["max_length"], facts["precision"])
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{folder}': adapter_model.safetensors cannot be read: {error}") from None
+    _put_head(ready, tensors, folder)
+    if config.get("format") == bottleneck.FORMAT:
+        bottleneck.load(ready.model, folder)
+        return Customized(ready, None, {}, facts["max_length"], facts["precision"])
+    method, payload = _METHODS[config["peft_type"]](ready, config, tensors)
+    shapes = {name: tuple(t.shape) for name, t in payload.items()}
+    if shapes != dict(method.payload.shapes):
+        raise UserError(f"'{folder}' belongs to another base than '{name}': its tensors do not fit")
+    return Customized(
+        ready, method, {n: t.to(ready.device) for n, t in payload.items()}, facts["max_length"], facts["precision"]
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json, or config.json, of an export. UserError, with what is there instead, for another."""
+    remedy = "give the adapter/ of a complete run"
+    if (folder / "adapter").is_dir():
+        raise UserError(f"'{folder}' is no export of a run", remedy=f"give '{folder / 'adapter'}'")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder '{folder}'", remedy=remedy)
+    clients = sorted(file.parent.name for file in folder.glob("*/adapter_config.json"))
+    if clients:
+        raise UserError(f"'{folder}' has an adapter for each client", remedy=f"give one, like '{folder / clients[0]}'")
+    if (folder / "prompt.json").is_file():
+        raise UserError(f"'{folder}' holds a prompt in words: prompt.json is all that the run made")
+    config = _json(folder / "adapter_config.json", missing_ok=True)
+    if not config and (folder / "config.json").is_file():
+        return _json(folder / "config.json")
+    if config.get("format") != bottleneck.FORMAT and config.get("peft_type") not in _METHODS:
+        what = config.get("peft_type") or config.get("format")
+        raise UserError(f"'{folder}' is no adapter that fedhpc loads" + (f" ({what})" if what else ""), remedy=remedy)
+    return config
+
+
+def _json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
+    if missing_ok and not file.exists():
+        return {}
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"'{file}' is not a JSON object")
+    return tree
+
+
+def _put_head(base: Base, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Move what was trained of the base itself, a classifier's head, from `tensors` into the base."""
+    parameters = dict(base.model.named_parameters())
+    for path in base.head:
+        for name in (f"{path}.weight", f"{path}.bias"):
+            stored = next((n for n in tensors if n.removeprefix("base_model.").removeprefix("model.") == name), None)
+            if stored is None:
+                continue
+            value = tensors.pop(stored)
+            if value.shape != parameters[name].shape:
+                raise UserError(f"'{folder}' belongs to another base than '{base.name}': {name} does not fit")
+            parameters[name].data.copy_(value)
+
+
+_Loaded = tuple[Method, Tensors]
+
+
+def _prefix(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
+    method = Prefix(Prefix.Options.model_validate(_virtual(config)), base, 0)
+    return method, {PREFIX: base.from_peft_prefix(tensors[PREFIX])}
+
+
+def _prompt(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
+    return Prompt(Prompt.Options.model_validate(_virtual(config)), base, 0), tensors
+
+
+def _lora(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
+    options = {"rank": config["r"], "alpha": config["lora_alpha"], "targets": config["target_modules"]}
+    return Lora(Lora.Options.model_validate(options), base, 0), _bare(tensors)
+
+
+def _ia3(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
+    inputs = config["feedforward_modules"]
+    outputs = [name for name in config["target_modules"] if name not in inputs]
+    return IA3(IA3.Options(outputs=outputs, inputs=inputs), base, 0), _bare(tensors)
+
+
+def _virtual(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"num_virtual_tokens": config["num_virtual_tokens"]}
+
+
+def _bare(tensors: Tensors) -> Tensors:
+    """The tensors by the names that the base's own parameters have, without PEFT's two wrappers."""
+    return {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+
+
+_METHODS: dict[str, Callable[[Base, Mapping[str, Any], Tensors], _Loaded]] = {
+    "PREFIX_TUNING": _prefix,
+    "PROMPT_TUNING": _prompt,
+    "P_TUNING": _prompt,
+    "LORA": _lora,
+    "IA3": _ia3,
+}
