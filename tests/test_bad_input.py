@@ -398,6 +398,15 @@ DATA: dict[str, tuple[Callable[[], None] | None, dict[str, Any], tuple[str, ...]
 }
 
 
+def test_fewer_clients_than_the_default_cohort(capsys: pytest.CaptureFixture[str]) -> None:
+    raw = small()
+    del raw["federation"]["cohort_size"]
+    assert main([write(raw), "--check"]) == 0
+    assert "4 clients, 4 a round (all of them) in blocks" in capsys.readouterr().out
+    assert main([write(small()), "--check"]) == 0
+    assert "4 clients, 2 a round in blocks" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("case", DATA)
 def test_data(capfd: pytest.CaptureFixture[str], case: str) -> None:
     prepare, changes, words = DATA[case]

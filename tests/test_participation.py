@@ -153,6 +153,16 @@ def test_a_cohort_larger_than_the_population_is_refused() -> None:
     assert cohort_size(settings(federation={"cohort_fraction": 0.5}), population(SIZES)) == 6
 
 
+def test_a_cohort_that_nobody_asked_for_is_ten_clients_or_all() -> None:
+    assert cohort_size(settings(), population(SIZES)) == 10
+    assert cohort_size(settings(), population(SIZES[:6])) == 6
+    assert sorted(plan_round(settings(), population(SIZES[:6]), DATA, 1, [0], 2).cohort) == list(range(6))
+    assert plan_round(settings(), population(SIZES), DATA, 1, [0], 2).cohort == (
+        plan_round(settings(federation={"cohort_size": 10}), population(SIZES), DATA, 1, [0], 2).cohort
+    )
+    assert num_rounds(settings(mode="local", federation={"rounds": 20}), population(SIZES[:6])) == 20
+
+
 def test_local_clients_train_as_often_as_they_would_be_sampled() -> None:
     config = settings(mode="local", federation={"rounds": 20, "cohort_size": 3})
     assert num_rounds(config, population(SIZES)) == 5

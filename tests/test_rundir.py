@@ -291,6 +291,16 @@ def test_what_a_resumed_run_may_change(tmp_path: Path, change: list[str]) -> Non
     assert decide(config("federation.rounds=20", *change), tmp_path, fresh=False) == "resume"
 
 
+def test_the_cohort_of_ten_that_older_versions_wrote_down(tmp_path: Path) -> None:
+    same = make_run(tmp_path)
+    path = tmp_path / "config.yaml"
+    assert same.federation.cohort_size is None and "cohort_size: null" in path.read_text()
+    path.write_text(path.read_text().replace("cohort_size: null", "cohort_size: 10"))
+    assert decide(same, tmp_path, fresh=False) == "resume"
+    with pytest.raises(UserError, match=r"federation\.cohort_size 10 -> 9"):
+        decide(config("federation.rounds=20", "federation.cohort_size=9"), tmp_path, fresh=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

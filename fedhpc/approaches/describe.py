@@ -12,7 +12,7 @@ from fedhpc import data, registry
 from fedhpc.approaches.base import AnyApproach
 from fedhpc.config import plugins
 from fedhpc.participation import forecast
-from fedhpc.participation.sampling import cohort_size
+from fedhpc.participation.sampling import COHORT_SIZE, cohort_size
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import RunDescription, Scalar
 from fedhpc.results.results_file import Results
@@ -24,10 +24,13 @@ def headline(approach: AnyApproach, transport: Transport) -> str:
     config, population = approach.config, approach.data.population
     joined = approach.most_together > approach.block_size
     more = f" (up to {approach.most_together} on one GPU)" if joined else ""
+    sampled = cohort_size(config, population)
+    of_fewer = config.mode == "federated" and config.federation.cohort_size is None and sampled < COHORT_SIZE
+    everybody = " (all of them)" if of_fewer and config.federation.cohort_fraction is None else ""
     return (
         f"{config.run.name}: {config.mode} {config.method.name} of {approach.base.name} "
         f"({approach.summary()}), {population.num_clients:,} clients, "
-        f"{cohort_size(config, population)} a round in blocks of {approach.block_size}{more}, "
+        f"{sampled} a round{everybody} in blocks of {approach.block_size}{more}, "
         f"{transport.world_size} ranks over {transport.name} on {approach.placement.describe()}"
     )
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args
 from fedhpc import registry
 from fedhpc.config import check
 from fedhpc.config.choices import build, chosen
+from fedhpc.config.nearest import section_hint
 from fedhpc.config.overrides import PLACE, override, parse_overrides
 from fedhpc.config.schema import ALTERNATIVES, EMBEDDED, KEYS, LISTS, SECTIONS
 from fedhpc.config.schema import Config as Config
@@ -119,9 +120,10 @@ def unread(config: Config) -> list[str]:
 
 
 def _resolved(raw: Mapping[str, Any]) -> Config:
-    for key in raw:
+    for key, value in raw.items():
         if key not in KEYS:
-            raise UserError(f"unknown key '{key}'", key=str(key), remedy=nearest(str(key), KEYS))
+            words = [str(word) for word in value] if isinstance(value, Mapping) else []
+            raise UserError(f"unknown key '{key}'", key=str(key), remedy=section_hint(str(key), words))
     values: dict[str, Any] = {}
     for name, model in SECTIONS.items():
         if name not in LISTS:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedhpc import registry
 from fedhpc.config.choices import build, flat_choices
-from fedhpc.config.schema import LISTS, SECTIONS, Client, Config, Federation, Run
+from fedhpc.config.schema import LISTS, SECTIONS, Client, Config, Run
 from fedhpc.errors import UserError
 from fedhpc.registry import Section
 
@@ -17,8 +17,6 @@ def completed(section: Section) -> Section:
     """A section with the values that it has where a person leaves several keys out."""
     if isinstance(section, Run) and section.dir is None:
         return section.model_copy(update={"dir": f"runs/{section.name}"})
-    if isinstance(section, Federation) and section.cohort_size is None and section.cohort_fraction is None:
-        return section.model_copy(update={"cohort_size": 10})
     if isinstance(section, Client) and section.epochs is None and section.steps is None:
         return section.model_copy(update={"epochs": 1})
     return section

@@ -108,12 +108,14 @@ def _inner(field: FieldInfo, key: str, values: Mapping[str, Any], label: str) ->
 
 def _readable(error: ValidationError, model: type[Section], label: str) -> UserError:
     """What pydantic found first, in one line that names the key."""
+    from fedhpc.config.nearest import hint  # which looks through the choices itself
+
     first, *others = error.errors()
     if first["type"] == "extra_forbidden":
         path = [str(part) for part in first["loc"]]
-        hint = nearest(path[0], list(model.model_fields)) if len(path) == 1 else ""
         key = ".".join([label, *path])
-        return UserError(f"unknown key '{key}'", key=key, remedy=hint)
+        remedy = hint(label.partition("[")[0], path[0], list(model.model_fields)) if len(path) == 1 else ""
+        return UserError(f"unknown key '{key}'", key=key, remedy=remedy)
     if first["type"] == "missing":
         key = f"{label}.{first['loc'][0]}"
         return UserError(f"{key} is missing", key=key)

@@ -7,9 +7,10 @@ from typing import Any
 
 from fedhpc import registry
 from fedhpc.config.choices import flat_choices
+from fedhpc.config.nearest import section_hint
 from fedhpc.config.schema import ALTERNATIVES, KEYS, SECTIONS
 from fedhpc.config.yaml import parse_yaml
-from fedhpc.errors import UserError, nearest
+from fedhpc.errors import UserError
 from fedhpc.registry import Section
 
 PLACE = "command line"
@@ -53,7 +54,7 @@ def _made_ready(raw: dict[str, Any], path: list[str], value: Any, where: str) ->
     if "" in path:
         raise UserError(f"'{key}' is not of the form section.key", place=where)
     if path[0] not in KEYS:
-        raise UserError(f"unknown key '{key}'", key=key, place=where, remedy=nearest(path[0], KEYS))
+        raise UserError(f"unknown key '{key}'", key=key, place=where, remedy=section_hint(path[0], path[1:]))
     section = raw.get(path[0]) or {}
     if len(path) == 1 or path[0] not in SECTIONS:
         return raw

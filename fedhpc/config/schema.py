@@ -53,7 +53,11 @@ class Join(Section):
 
 
 class Data(Section):
-    source: str = Field("builtin:dining", min_length=1, description="builtin:<task>, hub id, folder or file")
+    source: str = Field(
+        "builtin:dining",
+        min_length=1,
+        description="builtin:<task>, hub id, folder or file; the file's ending says its format",
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set")
     train: str = Field("train", min_length=1, description="split or file of the clients' data")
     validation: str = Field("validation", min_length=1, description="split evaluated during the run")
@@ -75,7 +79,7 @@ class Data(Section):
 
 class Federation(Section):
     rounds: int = Field(20, ge=1, description="number of rounds")
-    cohort_size: int | None = Field(None, ge=1, description="clients sampled per round; default 10")
+    cohort_size: int | None = Field(None, ge=1, description="clients sampled per round; default 10, or all of fewer")
     cohort_fraction: float | None = Field(None, gt=0, le=1, description="the same as a share of the population")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a sampled client does not report back")
     min_cohort: int = Field(1, ge=1, description="with fewer completed clients the round changes nothing")

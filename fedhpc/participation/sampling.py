@@ -12,6 +12,8 @@ from fedhpc.data.population import Population
 from fedhpc.errors import UserError
 from fedhpc.rng import generator
 
+COHORT_SIZE = 10  # where neither federation.cohort_size nor cohort_fraction is given, if there are as many clients
+
 
 def cohort_size(config: Config, population: Population) -> int:
     """Clients sampled per round. UserError where the population is smaller than that."""
@@ -20,7 +22,9 @@ def cohort_size(config: Config, population: Population) -> int:
         return min(n, config.local.max_clients)
     if config.federation.cohort_fraction is not None:
         return max(1, round(config.federation.cohort_fraction * n))
-    size = int(config.federation.cohort_size or 0)
+    size = config.federation.cohort_size
+    if size is None:
+        return min(n, COHORT_SIZE)
     if size > n:
         raise UserError(
             f"federation.cohort_size is {size} but the population has {n} clients: lower it or raise the number of "
@@ -35,7 +39,7 @@ def num_rounds(config: Config, population: Population) -> int:
         return config.federation.rounds
     n = population.num_clients
     fraction = config.federation.cohort_fraction
-    size = fraction * n if fraction is not None else min(int(config.federation.cohort_size or 0), n)
+    size = fraction * n if fraction is not None else min(config.federation.cohort_size or COHORT_SIZE, n)
     return max(1, round(config.federation.rounds * size / n))
 
 

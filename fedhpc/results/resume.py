@@ -111,6 +111,9 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
         ) from error
     new = _flat(config.model_dump(mode="json"))
     free = {*FREE_KEYS, "federation.rounds"}
+    # Without a number the cohort has ten clients, which older versions wrote down.
+    if {old.get("federation.cohort_size"), new["federation.cohort_size"]} == {None, 10}:
+        free.add("federation.cohort_size")
     if new["runtime.block_size"] == meta.get("block_size"):
         free.add("runtime.block_size")
     ignored = [*unread(config), *_FREE_SECTIONS]
