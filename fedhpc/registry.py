@@ -29,6 +29,7 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
+from pydantic.fields import FieldInfo
 
 from fedhpc.errors import UserError, nearest
 
@@ -95,6 +96,17 @@ class Choice:
 
     family: str
     default: str = ""
+
+
+def choice_of(field: FieldInfo) -> Choice | None:
+    """The family that a key chooses from, if it does."""
+    return next((mark for mark in field.metadata if isinstance(mark, Choice)), None)
+
+
+def flat_choices(model: type[Section]) -> dict[str, str]:
+    """The keys of a section whose options stand beside them, each with its family."""
+    marked = {key: choice_of(field) for key, field in model.model_fields.items() if field.annotation is str}
+    return {key: choice.family for key, choice in marked.items() if choice is not None}
 
 
 class Open(Section):

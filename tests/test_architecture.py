@@ -17,9 +17,8 @@ import pytest
 import fedhpc
 from fedhpc import config as configuration
 from fedhpc import registry
-from fedhpc.config.choices import flat_choices
 from fedhpc.config.schema import SECTIONS
-from fedhpc.registry import Section
+from fedhpc.registry import Section, flat_choices
 
 PACKAGE = Path(fedhpc.__file__).parent
 CHOOSING = {section: flat_choices(model) for section, model in SECTIONS.items()}

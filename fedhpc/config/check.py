@@ -7,10 +7,10 @@ from contextlib import suppress
 from typing import Any
 
 from fedhpc import registry
-from fedhpc.config.choices import build, flat_choices
+from fedhpc.config.choices import build
 from fedhpc.config.schema import LISTS, SECTIONS, Client, Config, Run
 from fedhpc.errors import UserError
-from fedhpc.registry import Section
+from fedhpc.registry import Section, flat_choices
 
 
 def completed(section: Section) -> Section:

@@ -18,8 +18,9 @@ from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from fedhpc import registry
+from fedhpc.config.nearest import hint
 from fedhpc.errors import UserError, nearest
-from fedhpc.registry import Choice, Named, Section
+from fedhpc.registry import Choice, Named, Section, choice_of, flat_choices
 
 _UNION_MEMBER = re.compile(r"int|str|float|bool|list\[.*|literal\[.*|constrained-.*")  # as pydantic calls them
 S = TypeVar("S", bound=Section)
@@ -108,8 +109,6 @@ def _inner(field: FieldInfo, key: str, values: Mapping[str, Any], label: str) ->
 
 def _readable(error: ValidationError, model: type[Section], label: str) -> UserError:
     """What pydantic found first, in one line that names the key."""
-    from fedhpc.config.nearest import hint  # which looks through the choices itself
-
     first, *others = error.errors()
     if first["type"] == "extra_forbidden":
         path = [str(part) for part in first["loc"]]
@@ -130,17 +129,6 @@ def _readable(error: ValidationError, model: type[Section], label: str) -> UserE
         problem = "only letters, digits, spaces and . , + = - _ are allowed"
     key = ".".join([label, *(str(part) for part in location if part != "[key]")])
     return UserError(f"{key}: {problem[0].lower()}{problem[1:]}, got {first['input']!r}", key=key)
-
-
-def choice_of(field: FieldInfo) -> Choice | None:
-    """The family that a key chooses from, if it does."""
-    return next((mark for mark in field.metadata if isinstance(mark, Choice)), None)
-
-
-def flat_choices(model: type[Section]) -> dict[str, str]:
-    """The keys of a section whose options stand beside them, each with its family."""
-    marked = {key: choice_of(field) for key, field in model.model_fields.items() if field.annotation is str}
-    return {key: choice.family for key, choice in marked.items() if choice is not None}
 
 
 def chosen(section: Section, label: str = "") -> Iterator[tuple[str, str, str]]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from fedhpc import registry
-from fedhpc.config.choices import flat_choices
 from fedhpc.config.schema import KEYS, SECTIONS
 from fedhpc.errors import UserError, nearest
+from fedhpc.registry import flat_choices
 
 #: What other programs and papers call a key: transformers, PEFT, TRL, Axolotl, LLaMA-Factory, Flower.
 SYNONYMS = {

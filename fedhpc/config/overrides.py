@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedhpc import registry
-from fedhpc.config.choices import flat_choices
 from fedhpc.config.nearest import section_hint
 from fedhpc.config.schema import ALTERNATIVES, KEYS, SECTIONS
 from fedhpc.config.yaml import parse_yaml
 from fedhpc.errors import UserError
-from fedhpc.registry import Section
+from fedhpc.registry import Section, flat_choices
 
 PLACE = "command line"
 

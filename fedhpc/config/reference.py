@@ -7,9 +7,9 @@ from collections.abc import Collection
 from typing import Literal, get_args, get_origin
 
 from fedhpc import registry
-from fedhpc.config.choices import choice_of, flat_choices, is_section
+from fedhpc.config.choices import is_section
 from fedhpc.config.schema import SECTIONS
-from fedhpc.registry import Section
+from fedhpc.registry import Section, choice_of, flat_choices
 
 
 def reference(sections: Collection[str] = ()) -> str:
