@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -14,14 +15,20 @@ import transformers as tf
 
 from fedhpc import registry
 from fedhpc.config import Model
+from fedhpc.data import Data, load_data
 from fedhpc.data.labels import class_order, in_head
+from fedhpc.data.tokens import Examples
+from fedhpc.errors import UserError
 from fedhpc.methods import adapter as bottleneck
 from fedhpc.methods import with_head
 from fedhpc.methods.base import Method
 from fedhpc.models import load as models
 from fedhpc.models.base import Base
+from fedhpc.models.causal_lm import CausalLM
+from fedhpc.models.encoder import Classifier
 from tests import federations
-from tests.federations import write_texts
+from tests.federations import federate, table, tree, write_texts
+from tests.test_data import settings, words, write_jsonl
 
 NLI = ["entailment", "neutral", "contradiction"]
 CPU = torch.device("cpu")
@@ -76,6 +83,85 @@ def test_classes_are_those_of_a_head_by_name_or_by_index(
     found = in_head(classes, head)
     assert (None if found is None else tuple(found)) == wanted
     assert class_order(classes, head) == (wanted[0] if wanted else classes if set(classes) - set(head) else head)
+
+
+# ---------------------------------------------------------------- labels that are not there
+
+
+def read(folder: Path, model: Any = Classifier, **data: Any) -> Data:
+    return load_data(settings(folder, label="k", **data), words(), model)
+
+
+def write(folder: Path, **labels: Sequence[Any]) -> Path:
+    """Splits whose rows have these labels in the column k."""
+    for split, values in labels.items():
+        rows = [{"q": f"{split}{i}", "a": "b", "k": value} for i, value in enumerate(values)]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+@pytest.mark.parametrize("hidden", [-1, "-1", None, ""])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_of_hidden_labels_is_as_one_that_is_not_there(tmp_path: Path, split: str, hidden: Any) -> None:
+    labels: dict[str, list[Any]] = {"train": [0, 1] * 20, "validation": [1, 0], "test": [1, 0]}
+    write(tmp_path, **{**labels, split: [hidden] * 6})
+    for data in (read(tmp_path), read(tmp_path, CausalLM, target=" {k}")):
+        held_out: Examples = getattr(data, split)
+        assert data.train.label_names == ["0", "1"]
+        assert (len(data.train), len(held_out)) == (38, 2)
+        assert held_out.prompts is not None and all(prompt.startswith("train") for prompt in held_out.prompts)
+        value = "empty" if hidden in (None, "") else "-1"
+        assert data.messages == [
+            f"data: '{tmp_path}' has no labels in its {split} split ('k' is {value} in all 6 rows; data.{split} can "
+            "name another split); 2 rows are held out of the training data for it, 38 are left"
+        ]
+    with pytest.raises(UserError, match=rf"data\.{split}: 'k' is {value} in all 6 rows; name a split that has labels"):
+        read(tmp_path, **{split: f"{split}.jsonl"})
+    # Where the labels only divide the training rows, those of a test split are of no use.
+    data = read(tmp_path, CausalLM)
+    assert data.train.label_names == ["0", "1"] and data.messages == []
+    assert (len(data.train), len(getattr(data, split)), getattr(data, split).labels) == (40, 6, None)
+
+
+def test_minus_one_is_a_class_among_numbers(tmp_path: Path) -> None:
+    data = read(write(tmp_path, train=[1, -1, 0, 1], validation=[0], test=[-1, -1]))
+    assert data.train.label_names == ["-1", "0", "1"]
+    assert data.test.labels is not None and list(data.test.labels) == [0, 0]
+    assert data.messages == [
+        "data.label: -1 is a class, in 1 of 4 training rows; data.where_not: {k: [-1]} leaves it out"
+    ]
+    assert read(tmp_path, where_not={"k": [-1]}, test="validation").train.label_names == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "where"),
+    [
+        ({"train": ["no", "yes", -1, -1], "test": ["no"]}, r"train\.jsonl:3 and 1 more of 4 rows have -1"),
+        ({"train": ["no", "yes"], "test": ["no", -1]}, r"test\.jsonl:2 has -1"),
+        ({"train": [0, 1], "test": [1, -1, 0]}, r"test\.jsonl:2 has -1"),
+        ({"train": [-1, -1], "test": [1, 0]}, r"train\.jsonl:1 and 1 more of 2 rows have -1"),
+    ],
+)
+def test_minus_one_that_is_no_class_is_named(tmp_path: Path, labels: dict[str, Any], where: str) -> None:
+    write(tmp_path, **labels, validation=labels["test"][:1])
+    with pytest.raises(UserError, match=rf"{where} in the column 'k', .* data\.where_not: \{{k: \[-1\]\}}"):
+        read(tmp_path)
+
+
+def test_hidden_labels_of_the_hub_are_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    text, kind = datasets.Value("string"), datasets.ClassLabel(names=["no", "yes"])
+
+    def split(*labels: int) -> Any:
+        rows = {"q": [f"q{i}" for i in range(len(labels))], "a": ["a"] * len(labels), "k": labels}
+        return datasets.Dataset.from_dict(rows, datasets.Features({"q": text, "a": text, "k": kind}))
+
+    splits = {"train": split(*[1, 0] * 10), "validation": split(0, 1, 1), "test": split(-1, -1)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(splits))
+    data = read(Path("some/set"))
+    assert data.train.label_names == ["no", "yes"] and len(data.test) == 1
+    assert "'k' is -1 in all 2 rows" in data.messages[0]
+    assert len(read(Path("some/set"), test="validation").test) == 3
 
 
 # ---------------------------------------------------------------- a head that a model brings
@@ -199,3 +285,42 @@ def test_an_export_says_its_classes_to_peft_and_pipelines(texts: Path, tmp_path:
         theirs = {answer["label"]: answer["score"] for answer in pipe([row])[0]}
         assert set(theirs) == set(labels)
         assert [theirs[label] for label in labels] == pytest.approx(ours.tolist(), abs=1e-5)
+
+
+def test_base_accuracy_is_that_of_transformers_and_all_names_agree(texts: Path, tmp_path: Path) -> None:
+    """A model with a trained head, in a run from end to end; its export loads with nothing said of its classes."""
+    folder = with_classes(texts, tmp_path / "model", NLI)
+    pipe = tf.pipeline("text-classification", model=str(folder), device="cpu")
+    splits = {}
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (texts / f"{split}.jsonl").read_text().splitlines()]
+        answers = [answer["label"] for answer in pipe([row["mr"] for row in rows])]
+        # Wrong for every third row, so that accuracy says which class is which.
+        labels = [NLI[NLI.index(a) - (i % 3 == 0)] for i, a in enumerate(answers)]
+        splits[split] = [{"mr": row["mr"], "label": label} for row, label in zip(rows, labels, strict=True)]
+        write_jsonl(tmp_path / f"{split}.jsonl", splits[split])
+    raw = tree(
+        texts,
+        model={"name": str(folder)},
+        data={"source": str(tmp_path), "prompt": "{mr}", "client": None, "max_length": 48},
+        method={"name": "lora", "rank": 2},
+        partition={"name": "iid", "num_clients": 4},
+        federation={"cohort_size": 4},
+        client={"lr": 0.1},
+        evaluation={"metrics": ["loss", "accuracy"]},
+    )
+    del raw["method"]["num_virtual_tokens"], raw["partition"]["alpha"]
+    federate(federations.settings(tmp_path / "run", raw))
+    assert list(table(tmp_path / "run", "partition")["label_names"]) == NLI
+    assert len(table(tmp_path / "run", "events")["message"]) == 0
+    tuned_pipe = tf.pipeline(
+        "text-classification",
+        model=peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter"),
+        tokenizer=tf.AutoTokenizer.from_pretrained(folder),
+        device="cpu",
+    )
+    for group, theirs in (("base", pipe), ("test", tuned_pipe)):
+        answers = [answer["label"] for answer in theirs([row["mr"] for row in splits["test"]])]
+        wanted = np.mean([answer == row["label"] for answer, row in zip(answers, splits["test"], strict=True)])
+        assert 0.5 < wanted < 0.8
+        assert float(table(tmp_path / "run", group)["accuracy"]) == wanted

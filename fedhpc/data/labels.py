@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from decimal import Decimal
 from typing import NamedTuple
 
+UNLABELLED = "-1"  # what data sets of the hub have in place of a hidden label
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 _INDEX = re.compile(r"(?:LABEL_)?(0|[1-9]\d*)")  # what transformers calls a class without a name, or its index alone
 
@@ -16,6 +18,15 @@ class InHead(NamedTuple):
 
     classes: list[str]
     by_name: bool  # whether the head calls them so; else names that differ in case, or indices, were taken for them
+
+
+def no_class(training: AbstractSet[str]) -> set[str]:
+    """The texts that stand for a label that is not there: the empty one and the hub's -1, unless training has them.
+
+    Beside words in the training rows -1 is no label either; beside other numbers it is a class.
+    """
+    is_class = any(_NUMBER.fullmatch(name) for name in training - {UNLABELLED})
+    return {"", UNLABELLED} - (training if is_class else training - {UNLABELLED})
 
 
 def class_order(names: Iterable[str], head: Sequence[str] = ()) -> list[str]:

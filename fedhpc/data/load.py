@@ -13,7 +13,7 @@ import numpy as np
 from fedhpc import config, registry
 from fedhpc.data import sources
 from fedhpc.data.files import is_shard
-from fedhpc.data.labels import class_order
+from fedhpc.data.labels import UNLABELLED, class_order, no_class
 from fedhpc.data.partitioners.base import Int32
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
@@ -77,10 +77,11 @@ def load_data(
     data = settings.data
     prompt, target = parse(data.prompt, "data.prompt"), parse(data.target if writing.has_target else "", "data.target")
     messages: list[str] = []
-    tables, owner_names = _read_splits(settings, prompt, target, public, messages)
+    tables, owner_names = _read_splits(settings, prompt, target, public, messages, not writing.has_target)
     label_names: list[str] = []
+    labelled = {split for split in tables if data.label is not None and not _hidden(tables, split, data.label)}
     if data.label is not None:
-        names = {row[data.label] for table in tables.values() for row in table.rows}
+        names = {row[data.label] for split in tables if split in labelled for row in tables[split].rows}
         label_names = class_order(names, head)
         if without_rows := [name for name in label_names if name not in names]:
             messages.append(f"data.label: no row is {', '.join(without_rows)}, which stays a class as the model has it")
@@ -102,7 +103,7 @@ def load_data(
         train = split == "train"
         examples[split] = examples_from(
             tokens,
-            labels=ids_of(table, data.label, label_names),
+            labels=ids_of(table, data.label if split in labelled else None, label_names),
             label_names=label_names,
             owners=ids_of(table, data.client, owner_names) if train else None,
             owner_names=owner_names if train else [],
@@ -122,10 +123,16 @@ def load_data(
 
 
 def _read_splits(
-    settings: config.Config, prompt: Template, target: Template, public: Public | None, messages: list[str]
+    settings: config.Config,
+    prompt: Template,
+    target: Template,
+    public: Public | None,
+    messages: list[str],
+    is_classifier: bool,
 ) -> tuple[dict[str, Table], list[str]]:
     """The rows of train, validation, test and the public set, and the names of the training rows' owners."""
     data = settings.data
+    answers = data.label if is_classifier or data.label in target.columns else None  # the column that they are in
     natural = issubclass(registry.choice("partitioners", settings.partition.name), Natural)
     source = sources.with_join(sources.open_source(data), data.join)
     templates = {
@@ -146,7 +153,7 @@ def _read_splits(
         for value in dict.fromkeys(map(text, values))
         if value
     ]
-    absent = []
+    absent: dict[str, str] = {}  # split -> why it is not there
     owner_names: list[str] = []
     for split in ("train", "validation", "test"):
         name = getattr(data, split)
@@ -158,7 +165,7 @@ def _read_splits(
         # `train: dev` must not make dev the default validation split too.
         is_train = split != "train" and name == split and name_in_source == tables["train"].name
         if name_in_source is None or is_train:
-            absent.append(split)
+            absent[split] = f"no {split} split of its own"
             continue
         table = sources.read_table(source, name_in_source, {**columns, **(owner if split == "train" else {})})
         if split == "train" and data.client is not None:
@@ -166,24 +173,59 @@ def _read_splits(
             owner_names = sorted({row[data.client] for row in table.rows if row[data.client] or not natural})
         unseen = [one for one in unseen if not any(row[one[1]] == one[2] for row in table.rows)]
         tables[split] = sources.filtered(table, data)
+        if split != "train" and answers is not None and (reason := _hidden(tables, split, answers)):
+            if name != split:
+                raise UserError(f"data.{split}: {reason}; name a split that has labels, or leave data.{split} out")
+            absent[split] = f"no labels in its {split} split ({reason}; data.{split} can name another split)"
+            del tables[split]
         if is_shard(Path(name_in_source)):
             messages.append(
                 f"data.{split}: {name_in_source} is one of several files; the others are not read (the folder as "
                 "data.source, and the name in front of the number, read all)"
             )
     messages += [f"data.{key}: no row has '{value}' in the column '{column}'" for key, column, value in unseen]
-    for split in absent:
+    for split, reason in absent.items():
         tables["train"], tables[split] = _hold_out(tables["train"], split)
         messages.append(
-            f"data: '{data.source}' has no {split} split of its own; {len(tables[split].rows)} rows are held out of "
-            f"the training data for it, {len(tables['train'].rows)} are left"
+            f"data: '{data.source}' has {reason}; {len(tables[split].rows)} rows are held out of the training data "
+            f"for it, {len(tables['train'].rows)} are left"
         )
     if public is not None:
         tables["train"], tables["public"] = _public_rows(settings, public, shared, tables, messages)
+    if answers is not None:
+        messages += _check_unlabelled(tables, answers)
     messages += _check_missing(data, natural, templates, tables)
     if natural:
         tables["train"], owner_names = owners_with_enough(settings, tables["train"], owner_names, messages)
     return {split: tables[split] for split in ("train", "validation", "test", "public") if split in tables}, owner_names
+
+
+def _hidden(tables: Mapping[str, Table], split: str, label: str) -> str:
+    """Why no row of a split has a label, as in data sets whose test labels are hidden; empty where one has."""
+    table, unlabelled = tables[split], no_class({row[label] for row in tables["train"].rows})
+    missing = set(table.missing(label))
+    if not all(number in missing or row[label] in unlabelled for number, row in enumerate(table.rows)):
+        return ""
+    values = " or ".join(sorted({row[label] or "empty" for row in table.rows}))
+    return f"'{label}' is {values} in all {len(table.rows)} rows"
+
+
+def _check_unlabelled(tables: Mapping[str, Table], label: str) -> list[str]:
+    """UserError where a row has no label, or -1 in its place. For the log: where that is a class instead."""
+    train = [row[label] for row in tables["train"].rows]
+    way_out = f"data.where_not: {{{label}: [{UNLABELLED}]}}"
+    for table in tables.values():
+        sources.refuse(table, table.missing(label), label, "data.label")
+        rows = [number for number, row in enumerate(table.rows) if row[label] == UNLABELLED]
+        if rows and UNLABELLED in no_class(set(train)):
+            raise UserError(
+                f"{_at(table, rows)} {UNLABELLED} in the column '{label}', which stands for no label: leave such rows "
+                f"out with {way_out}",
+                key="data.label",
+            )
+    count = train.count(UNLABELLED)
+    note = f"data.label: {UNLABELLED} is a class, in {count} of {len(train)} training rows; {way_out} leaves it out"
+    return [note] if count else []
 
 
 def _check_missing(
@@ -194,11 +236,9 @@ def _check_missing(
     for split, table in tables.items():
         if natural and split == "train":
             sources.refuse(table, table.without(str(data.client)), str(data.client), "data.client")
-        if data.label is not None:
-            rows = table.missing(data.label)
-            if split == "train" or len(rows) < len(table.rows):  # a split of hidden labels is another matter
-                sources.refuse(table, rows, data.label, "data.label")
-            empty = table.without(data.label) if not rows else []
+        if data.label is not None and (split == "train" or not _hidden(tables, split, data.label)):
+            sources.refuse(table, table.missing(data.label), data.label, "data.label")
+            empty = table.without(data.label)
             lines += [f"data.label: {_at(table, empty)} the empty text, which is a class of its own"] if empty else []
         for column, key in columns.items():
             rows = table.missing(column) if column != data.label else []

@@ -73,7 +73,10 @@ def load_passages(
     if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
         table, owner_names = owners_with_enough(settings, table, owner_names, messages)
     passages = [render.render(row) for row in table.rows]
-    label_names = class_order(row[data.label] for row in table.rows) if data.label is not None else []
+    label_names: list[str] = []
+    if data.label is not None:
+        sources.refuse(table, table.missing(data.label), data.label, "data.label")
+        label_names = class_order(row[data.label] for row in table.rows)
     tokens, message = cached_tokens(
         passages, [""] * len(passages), table.locations, tokenizer, data.max_length, _Passage(), write_cache
     )
