@@ -15,7 +15,7 @@ from functools import partial
 
 from fedhpc import registry
 from fedhpc.approaches.base import AnyApproach
-from fedhpc.approaches.describe import headline, run_description
+from fedhpc.approaches.describe import evaluated, headline, run_description
 from fedhpc.approaches.report import Clock, collect, make_record
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
@@ -123,7 +123,10 @@ def _evaluated(
     if record is None or outcome is None:
         return record
     seconds = time.perf_counter() - began if round_ else 0.0
-    return replace(record, metrics=outcome.metrics, seconds_eval=seconds, seconds=record.seconds + seconds)
+    seconds_so_far = record.seconds + seconds
+    return replace(
+        record, metrics=outcome.metrics, sampling=outcome.sampling, seconds_eval=seconds, seconds=seconds_so_far
+    )
 
 
 def _begin(
@@ -150,7 +153,7 @@ def _begin(
         server = Server(opening.server_state, _observers(approach, opening, on_round, writing))
         for observer in server.observers:
             stack.callback(observer.close)
-        for message in [headline(approach, transport), *approach.messages]:
+        for message in [headline(approach, transport), evaluated(approach), *approach.messages]:
             server.message(message)
         if not opening.is_locked:
             server.message(f"{opening.run.directory}: this file system has no locks; do not start a second run in it")

@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """CONFIG and overrides come in any order: what has an '=' is an override."""
     parser = _Parser(
-        prog="python -m fedhpc.main",
+        prog="fedhpc run",
         description="Federated customization of large models. Without CONFIG: the embedded demo.",
         usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--ranks N] [--check] [--where] [--fresh]",
     )

@@ -92,7 +92,7 @@ class Cell:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fedhpc.sweep", description="Run a grid of configurations.")
+    parser = argparse.ArgumentParser(prog="fedhpc sweep", description="Run a grid of configurations.")
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, or sweep.key=value")
     parser.add_argument("--list", action="store_true", help="print index, name and status of each run")
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             on_error = FAILED
             return run(cells, chosen, command)
     except UserError as error:
-        print(f"fedhpc.sweep: error: {error}", file=sys.stderr)
+        print(f"fedhpc sweep: error: {error}", file=sys.stderr)
         return on_error
     for i in chosen:
         print(f"{i:4d}  {cells[i].name:{max(len(cell.name) for cell in cells)}}  {statuses[i]}")
@@ -285,7 +285,7 @@ def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) ->
                 began = time.monotonic()
                 outcome = runner(cells[i])
                 if outcome == STOPPED:
-                    print("fedhpc.sweep: preempted; the same command goes on from there", file=sys.stderr)
+                    print("fedhpc sweep: preempted; the same command goes on from there", file=sys.stderr)
                     return PREEMPTED
                 complete += outcome == COMPLETE
                 seconds += time.monotonic() - began
@@ -309,10 +309,10 @@ def _close(cells: Sequence[Cell], chosen: Sequence[int], failed: Mapping[int, st
         compare([load_run(path) for path in complete], out, console())
         print(f"wrote {out}: {len(complete)} of {len(cells)} runs compared")
     for i, reason in failed.items():
-        print(f"fedhpc.sweep: error: {cells[i].name} failed: {reason}", file=sys.stderr)
+        print(f"fedhpc sweep: error: {cells[i].name} failed: {reason}", file=sys.stderr)
     busy = [cells[i].name for i in chosen if statuses[i] == IN_USE]
     if busy:
-        print(f"fedhpc.sweep: error: in use by another process: {', '.join(busy)}; run again later", file=sys.stderr)
+        print(f"fedhpc sweep: error: in use by another process: {', '.join(busy)}; run again later", file=sys.stderr)
     return FAILED if failed else REFUSED if busy else DONE
 
 

@@ -187,6 +187,14 @@ def test_client_evaluation(count: int) -> None:
         nll = sum(row_nll(base, method, payloads[i % count], examples, int(e)) for e in part)
         assert columns["tokens"][i] == tokens
         assert columns["loss"][i] == pytest.approx(nll / tokens if tokens else np.nan, rel=1e-10, nan_ok=True)
+        sums = np.array([row_nll(base, method, payloads[i % count], examples, int(e)) for e in part])
+        counts = np.array([int(examples.lengths[e] - examples.prompt_lengths[e]) for e in part])
+        half = np.nan
+        if len(part) > 1:
+            residuals = sums - nll / tokens * counts
+            half = 1.959964 * np.sqrt(len(part) / (len(part) - 1) * (residuals**2).sum()) / tokens
+        assert columns["loss_high"][i] == pytest.approx(columns["loss"][i] + half, rel=1e-9, nan_ok=True)
+        assert columns["loss_low"][i] == pytest.approx(max(columns["loss"][i] - half, 0.0), rel=1e-9, nan_ok=True)
     given: list[list[Tensor]] = []
     assert [on(Replayed(rank, 3, given)) for rank in (2, 1)] == [None, None]
     again = on(Replayed(0, 3, given))
@@ -200,6 +208,33 @@ def test_subset_is_fixed_sorted_and_complete_where_it_can_be() -> None:
     chosen = subset(1000, 50)
     assert len(set(chosen.tolist())) == 50 and (np.diff(chosen) > 0).all()
     assert (chosen == subset(1000, 50)).all() and len(set(chosen.tolist()) - set(range(950))) > 0
+
+
+def test_it_is_said_on_how_many_items_and_how_well_they_stand_for_others() -> None:
+    base, examples = text_base(), text_examples(30)
+    method = make(base)
+    payloads, prompts = some_payloads(method, 2), len(set(examples.prompts or []))
+    assert 5 < prompts < 30
+    whole = run(base, method, payloads, examples, METRICS, intervals=True).sampling
+    part = run(base, method, payloads, examples, METRICS, indices=subset(30, 5), intervals=True).sampling
+    for name in METRICS:
+        texts = name in ("bleu", "chrf", "rouge_l")
+        assert whole[name][:3] == ((prompts, prompts, "prompts") if texts else (30, 30, "examples"))
+        assert part[name][:3] == ((5, prompts, "prompts") if texts else (5, 30, "examples"))
+        assert whole[name].items == (f"{prompts} prompts" if texts else "30 examples")
+        assert part[name].items == (f"5 of {prompts} prompts" if texts else "5 of 30 examples")
+    # The loss is over all pairs of payload and example; what varies are the prompts.
+    nll, tokens = np.zeros(prompts), np.zeros(prompts)
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(examples.prompts or []))}
+    for i, prompt in enumerate(examples.prompts or []):
+        nll[numbers[prompt]] += sum(row_nll(base, method, payload, examples, i) for payload in payloads)
+        tokens[numbers[prompt]] += 2 * int(examples.lengths[i] - examples.prompt_lengths[i])
+    residuals = nll - nll.sum() / tokens.sum() * tokens
+    half = 1.959964 * np.sqrt(prompts / (prompts - 1) * (residuals**2).sum()) / tokens.sum()
+    mean = nll.sum() / tokens.sum()
+    assert whole["loss"][3:] == (pytest.approx(mean - half), pytest.approx(mean + half), "normal")
+    plain = run(base, method, payloads, examples, ["loss", "bleu"]).sampling  # as during the run
+    assert all(one.n and not one.known for one in plain.values())
 
 
 # --- labels
@@ -384,16 +419,18 @@ def test_the_world_size_does_not_change_a_bit(count: int) -> None:
     base, examples = text_base(), text_examples()
     method = make(base)
     payloads = some_payloads(method, count)
-    alone = run(base, method, payloads, examples, METRICS, samples=4)
+    alone = run(base, method, payloads, examples, METRICS, samples=4, intervals=True)
     assert list(alone.metrics) == METRICS
     for world, gpus in [(2, ()), (3, ()), (5, ()), (3, ("", "a", "b"))]:
         given: list[list[Tensor]] = []
         for rank in range(world - 1, 0, -1):
             transport = Replayed(rank, world, given)
             transport.use_placement(Placement(gpus))
-            assert run(base, method, payloads, examples, METRICS, samples=4, transport=transport) is None
+            one = run(base, method, payloads, examples, METRICS, samples=4, intervals=True, transport=transport)
+            assert one is None
             assert any(bool(slots[-1].any()) for slots in given)
         transport = Replayed(0, world, given)
         transport.use_placement(Placement(gpus))
-        outcome = run(base, method, payloads, examples, METRICS, samples=4, transport=transport)
+        outcome = run(base, method, payloads, examples, METRICS, samples=4, intervals=True, transport=transport)
         assert (outcome.metrics, outcome.samples) == (alone.metrics, alone.samples)
+        assert outcome.sampling == alone.sampling

@@ -625,7 +625,7 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
         federation={"rounds": 3, "dropout": 0.3},
         evaluation={
             **{"every": 2, "metrics": ["loss", "bleu"], "test_metrics": ["loss", "rouge_l"]},
-            **{"samples": 3, "client_fraction": 0.2},
+            **{"samples": 3, "client_fraction": 0.2, "max_examples": 5},
         },
     )
     config = settings(tmp_path, raw)
@@ -652,6 +652,14 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
             "events",
         }
         assert set(file["test"]) == set(file["base"]) == {"loss", "rouge_l"}
+        units = {"loss": "examples", "rouge_l": "prompts"}
+        for group in ("test", "base"):
+            for metric, unit in units.items():
+                value, notes = file[group][metric][()], file[group][metric].attrs
+                assert (notes["n"], notes["unit"]) == (notes["of"], unit)  # the whole split
+                assert notes["low"] <= value <= notes["high"] and notes["low"] < notes["high"]
+        for column in ("eval_loss", "eval_bleu"):
+            assert file["rounds"][column].attrs["n"] == 5 < file["rounds"][column].attrs["of"]
     found = pandas.DataFrame(table(tmp_path, "rounds"))  # raises where columns are not equally long
     assert set(found) == {*ROUNDS, "eval_bleu"}
     assert list(found["round"]) == [0, 1, 2, 3]

@@ -47,6 +47,7 @@ PURPOSES: dict[str, int | str] = {
     "adapter": 0,
     "askers": 0,
     "batches": 3,
+    "bootstrap": 0,
     "builtin/order": 1,
     "builtin/weights": 0,
     "builtin/{}": "*",

@@ -137,3 +137,91 @@ def test_recall_and_mean_reciprocal_rank() -> None:
     outputs = Outputs(ranks=np.array([1, 4, 0, 2]))
     assert compute("recall", outputs) == 3 / 4
     assert compute("mrr", outputs) == pytest.approx((1 + 1 / 4 + 0 + 1 / 2) / 4, rel=1e-15)
+
+
+# ---------------------------------------------------------------- intervals over the drawing of the items
+
+
+def interval(name: str, outputs: Outputs) -> tuple[float, float, str]:
+    return tuple(registry.choice(FAMILY, name)().interval(outputs))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (0, 7), (7, 7), (3, 8), (256, 300), (9, 500)])
+def test_the_interval_of_a_share_is_wilsons(right: int, n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    want = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    labels = np.zeros(n, np.int64)
+    low, high, by = interval("accuracy", Outputs(labels=labels, predictions=labels + (np.arange(n) >= right)))
+    assert (low, high) == pytest.approx(tuple(want), abs=1e-6) and by == "Wilson"
+    found = interval("recall", Outputs(ranks=(np.arange(n) < right).astype(np.int64)))
+    assert found[:2] == pytest.approx((low, high), abs=1e-12)
+
+
+def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+    ranks = np.array([1, 2, 4, 0, 3, 1])
+    values = np.array([1, 1 / 2, 1 / 4, 0, 1 / 3, 1])
+    half = 1.959964 * values.std(ddof=1) / np.sqrt(6)
+    found = interval("mrr", Outputs(ranks=ranks))
+    assert found == (pytest.approx(values.mean() - half), pytest.approx(values.mean() + half), "normal")
+    assert math.isnan(
+        interval("rouge_l", Outputs(texts=["a b c"], references=[["a b d"]]))[0]
+    )  # one item has no spread
+
+
+def test_the_interval_of_a_loss_covers_as_often_as_it_says() -> None:
+    """Prompts of unlike lengths whose examples are alike: counted one by one they would seem to say more."""
+    rng = np.random.default_rng(3)
+    difficulty, lengths = rng.gamma(2.0, 1.0, 4000), rng.integers(1, 30, 4000)
+    truth = float((difficulty * lengths).sum() / lengths.sum())
+    hits, exact = 0, 400
+    for _ in range(exact):
+        drawn = rng.integers(4000, size=80)
+        sums = difficulty[drawn] * lengths[drawn]
+        outputs = Outputs(
+            nll_sum=float(sums.sum()), tokens=int(lengths[drawn].sum()), prompt_nll=sums, prompt_tokens=lengths[drawn]
+        )
+        low, high, _ = interval("loss", outputs)
+        assert low < compute("loss", outputs) < high
+        assert interval("perplexity", outputs)[:2] == pytest.approx((math.exp(low), math.exp(high)))
+        hits += low < truth < high
+    assert 0.91 < hits / exact < 0.98
+    assert math.isnan(
+        interval("loss", Outputs(nll_sum=1.0, tokens=2, prompt_nll=np.ones(1), prompt_tokens=np.ones(1)))[0]
+    )
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+def test_the_interval_of_a_corpus_score_is_of_resampled_items(name: str) -> None:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(12)]
+    references = [[" ".join(rng.choice(words, 9)) for _ in range(1 + i % 3)] for i in range(60)]
+    texts = [refs[-1][: 8 + 3 * (i % 5)] + " w1 w2" for i, refs in enumerate(references)]
+    outputs = Outputs(texts=texts, references=references)
+    metric = {"bleu": BLEU, "chrf": CHRF}[name]()
+    columns = [[refs[j] if j < len(refs) else None for refs in references] for j in range(3)]
+    statistics = np.array(metric._extract_corpus_statistics(texts, columns))
+    scores = [metric._aggregate_and_compute(statistics[rng.integers(60, size=60)].tolist()).score for _ in range(1500)]
+    want = np.quantile(scores, (0.025, 0.975))
+    low, high, by = interval(name, outputs)
+    width = want[1] - want[0]
+    assert (low, high, by) == (
+        pytest.approx(want[0], abs=width / 8),
+        pytest.approx(want[1], abs=width / 8),
+        "bootstrap",
+    )
+    assert interval(name, outputs) == (low, high, by)  # the same draws in every run
+    assert interval(name, Outputs(texts=[""], references=[["a b"]]))[:2] == (0.0, 0.0)
+
+
+def test_the_interval_of_macro_f1_is_of_resampled_examples() -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 200)
+    predictions = np.where(rng.random(200) < 0.7, labels, rng.integers(0, 3, 200))
+    outputs = Outputs(labels=labels, predictions=predictions)
+    drawn = [rng.integers(200, size=200) for _ in range(2000)]
+    scores = [compute("macro_f1", Outputs(labels=labels[d], predictions=predictions[d])) for d in drawn]
+    low, high, by = interval("macro_f1", outputs)
+    assert (low, high) == pytest.approx(tuple(np.quantile(scores, (0.025, 0.975))), abs=0.015) and by == "bootstrap"
+    assert interval("macro_f1", outputs) == (low, high, by)

@@ -284,6 +284,7 @@ def test_unfinished_run_resumes_and_nothing_is_written(tmp_path: Path) -> None:
         ["checkpoint.every=3"],
         ["federation.rounds=25"],
         ["federation.rounds=5"],
+        ["evaluation.test_max_examples=300"],
     ],
 )
 def test_what_a_resumed_run_may_change(tmp_path: Path, change: list[str]) -> None:
@@ -336,6 +337,8 @@ def test_finished_runs(tmp_path: Path) -> None:
     same = make_run(tmp_path, round=20, state="complete")
     assert decide(same, tmp_path, fresh=False) == "finished"
     assert decide(config("federation.rounds=30"), tmp_path, fresh=False) == "resume"
+    with pytest.raises(UserError, match=r"evaluation\.test_max_examples null -> 9"):  # its test is done
+        decide(config("evaluation.test_max_examples=9"), tmp_path, fresh=False)
     with pytest.raises(UserError, match="20 rounds are done"):
         decide(config("federation.rounds=10"), tmp_path, fresh=False)
     (tmp_path / CHECKPOINT).unlink()  # to save space

@@ -17,6 +17,7 @@ import pytest
 
 from fedhpc.errors import UserError
 from fedhpc.results.checkpoint import load_checkpoint, save_checkpoint
+from fedhpc.results.record import Sampling
 from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS, Results
 
 
@@ -62,6 +63,7 @@ def test_readable_with_h5py_and_pandas_alone(tmp_path: Path) -> None:
     assert events["message"][0].decode() == "client 3 did not report back" and set(events.columns) == set(EVENTS)
     with h5py.File(path, "r") as file:
         assert file.attrs["format"] == "fedhpc-run" and bool(file.attrs["complete"]) is True
+        assert file.attrs["complete"].dtype == np.int64  # netCDF4 does not list a boolean attribute
         assert file.attrs["config"] == "mode: federated\n" and file.attrs["h5py_version"] == h5py.__version__
         assert "nats" in file["rounds/train_loss"].attrs["description"]
         assert file["partition/label_names"].asstr()[:].tolist() == ["a", ""]
@@ -87,6 +89,59 @@ def test_read_gives_back_what_was_written(tmp_path: Path) -> None:
     again.write(second, complete=False)
     for group in ("rounds", "clients", "events", "partition", "samples", "final"):
         pandas.testing.assert_frame_equal(frame(first, group), frame(second, group))
+
+
+def test_what_a_test_was_measured_on_is_beside_it(tmp_path: Path) -> None:
+    path, again = tmp_path / "results.h5", tmp_path / "again.h5"
+    results = blank()
+    results.add_round({"round": 0, "eval_loss": 4.0})
+    results.set_evaluated({"loss": Sampling(8, 196, "examples")})
+    tested = {"loss": Sampling(300, 300, "examples", 2.4, 2.6, "normal"), "bleu": Sampling(50, 60, "prompts")}
+    results.set_test({"loss": 2.5, "bleu": 30.0, "mine": 1.0}, tested)
+    results.set_base({"loss": 5.0})
+    results.set_tables({"questions": {"cut": np.array([True, False])}})
+    results.write(path, complete=True)
+    Results.read(path).write(again, complete=True)
+    for one in (path, again):
+        with h5py.File(one) as file:
+            attributes = dict(file["test/loss"].attrs)
+            assert attributes.pop("description").startswith("loss of the final state on the test split")
+            assert attributes == tested["loss"]._asdict()
+            assert (file["test/bleu"].attrs["of"], file["test/bleu"].attrs["unit"]) == (60, "prompts")
+            assert "n" not in file["test/mine"].attrs and "n" not in file["base/loss"].attrs
+            assert (file["rounds/eval_loss"].attrs["n"], file["rounds/eval_loss"].attrs["of"]) == (8, 196)
+            assert "nats" in file["rounds/eval_loss"].attrs["description"]
+            assert file["tables/questions/cut"].dtype == np.int8
+    read = Results.read(again)
+    assert read.sampling("test/loss") == tested["loss"] and read.sampling("test/mine") is None
+    assert read.sampling("test/bleu") == pytest.approx(tested["bleu"], nan_ok=True)
+
+
+def test_other_readers_of_hdf5_see_all_of_it(tmp_path: Path) -> None:
+    netcdf, xarray = pytest.importorskip("netCDF4"), pytest.importorskip("xarray")
+    path = tmp_path / "results.h5"
+    results = blank()
+    play(results, 0, 2)
+    results.set_test({"loss": 2.5}, {"loss": Sampling(3, 3, "examples", 2.0, 3.0, "normal")})
+    results.set_samples([{"prompt": "né :", "references": ["a"], "text": "日本"}])
+    results.set_tables({"questions": {"cut": np.array([True, False])}})
+    for complete in (False, True):
+        results.write(path, complete)
+        with h5py.File(path) as file:
+            datasets: list[str] = []
+            file.visit(datasets.append)
+            names = {name: set(file[name].attrs) for name in datasets if isinstance(file[name], h5py.Dataset)}
+            about = set(file.attrs)
+        with netcdf.Dataset(path) as file:
+            assert set(file.ncattrs()) == about and file.getncattr("complete") == complete
+            for name, attributes in names.items():
+                assert set(file[name].ncattrs()) == attributes
+                file[name][...]
+        for engine, more in (("netcdf4", {}), ("h5netcdf", {"phony_dims": "access"})):
+            with xarray.open_dataset(path, engine=engine, **more) as root:
+                assert bool(root.attrs["complete"]) is complete
+            with xarray.open_dataset(path, engine=engine, group="rounds", **more) as rounds:
+                assert rounds["eval_loss"].values[2] == 2.0
 
 
 def test_rows_must_be_whole_and_in_order() -> None:

@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_and_exit_2(
     file = write(tmp_path, **{"launch": "true", **keys})
     assert sweep.main([str(file), *arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and error.startswith("fedhpc.sweep: error: ")
+    assert message in error and error.count("\n") == 1 and error.startswith("fedhpc sweep: error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
 
 

@@ -48,6 +48,7 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         *approach.messages,
         *data.describe(splits.population, splits.train),
         f"examples: {len(splits.train):,} training, {len(splits.validation):,} validation, {len(splits.test):,} test",
+        evaluated(approach),
         f"rounds: {approach.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most "
         f"{largest}, {approach.work(plan)} each",
         "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
@@ -55,6 +56,19 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         f"bytes per round: {approach.bytes_down(plan):,} down, {approach.bytes_up(plan):,} up (protocol)",
         *rest,
     ]
+
+
+def evaluated(approach: AnyApproach) -> str:
+    """What the numbers of the run will be measured on, in one line."""
+    options, sizes = approach.config.evaluation, (len(approach.data.validation), len(approach.data.test))
+    validation, test = (
+        f"all {size:,}" if limit is None or size <= limit else f"{limit:,} of {size:,}"
+        for size, limit in zip(sizes, (options.max_examples, options.test_max_examples), strict=True)
+    )
+    return (
+        f"evaluated: {validation} validation examples every {options.every} rounds and after the last; at the end "
+        f"{test} test examples (texts: as many distinct prompts)"
+    )
 
 
 def run_description(approach: AnyApproach, transport: Transport) -> RunDescription:

@@ -23,7 +23,7 @@ from fedhpc.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the figures; returns 1 where something failed, after one line that says what."""
-    parser = argparse.ArgumentParser(prog="python -m fedhpc.bench", description="speed ratios of fedhpc")
+    parser = argparse.ArgumentParser(prog="fedhpc bench", description="speed ratios of fedhpc")
     parser.add_argument("--repeats", type=int, help="interleaved repeats; medians are shown (5; of programs 3)")
     parser.add_argument("--quick", action="store_true", help="the small models alone, and 3 repeats (of programs 1)")
     parser.add_argument("--only", default="", help="with --peers workloads, as 'W1 small,W3'; with --gpu parts")

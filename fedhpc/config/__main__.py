@@ -14,7 +14,7 @@ from fedhpc.errors import nearest
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the keys of the sections that are named, of all where none is; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fedhpc.config",
+        prog="fedhpc config",
         description="Every key of the configuration, its default and meaning.",
         epilog="The defaults are those of a configuration file. The embedded demo, which runs without a file, says "
         "some of the keys otherwise: fedhpc/default.yaml.",
@@ -23,9 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections = parser.parse_args(arguments).sections
     for section in sections:
         if section not in SECTIONS:
-            print(
-                f"fedhpc: error: there is no section '{section}'; {nearest(section, list(SECTIONS))}", file=sys.stderr
-            )
+            known = nearest(section, list(SECTIONS))
+            print(f"fedhpc config: error: there is no section '{section}'; {known}", file=sys.stderr)
             return 2
     print(reference(sections))
     return 0

@@ -124,7 +124,9 @@ class Evaluation(Section):
         None, description="metrics of the test at the end; default metrics"
     )
     max_examples: int = Field(256, ge=1, description="size of the fixed validation subset")
-    test_max_examples: int | None = Field(None, ge=1, description="size of the test subset; default max_examples")
+    test_max_examples: int | None = Field(
+        None, ge=1, description="size of a fixed test subset; default all of the split"
+    )
     batch_size: int = Field(32, ge=1, description="examples per evaluation batch")
     max_new_tokens: int = Field(64, ge=1, description="length limit of generated text")
     samples: int = Field(8, ge=0, description="generated texts kept in /samples")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedhpc import registry
 from fedhpc.config import Evaluation
 from fedhpc.data.tokens import Examples, group_references, ranges
+from fedhpc.evaluation.metrics._intervals import Interval, of_mean, of_ratio
 from fedhpc.evaluation.metrics.base import Metric, Outputs
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods.base import Attached, Method, PerClient
@@ -28,6 +29,7 @@ from fedhpc.models.generative import Generative
 from fedhpc.models.load import autocast
 from fedhpc.objectives.base import Objective
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
+from fedhpc.results.record import Sampling
 from fedhpc.rng import EVALUATION, generator
 
 Int64 = NDArray[np.int64]
@@ -41,11 +43,12 @@ class Outcome:
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # prompt, references, text
+    sampling: dict[str, Sampling]  # of the metrics
 
 
-def subset(n: int, limit: int) -> Int64:
-    """At most `limit` of the items 0 to n - 1, the same ones for every `run.seed`, in ascending order."""
-    if n <= limit:
+def subset(n: int, limit: int | None) -> Int64:
+    """At most `limit` of the items 0 to n - 1 (None: all), the same ones for every `run.seed`, in ascending order."""
+    if limit is None or n <= limit:
         return np.arange(n)
     return np.sort(generator(EVALUATION, "evaluation subset").choice(n, limit, replace=False))
 
@@ -72,6 +75,7 @@ class Evaluator:
         indices: Int64,
         metrics: Sequence[str],
         samples: int = 0,
+        intervals: bool = False,
     ) -> Outcome | None:
         """Metrics of `payloads` (M, P) on the examples `indices`; the outcome on rank 0, None elsewhere. Collective.
 
@@ -80,6 +84,7 @@ class Evaluator:
 
         For texts an item is a distinct prompt with all its references; as many as there are `indices` are drawn,
         and `samples` of them, evenly spaced, are in the outcome. Classifiers write no texts, so no samples.
+        intervals: with those of the metrics over the drawing of the items.
         """
         base, rank = self.base, self.transport.rank
         chosen: dict[str, Metric] = {registry.short_name(name): registry.choice("metrics", name)() for name in metrics}
@@ -87,13 +92,19 @@ class Evaluator:
         count = 1 if method is None else len(payloads)
         shares = _Shares(self, method, payloads)
         outputs: dict[str, Any] = {}
+        measured = {"losses": (len(indices), len(examples), "examples")}  # n, of, unit
+        measured["labels"] = measured["losses"]
         shown: list[dict[str, Any]] = []
 
         if "losses" in needs:
             pairs = np.tile(indices, count)
             nll = shares.losses(examples, pairs, np.repeat(np.arange(count), len(indices)))
-            tokens = int(self.objective.num_supervised(examples, indices).sum())
-            outputs |= {"nll_sum": float(nll.reshape(count, -1).sum(axis=1).sum()), "tokens": count * tokens}
+            nll = nll.reshape(count, -1)
+            supervised = count * self.objective.num_supervised(examples, indices)
+            outputs |= {"nll_sum": float(nll.sum(axis=1).sum()), "tokens": int(supervised.sum())}
+            prompt = _prompts(examples, indices)
+            outputs["prompt_nll"] = np.bincount(prompt, weights=nll.sum(axis=0))
+            outputs["prompt_tokens"] = np.bincount(prompt, weights=supervised).astype(np.int64)
         if "labels" in needs:
             if self.label_targets is None or examples.labels is None:
                 raise ValueError("metrics on labels need the examples' labels and a target for each of them")
@@ -105,6 +116,7 @@ class Evaluator:
             items = subset(len(groups), len(indices))
             samples = min(samples, len(items))
             sampled = np.arange(samples) * len(items) // max(samples, 1)
+            measured["texts"] = (len(items), len(groups), "prompts")
             payload = np.arange(len(items)) % count
             if "texts" not in needs:
                 items, payload, sampled = items[sampled], payload[sampled], np.arange(samples)
@@ -120,7 +132,14 @@ class Evaluator:
         if rank != 0:
             return None
         all_outputs = Outputs(**outputs)
-        return Outcome({name: float(metric.compute(all_outputs)) for name, metric in chosen.items()}, shown)
+        return Outcome(
+            {name: float(metric.compute(all_outputs)) for name, metric in chosen.items()},
+            shown,
+            {
+                name: sampling(metric, all_outputs, *measured[metric.needs], interval=intervals)
+                for name, metric in chosen.items()
+            },
+        )
 
     def likelihoods(self, method: Method | None, payloads: Tensor, examples: Examples) -> Float64 | None:
         """Negative log-likelihood of the target of each example under one payload (1, P); on rank 0. Collective."""
@@ -141,7 +160,8 @@ class Evaluator:
 
         payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i].
         Columns, one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without
-        any), and with `labels` accuracy, where the examples have them.
+        any), and with `labels` accuracy, where the examples have them; of both the 95 % interval over the drawing of
+        the client's examples, loss_low and loss_high, NaN where one example or none is held out.
         """
         if len(payloads) not in (1, len(clients)):
             raise ValueError(f"{len(payloads)} payloads for {len(clients)} clients")
@@ -168,9 +188,12 @@ class Evaluator:
             "num_examples": sizes,
             "tokens": tokens,
         }
+        mine = [owner == i for i in range(len(clients))]
         columns["loss"] = per(nll, tokens)
+        columns |= _ends("loss", [of_ratio(nll[rows], supervised[rows]) for rows in mine])
         if right is not None:
             columns["accuracy"] = per(right, sizes)
+            columns |= _ends("accuracy", [of_mean(right[rows].astype(np.float64)) for rows in mine])
         return columns
 
     def mixed_probabilities(
@@ -198,6 +221,30 @@ class Evaluator:
         exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
         mixed: Float64 = np.tensordot(weights, exponentials / exponentials.sum(axis=-1, keepdims=True), axes=1)
         return tokens, mixed
+
+
+def sampling(metric: Metric, outputs: Outputs, n: int, of: int, unit: str, interval: bool = True) -> Sampling:
+    """What `metric` was measured on, and with `interval` its interval, within what the metric can be."""
+    if not interval:
+        return Sampling(n, of, unit)
+    low, high, by = metric.interval(outputs)
+    low, high = np.clip((low, high), metric.lowest, metric.highest)
+    return Sampling(n, of, unit, float(low), float(high), by)
+
+
+def _ends(metric: str, intervals: Sequence[Interval]) -> dict[str, Float64]:
+    """Two columns: the lower and upper ends of the intervals of a metric, within what it can be."""
+    cls: type[Metric] = registry.choice("metrics", metric)
+    low, high = np.clip(np.array([one[:2] for one in intervals]).reshape(-1, 2).T, cls.lowest, cls.highest)
+    return {f"{metric}_low": low, f"{metric}_high": high}
+
+
+def _prompts(examples: Examples, indices: Int64) -> Int64:
+    """Which prompt each example has, counted from 0: (n,). Without texts every example has its own."""
+    if examples.prompts is None:
+        return np.arange(len(indices))
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(examples.prompts[i], len(numbers)) for i in indices], np.int64)
 
 
 def over_clients(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from fedhpc.report.text import console
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fedhpc.report", description="Tables and plots of one run, or a comparison of several."
+        prog="fedhpc report", description="Tables and plots of one run, or a comparison of several."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory or its results.h5")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where Markdown, CSV and PNG files go")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
     except UserError as error:
-        print(f"fedhpc.report: {error}", file=sys.stderr)
+        print(f"fedhpc report: error: {error}", file=sys.stderr)
         return 2
     for path in written:
         screen.print(f"wrote {path}", markup=False, soft_wrap=True)

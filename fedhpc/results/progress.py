@@ -75,8 +75,11 @@ class Progress:
         """Print the results of the whole run, beside those of the untouched base."""
         self.close()
         for name, value in results.test.items():
-            base = f" (untouched base {results.base[name]:.4f})" if name in results.base else ""
-            print(f"test {name} {value:.4f}{base}")
+            said = [f"untouched base {results.base[name]:.4f}"] if name in results.base else []
+            if (one := results.test_sampling.get(name)) is not None:
+                interval = f"95 % interval {one.low:.4f} to {one.high:.4f} " if one.known else ""
+                said.append(f"{interval}over {one.items}")
+            print(f"test {name} {value:.4f}" + (f" ({'; '.join(said)})" if said else ""))
         for text in results.lines:
             print(text)
 
@@ -96,6 +99,7 @@ class Progress:
 def line(record: RoundRecord, rounds: int) -> str:
     """A round in one line: `round 3/20  train_loss 2.314  eval_loss 2.551  cohort 10 (1 dropped)  1.8 s`."""
     parts = [f"round {record.round}/{rounds}"]
+    parts += [f"void: {event.message}" for event in record.events if event.kind == "void"]
     losses = {"train_loss": record.train_loss, **{f"eval_{name}": value for name, value in record.metrics.items()}}
     for name, value in losses.items():
         if not math.isnan(value):

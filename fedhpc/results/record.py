@@ -25,6 +25,27 @@ class Event(NamedTuple):
     message: str
 
 
+class Sampling(NamedTuple):
+    """How many items a metric was measured on, and how well they stand for all that could have been drawn."""
+
+    n: int
+    of: int  # items of the whole split
+    unit: str  # what an item is: "examples", "prompts" (a distinct one with all its references), "questions"
+    low: float = float("nan")  # 95 % interval over the drawing of the items; NaN where it is not known
+    high: float = float("nan")
+    by: str = ""  # how it was made: "Wilson", "normal", "bootstrap"
+
+    @property
+    def items(self) -> str:
+        """Like "500 examples", or "256 of 500 examples" where the split has more."""
+        return f"{self.n:,} {self.unit}" if self.n == self.of else f"{self.n:,} of {self.of:,} {self.unit}"
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return self.low == self.low
+
+
 @dataclass(frozen=True)
 class RunDescription:
     """What is known of a run before its first round."""
@@ -61,6 +82,7 @@ class RoundRecord:
     seconds_eval: float = 0.0
     peak_memory_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the validation split; empty: not evaluated
+    sampling: Mapping[str, Sampling] = field(default_factory=dict)  # of these metrics
     clients: Mapping[str, np.ndarray] = field(default_factory=dict)  # columns of /clients, a row per sampled client
     events: Sequence[Event] = ()
 
@@ -70,7 +92,7 @@ class RoundRecord:
         return {**numbers, **{f"eval_{name}": value for name, value in self.metrics.items()}}
 
 
-_NOT_IN_ROW = {"metrics", "clients", "events"}
+_NOT_IN_ROW = {"metrics", "sampling", "clients", "events"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,8 @@ class FinalResults:
     base: Mapping[str, float]  # the same metrics of the untouched base
     tensors: Mapping[str, np.ndarray]  # /final
     samples: Sequence[Mapping[str, Any]] = ()
+    test_sampling: Mapping[str, Sampling] = field(default_factory=dict)
+    base_sampling: Mapping[str, Sampling] = field(default_factory=dict)
     client_eval: Mapping[str, np.ndarray] | None = None
     client_summary: Mapping[str, float] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)  # /tables/<name>/<column>

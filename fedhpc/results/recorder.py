@@ -51,6 +51,7 @@ class Recorder:
     def round(self, record: RoundRecord) -> None:
         """Add a round; save it where a checkpoint is due."""
         self.results.add_round(record.row())
+        self.results.set_evaluated(record.sampling)
         if record.clients:
             self.results.add_clients(record.clients)
         for event in record.events:
@@ -63,8 +64,8 @@ class Recorder:
     def finish(self, results: FinalResults) -> None:
         """Write the test, the final payload and the rest; the run is then complete."""
         file = self.results
-        file.set_test(results.test)
-        file.set_base(results.base)
+        file.set_test(results.test, results.test_sampling)
+        file.set_base(results.base, results.base_sampling)
         file.set_samples(results.samples)
         if results.client_eval is not None:
             file.set_client_eval(results.client_eval, results.client_summary)

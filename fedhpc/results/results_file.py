@@ -24,6 +24,7 @@ import numpy as np
 from fedhpc import __version__
 from fedhpc.errors import UserError
 from fedhpc.results.files import FORMAT, atomic_write
+from fedhpc.results.record import Sampling
 
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "h5py", "mpi4py")
@@ -77,6 +78,26 @@ EVENTS = {
     "round": Column(np.int64, "round in which it happened"),
     "kind": Column(str, "rejected, resumed, preempted, ..."),
     "message": Column(str, "what happened"),
+}
+# The other groups. Datasets of /final are named by the method, those of /tables by the approach (docs/results.md).
+DESCRIPTIONS = {
+    "partition/num_examples": "training examples of each client",
+    "partition/label_counts": "of these, how many have each label",
+    "partition/label_names": "the labels, in the order of the columns of label_counts",
+    "partition/indices": "training examples by number, those of client 0 first",
+    "partition/offsets": "client i has indices[offsets[i]:offsets[i + 1]]",
+    "samples/prompt": "what the model was given",
+    "samples/references": "the targets of this prompt, a JSON list",
+    "samples/text": "what the model wrote",
+    "client_eval/client_id": "client in 0..N-1",
+    "client_eval/num_examples": "examples held out of the client's training (evaluation.client_fraction)",
+    "client_eval/tokens": "supervised tokens of these",
+}
+_TESTED = {"test": "of the final state on the test split", "base": "of the untouched base on the test split"}
+_STATISTICS = {
+    "mean": "mean over clients with held-out examples",
+    "worst_10_percent": "mean over the worst tenth of the clients",
+    "std": "standard deviation over clients",
 }
 
 Scalar = str | int | float | bool
@@ -156,6 +177,8 @@ class Results:
     def __init__(self, attributes: Mapping[str, Scalar], metrics: Iterable[str] = ()) -> None:
         self.attributes: dict[str, Scalar] = {**_environment(), **attributes}
         self.complete = False
+        #: Attributes of single datasets, beside their description: path -> name -> value.
+        self.notes: dict[str, dict[str, Scalar]] = {}
         named = {f"eval_{metric}": metric_column(metric) for metric in metrics}
         self._tables = {
             "rounds": _Table({**ROUNDS, **{k: v for k, v in named.items() if k not in ROUNDS}}),
@@ -210,21 +233,36 @@ class Results:
         }
         self.groups["partition"] = {name: np.asarray(v) for name, v in values.items() if v is not None}
 
-    def set_test(self, metrics: Mapping[str, float]) -> None:
-        """Metrics of the final state on the test subset."""
-        self.groups["test"] = {name: np.float64(value) for name, value in metrics.items()}
+    def set_evaluated(self, sampling: Mapping[str, Sampling]) -> None:
+        """What the metrics of the validation split were measured on last."""
+        for name, one in sampling.items():
+            self.notes[f"rounds/eval_{name}"] = {"n": one.n, "of": one.of, "unit": one.unit}
 
-    def set_base(self, metrics: Mapping[str, float]) -> None:
-        """Metrics of the untouched base (no payload) on the test subset."""
-        self.groups["base"] = {name: np.float64(value) for name, value in metrics.items()}
+    def set_test(self, metrics: Mapping[str, float], sampling: Mapping[str, Sampling] | None = None) -> None:
+        """Metrics of the final state on the test split."""
+        self._set_tested("test", metrics, sampling)
+
+    def set_base(self, metrics: Mapping[str, float], sampling: Mapping[str, Sampling] | None = None) -> None:
+        """Metrics of the untouched base (no payload) on the test split."""
+        self._set_tested("base", metrics, sampling)
+
+    def _set_tested(self, group: str, metrics: Mapping[str, float], sampling: Mapping[str, Sampling] | None) -> None:
+        self.groups[group] = {name: np.float64(value) for name, value in metrics.items()}
+        self.notes |= {f"{group}/{name}": one._asdict() for name, one in (sampling or {}).items()}
+
+    def sampling(self, path: str) -> Sampling | None:
+        """What the metric in a dataset like "test/loss" was measured on; None in files from before it was said."""
+        note = self.notes.get(path, {})
+        return Sampling(**{k: note[k] for k in Sampling._fields if k in note}) if "n" in note else None  # type: ignore[arg-type]
 
     def set_client_eval(self, columns: Mapping[str, Any], summary: Mapping[str, float] | None = None) -> None:
         """Per-client results on the clients' held-out examples; one value per client in each column.
 
         /client_eval has client_id, num_examples, tokens, loss (and accuracy) of the final state; loss_personal (and
-        accuracy_personal) with the client's own part of the payload and after its fine-tuning, where a run has them.
-        summary, in /client_summary: for each of these `loss/mean`, `loss/worst_10_percent` and `loss/std` over the
-        clients, each client counted once (fedhpc.evaluation.evaluate.over_clients).
+        accuracy_personal) with the client's own part of the payload and after its fine-tuning, where a run has them;
+        loss_low, loss_high and so on, the ends of 95 % intervals over the drawing of a client's examples.
+        summary, in /client_summary: for each of these metrics `loss/mean`, `loss/worst_10_percent` and `loss/std` over
+        the clients, each client counted once (fedhpc.evaluation.evaluate.over_clients).
         """
         self.groups["client_eval"] = {name: np.asarray(values) for name, values in columns.items()}
         self.groups["client_summary"] = {name: np.float64(value) for name, value in (summary or {}).items()}
@@ -280,21 +318,27 @@ class Results:
             table.mark_saved()
 
     def image(self, complete: bool) -> bytes:
-        """What `write` puts on the disk: the bytes of the HDF5 file."""
-        marks = {"format": FORMAT, "format_version": FORMAT_VERSION, "complete": complete}
+        """What `write` puts on the disk: the bytes of the HDF5 file.
+
+        No booleans but 0 and 1: netCDF4 does not list HDF5's boolean attributes.
+        """
+        marks: dict[str, Scalar] = {"format": FORMAT, "format_version": FORMAT_VERSION, "complete": complete}
         last = np.iinfo(np.int64).max if complete else self._rows() - 1
         # The name is of no file: the core driver without backing store never touches the disk.
         with h5py.File("results.h5", "w", driver="core", backing_store=False, block_size=1 << 20) as file:
-            for name, value in {**self.attributes, **marks}.items():
-                file.attrs[name] = _clean(value) if isinstance(value, str) else value
+            _note(file, self.attributes | marks)
             for group, table in self._tables.items():
                 for name, array in table.image(last).items():
                     dataset = _put(file, f"{group}/{name}", array)
-                    dataset.attrs["description"] = table.columns[name].description
+                    _note(dataset, {"description": table.columns[name].description})
             for group, values in self.groups.items():
                 file.require_group(group)
                 for name, value in values.items():
-                    _put(file, f"{group}/{name}", value)
+                    dataset = _put(file, f"{group}/{name}", value)
+                    _note(dataset, {"description": text} if (text := _description(group, name)) else {})
+            for path, note in self.notes.items():
+                if path in file:
+                    _note(file[path], note)
             file.flush()
             image: bytes = file.id.get_file_image()
         return image
@@ -316,7 +360,7 @@ class Results:
 
     @classmethod
     def _from(cls, file: Any, path: Path) -> Results:
-        attributes = {name: v.item() if isinstance(v, np.generic) else v for name, v in file.attrs.items()}
+        attributes = _attributes(file)
         if attributes.pop("format", None) != FORMAT:
             raise UserError(f"{path}: is an HDF5 file, but not the results of a fedhpc run")
         version = attributes.pop("format_version", 0)
@@ -330,11 +374,13 @@ class Results:
         for group, table in results._tables.items():
             table.append({name: _get(file[group][name]) for name in table.columns})
             table.mark_saved()
+            results.notes |= {f"{group}/{name}": _notes(file[group][name]) for name in table.columns}
         for group, values in results.groups.items():
 
             def collect(name: str, item: Any, values: dict[str, Any] = values) -> None:
                 if isinstance(item, h5py.Dataset):
                     values[name] = _get(item)
+                    results.notes[item.name.removeprefix("/")] = _notes(item)
 
             if group in file:  # files of format 1 from before /client_summary lack it
                 file[group].visititems(collect)
@@ -402,11 +448,42 @@ def _strings(texts: Iterable[str]) -> np.ndarray:
     return np.array([*texts, None], dtype=object)[:-1]
 
 
+def _description(group: str, name: str) -> str:
+    """What a dataset outside the tables of rounds holds; nothing for tensors and for what an approach adds."""
+    if group in _TESTED:
+        return f"{name} {_TESTED[group]}: n items, low to high their 95 % interval over the drawing of these items"
+    if group not in ("client_eval", "client_summary") or f"{group}/{name}" in DESCRIPTIONS:
+        return DESCRIPTIONS.get(f"{group}/{name}", "")
+    column, _, statistic = name.partition("/")
+    metric, *ends = column.split("_")
+    of = "with the client's own part and after its fine-tuning" if "personal" in ends else "of the final state"
+    if group == "client_summary":
+        return f"{_STATISTICS.get(statistic, statistic)}: {metric} {of}, each client counted once"
+    end = next((f"{side} end of the 95 % interval of the " for side in ("low", "high") if side in ends), "")
+    return f"{end}{metric} {of} on the client's held-out examples; NaN: not known"
+
+
+def _note(item: Any, attributes: Mapping[str, Scalar]) -> None:
+    """Write attributes of a file or dataset; True and False as 1 and 0."""
+    for name, value in attributes.items():
+        item.attrs[name] = _clean(value) if isinstance(value, str) else int(value) if isinstance(value, bool) else value
+
+
+def _notes(dataset: Any) -> dict[str, Scalar]:
+    """What `notes` has of a dataset."""
+    return {name: value for name, value in _attributes(dataset).items() if name != "description"}
+
+
+def _attributes(item: Any) -> dict[str, Any]:
+    """The attributes of a file or dataset as plain values."""
+    return {name: v.item() if isinstance(v, np.generic) else v for name, v in item.attrs.items()}
+
+
 def _put(file: Any, name: str, value: Any) -> Any:
     array = np.asarray(value)
     if array.dtype.kind in "OU":
         return file.create_dataset(name, array.shape, h5py.string_dtype(), [_clean(text) for text in array])
-    return file.create_dataset(name, data=array)
+    return file.create_dataset(name, data=array.astype(np.int8) if array.dtype == bool else array)
 
 
 def _get(dataset: Any) -> Any:

@@ -73,7 +73,8 @@ def decide(
     if meta is None:
         return "fresh"  # ended before its first checkpoint: nothing to resume, nothing to lose
     _check_plugins(config, directory, meta.get("plugins", {}))
-    extended = _compare(config, directory, meta)
+    complete = status is not None and status.state == "complete"
+    extended = _compare(config, directory, meta, complete)
     for what, now in (("data", data_fingerprint), ("model", model_fingerprint)):
         stored = meta.get(f"fingerprint_{what}")
         if now is not None and stored is not None and now != stored:
@@ -81,7 +82,7 @@ def decide(
                 f"{directory}: the content of the {what} changed since the run began ({stored} -> {now}); "
                 "put the old content back, choose another run.dir, or start over with --fresh"
             )
-    if status is not None and status.state == "complete" and not extended:
+    if complete and not extended:
         return "finished"
     if not (directory / CHECKPOINT).exists():
         raise UserError(f"{directory}: has no checkpoint, cannot be extended; start over with --fresh")
@@ -99,7 +100,7 @@ def _check_plugins(config: Config, directory: Path, before: Mapping[str, str]) -
             )
 
 
-def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
+def _compare(config: Config, directory: Path, meta: Mapping[str, Any], complete: bool) -> bool:
     """Whether the run is to go beyond the rounds it was made for. UserError where it is another run."""
     path = directory / "config.yaml"
     try:
@@ -116,6 +117,8 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any]) -> bool:
         free.add("federation.cohort_size")
     if new["runtime.block_size"] == meta.get("block_size"):
         free.add("runtime.block_size")
+    if not complete:  # the test is yet to come
+        free.add("evaluation.test_max_examples")
     ignored = [*unread(config), *_FREE_SECTIONS]
     free |= {key for key in {*old, *new} if any(f"{key}.".startswith(f"{one}.") for one in ignored)}
     changed = [key for key in [*old, *(k for k in new if k not in old)] if old.get(key) != new.get(key)]

@@ -240,6 +240,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return FinalResults(
             test=final.metrics,
             base=untouched.metrics,
+            test_sampling=final.sampling,
+            base_sampling=untouched.sampling,
             samples=final.samples,
             client_eval=per_client,
             client_summary=over_clients(per_client) if per_client else {},

@@ -32,10 +32,10 @@ class Evaluation:
     def test(self, transport: Transport, payloads: Tensor) -> tuple[Outcome, Outcome] | None:
         """On the test split: of the untouched base, and of `payloads` (1 or M, P) with sample texts."""
         options, examples = self.config.evaluation, self.data.test
-        indices = subset(len(examples), options.test_max_examples or options.max_examples)
+        indices = subset(len(examples), options.test_max_examples)
         evaluator, metrics = self.evaluator(transport), options.metrics_of_test
-        untouched = evaluator.evaluate(None, payloads, examples, indices, metrics)
-        final = evaluator.evaluate(self.method, payloads, examples, indices, metrics, options.samples)
+        untouched = evaluator.evaluate(None, payloads, examples, indices, metrics, intervals=True)
+        final = evaluator.evaluate(self.method, payloads, examples, indices, metrics, options.samples, intervals=True)
         return None if untouched is None or final is None else (untouched, final)
 
     def clients_evaluated(self) -> list[int]:
@@ -66,21 +66,28 @@ class Evaluation:
         clients: Sequence[int],
         block_size: int,
     ) -> dict[str, np.ndarray]:
-        """Per-client results of the payloads (K, P) that `personalize` makes, `_personal` behind their names.
+        """Per-client results of the payloads (K, P) that `personalize` makes, `_personal` behind the metrics' names.
 
         Of meaning on rank 0 alone.
         """
-        metrics = ["loss", *(["accuracy"] if "accuracy" in self.config.evaluation.metrics_of_test else [])]
+        measured = ["loss", *(["accuracy"] if "accuracy" in self.config.evaluation.metrics_of_test else [])]
+        names = [f"{metric}{end}" for metric in measured for end in ("", "_low", "_high")]
         # Blocks do not depend on the number of ranks, and each entry is filled by one of them.
-        results = torch.zeros(len(metrics), len(clients), dtype=torch.float64)
+        results = torch.zeros(len(names), len(clients), dtype=torch.float64)
         for number, begin in enumerate(range(0, len(clients), block_size)):
             if transport.evaluator(number) == transport.rank:
                 block = clients[begin : begin + block_size]
                 columns = self.of_clients(LoopbackTransport(), personalize(block), block)
                 assert columns is not None
-                results[:, begin : begin + block_size] = torch.from_numpy(np.stack([columns[m] for m in metrics]))
+                results[:, begin : begin + block_size] = torch.from_numpy(np.stack([columns[name] for name in names]))
         transport.reduce_sum(results)
-        return {f"{metric}_personal": result.numpy() for metric, result in zip(metrics, results, strict=True)}
+        return {_personal(name): result.numpy() for name, result in zip(names, results, strict=True)}
+
+
+def _personal(column: str) -> str:
+    """loss_personal of loss, loss_personal_low of loss_low."""
+    metric, *end = column.split("_")
+    return "_".join([metric, "personal", *end])
 
 
 def client_lines(summary: Mapping[str, Any]) -> list[str]:

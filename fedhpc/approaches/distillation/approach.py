@@ -339,11 +339,13 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         tested = {name: outcome.metrics for name, outcome in outcomes.items() if outcome} | {"ensemble": ensemble}
         views = method.payload.views(_student(state).theta)
         export(method, views, config.run_dir / "adapter", config)
-        student = outcomes["student"]
-        assert student is not None
+        student, base = outcomes["student"], outcomes["base"]
+        assert student is not None and base is not None
         return FinalResults(
             test=tested["student"],
             base=tested["base"],
+            test_sampling=student.sampling,
+            base_sampling=base.sampling,
             samples=student.samples,
             tensors={name: view.numpy() for name, view in views.items()},
             tables={"comparison": _columns(tested)},
@@ -352,11 +354,11 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
     def _test(self, transport: Transport, method: Method | None, payloads: Tensor, samples: int) -> Outcome | None:
         metrics = self.config.evaluation.metrics_of_test
-        return self.evaluator(transport).evaluate(method, payloads, self.data.test, self._tested(), metrics, samples)
+        evaluator, tested = self.evaluator(transport), self._tested()
+        return evaluator.evaluate(method, payloads, self.data.test, tested, metrics, samples, intervals=True)
 
     def _tested(self) -> np.ndarray:
-        evaluation = self.config.evaluation
-        return subset(len(self.data.test), evaluation.test_max_examples or evaluation.max_examples)
+        return subset(len(self.data.test), self.config.evaluation.test_max_examples)
 
     def _trained_alone(self) -> Tensor:
         """The student's payload after as many steps on the public set's targets, without any knowledge."""

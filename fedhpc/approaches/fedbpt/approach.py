@@ -259,12 +259,11 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Test the soft prompt, and export it as method prompt does."""
         options, payload = self.config.evaluation, self._payload(transport, state)
-        limit = options.test_max_examples or options.max_examples
-        args = (transport, self.data.test, options.metrics_of_test, limit)
-        untouched = self.measured(*args)
+        args = (transport, self.data.test, options.metrics_of_test, options.test_max_examples)
+        untouched = self.measured(*args, intervals=True)
         start = self.subspace.prompts(self.first.mean).to(self.base.dtype).reshape(1, -1).to(self.base.device)
         first = self.measured(*args, self.method, start)
-        final = self.measured(*args, self.method, payload, samples=options.samples)
+        final = self.measured(*args, self.method, payload, samples=options.samples, intervals=True)
         if state is None or final is None or untouched is None or first is None:
             return None
         tensors = self.method.payload.views(payload[0].cpu())
@@ -274,6 +273,8 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         return FinalResults(
             test=final.metrics,
             base=untouched.metrics,
+            test_sampling=final.sampling,
+            base_sampling=untouched.sampling,
             samples=final.samples,
             tensors={
                 **{name: view.float().numpy() for name, view in tensors.items()},

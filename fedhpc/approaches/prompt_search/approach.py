@@ -347,8 +347,9 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         candidate: Candidate,
         examples: Examples,
         metrics: Sequence[str],
-        limit: int,
+        limit: int | None,
         samples: int = 0,
+        intervals: bool = False,
     ) -> Outcome | None:
         """Evaluate the base on examples with the prompt around them. Collective."""
         key = candidate.to_json() + examples.fingerprint
@@ -358,14 +359,14 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
             train = self.data.train
             shown = [self.writer.demonstrations(candidate, train, population.indices(c), c) for c in clients]
             self._rewritten = key, self.writer.rewritten(candidate, examples, shown)
+        targets = self.writer.answer_texts(candidate)
         return self.measured(
-            transport, self._rewritten[1], metrics, limit, targets=self.writer.answer_texts(candidate), samples=samples
+            transport, self._rewritten[1], metrics, limit, targets=targets, samples=samples, intervals=intervals
         )
 
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Test the best prompt, the empty one, and the hand-written one that did best on the validation split."""
         evaluation = self.config.evaluation
-        limit = evaluation.test_max_examples or evaluation.max_examples
         best, written = self._best(transport, state), self.space.hand_written()
         validated = [
             self._of_prompt(transport, c, self.data.validation, evaluation.metrics, evaluation.max_examples)
@@ -377,20 +378,25 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         best_written = transport.broadcast_json([int(i) for i in order[:1]])  # empty where none is hand-written
         prompts = [self.plain, *(written[i] for i in best_written), best]
         on_test = [
-            self._of_prompt(transport, c, self.data.test, evaluation.metrics_of_test, limit, samples)
+            self._of_prompt(
+                transport, c, self.data.test, evaluation.metrics_of_test, evaluation.test_max_examples, samples, True
+            )
             for c, samples in zip(prompts, [*(0 for _ in prompts[1:]), evaluation.samples], strict=True)
         ]
         if state is None:
             return None
-        tested = [one.metrics for one in on_test if one is not None]
+        outcomes = [one for one in on_test if one is not None]
+        tested = [one.metrics for one in outcomes]
         self._export(best)
         by_hand = ", ".join(f"{n} {v:.4f}" for metrics in tested[1:-1] for n, v in metrics.items())
         search = _search_state(state)
         return FinalResults(
             test=tested[-1],
             base=tested[0],
+            test_sampling=outcomes[-1].sampling,
+            base_sampling=outcomes[0].sampling,
             tensors={"prompt": np.frombuffer(best.to_json().encode(), np.uint8)},
-            samples=on_test[-1].samples if on_test[-1] else (),
+            samples=outcomes[-1].samples,
             tables={
                 "search": _table(_COLUMNS, search.rounds),
                 "scores": _table(("round", "candidate", "score", "examples"), search.scores),

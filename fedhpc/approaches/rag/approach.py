@@ -39,9 +39,9 @@ from fedhpc.config import Config
 from fedhpc.data.templates import parse
 from fedhpc.data.tokens import Examples, examples_from, group_references, tokenize
 from fedhpc.errors import UserError
-from fedhpc.evaluation.evaluate import Outcome, subset
+from fedhpc.evaluation.evaluate import Outcome, sampling, subset
 from fedhpc.evaluation.metrics._answers import within, words
-from fedhpc.evaluation.metrics.base import Outputs
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
@@ -49,7 +49,7 @@ from fedhpc.participation.blocks import assign, form_blocks
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.ranks.collectives import broadcast_bytes, gather_bytes, tree_merge
 from fedhpc.ranks.transport.base import Transport
-from fedhpc.results.record import FinalResults
+from fedhpc.results.record import FinalResults, Sampling
 from fedhpc.results.results_file import Results
 from fedhpc.rng import generator
 from fedhpc.server.state import ServerState
@@ -446,16 +446,23 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     def _rankings(self, names: Sequence[str], ranks: Int64) -> dict[str, float]:
         """Compute those of the metrics `names` that are about rankings."""
-        outputs = Outputs(ranks=ranks)
-        classes = {registry.short_name(name): registry.choice("metrics", name) for name in names}
-        return {name: float(cls().compute(outputs)) for name, cls in classes.items() if cls.needs == "rankings"}
+        return {name: float(metric.compute(Outputs(ranks=ranks))) for name, metric in _of_rankings(names).items()}
+
+    def _sampling(self, names: Sequence[str], ranks: Int64, intervals: bool) -> dict[str, Sampling]:
+        """How many questions these metrics were measured on."""
+        sizes = (len(ranks), len(self.questions), "questions")
+        return {
+            name: sampling(metric, Outputs(ranks=ranks), *sizes, interval=intervals)
+            for name, metric in _of_rankings(names).items()
+        }
 
     def evaluate(self, transport: Transport, state: ServerState | None, round_: int) -> Outcome | None:
         """Compute metrics of rankings over the questions asked so far; texts are written only at the end."""
         if not isinstance(state, Answers) or not (done := state.rounds > 0).any():
             return None
         ranks = first_hits(state.ranked[:, : self.options.k], self._gold)[done]
-        return Outcome(self._rankings(self.config.evaluation.metrics, ranks), [])
+        metrics = self.config.evaluation.metrics
+        return Outcome(self._rankings(metrics, ranks), [], self._sampling(metrics, ranks, intervals=False))
 
     def finish(self, transport: Transport, state: ServerState | None) -> FinalResults | None:
         """Answer every question with the passages of each arm, and with none."""
@@ -498,6 +505,8 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return FinalResults(
             test={**federated.metrics, **self._rankings(chosen, ranks["federated"])},
             base=none.metrics,
+            test_sampling={**federated.sampling, **self._sampling(chosen, ranks["federated"], intervals=True)},
+            base_sampling=none.sampling,
             samples=federated.samples,
             tensors={
                 "passages": lists["federated"][..., KEY],
@@ -599,9 +608,10 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         return self.evaluator(transport).evaluate(
             *self._model,
             self._examples(prompts, list(test.targets or []), "question"),
-            subset(len(test), options.test_max_examples or options.max_examples),
+            subset(len(test), options.test_max_examples),
             metrics,
             options.samples if arm == "federated" else 0,
+            intervals=True,
         )
 
     def _summary(
@@ -641,6 +651,12 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
             f"exchanged: {questions} questions of {len(self.questions):,} in round {plan.round}{route}; up to "
             f"{self.candidates} passages each come up"
         ]
+
+
+def _of_rankings(names: Sequence[str]) -> dict[str, Metric]:
+    """Those of the metrics that are about rankings."""
+    classes = {registry.short_name(name): registry.choice("metrics", name) for name in names}
+    return {name: cls() for name, cls in classes.items() if cls.needs == "rankings"}
 
 
 def _merged(transport: Transport, mine: Int64, k: int, distinct: bool) -> Int64:

@@ -212,15 +212,17 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         transport: Transport,
         examples: Examples,
         metrics: Sequence[str],
-        limit: int,
+        limit: int | None,
         method: Method | None = None,
         payload: Any = None,
         targets: Sequence[str] | None = None,
         samples: int = 0,
+        intervals: bool = False,
     ) -> Outcome | None:
         """Metrics on a fixed subset of `examples`; targets: of the labels, in place of the data's. Collective."""
         evaluator = self.evaluator(transport)
         if targets is not None and self.label_targets is not None:
             evaluator = replace(evaluator, label_targets=targets)
         payload = torch.empty(1, 0) if payload is None else payload
-        return evaluator.evaluate(method, payload, examples, subset(len(examples), limit), metrics, samples)
+        indices = subset(len(examples), limit)
+        return evaluator.evaluate(method, payload, examples, indices, metrics, samples, intervals)

@@ -6,15 +6,19 @@ The prediction is the label whose rendered target has the highest log-likelihood
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Metric, Outputs
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.evaluation.metrics.base import ItemMetric, Outputs
 
 
-class Accuracy(Metric):
+class Accuracy(ItemMetric):
     """How often the most likely label is the right one."""
 
     needs = "labels"
     higher_is_better = True
+    lowest, highest = 0.0, 1.0
 
-    def compute(self, outputs: Outputs) -> float:
-        """The mean of prediction == label."""
-        return float((outputs.predictions == outputs.labels).mean())
+    def of_items(self, outputs: Outputs) -> NDArray[np.float64]:
+        """1 where prediction == label."""
+        return (outputs.predictions == outputs.labels).astype(np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,15 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.evaluation.metrics._intervals import Interval, of_mean
+
 
 def _none() -> NDArray[np.int64]:
     return np.empty(0, np.int64)
+
+
+def _nothing() -> NDArray[np.float64]:
+    return np.empty(0)
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,9 @@ class Outputs:
     # losses: over all supervised tokens (target and eos)
     nll_sum: float = 0.0  # negative log-likelihood, nats
     tokens: int = 0
+    # the same for each distinct prompt: what its examples have in common makes them no independent draws
+    prompt_nll: NDArray[np.float64] = field(default_factory=_nothing)
+    prompt_tokens: NDArray[np.int64] = field(default_factory=_none)
     # labels: one per example
     labels: NDArray[np.int64] = field(default_factory=_none)
     predictions: NDArray[np.int64] = field(default_factory=_none)
@@ -39,13 +49,30 @@ class Metric(ABC):
     needs: ClassVar[Literal["losses", "labels", "texts", "rankings"]]
     #: Whether the larger of two values is the better one.
     higher_is_better: ClassVar[bool]
+    #: What it cannot be below and above.
+    lowest: ClassVar[float] = -math.inf
+    highest: ClassVar[float] = math.inf
 
     @abstractmethod
     def compute(self, outputs: Outputs) -> float:
         """The number; `outputs` has at least one item."""
 
+    def interval(self, outputs: Outputs) -> Interval:
+        """Where the number would be in 95 of 100 tests of other items, as many as these; NaN where it is not known."""
+        return Interval()
 
-def columns(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """References as sacrebleu wants them: the j-th of every item, None where an item has fewer."""
-    most = max(map(len, references))
-    return [[refs[j] if j < len(refs) else None for refs in references] for j in range(most)]
+
+class ItemMetric(Metric):
+    """The mean over items of a number that each of them has."""
+
+    @abstractmethod
+    def of_items(self, outputs: Outputs) -> NDArray[np.float64]:
+        """The number of every item: (n,)."""
+
+    def compute(self, outputs: Outputs) -> float:
+        """Their mean."""
+        return float(self.of_items(outputs).mean())
+
+    def interval(self, outputs: Outputs) -> Interval:
+        """Of their mean."""
+        return of_mean(self.of_items(outputs))

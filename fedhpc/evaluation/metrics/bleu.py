@@ -4,7 +4,9 @@ their references."""
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Metric, Outputs, columns
+from fedhpc.evaluation.metrics import _sacrebleu
+from fedhpc.evaluation.metrics._intervals import Interval
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
 class Bleu(Metric):
@@ -12,9 +14,16 @@ class Bleu(Metric):
 
     needs = "texts"
     higher_is_better = True
+    lowest, highest = 0.0, 100.0
 
     def compute(self, outputs: Outputs) -> float:
         """Corpus BLEU of the texts against all references of each."""
         from sacrebleu.metrics import BLEU
 
-        return float(BLEU().corpus_score(list(outputs.texts), columns(outputs.references)).score)
+        return _sacrebleu.score(BLEU(), outputs)
+
+    def interval(self, outputs: Outputs) -> Interval:
+        """Of resampled items."""
+        from sacrebleu.metrics import BLEU
+
+        return _sacrebleu.interval(BLEU(), outputs)

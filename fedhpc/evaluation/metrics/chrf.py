@@ -3,7 +3,9 @@ default. With several references the best one of each item counts."""
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Metric, Outputs, columns
+from fedhpc.evaluation.metrics import _sacrebleu
+from fedhpc.evaluation.metrics._intervals import Interval
+from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
 class ChrF(Metric):
@@ -11,9 +13,16 @@ class ChrF(Metric):
 
     needs = "texts"
     higher_is_better = True
+    lowest, highest = 0.0, 100.0
 
     def compute(self, outputs: Outputs) -> float:
         """Corpus chrF of the texts against all references of each."""
         from sacrebleu.metrics import CHRF
 
-        return float(CHRF().corpus_score(list(outputs.texts), columns(outputs.references)).score)
+        return _sacrebleu.score(CHRF(), outputs)
+
+    def interval(self, outputs: Outputs) -> Interval:
+        """Of resampled items."""
+        from sacrebleu.metrics import CHRF
+
+        return _sacrebleu.interval(CHRF(), outputs)

@@ -3,18 +3,22 @@ punctuation and articles: for models that answer in sentences, where exact match
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedhpc.evaluation.metrics._answers import within, words
-from fedhpc.evaluation.metrics.base import Metric, Outputs
+from fedhpc.evaluation.metrics.base import ItemMetric, Outputs
 
 
-class Contains(Metric):
+class Contains(ItemMetric):
     """How often a text contains one of its references."""
 
     needs = "texts"
     higher_is_better = True
+    lowest, highest = 0.0, 1.0
 
-    def compute(self, outputs: Outputs) -> float:
-        """The mean over items of any reference in the text."""
+    def of_items(self, outputs: Outputs) -> NDArray[np.float64]:
+        """1 where any reference is in the text."""
         pairs = zip(outputs.texts, outputs.references, strict=True)
         right = [any(within(words(reference), words(text)) for reference in references) for text, references in pairs]
-        return sum(right) / len(right)
+        return np.array(right, np.float64)

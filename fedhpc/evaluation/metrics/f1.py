@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedhpc.evaluation.metrics._answers import words
-from fedhpc.evaluation.metrics.base import Metric, Outputs
+from fedhpc.evaluation.metrics.base import ItemMetric, Outputs
 
 
-class F1(Metric):
+class F1(ItemMetric):
     """How much the words of a text overlap with those of its best reference."""
 
     needs = "texts"
     higher_is_better = True
+    lowest, highest = 0.0, 1.0
 
-    def compute(self, outputs: Outputs) -> float:
-        """The mean over items of the largest F1 over the item's references."""
+    def of_items(self, outputs: Outputs) -> NDArray[np.float64]:
+        """The largest F1 over the item's references."""
         pairs = zip(outputs.texts, outputs.references, strict=True)
-        scores = [max(_f1(words(text), words(reference)) for reference in references) for text, references in pairs]
-        return sum(scores) / len(scores)
+        return np.array([max(_f1(words(text), words(ref)) for ref in references) for text, references in pairs])
 
 
 def _f1(answer: list[str], reference: list[str]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedhpc.evaluation.metrics._intervals import Interval, of_ratio
 from fedhpc.evaluation.metrics.base import Metric, Outputs
 
 
@@ -10,7 +11,12 @@ class Loss(Metric):
 
     needs = "losses"
     higher_is_better = False
+    lowest = 0.0
 
     def compute(self, outputs: Outputs) -> float:
         """Sum over all tokens of all examples, divided by their number: long examples weigh more."""
         return outputs.nll_sum / outputs.tokens
+
+    def interval(self, outputs: Outputs) -> Interval:
+        """Of tokens that were drawn by whole prompts."""
+        return of_ratio(outputs.prompt_nll, outputs.prompt_tokens)

@@ -4,17 +4,19 @@ none is among the k that are returned."""
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedhpc.evaluation.metrics.base import Metric, Outputs
+from fedhpc.evaluation.metrics.base import ItemMetric, Outputs
 
 
-class MRR(Metric):
+class MRR(ItemMetric):
     """How far up in the list of passages the first right one stands."""
 
     needs = "rankings"
     higher_is_better = True
+    lowest, highest = 0.0, 1.0
 
-    def compute(self, outputs: Outputs) -> float:
-        """The mean of 1 / rank."""
+    def of_items(self, outputs: Outputs) -> NDArray[np.float64]:
+        """1 / rank."""
         ranks = outputs.ranks.astype(np.float64)
-        return float(np.divide(1.0, ranks, out=np.zeros_like(ranks), where=ranks > 0).mean())
+        return np.divide(1.0, ranks, out=np.zeros_like(ranks), where=ranks > 0)

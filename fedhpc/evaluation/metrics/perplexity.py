@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedhpc.evaluation.metrics._intervals import Interval
 from fedhpc.evaluation.metrics.base import Metric, Outputs
 from fedhpc.evaluation.metrics.loss import Loss
 
@@ -16,8 +17,15 @@ class Perplexity(Metric):
 
     needs = "losses"
     higher_is_better = False
+    lowest = 1.0
 
     def compute(self, outputs: Outputs) -> float:
         """exp(loss); infinite where a diverged model's loss exceeds what a float64 can hold."""
         with np.errstate(over="ignore"):
             return float(np.exp(Loss().compute(outputs)))
+
+    def interval(self, outputs: Outputs) -> Interval:
+        """exp of the ends of the loss's."""
+        low, high, by = Loss().interval(outputs)
+        with np.errstate(over="ignore"):
+            return Interval(float(np.exp(low)), float(np.exp(high)), by)

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Metric, Outputs
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.evaluation.metrics.base import ItemMetric, Outputs
 
 
-class Recall(Metric):
+class Recall(ItemMetric):
     """How often the right passage is among those that are returned."""
 
     needs = "rankings"
     higher_is_better = True
+    lowest, highest = 0.0, 1.0
 
-    def compute(self, outputs: Outputs) -> float:
-        """The share of questions with a rank."""
-        return float((outputs.ranks > 0).mean())
+    def of_items(self, outputs: Outputs) -> NDArray[np.float64]:
+        """1 where a question has a rank."""
+        return (outputs.ranks > 0).astype(np.float64)

@@ -3,17 +3,21 @@ rouge-score computes it without stemming. The best reference of each item counts
 
 from __future__ import annotations
 
-from fedhpc.evaluation.metrics.base import Metric, Outputs
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.evaluation.metrics.base import ItemMetric, Outputs
 
 
-class RougeL(Metric):
+class RougeL(ItemMetric):
     """How long the common word sequence of a text and its best reference is."""
 
     needs = "texts"
     higher_is_better = True
+    lowest, highest = 0.0, 1.0
 
-    def compute(self, outputs: Outputs) -> float:
-        """The mean over items of the largest F1 over the item's references."""
+    def of_items(self, outputs: Outputs) -> NDArray[np.float64]:
+        """The largest F1 over the item's references."""
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer(["rougeL"])
@@ -21,4 +25,4 @@ class RougeL(Metric):
             scorer.score_multi(references, text)["rougeL"].fmeasure
             for text, references in zip(outputs.texts, outputs.references, strict=True)
         ]
-        return float(sum(scores) / len(scores))
+        return np.array(scores)
