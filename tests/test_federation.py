@@ -658,8 +658,10 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
                 value, notes = file[group][metric][()], file[group][metric].attrs
                 assert (notes["n"], notes["unit"]) == (notes["of"], unit)  # the whole split
                 assert notes["low"] <= value <= notes["high"] and notes["low"] < notes["high"]
-        for column in ("eval_loss", "eval_bleu"):
-            assert file["rounds"][column].attrs["n"] == 5 < file["rounds"][column].attrs["of"]
+        notes = {column: file["rounds"][column].attrs for column in ("eval_loss", "eval_bleu")}
+        assert (notes["eval_loss"]["n"], notes["eval_loss"]["unit"]) == (5, "examples")
+        assert (notes["eval_bleu"]["n"], notes["eval_bleu"]["unit"]) == (3, "prompts")  # all there are
+        assert notes["eval_loss"]["of"] == 10 and notes["eval_bleu"]["of"] == 3
     found = pandas.DataFrame(table(tmp_path, "rounds"))  # raises where columns are not equally long
     assert set(found) == {*ROUNDS, "eval_bleu"}
     assert list(found["round"]) == [0, 1, 2, 3]

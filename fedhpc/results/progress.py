@@ -75,11 +75,11 @@ class Progress:
         """Print the results of the whole run, beside those of the untouched base."""
         self.close()
         for name, value in results.test.items():
-            said = [f"untouched base {results.base[name]:.4f}"] if name in results.base else []
+            details = [f"untouched base {results.base[name]:.4f}"] if name in results.base else []
             if (one := results.test_sampling.get(name)) is not None:
                 interval = f"95 % interval {one.low:.4f} to {one.high:.4f} " if one.known else ""
-                said.append(f"{interval}over {one.items}")
-            print(f"test {name} {value:.4f}" + (f" ({'; '.join(said)})" if said else ""))
+                details.append(f"{interval}over {one.items}")
+            print(f"test {name} {value:.4f}" + (f" ({'; '.join(details)})" if details else ""))
         for text in results.lines:
             print(text)
 

@@ -654,7 +654,7 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
 
 def _of_rankings(names: Sequence[str]) -> dict[str, Metric]:
-    """Those of the metrics that are about rankings."""
+    """Make those of the metrics that are about rankings, by name."""
     classes = {registry.short_name(name): registry.choice("metrics", name) for name in names}
     return {name: cls() for name, cls in classes.items() if cls.needs == "rankings"}
 

@@ -24,7 +24,10 @@ class Interval(NamedTuple):
 
 
 def of_mean(values: NDArray[np.float64]) -> Interval:
-    """Of the mean of one number per item: Wilson (1927, equation 4) where all are 0 or 1, else the normal one."""
+    """The interval of the mean of one number per item.
+
+    Where all are 0 or 1 it is that of Wilson (1927, equation 4), else the normal one.
+    """
     n = len(values)
     if not n:
         return Interval()
@@ -37,7 +40,7 @@ def of_mean(values: NDArray[np.float64]) -> Interval:
 
 
 def of_ratio(sums: NDArray[np.float64], counts: NDArray[Any]) -> Interval:
-    """Of sum(sums) / sum(counts) over items, as a mean per token is: the normal one, by the linearised ratio.
+    """The interval of sum(sums) / sum(counts) over items, as a mean per token is: the normal one, of the linearised ratio.
 
     Cochran 1977, Sampling Techniques, equation 6.9, for an infinite population. Two items are needed.
     """
@@ -51,7 +54,7 @@ def of_ratio(sums: NDArray[np.float64], counts: NDArray[Any]) -> Interval:
 
 
 def by_bootstrap(compute: Callable[[NDArray[np.int64]], float], n: int) -> Interval:
-    """Of a number that is no mean: the middle 95 % of `compute` over items drawn with replacement, indices (n,).
+    """The interval of a number that is no mean: the middle 95 % of `compute` over items drawn with replacement, indices (n,).
 
     Efron 1979. The draws are the same in every run.
     """

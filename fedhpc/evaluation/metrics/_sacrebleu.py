@@ -18,8 +18,10 @@ def score(metric: Any, outputs: Outputs) -> float:
 def interval(metric: Any, outputs: Outputs) -> Interval:
     """sacrebleu's own: resampled items, with a seed of its own (SACREBLEU_SEED)."""
     resampled = metric.corpus_score(list(outputs.texts), _columns(outputs.references), n_bootstrap=RESAMPLES)
-    found = json.loads(resampled.format(width=6, signature=str(metric.get_signature()), is_json=True))
-    middle, half = found.get("confidence_mean", 0.0), found.get("confidence_var", 0.0)  # absent where no text scores
+    printed = json.loads(resampled.format(width=6, signature=str(metric.get_signature()), is_json=True))
+    if "confidence" not in printed:  # no text scores anything
+        return Interval(0.0, 0.0, "bootstrap")
+    middle, half = printed["confidence_mean"], printed["confidence_var"]
     return Interval(middle - half, middle + half, "bootstrap")
 
 

@@ -70,9 +70,7 @@ class ItemMetric(Metric):
         """The number of every item: (n,)."""
 
     def compute(self, outputs: Outputs) -> float:
-        """Their mean."""
         return float(self.of_items(outputs).mean())
 
     def interval(self, outputs: Outputs) -> Interval:
-        """Of their mean."""
         return of_mean(self.of_items(outputs))
