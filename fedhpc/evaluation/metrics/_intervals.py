@@ -40,7 +40,7 @@ def of_mean(values: NDArray[np.float64]) -> Interval:
 
 
 def of_ratio(sums: NDArray[np.float64], counts: NDArray[Any]) -> Interval:
-    """The interval of sum(sums) / sum(counts) over items, as a mean per token is: the normal one, of the linearised ratio.
+    """The interval of sum(sums) / sum(counts) over items, as a mean per token is: normal, of the linearised ratio.
 
     Cochran 1977, Sampling Techniques, equation 6.9, for an infinite population. Two items are needed.
     """
@@ -54,9 +54,9 @@ def of_ratio(sums: NDArray[np.float64], counts: NDArray[Any]) -> Interval:
 
 
 def by_bootstrap(compute: Callable[[NDArray[np.int64]], float], n: int) -> Interval:
-    """The interval of a number that is no mean: the middle 95 % of `compute` over items drawn with replacement, indices (n,).
+    """The interval of a number that is no mean: the middle 95 % of `compute` over items drawn with replacement.
 
-    Efron 1979. The draws are the same in every run.
+    compute: of the indices (n,) that were drawn. Efron 1979. The draws are the same in every run.
     """
     draw = generator(EVALUATION, "bootstrap")
     values = [compute(draw.integers(n, size=n)) for _ in range(RESAMPLES)]
