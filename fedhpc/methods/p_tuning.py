@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -17,6 +18,9 @@ from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_cli
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
+
+if TYPE_CHECKING:
+    from fedhpc.models.base import Base
 
 
 class PTuning(Method):
@@ -27,6 +31,10 @@ class PTuning(Method):
         hidden_size: int = Field(128, ge=1, description="width of the MLP")
 
     options: Options
+
+    def __init__(self, options: Options, base: Base, seed: int) -> None:
+        super().__init__(options, base, seed)
+        base.check_embeddings()
 
     @property
     def virtual_tokens(self) -> int:

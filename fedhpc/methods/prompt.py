@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
 from fedhpc.updates.layout import Layout
+
+if TYPE_CHECKING:
+    from fedhpc.models.base import Base
 
 PROMPT = "prompt_embeddings"
 
@@ -34,6 +37,10 @@ class Prompt(Method):
         )
 
     options: Options
+
+    def __init__(self, options: Options, base: Base, seed: int) -> None:
+        super().__init__(options, base, seed)
+        base.check_embeddings()
 
     @property
     def virtual_tokens(self) -> int:

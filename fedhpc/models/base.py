@@ -155,7 +155,8 @@ class Base(ABC):
     def pad_id(self) -> int:
         """The id that fills rows."""
         tokenizer = self.tokenizer
-        return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        return next((int(id_) for id_ in ids if id_ is not None), 0)
 
     # ---- before it is loaded
 
@@ -211,6 +212,9 @@ class Base(ABC):
 
     def check_past(self) -> None:  # noqa: B027
         """UserError where no keys and values can be put in front of the model's own."""
+
+    def check_embeddings(self) -> None:  # noqa: B027
+        """UserError where no embeddings can be put in front of the text's own."""
 
     @abstractmethod
     def activations(self, ids: Sequence[int]) -> list[Tensor]:

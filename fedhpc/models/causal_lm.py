@@ -6,21 +6,31 @@ token of a row is a target only, so it is not an input. A label is scored by the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedhpc.data.tokens import Examples, Join
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Int64, Sizes, in_mapping
+from fedhpc.models.base import Attached, Base, Int64, Sizes, in_mapping
+from fedhpc.models.call import takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
+
+if TYPE_CHECKING:
+    from fedhpc.models.continuation import Anew, Cached
 
 # Keys of a model's configuration that change its logits behind the output layer.
 _AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+# Forms of rotary embedding whose angles are stretched for every input, and those that look at the longest one first.
+_STRETCHED = frozenset({"linear", "yarn", "llama3"})
+_ANGLES_OF_THE_LONGEST = frozenset({"longrope", "dynamic"})
 
 
+@dataclass(frozen=True, eq=False)
 class CausalLM(Generative):
     """A decoder-only language model, which predicts each token of a row from those before it.
 
@@ -33,6 +43,14 @@ class CausalLM(Generative):
     needs = "a decoder-only language model"
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
+
+    #: The keys and values (1, heads, 2, width) that the model keeps of two tokens, layer by layer. Empty if it keeps
+    #: anything else of earlier tokens: the state of a recurrence, say.
+    kept: tuple[tuple[Tensor, Tensor], ...] = ()
+    #: Whether logits are what the output layer and the known keys of the configuration make.
+    plain_head: bool = True
+    #: Whether rows of unequal length go on behind their keys and values as each does alone.
+    goes_on: bool = False
 
     @classmethod
     def fits(cls, config: Any) -> bool:
@@ -102,24 +120,91 @@ class CausalLM(Generative):
     # ---- the model
 
     @classmethod
+    def of(
+        cls, network: Any, tokenizer: Any, device: torch.device, name: str, fingerprint: str, new: Sequence[str] = ()
+    ) -> Base:
+        """UserError where the model does not take text alone."""
+        base = super().of(network, tokenizer, device, name, fingerprint, new)
+        assert isinstance(base, CausalLM)
+        try:
+            with torch.no_grad():
+                return base._looked_at()
+        except Exception as error:  # anything, from a missing package to inputs of another sort
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"'{name}' ({network.config.model_type}) does not take text alone: {reason[0][:200]}",
+                key="model.name", remedy="choose another model",
+            ) from error  # fmt: skip
+
+    def _looked_at(self) -> CausalLM:
+        """The base with what a few tokens say of its model."""
+        base = replace(self, kept=self._keeps())
+        if base.kept:
+            heads, _, width = base.kept[0][0].shape[1:]
+            base = replace(base, num_layers=len(base.kept), num_kv_heads=heads, head_dim=width)
+        base = replace(base, plain_head=base._has_plain_head())
+        return replace(base, goes_on=base._goes_on())
+
+    @classmethod
     def sizes(cls, config: Any) -> Sizes:
+        """Until the model is looked at, which knows better what it keeps: layers may differ."""
         text = config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
-        return Sizes(
-            num_layers=text.num_hidden_layers,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            hidden_size=text.hidden_size,
-        )
+        heads = getattr(text, "num_attention_heads", None) or 1
+        return Sizes(text.num_hidden_layers, heads, text.hidden_size // heads, text.hidden_size)
 
     @property
     def max_positions(self) -> int | None:
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(limit) if limit else None
+        return most_positions(self.model.config.get_text_config(decoder=True))
+
+    def _keeps(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        try:
+            self.hidden(self._some_ids(2), cache=cache)
+            return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys.shape[2] == 2)
+        except Exception:  # what models raise that keep something else differs from one to the next
+            return ()
+
+    def hidden(
+        self,
+        ids: Tensor,
+        embeddings: Tensor | None = None,
+        cache: Any = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The last hidden states (B, n + T, D) of the tokens ids (B, T) behind embeddings (B, n, D), or none.
+
+        cache: holds keys and values of what comes before, and takes in those of the tokens. mask: (B, all positions), 0
+        where attention may not look. positions: (B, T), where the model is told them; else they are counted.
+        """
+        backbone = self.model.base_model
+        if embeddings is None:
+            inputs = {"input_ids": ids}
+        else:
+            inputs = {"inputs_embeds": torch.cat([embeddings, self.model.get_input_embeddings()(ids)], dim=1)}
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        if positions is not None and takes(backbone, "position_ids"):
+            inputs["position_ids"] = positions
+        hidden: Tensor = backbone(**inputs, **with_cache(backbone, cache)).last_hidden_state
+        return hidden
+
+    def read(self, attached: Attached, ids: Tensor) -> Tensor:
+        """The last hidden states (B, n + T, D) of right-padded tokens (B, T) behind n attached embeddings."""
+        from fedhpc.models.prefix_cache import prefix_cache
+
+        cache = prefix_cache(attached.past, self.num_layers) if self.kept else None
+        return self.hidden(ids, attached.embeddings, cache)
 
     def logits(self, states: Tensor) -> Tensor:
+        return self._plain_logits(states) if self.plain_head else self._own_logits(states)
+
+    def _plain_logits(self, states: Tensor) -> Tensor:
+        """The output layer, and what some families do behind it."""
         logits: Tensor = self.model.get_output_embeddings()(states)
-        config = self.model.config
+        config = self.model.config.get_text_config(decoder=True)
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
         if (scaling := getattr(config, "logits_scaling", None)) is not None:
@@ -128,9 +213,20 @@ class CausalLM(Generative):
             logits = (logits / cap).tanh() * cap
         return logits
 
+    def _own_logits(self, states: Tensor) -> Tensor:
+        """What the model itself makes of states (..., D): its forward pass, with these in place of its layers'."""
+        with _answering(self.model.base_model, states.reshape(1, -1, states.shape[-1])):
+            logits: Tensor = self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=states.device)).logits
+        return logits.reshape(*states.shape[:-1], -1)
+
+    def _has_plain_head(self) -> bool:
+        ids = self._some_ids(3)
+        theirs = self.model(input_ids=ids, **with_cache(self.model, None)).logits
+        return _close(theirs, self._plain_logits(self.hidden(ids)))
+
     def frozen_head(self) -> Tensor | None:
-        layer, config = self.model.get_output_embeddings(), self.model.config
-        changed = any(getattr(config, key, None) is not None for key in _AFTER_THE_HEAD)
+        layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config(decoder=True)
+        changed = any(getattr(config, key, None) is not None for key in _AFTER_THE_HEAD) or not self.plain_head
         attached = layer._forward_hooks or layer._forward_pre_hooks
         if type(layer) is not torch.nn.Linear or layer.bias is not None or changed or attached:
             return None
@@ -138,81 +234,182 @@ class CausalLM(Generative):
         frozen = exact and not layer.weight.requires_grad and not torch.is_autocast_enabled(self.device.type)
         return layer.weight if frozen else None
 
+    # ---- what it computes, looked at before it is trained
+
     def check(self) -> None:
-        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.model.config.get_text_config().vocab_size
-        with torch.inference_mode():
-            theirs = self.model(input_ids=ids, use_cache=False).logits
-            ours = self.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        """Also that a row hangs neither on what comes later nor on the rows beside it."""
+        ids = self._some_ids(8)
+        start, end = ids[:, :4], ids[:, 4:]
+        with torch.no_grad():
+            theirs = self.model(input_ids=ids, **with_cache(self.model, None)).logits
+            alone = self.hidden(ids)
+            ours = self.logits(alone)
+            others = [torch.cat([start, other], dim=1) for other in (end.flip(1), torch.full_like(end, self.pad_id))]
+            first, *rest = self.read(Attached(), torch.cat([ids, *others]))
         self.require_same_logits(theirs, ours)
+        if not all(_close(one, alone[0, : len(one)]) for one in (first, *(other[:4] for other in rest))):
+            raise UserError(
+                f"in '{self.name}' ({self.model.config.model_type}) tokens depend on later ones, or on other rows",
+                key="model.name", remedy="choose a model that reads from left to right",
+            )  # fmt: skip
+
+    def check_past(self) -> None:
+        what = f"'{self.name}' ({self.model.config.model_type})"
+        remedy = "choose method lora, ia3 or another that changes the model's layers"
+        if not self.kept:
+            raise UserError(
+                f"method.name: a prefix needs layers that keep keys and values of every token; {what} keeps something "
+                "else, such as the state of a recurrence", key="method.name", remedy=remedy,
+            )  # fmt: skip
+        if len({tensor.shape for pair in self.kept for tensor in pair}) > 1:
+            raise UserError(
+                f"method.name: the keys and values of {what} differ in size, and a prefix has one size for all layers",
+                key="method.name", remedy=remedy,
+            )  # fmt: skip
+        ids = self._some_ids(6)
+        with torch.no_grad():
+            layers = self.activations(ids[0, :3].tolist())
+            past = tuple((k[None], v[None]) for k, v in zip(layers[0::2], layers[1::2], strict=True))
+            behind, whole = self.read(Attached(past), ids[:, 3:]), self.hidden(ids)
+        if not _close(behind, whole[:, 3:]):
+            raise UserError(
+                f"method.name: {what} does not read keys and values in front of its own as those of earlier tokens",
+                key="method.name", remedy=remedy,
+            )  # fmt: skip
+
+    def check_embeddings(self) -> None:
+        ids = self._some_ids(4)
+        with torch.no_grad():
+            whole = self.hidden(ids)
+            try:
+                first = self.model.get_input_embeddings()(ids[:, :2])
+                same = _close(self.read(Attached(embeddings=first), ids[:, 2:]), whole)
+            except Exception:  # models that look their ids up a second time raise in ways of their own
+                same = False
+        if not same:
+            raise UserError(
+                f"method.name: '{self.name}' ({self.model.config.model_type}) looks its tokens up more than once, so "
+                "trained embeddings cannot stand for tokens",
+                key="method.name", remedy="choose method lora, ia3 or another that changes the model's layers",
+            )  # fmt: skip
+
+    def _some_ids(self, count: int) -> Tensor:
+        """Different tokens (1, count)."""
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        return (torch.arange(5, 5 + count, device=self.device) % vocabulary).unsqueeze(0)
+
+    def _goes_on(self) -> bool:
+        from fedhpc.models.continuation import Anew, Cached
+
+        if not self.kept:
+            return False
+        ids = self._some_ids(5)[0].cpu().numpy()
+        states = []
+        for way in (Cached, Anew):
+            going = way(self, Attached(), [ids[:2], ids[:4]])
+            going.add(self._some_ids(2)[0])
+            states.append(going.states)
+        return _close(*states, 1e-4)
 
     def activations(self, ids: Sequence[int]) -> list[Tensor]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # one that a window does not cut
         with torch.no_grad():
-            cache = self.model.base_model(
-                input_ids=torch.tensor([ids], device=self.device), use_cache=True
-            ).past_key_values
+            self.hidden(torch.tensor([ids], device=self.device), cache=cache)
         return [t for layer in cache.layers for t in (layer.keys[0], layer.values[0])]
 
     def states(self, attached: Attached, batch: TokenBatch) -> Tensor:
         from fedhpc.models.llama import hidden_at, written_out
-        from fedhpc.models.prefix_cache import prefix_cache
 
+        rows, length = batch.row, batch.ids.shape[1]
+        # Positions of a row of inputs: behind virtual embeddings.
+        before = 0 if attached.embeddings is None else attached.embeddings.shape[1]
+        positions = batch.positions - rows * length + before
+        if not written_out(self.model):
+            return at(self.read(attached, batch.ids), rows * (before + length) + positions)
         inputs = self.model.get_input_embeddings()(batch.ids)
         if attached.embeddings is not None:
             inputs = torch.cat([attached.embeddings, inputs], dim=1)
-        # Positions of a row of inputs: behind virtual embeddings.
-        rows, length = batch.row, batch.ids.shape[1]
-        positions = batch.positions - rows * length + inputs.shape[1] - length
-        if written_out(self.model):
-            return hidden_at(self.model, inputs, attached.past, rows, positions, attached.by_position)
-        cache = prefix_cache(attached.past, self.num_layers)
-        hidden = self.model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
-        return at(hidden, rows * inputs.shape[1] + positions)
+        return hidden_at(self.model, inputs, attached.past, rows, positions, attached.by_position)
 
     # ---- answers
+
+    def continuation(self, attached: Attached, prompts: Sequence[np.ndarray]) -> Cached | Anew:
+        """B non-empty prompts behind what is attached, to go on with token by token."""
+        from fedhpc.models.continuation import Anew, Cached
+
+        return (Cached if self.goes_on else Anew)(self, attached, prompts)
 
     def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
         """The most likely next token, again and again (see Generative).
 
-        Prompts are left-padded, so that all rows go on in the same column; the attention mask hides the padding, and
-        the first real token of a row has position n, behind its n virtual ones, as in training. So a row's text does
-        not depend on the other rows of its batch.
+        The first token of a row has position n, behind its n virtual ones, as in training, and a row's text does not
+        depend on the other rows of its batch.
         """
-        from transformers import DynamicCache
-
-        n, device = attached.virtual_length, self.device
-        lengths = np.array([len(prompt) for prompt in prompts])
-        width = int(lengths.max())
-        padding = width - lengths
-        ids_ = np.full((len(prompts), width), self.pad_id, np.int64)
-        mask_ = np.ones((len(prompts), n + width), np.int64)
-        for b, prompt in enumerate(prompts):
-            ids_[b, padding[b] :] = prompt
-            mask_[b, n : n + padding[b]] = 0
-        positions_ = n + (np.arange(width) - padding[:, None]).clip(min=0)
-        ids, mask, positions = (kernels.on_device(array, device) for array in (ids_, mask_, positions_))
-
-        limit = self.max_positions
-        cache = DynamicCache(list(attached.past)) if attached.past else DynamicCache()
+        limit, device = self.max_positions, self.device
         generated = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        embed = self.model.get_input_embeddings()
+        lengths = kernels.on_device(np.array([len(prompt) for prompt in prompts]), device)
+        written = self.continuation(attached, prompts)
         for step in range(max_new_tokens):
-            inputs = embed(ids)
-            if step == 0 and attached.embeddings is not None:
-                inputs = torch.cat([attached.embeddings, inputs], dim=1)
-                positions = torch.cat([torch.arange(n, device=device).expand(len(prompts), -1), positions], dim=1)
-            hidden = self.model.base_model(
-                inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            chosen = self.logits(hidden).argmax(dim=-1)
+            chosen = self.logits(written.states).argmax(dim=-1)
             ended |= chosen == self.tokenizer.eos_token_id
             generated[:, step] = torch.where(ended, -1, chosen)
-            positions = positions[:, -1:] + 1
             if limit is not None:
-                ended |= positions[:, 0] >= limit
-                positions = positions.clamp(max=limit - 1)  # ended rows go along until the last one ends
-            if bool(ended.all()):
+                ended |= attached.virtual_length + lengths + step >= limit
+            if step + 1 == max_new_tokens or bool(ended.all()):
                 break
-            ids = chosen.unsqueeze(1)
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+            written.add(chosen)  # ended rows go along until the last one ends
         return generated
+
+
+def most_positions(config: Any) -> int | None:
+    """The longest input of a decoder with this configuration; None where nothing limits it.
+
+    Where angles are stretched for all inputs alike, the stretched length. Where they follow the longest row of a batch
+    once it passes a certain length, that length: beyond it a row would depend on its neighbours.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if not limit:
+        return None
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    for rope in nested or [given]:
+        form = rope.get("rope_type", rope.get("type", "default"))
+        original = rope.get("original_max_position_embeddings") or limit
+        if form in _ANGLES_OF_THE_LONGEST:
+            return int(min(limit, original))
+        if form in _STRETCHED:
+            limit = max(limit, int(original * rope.get("factor", 1.0)))
+    return int(limit)
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether two results are the same but for rounding. tolerance: in 32 bits, relative to the whole."""
+    exact = other.dtype in (torch.float32, torch.float64)
+    one, other = one.double(), other.double()
+    return bool((one - other).norm() <= (tolerance if exact else 0.25) * other.norm())
+
+
+class _Answer:
+    """A model's output of which only the last hidden states are there."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return (self.last_hidden_state,)[index]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _answering(backbone: Any, states: Tensor) -> Iterator[None]:
+    """Let the model's layers answer with these states (1, S, D), whatever they are asked."""
+    backbone.forward = lambda *args, **kwargs: _Answer(states)
+    try:
+        yield
+    finally:
+        del backbone.forward

@@ -1,0 +1,28 @@
+"""Calling transformers' models, whose arguments differ by class and by version."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+# What holds the keys and values of earlier positions is called `cache` from transformers 5.24 on.
+_CACHE = ("cache", "past_key_values")
+
+
+@cache
+def _arguments(network: type[Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(network.forward).parameters)
+
+
+def takes(network: Any, argument: str) -> bool:
+    """Whether a model's forward pass has an argument of this name."""
+    return argument in _arguments(type(network))
+
+
+def with_cache(network: Any, held: Any) -> dict[str, Any]:
+    """The arguments that give a model the cache `held`, which it reads and adds to; None: it shall keep nothing."""
+    use = {"use_cache": held is not None} if takes(network, "use_cache") else {}
+    if held is None:
+        return use
+    return {next((name for name in _CACHE if takes(network, name)), _CACHE[0]): held, **use}
