@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -32,7 +32,7 @@ class PTuning(Method):
 
     options: Options
 
-    def __init__(self, options: Options, base: Base, seed: int) -> None:
+    def __init__(self, options: Any, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)
         base.check_embeddings()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class Prompt(Method):
 
     options: Options
 
-    def __init__(self, options: Options, base: Base, seed: int) -> None:
+    def __init__(self, options: Any, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)
         base.check_embeddings()
 

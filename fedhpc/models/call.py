@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,13 +12,13 @@ _CACHE = ("cache", "past_key_values")
 
 
 @cache
-def _arguments(network: type[Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(network.forward).parameters)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def takes(network: Any, argument: str) -> bool:
     """Whether a model's forward pass has an argument of this name."""
-    return argument in _arguments(type(network))
+    return argument in _arguments(type(network).forward)
 
 
 def with_cache(network: Any, held: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class CausalLM(Generative):
 
     #: The keys and values (1, heads, 2, width) that the model keeps of two tokens, layer by layer. Empty if it keeps
     #: anything else of earlier tokens: the state of a recurrence, say.
-    kept: tuple[tuple[Tensor, Tensor], ...] = ()
+    keys_and_values: tuple[tuple[Tensor, Tensor], ...] = ()
     #: Whether logits are what the output layer and the known keys of the configuration make.
     plain_head: bool = True
     #: Whether rows of unequal length go on behind their keys and values as each does alone.
@@ -138,10 +138,10 @@ class CausalLM(Generative):
 
     def _looked_at(self) -> CausalLM:
         """The base with what a few tokens say of its model."""
-        base = replace(self, kept=self._keeps())
-        if base.kept:
-            heads, _, width = base.kept[0][0].shape[1:]
-            base = replace(base, num_layers=len(base.kept), num_kv_heads=heads, head_dim=width)
+        base = replace(self, keys_and_values=self._keeps())
+        if base.keys_and_values:
+            heads, _, width = base.keys_and_values[0][0].shape[1:]
+            base = replace(base, num_layers=len(base.keys_and_values), num_kv_heads=heads, head_dim=width)
         base = replace(base, plain_head=base._has_plain_head())
         return replace(base, goes_on=base._goes_on())
 
@@ -195,11 +195,11 @@ class CausalLM(Generative):
         """The last hidden states (B, n + T, D) of right-padded tokens (B, T) behind n attached embeddings."""
         from fedhpc.models.prefix_cache import prefix_cache
 
-        cache = prefix_cache(attached.past, self.num_layers) if self.kept else None
+        cache = prefix_cache(attached.past, self.num_layers) if self.keys_and_values else None
         return self.hidden(ids, attached.embeddings, cache)
 
     def logits(self, states: Tensor) -> Tensor:
-        return self._plain_logits(states) if self.plain_head else self._own_logits(states)
+        return self._plain_logits(states) if self.plain_head else self._full_logits(states)
 
     def _plain_logits(self, states: Tensor) -> Tensor:
         """The output layer, and what some families do behind it."""
@@ -213,7 +213,7 @@ class CausalLM(Generative):
             logits = (logits / cap).tanh() * cap
         return logits
 
-    def _own_logits(self, states: Tensor) -> Tensor:
+    def _full_logits(self, states: Tensor) -> Tensor:
         """What the model itself makes of states (..., D): its forward pass, with these in place of its layers'."""
         with _answering(self.model.base_model, states.reshape(1, -1, states.shape[-1])):
             logits: Tensor = self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=states.device)).logits
@@ -256,12 +256,12 @@ class CausalLM(Generative):
     def check_past(self) -> None:
         what = f"'{self.name}' ({self.model.config.model_type})"
         remedy = "choose method lora, ia3 or another that changes the model's layers"
-        if not self.kept:
+        if not self.keys_and_values:
             raise UserError(
                 f"method.name: a prefix needs layers that keep keys and values of every token; {what} keeps something "
                 "else, such as the state of a recurrence", key="method.name", remedy=remedy,
             )  # fmt: skip
-        if len({tensor.shape for pair in self.kept for tensor in pair}) > 1:
+        if len({tensor.shape for pair in self.keys_and_values for tensor in pair}) > 1:
             raise UserError(
                 f"method.name: the keys and values of {what} differ in size, and a prefix has one size for all layers",
                 key="method.name", remedy=remedy,
@@ -270,8 +270,8 @@ class CausalLM(Generative):
         with torch.no_grad():
             layers = self.activations(ids[0, :3].tolist())
             past = tuple((k[None], v[None]) for k, v in zip(layers[0::2], layers[1::2], strict=True))
-            behind, whole = self.read(Attached(past), ids[:, 3:]), self.hidden(ids)
-        if not _close(behind, whole[:, 3:]):
+            behind, together = self.read(Attached(past), ids[:, 3:]), self.hidden(ids)
+        if not _close(behind, together[:, 3:]):
             raise UserError(
                 f"method.name: {what} does not read keys and values in front of its own as those of earlier tokens",
                 key="method.name", remedy=remedy,
@@ -280,10 +280,10 @@ class CausalLM(Generative):
     def check_embeddings(self) -> None:
         ids = self._some_ids(4)
         with torch.no_grad():
-            whole = self.hidden(ids)
+            together = self.hidden(ids)
             try:
                 first = self.model.get_input_embeddings()(ids[:, :2])
-                same = _close(self.read(Attached(embeddings=first), ids[:, 2:]), whole)
+                same = _close(self.read(Attached(embeddings=first), ids[:, 2:]), together)
             except Exception:  # models that look their ids up a second time raise in ways of their own
                 same = False
         if not same:
@@ -301,7 +301,7 @@ class CausalLM(Generative):
     def _goes_on(self) -> bool:
         from fedhpc.models.continuation import Anew, Cached
 
-        if not self.kept:
+        if not self.keys_and_values:
             return False
         ids = self._some_ids(5)[0].cpu().numpy()
         states = []
@@ -309,7 +309,7 @@ class CausalLM(Generative):
             going = way(self, Attached(), [ids[:2], ids[:4]])
             going.add(self._some_ids(2)[0])
             states.append(going.states)
-        return _close(*states, 1e-4)
+        return _close(states[0], states[1], 1e-4)
 
     def activations(self, ids: Sequence[int]) -> list[Tensor]:
         from transformers import DynamicCache

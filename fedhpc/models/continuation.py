@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,18 +15,36 @@ from fedhpc.models.base import Attached, padded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedhpc.models.causal_lm import CausalLM
+
+class Reader(Protocol):
+    """A model that reads from left to right, as CausalLM does."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def max_positions(self) -> int | None: ...
+    def hidden(
+        self,
+        ids: Tensor,
+        embeddings: Tensor | None = None,
+        cache: Any = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor: ...
+    def read(self, attached: Attached, ids: Tensor) -> Tensor: ...
 
 
 class Cached:
     """Computes each new token behind the keys and values of those before it.
 
-    The texts are right-padded at first, as in training. Then the keys and values of every row are moved to the right, so
-    that all rows go on in the same column: padding stands before the virtual positions, where no window over columns
+    The texts are right-padded at first, as in training. Then the keys and values of every row are moved to the right,
+    so that all rows go on in the same column: padding stands before the virtual positions, where no window over columns
     can take it for text.
     """
 
-    def __init__(self, base: CausalLM, attached: Attached, prompts: Sequence[np.ndarray]) -> None:
+    def __init__(self, base: Reader, attached: Attached, prompts: Sequence[np.ndarray]) -> None:
         self.base = base
         ids_, _ = padded(prompts, base.pad_id)
         lengths_ = np.array([len(prompt) for prompt in prompts])
@@ -59,7 +77,7 @@ class Cached:
 class Anew:
     """Computes the whole text again for each new token, for models that keep more than keys and values."""
 
-    def __init__(self, base: CausalLM, attached: Attached, prompts: Sequence[np.ndarray]) -> None:
+    def __init__(self, base: Reader, attached: Attached, prompts: Sequence[np.ndarray]) -> None:
         self.base, self.attached = base, attached
         ids, _ = padded(prompts, base.pad_id)
         lengths = np.array([len(prompt) for prompt in prompts])

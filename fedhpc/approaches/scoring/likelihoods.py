@@ -75,9 +75,7 @@ def of_texts(base: CausalLM, texts: Sequence[Int32], spent: TokenCount) -> Prefi
         return Prefixes((), lengths)
     ids, mask, positions = _left_padded(base, texts, np.zeros(len(texts), np.int64))
     cache = _cache(())
-    base.model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    )
+    base.hidden(ids, cache=cache, mask=mask, positions=positions)
     spent.add(TokenCount(int(ids.numel()), int(ids.numel() - lengths.sum())))
     return Prefixes(_layers(cache), lengths)
 
@@ -85,8 +83,8 @@ def of_texts(base: CausalLM, texts: Sequence[Int32], spent: TokenCount) -> Prefi
 def of_embeddings(base: CausalLM, embeddings: Tensor, spent: TokenCount) -> Prefixes:
     """Compute the prefixes of M soft prompts (M, n, D). Call it without gradients."""
     cache = _cache(())
-    base.model.base_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
     count, width = embeddings.shape[:2]
+    base.hidden(torch.zeros(count, 0, dtype=torch.int64, device=base.device), embeddings, cache)
     spent.add(TokenCount(count * width))
     return Prefixes(_layers(cache), np.full(count, width, np.int64))
 
@@ -161,13 +159,12 @@ def _several_answers(
         steps = torch.arange(targets.shape[1] - 1, device=base.device)
         inputs = targets[:, :-1]
         states.append(
-            base.model.base_model(
-                input_ids=inputs,
-                attention_mask=torch.cat([mask.repeat_interleave(count, dim=0), torch.ones_like(inputs)], dim=1),
-                position_ids=start.unsqueeze(1) + steps,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            base.hidden(
+                inputs,
+                cache=cache,
+                mask=torch.cat([mask.repeat_interleave(count, dim=0), torch.ones_like(inputs)], dim=1),
+                positions=start.unsqueeze(1) + steps,
+            )
         )
         spent.add(TokenCount(int(inputs.numel()), int(inputs.numel() - real[:, 1:].sum())))
     scores = _token_scores(base, torch.cat(states, dim=1), targets)
@@ -184,9 +181,7 @@ def _after_prefixes(
     prefix_mask = np.arange(prefixes.width) >= prefixes.width - before[:, None]
     mask = torch.cat([torch.from_numpy(prefix_mask.astype(np.int64)).to(base.device), row_mask], dim=1)
     cache = _cache([(keys.index_select(0, index), values.index_select(0, index)) for keys, values in prefixes.past])
-    hidden: Tensor = base.model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    ).last_hidden_state
+    hidden = base.hidden(ids, cache=cache, mask=mask, positions=positions)
     spent.add(TokenCount(int(ids.numel()), int(ids.numel() - row_mask.sum())))
     return hidden, cache, mask
 
