@@ -24,7 +24,8 @@ def continuations(base: CausalLM, prompts: Sequence[Int32], uniform: Float64, te
     uniform: random numbers in [0, 1), (B, T); uniform[b, t] decides token t of row b, so at most T tokens are drawn.
     Call it without gradients.
     """
-    draws, chosen = torch.from_numpy(uniform).to(base.device), []
+    draws = torch.from_numpy(uniform).to(base.device)
+    chosen: list[torch.Tensor] = []
     written = base.continuation(Attached(), prompts)
     for step in range(uniform.shape[1]):
         if chosen:
