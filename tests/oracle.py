@@ -131,6 +131,9 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"expert_ffn_hidden_size": 16},
     "luke": {"entity_vocab_size": 10},
     "mamba2": {"num_heads": 8},
+    # As their own losses, which begin with the last token of the target.
+    "mbart": {"decoder_start_token_id": 2},
+    "plbart": {"decoder_start_token_id": 2},
     "perceiver": {
         "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2, "qk_channels": 32, "v_channels": 32,
     },
@@ -144,6 +147,8 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8, "num_buckets": 4,
     },
     "roc_bert": {"pronunciation_vocab_size": 10, "shape_vocab_size": 10},
+    "t5gemma": {"decoder_start_token_id": 1},
+    "t5gemma2": {"decoder_start_token_id": 1},
     "xlstm": {"chunk_size": 8, "num_heads": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -226,6 +231,8 @@ class Case:
             more = {k: v for k, v in (("is_decoder", True), ("is_encoder_decoder", False)) if k in fields}
             more = more if self.model_type in _TWO_WAYS else {}
         config = tiny_config(kind, more)
+        if self.task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0  # which no class of T5's kind has as a field
         if self.task == "classification":
             config.id2label, config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
         return config
@@ -328,7 +335,8 @@ def _enlarge(network: Any) -> None:
         for module in network.modules():
             linear = type(module).__name__ in ("Linear", "Conv1D") or isinstance(module, torch.nn.Embedding)
             if linear and module is not network.get_input_embeddings():
-                module.weight.mul_(4.0)
+                # T5 does not scale its attention, so larger weights would make it chaotic.
+                module.weight.mul_(1.0 if hasattr(network.config, "d_kv") else 4.0)
 
 
 def _one_line(error: UserError, folder: Path) -> str:
@@ -429,10 +437,12 @@ class Comparison:
 
     def _texts(self) -> str:
         """`generate` of transformers, each prompt alone, and ours in a batch."""
+        start = getattr(self.plain.config, "decoder_start_token_id", None)
         plain = tf.GenerationConfig(
             do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=2, pad_token_id=0, bos_token_id=1,
-            decoder_start_token_id=0,
+            decoder_start_token_id=start,
         )  # fmt: skip
+        self.plain.generation_config = plain  # without what the class itself forces upon a text, such as its last token
         ours = self._write(None, None)
         for row, text in zip(PROMPTS, ours, strict=True):
             prompt = _ids(self.data.prompt(row))
@@ -481,7 +491,7 @@ class Comparison:
         if self.task == "seq2seq":
             target = list(self.data.target(row)[:-1]) if text is None else text
             start = network.config.decoder_start_token_id
-            more |= {"decoder_input_ids": _ids([start, *target]), "use_cache": bool(past)}
+            more["decoder_input_ids"] = _ids([start, *target])
         elif self.task == "causal_lm":
             more["use_cache"] = bool(past)
         if past:

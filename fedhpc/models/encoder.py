@@ -46,7 +46,8 @@ class Encoder(Base):
 
     @classmethod
     def sizes(cls, config: Any) -> Sizes:
-        heads = config.num_attention_heads
+        config = config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)  # encoders without attention have no prefix either
         return Sizes(config.num_hidden_layers, heads, config.hidden_size // heads, config.hidden_size)
 
     @property
@@ -57,6 +58,46 @@ class Encoder(Base):
         if limit and embeddings is not None and hasattr(embeddings, "create_position_ids_from_inputs_embeds"):
             limit -= int(embeddings.padding_idx) + 1
         return int(limit) if limit else None
+
+    def check(self) -> None:
+        """A row must be the same alone as beside others, behind which it is padded."""
+        lengths = [5, 6, 7, 9, min(40, self.max_positions or 40)]
+        ids = self._some_ids(len(lengths), lengths[-1])
+        mask = torch.arange(lengths[-1], device=self.device) < torch.tensor(lengths, device=self.device).unsqueeze(1)
+        beside = self._output(mask.long(), input_ids=ids.where(mask, self.pad_id))
+        alone = [self._output(mask[i : i + 1, :n].long(), input_ids=ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
+        if not all(_close(row, beside[i : i + 1, : row.shape[1]]) for i, row in enumerate(alone)):
+            raise UserError(
+                f"'{self.name}' ({self.model.config.model_type}) gives a row something else beside longer rows than "
+                "alone, so what it learns would depend on who shares a batch",
+                key="model.name", remedy="choose another encoder",
+            )  # fmt: skip
+
+    def check_embeddings(self) -> None:
+        ids = self._some_ids(1, 5)
+        mask = torch.ones_like(ids)
+        try:
+            embeddings = self.model.get_input_embeddings()(ids)
+            same = _close(self._output(mask, inputs_embeds=embeddings), self._output(mask, input_ids=ids))
+        except Exception:  # classes that look at the tokens themselves fail in ways of their own
+            same = False
+        if not same:
+            raise UserError(
+                f"method.name: embeddings cannot be put in front of the text of '{self.model.config.model_type}' models",
+                key="method.name", remedy="use lora, ia3, adapter or full",
+            )  # fmt: skip
+
+    def _some_ids(self, rows: int, length: int) -> Tensor:
+        """Tokens of a vocabulary's middle (rows, length)."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(rows * length, device=self.device) % max(vocabulary // 2, 1) + vocabulary // 4
+        return ids.view(rows, length)
+
+    def _output(self, mask: Tensor, **text: Tensor) -> Tensor:
+        """What the model says of a text: logits (B, V), or hidden states (B, T, D)."""
+        with torch.inference_mode():
+            output: Tensor = self.model(**text, attention_mask=mask)[0]
+        return output
 
     def check_past(self) -> None:
         if "past_key_values" not in signature(self.model.base_model.forward).parameters:
@@ -316,6 +357,12 @@ def _is_unnamed(names: Mapping[int, str]) -> bool:
 def _listed(names: Sequence[str]) -> str:
     shown = [name or "(empty)" for name in names[:6]]
     return ", ".join(shown) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    within = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(a.float(), b.float(), rtol=within, atol=within)
 
 
 def _in_backbone(network: Any, path: str) -> bool:

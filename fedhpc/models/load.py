@@ -162,21 +162,22 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     network.requires_grad_(False).eval()
     if not quantization:  # else it is there, and bitsandbytes refuses to move it
         network.to(device)
+    with _loading(model, "model"):  # a class of transformers that cannot do what this one of ours asks for
+        made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
+        base = replace(
+            made,
+            source=source,
+            revision=model.revision,
+            quantize=model.quantize,
+            messages=tuple(f"model: '{model.name}' {message}" for message in fitted.messages),
+        )
+        base.check()
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
         raise UserError(
             f"the tokenizer of '{model.name}' has {len(tokenizer)} tokens but the model embeds only "
             f"{network.get_input_embeddings().weight.shape[0]}: they do not belong together",
             key="model.name",
         )
-    made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
-    base = replace(
-        made,
-        source=source,
-        revision=model.revision,
-        quantize=model.quantize,
-        messages=tuple(f"model: '{model.name}' {message}" for message in fitted.messages),
-    )
-    base.check()
     if model.gradient_checkpointing:
         checkpoint_layers(network)
     return base
