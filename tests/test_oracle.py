@@ -37,3 +37,10 @@ def test_a_class_of_each_sort_is_what_transformers_is(case: Case, tmp_path: Path
 @pytest.mark.parametrize("case", oracle.cases(), ids=str)
 def test_every_class_is_what_transformers_is_or_refused(case: Case, tmp_path: Path) -> None:
     _agrees(case, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["convbert", "nystromformer"])
+def test_an_encoder_whose_rows_depend_on_their_neighbours_is_refused(model_type: str, tmp_path: Path) -> None:
+    """ConvBERT's convolutions and Nystromformer's landmarks see the padding."""
+    verdict = oracle.judge(Case("classification", model_type), tmp_path)
+    assert "beside longer rows than alone" in verdict.refused and verdict.refused.startswith("model.name: ")

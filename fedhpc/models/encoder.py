@@ -83,7 +83,7 @@ class Encoder(Base):
             same = False
         if not same:
             raise UserError(
-                f"method.name: embeddings cannot be put in front of the text of '{self.model.config.model_type}' models",
+                f"embeddings cannot be put in front of the text of '{self.model.config.model_type}' models",
                 key="method.name", remedy="use lora, ia3, adapter or full",
             )  # fmt: skip
 

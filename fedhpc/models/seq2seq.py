@@ -166,7 +166,7 @@ class Seq2Seq(Generative):
             plain = False
         if not plain:
             raise UserError(
-                f"method.name: a prefix cannot be put in front of '{self.model.config.model_type}' models",
+                f"a prefix cannot be put in front of '{self.model.config.model_type}' models",
                 key="method.name", remedy="use prompt, p_tuning, lora or ia3",
             )  # fmt: skip
 
