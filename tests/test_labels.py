@@ -26,7 +26,7 @@ from fedhpc.models import load as models
 from fedhpc.models.base import Base
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier
-from tests import federations
+from tests import federations, oracle
 from tests.federations import federate, table, tree, write_texts
 from tests.test_data import settings, words, write_jsonl
 
@@ -117,6 +117,9 @@ def test_a_split_of_hidden_labels_is_as_one_that_is_not_there(tmp_path: Path, sp
         ]
     with pytest.raises(UserError, match=rf"data\.{split}: 'k' is {value} in all 6 rows; name a split that has labels"):
         read(tmp_path, **{split: f"{split}.jsonl"})
+    if hidden is None:  # nor need there be a column
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"q": f"{split}{i}", "a": "b"} for i in range(6)])
+        assert read(tmp_path).messages == data.messages
     # Where the labels only divide the training rows, those of a test split are of no use.
     data = read(tmp_path, CausalLM)
     assert data.train.label_names == ["0", "1"] and data.messages == []
@@ -164,6 +167,14 @@ def test_hidden_labels_of_the_hub_are_no_class(monkeypatch: pytest.MonkeyPatch) 
     assert len(read(Path("some/set"), test="validation").test) == 3
 
 
+def test_amounts_are_said_to_be_classes(tmp_path: Path) -> None:
+    data = read(write(tmp_path, train=[0.5, 3, 1.0], validation=[3], test=[1]))
+    assert data.train.label_names == ["0.5", "1", "3"]
+    assert data.messages == [
+        "data.label: each of 3 values is a class of its own, also numbers like 0.5; amounts are not predicted here"
+    ]
+
+
 # ---------------------------------------------------------------- a head that a model brings
 
 
@@ -208,6 +219,29 @@ def test_the_rows_of_a_head_go_with_their_names(texts: Path, tmp_path: Path, lab
         [] if set(labels) == set(NLI) else [f"model: '{tmp_path}' has a head for {', '.join(NLI)}, which are taken for"]
     )
     assert len(base.messages) == len(said) and all(m.startswith(s) for m, s in zip(base.messages, said, strict=True))
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "xlm", "deberta-v2"])
+def test_the_output_layer_is_what_depends_on_the_number_of_classes(family: str, tmp_path: Path) -> None:
+    """Whatever it is called, and whatever layers stand between it and the encoder."""
+    case = oracle.Case("classification", family)
+    torch.manual_seed(0)
+    stored = tf.AutoModelForSequenceClassification.from_config(case.config())
+    with torch.no_grad():
+        for p in stored.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    stored.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((models.BUILTIN / file).read_bytes())
+    names = list(stored.config.id2label.values())
+    others, turned = ["x", "y", "z"], names[1:] + names[:1]
+    bases = [load(tmp_path, labels) for labels in (others, [*others, "w"], turned)]
+    anew, larger, rows = (dict(base.model.named_parameters()) for base in bases)
+    depends = {n for n, p in stored.named_parameters() if larger[n].shape != p.shape}
+    assert depends and depends == {n for n, p in stored.named_parameters() if not torch.equal(anew[n], p.double())}
+    for n, p in stored.named_parameters():
+        assert torch.equal(rows[n], p.double()[[1, 2, 0]] if n in depends else p.double())
+    assert bases[2].messages == ()
 
 
 LEFT_OUT: dict[str, tuple[list[str], dict[str, int] | None, str]] = {

@@ -20,12 +20,17 @@ class InHead(NamedTuple):
     by_name: bool  # whether the head calls them so; else names that differ in case, or indices, were taken for them
 
 
+def is_number(name: str) -> bool:
+    """Whether a text is a number."""
+    return _NUMBER.fullmatch(name) is not None
+
+
 def no_class(training: AbstractSet[str]) -> set[str]:
     """The texts that stand for a label that is not there: the empty one and the hub's -1, unless training has them.
 
     Beside words in the training rows -1 is no label either; beside other numbers it is a class.
     """
-    is_class = any(_NUMBER.fullmatch(name) for name in training - {UNLABELLED})
+    is_class = any(map(is_number, training - {UNLABELLED}))
     return {"", UNLABELLED} - (training if is_class else training - {UNLABELLED})
 
 
@@ -41,7 +46,7 @@ def class_order(names: Iterable[str], head: Sequence[str] = ()) -> list[str]:
     ordered = in_head(classes, head)
     if ordered is not None:
         return ordered.classes
-    if all(_NUMBER.fullmatch(name) for name in classes if name):
+    if all(is_number(name) for name in classes if name):
         classes.sort(key=lambda name: (name != "", Decimal(name or 0)))
     return classes
 

@@ -13,7 +13,7 @@ import numpy as np
 from fedhpc import config, registry
 from fedhpc.data import sources
 from fedhpc.data.files import is_shard
-from fedhpc.data.labels import UNLABELLED, class_order, no_class
+from fedhpc.data.labels import UNLABELLED, class_order, is_number, no_class
 from fedhpc.data.partitioners.base import Int32
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
@@ -83,6 +83,12 @@ def load_data(
     if data.label is not None:
         names = {row[data.label] for split in tables if split in labelled for row in tables[split].rows}
         label_names = class_order(names, head)
+        amounts = [name for name in label_names if "." in name and is_number(name)]
+        if amounts and not writing.has_target:
+            messages.append(
+                f"data.label: each of {len(label_names)} values is a class of its own, also numbers like {amounts[0]}; "
+                "amounts are not predicted here"
+            )
         if without_rows := [name for name in label_names if name not in names]:
             messages.append(f"data.label: no row is {', '.join(without_rows)}, which stays a class as the model has it")
     true_labels = ids_of(tables["train"], data.label, label_names)
@@ -167,7 +173,10 @@ def _read_splits(
         if name_in_source is None or is_train:
             absent[split] = f"no {split} split of its own"
             continue
-        table = sources.read_table(source, name_in_source, {**columns, **(owner if split == "train" else {})})
+        # Those whose labels are hidden may have no column for them.
+        optional = data.label if split != "train" else None
+        wanted = {**columns, **(owner if split == "train" else {})}
+        table = sources.read_table(source, name_in_source, wanted, optional)
         if split == "train" and data.client is not None:
             # Owners whose rows are all filtered out stay clients, without data.
             owner_names = sorted({row[data.client] for row in table.rows if row[data.client] or not natural})

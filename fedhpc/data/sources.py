@@ -88,17 +88,19 @@ def find_split(source: Source, split: str) -> str | None:
     return None
 
 
-def read_table(source: Source, split: str, columns: Mapping[str, str]) -> Table:
+def read_table(source: Source, split: str, columns: Mapping[str, str], optional: str | None = None) -> Table:
     """Read all rows of a split, as `find_split` named it.
 
     columns: the columns to keep, each with the configuration key that asks for it, like {"mr": "data.prompt"}.
+    optional: one that need not be there; then it has no value.
     """
     table = Table(split, [], [])
     none = frozenset[str]()
     for location, values in source.read(split):
         row, nulls = {}, none
         for column, key in columns.items():
-            value = _value(values, column, key, location, is_first=not table.rows)
+            there = column != optional or column in values
+            value = _value(values, column, key, location, is_first=not table.rows) if there else None
             row[column] = _text(value, column, key, location)
             if is_missing(value):
                 nulls |= {column}
