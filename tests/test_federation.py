@@ -23,8 +23,9 @@ from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.report.__main__ import main as report_main
 from fedhpc.results.checkpoint import save_checkpoint
-from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS
+from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS, Results
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.schedule import batches
 from tests import tiny
@@ -593,8 +594,8 @@ def test_a_client_that_overflows_or_has_no_data_is_rejected(
     assert list(events["kind"]) == ["note", "rejected", "rejected"]
     assert events["message"][0].startswith("data: 1 of 4 owners have no examples left")
     assert sorted(events["message"][1:]) == [
-        "client 1: its update is not finite",
-        "client 2: it has no training examples",
+        "client 1 (many): its update is not finite",
+        "client 2 (nothing): it has no training examples",
     ]
     task = prepare(config, LoopbackTransport(), Launch(), False)
     np.testing.assert_allclose(flat(final(tmp_path / "run"), task), by_hand(config, task)[1], rtol=0, atol=1e-6)
@@ -704,6 +705,28 @@ def test_local_results_have_a_client_axis(tmp_path: Path, texts: Path) -> None:
     assert len(trained) == 5
     assert final(tmp_path)["prompt_embeddings"].shape[0] == 5
     assert sorted(int(folder.name) for folder in (tmp_path / "adapter").iterdir()) == trained
+
+
+def test_natural_clients_are_called_by_their_names(tmp_path: Path, texts: Path) -> None:
+    """In results.h5, the reports' CSV and beside local adapters; the numbers stay."""
+    raw = tree(texts, evaluation={"client_fraction": 0.2}) | {"mode": "local", "partition": {"name": "natural"}}
+    federate(settings(tmp_path / "run", raw), ranks=2)
+    names = table(tmp_path / "run", "partition")["client_names"]
+    rows = [json.loads(line) for line in (texts / "train.jsonl").read_text().splitlines()]
+    assert list(names) == sorted({row["client"] for row in rows})
+    for group in ("clients", "client_eval"):
+        columns = table(tmp_path / "run", group)
+        assert list(columns["client_name"]) == [names[i] for i in columns["client_id"]] and len(columns["client_id"])
+    assert json.loads((tmp_path / "run" / "adapter" / "clients.json").read_text()) == {
+        str(i): name for i, name in enumerate(names)
+    }
+    assert report_main([str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
+    written = pandas.read_csv(tmp_path / "report" / "clients.csv")
+    assert list(written["client_name"]) == [names[i] for i in written["client_id"]]
+    again = Results.read(tmp_path / "run" / "results.h5")
+    (tmp_path / "again.h5").write_bytes(again.image(complete=True))
+    with h5py.File(tmp_path / "again.h5") as file:
+        assert list(file["clients/client_name"].asstr()) == list(table(tmp_path / "run", "clients")["client_name"])
 
 
 # ---------------------------------------------------------------- what a GPU takes

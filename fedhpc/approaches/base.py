@@ -190,8 +190,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
                 return [self.local(plan, clients, download)]
             except torch.OutOfMemoryError as error:
                 if len(clients) == 1:
+                    client = self.data.population.title(clients[0])
                     raise UserError(
-                        f"client {clients[0]} alone takes more memory than the GPU has: lower client.batch_size or "
+                        f"{client} alone takes more memory than the GPU has: lower client.batch_size or "
                         "data.max_length, or set model.gradient_checkpointing"
                     ) from error
             torch.cuda.empty_cache()  # not above, where the exception still holds the tensors

@@ -109,6 +109,7 @@ def _partition(approach: AnyApproach) -> dict[str, Any]:
     labelled = train.labels is not None
     return {
         "num_examples": np.diff(offsets),
+        "client_names": population.names,
         "label_counts": population.label_counts(train) if labelled else None,
         "label_names": train.label_names if labelled else None,
         "indices": indices,

@@ -7,6 +7,7 @@ of; README.md says how to use it, and with which versions the libraries themselv
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedhpc.methods.base import Method, Tensors
 from fedhpc.models.base import Base
 
 FACTS = "fedhpc.json"
+CLIENTS = "clients.json"  # names of the clients, beside their adapters' folders, which are numbers
 # What loads a base and its adapter at once, by PEFT's type of task.
 _IN_PEFT = {
     "CAUSAL_LM": """from peft import AutoPeftModelForCausalLM
@@ -53,6 +55,13 @@ _GENERATE = {
     ),
     ("PREFIX_TUNING", "SEQ_2_SEQ_LM"): _PREFIX.format(alone=""),
 }
+
+
+def write_client_names(folder: Path, names: Sequence[str] | None) -> None:
+    """Say in the folder of the clients' adapters whose they are: {"0": "Blue Spice", ...}; nothing without names."""
+    if names is not None:
+        text = json.dumps(dict(enumerate(names)), indent=2, ensure_ascii=False)
+        (folder / CLIENTS).write_text(text + "\n", encoding="utf-8")
 
 
 def export(method: Method, values: Tensors, folder: Path, config: Config) -> None:

@@ -170,8 +170,9 @@ def _client_columns(
 
 def _rejections(approach: AnyApproach, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> list[Event]:
     reasons = [approach.reasons[int(reason)] for reason in column["reason"]]
+    title = approach.data.population.title
     return [
-        Event("rejected", f"client {c}: {'it has no training examples' if c in plan.empty else reasons[i]}")
+        Event("rejected", f"{title(c)}: {'it has no training examples' if c in plan.empty else reasons[i]}")
         for i, c in enumerate(plan.cohort)
         if status[i] == REJECTED
     ]

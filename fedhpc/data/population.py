@@ -53,6 +53,10 @@ class Population:
         everything = Assignment(np.arange(len(train)), np.array([0, len(train)]))
         return cls(1, settings.run.seed, settings.evaluation.client_fraction, everything)
 
+    def title(self, client: int) -> str:
+        """What a client is called in a message: "client 3", or "client 3 (Blue Spice)" where clients have names."""
+        return f"client {client}" + (f" ({self.names[client]})" if self.names else "")
+
     def indices(self, client: int) -> Int64:
         """The examples that a client trains on, ascending: all of its own but those held out."""
         return self._split(client)[0]

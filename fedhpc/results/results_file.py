@@ -74,6 +74,8 @@ CLIENTS = {
     "worker": Column(np.int64, "rank that trained it; -1 none"),
     "block": Column(np.int64, "block it trained in; -1 none"),
 }
+# Beside the client's number, where the clients of a natural partition have names: it follows from /partition.
+CLIENT_NAME = Column(str, "owner of the client's data")
 EVENTS = {
     "round": Column(np.int64, "round in which it happened"),
     "kind": Column(str, "rejected, resumed, preempted, ..."),
@@ -219,8 +221,9 @@ class Results:
         label_names: Sequence[str] | None = None,
         indices: np.ndarray | None = None,
         offsets: np.ndarray | None = None,
+        client_names: Sequence[str] | None = None,
     ) -> None:
-        """num_examples[N], label_counts[N, C], label_names[C].
+        """num_examples[N], label_counts[N, C], label_names[C], client_names[N] of a natural partition.
 
         Client i has the training examples indices[offsets[i]:offsets[i + 1]]. Not for a virtual population.
         """
@@ -230,6 +233,7 @@ class Results:
             "label_names": None if label_names is None else _strings(label_names),
             "indices": indices,
             "offsets": offsets,
+            "client_names": None if client_names is None else _strings(client_names),
         }
         self.groups["partition"] = {name: np.asarray(v) for name, v in values.items() if v is not None}
 
@@ -264,7 +268,7 @@ class Results:
         summary, in /client_summary: for each of these metrics `loss/mean`, `loss/worst_10_percent` and `loss/std` over
         the clients, each client counted once (fedhpc.evaluation.evaluate.over_clients).
         """
-        self.groups["client_eval"] = {name: np.asarray(values) for name, values in columns.items()}
+        self.groups["client_eval"] = {name: np.asarray(values) for name, values in self._named(columns).items()}
         self.groups["client_summary"] = {name: np.float64(value) for name, value in (summary or {}).items()}
 
     def set_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -298,11 +302,16 @@ class Results:
 
     @property
     def clients(self) -> Arrays:
-        return self._tables["clients"].recorded()
+        return self._named(self._tables["clients"].recorded())
 
     @property
     def events(self) -> Arrays:
         return self._tables["events"].recorded()
+
+    def _named(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        """Rows with a client_id, and with the client's name beside it where clients have names."""
+        names = self.groups["partition"].get("client_names")
+        return dict(rows) if names is None else {**rows, "client_name": names[np.asarray(rows["client_id"])]}
 
     def _rows(self) -> int:
         table = self._tables["rounds"]
@@ -328,9 +337,10 @@ class Results:
         with h5py.File("results.h5", "w", driver="core", backing_store=False, block_size=1 << 20) as file:
             _note(file, self.attributes | marks)
             for group, table in self._tables.items():
-                for name, array in table.image(last).items():
+                rows = table.image(last)
+                for name, array in (self._named(rows) if group == "clients" else rows).items():
                     dataset = _put(file, f"{group}/{name}", array)
-                    _note(dataset, {"description": table.columns[name].description})
+                    _note(dataset, {"description": table.columns.get(name, CLIENT_NAME).description})
             for group, values in self.groups.items():
                 file.require_group(group)
                 for name, value in values.items():

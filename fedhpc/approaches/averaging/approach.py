@@ -24,7 +24,7 @@ from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines
 from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
-from fedhpc.approaches.export import export
+from fedhpc.approaches.export import export, write_client_names
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
@@ -233,6 +233,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             views = layout.views(payloads.cpu())
             for i, client in enumerate(self.plan(self.rounds).training):
                 export(self.method, {name: view[i] for name, view in views.items()}, folder / str(client), config)
+            write_client_names(folder, self.data.population.names)
         else:
             views = layout.views(self.split.join(state.theta, self.personal.initial()))
             export(self.method, views, folder, config)

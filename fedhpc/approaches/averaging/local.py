@@ -110,9 +110,9 @@ class BlockTraining:
         if changes is not None:
             finite &= _finite(changes)
         if config.mode != "federated" and not finite.all():
+            client = self.data.population.title(clients[int(finite.argmin())])
             raise UserError(
-                f"client {clients[int(finite.argmin())]}: training diverged in round {round_} (its parameters are not "
-                "finite): lower client.lr"
+                f"{client}: training diverged in round {round_} (its parameters are not finite): lower client.lr"
             )
         client_state.write(config.run_dir, clients, round_, tensors_after | sent.tensors, finite)
         # Control variates go beside the updates, as they are.
