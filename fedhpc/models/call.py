@@ -21,9 +21,12 @@ def takes(network: Any, argument: str) -> bool:
     return argument in _arguments(type(network).forward)
 
 
+def cache_argument(network: Any) -> str | None:
+    """The argument by which a model's forward pass takes a cache, or None: it has none."""
+    return next((name for name in _CACHE if takes(network, name)), None)
+
+
 def with_cache(network: Any, held: Any) -> dict[str, Any]:
     """The arguments that give a model the cache `held`, which it reads and adds to; None: it shall keep nothing."""
     use = {"use_cache": held is not None} if takes(network, "use_cache") else {}
-    if held is None:
-        return use
-    return {next((name for name in _CACHE if takes(network, name)), _CACHE[0]): held, **use}
+    return use if held is None else {cache_argument(network) or _CACHE[0]: held, **use}

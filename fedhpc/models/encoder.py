@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from fedhpc.models.base import (
     padded,
     special_ids,
 )
+from fedhpc.models.call import cache_argument, takes
 
 
 class Encoder(Base):
@@ -100,7 +100,7 @@ class Encoder(Base):
         return output
 
     def check_past(self) -> None:
-        if "past_key_values" not in signature(self.model.base_model.forward).parameters:
+        if cache_argument(self.model.base_model) is None:
             raise UserError(
                 f"method.name: a prefix cannot be put in front of '{self.model.config.model_type}' models; "
                 "use prompt, p_tuning, lora or ia3"
@@ -111,8 +111,9 @@ class Encoder(Base):
 
         cache = DynamicCache()  # an encoder fills one though it has no use for it
         text = torch.tensor([ids], device=self.device)
+        given = {str(cache_argument(self.model.base_model)): cache}
         with torch.no_grad():
-            self.model.base_model(input_ids=text, attention_mask=torch.ones_like(text), past_key_values=cache)
+            self.model.base_model(input_ids=text, attention_mask=torch.ones_like(text), **given)
         return [t for layer in cache.layers for t in (layer.keys[0], layer.values[0])]
 
 
@@ -279,7 +280,7 @@ class Classifier(Encoder, Predictor):
             return
 
         def give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "past_key_values": prefix_cache(attached.past)}
+            return args, {**kwargs, str(cache_argument(module)): prefix_cache(attached.past)}
 
         hook = self.model.base_model.register_forward_pre_hook(give, with_kwargs=True)
         try:
@@ -339,7 +340,7 @@ class SentenceEncoder(Encoder):
         that is quicker than a padded batch too.
         """
         vectors = []
-        takes_types = "token_type_ids" in signature(self.model.forward).parameters
+        takes_types = takes(self.model, "token_type_ids")
         with torch.no_grad():
             for one in ids:
                 text = kernels.on_device(np.asarray(one, np.int64), self.device).unsqueeze(0)

@@ -21,6 +21,7 @@ from fedhpc.data.tokens import Examples, Join
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import Attached, Int64, Sizes, in_mapping, padded, special_ids
+from fedhpc.models.call import with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
 
@@ -217,13 +218,13 @@ class Seq2Seq(Generative):
         self, ids: Tensor, states: Tensor, mask: Tensor, cache: Any, causal_mask: Tensor | None = None
     ) -> Tensor:
         """The decoder's states (B, T, D). mask: of the encoder's; causal_mask: of its self-attention, or None."""
-        hidden: Tensor = self.model.get_decoder()(
+        decoder = self.model.get_decoder()
+        hidden: Tensor = decoder(
             input_ids=ids,
             attention_mask=causal_mask,
             encoder_hidden_states=states,
             encoder_attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            **with_cache(decoder, cache),
         ).last_hidden_state
         return hidden
 
