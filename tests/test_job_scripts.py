@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -43,3 +44,27 @@ def test_ranks_are_placed_where_tmpdir_is_not_there(tmp_path: Path) -> None:
     show = 'place_ranks; cp "$SLURM_HOSTFILE" hosts; rm "$SLURM_HOSTFILE"'
     job(tmp_path, show, SLURM_GPUS_ON_NODE="1", SLURM_JOB_NODELIST="n[1-2]", TMPDIR="/not/there")
     assert (tmp_path / "hosts").read_text().split() == ["n1", "n1", "n2"]
+
+
+@pytest.mark.parametrize(("script", "variables"), [("fedhpc", {}), ("sweep", {"SLURM_ARRAY_TASK_ID": "0"})])
+def test_a_job_script_in_a_path_with_spaces(tmp_path: Path, script: str, variables: dict[str, str]) -> None:
+    """With arguments that Slurm writes behind the path, and a run directory that has a space too."""
+    project, bin_ = tmp_path / "my project" / "fed hpc", tmp_path / "bin"
+    shutil.copytree(REPOSITORY / "slurm", project / "slurm")
+    bin_.mkdir()
+    command = f"{project}/slurm/{script}.sbatch base.yaml run.dir=runs/my run"
+    stands_in = {
+        "scontrol": f"echo 'JobId=7 JobName=a job Command={command} WorkDir={tmp_path} StdErr=/dev/null'",
+        "python": f'[ "${{@: -1}}" != --where ] || echo "runs/my run"; printf "%s|" "$@" >> {tmp_path}/calls',
+        "srun": 'shift; exec "$@"',
+    }
+    for name, text in stands_in.items():
+        (bin_ / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_ / name).chmod(0o755)
+    subprocess.run(
+        ["bash", str(project / "slurm" / f"{script}.sbatch"), "base.yaml", "run.dir=runs/my run"],
+        env={"PATH": f"{bin_}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables},
+        cwd=tmp_path,
+        check=True,
+    )
+    assert (tmp_path / "calls").read_text().count("|base.yaml|run.dir=runs/my run|") == 2

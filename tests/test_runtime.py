@@ -87,7 +87,33 @@ MPIEXEC_IN_SLURM = {
     "SLURM_STEP_NODELIST": "n[1-2]",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
-SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, "n1", 20000 + 100001 % 20000, 1)
+SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, "n1", 20000 + 100001 % 12000, 1, job="100001.0.1")
+# As the launchers' own documentation and public programs name them; the second of three ranks, on the second node.
+PALS = {
+    "PALS_LOCAL_RANKID": "0",
+    "PALS_LOCAL_SIZE": "1",
+    "PALS_NODEID": "1",
+    "PALS_RANKID": "1",
+    "PMI_LOCAL_RANK": "0",
+    "PMI_LOCAL_SIZE": "1",
+    "PMI_RANK": "1",
+    "PMI_SIZE": "3",
+}
+FLUX = {
+    "FLUX_JOB_ID": "f1",
+    "FLUX_JOB_NNODES": "2",
+    "FLUX_JOB_SIZE": "3",
+    "FLUX_TASK_LOCAL_ID": "0",
+    "FLUX_TASK_RANK": "1",
+    "PMI_FD": "11",
+    "PMI_RANK": "1",
+    "PMI_SIZE": "3",
+}
+MVAPICH, MVAPICH_3, JSRUN = (
+    {f"{prefix}_RANK": "1", f"{prefix}_SIZE": "3", f"{prefix}_LOCAL_RANK": "0", f"{prefix}_LOCAL_SIZE": "1"}
+    for prefix in ("MV2_COMM_WORLD", "MVP_COMM_WORLD", "JSM_NAMESPACE")
+)
+SECOND_OF_3 = Launch("mpi", 1, 3, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +136,16 @@ SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, "n1", 20000 + 100001 % 20000, 1)
         ({**SLURM_BATCH, **OPEN_MPI}, Launch("mpi", 2, 4, 0, 2)),
         ({**SLURM_STEP, **OPEN_MPI}, Launch("mpi", 2, 4, 0, 2)),
         ({**SLURM_STEP, "PMIX_RANK": "2", "PMIX_NAMESPACE": "slurm.pmix.100001.0"}, SLURM_LAUNCH),
+        (PALS, SECOND_OF_3),
+        (FLUX, Launch("mpi", 1, 3, 0, 0)),
+        ({**FLUX, "FLUX_JOB_NNODES": "1", "FLUX_TASK_LOCAL_ID": "1"}, Launch("mpi", 1, 3, 1, 3)),
+        ({**SLURM_STEP, **FLUX}, Launch("mpi", 1, 3, 0, 0)),
+        (MVAPICH, SECOND_OF_3),
+        (MVAPICH_3, SECOND_OF_3),
+        (JSRUN, SECOND_OF_3),
+        ({"PMI_RANK": "1", "PMI_SIZE": "3"}, Launch("mpi", 1, 3, 0, 0)),
+        ({"PMIX_RANK": "1", "PALS_RANKID": "1", "PALS_LOCAL_SIZE": "1"}, Launch("mpi", 1, 0, 0, 0)),
+        ({"ALPS_APP_PE": "1"}, Launch("mpi", 1, 0, 0, 0)),
     ],
     ids=[
         "nothing",
@@ -129,6 +165,16 @@ SLURM_LAUNCH = Launch("slurm", 2, 3, 0, 1, "n1", 20000 + 100001 % 20000, 1)
         "open_mpi_in_sbatch",
         "open_mpi_in_a_step",
         "srun_pmix",
+        "pals",
+        "flux",
+        "flux_on_one_node",
+        "flux_in_slurm",
+        "mvapich2",
+        "mvapich3",
+        "jsrun",
+        "any_pmi",
+        "pals_with_pmix",
+        "alps",
     ],
 )
 def test_detect(environ: dict[str, str], expected: Launch) -> None:
@@ -185,6 +231,9 @@ SAYS = {
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
+    "pals": (PALS, "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+    "flux": (FLUX, "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    "mvapich2": (MVAPICH, *MVAPICH),
     "slurm": (SLURM_STEP, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"),
 }
 
@@ -206,7 +255,7 @@ def test_every_variable_of_a_launcher_counts(name: str) -> None:
         found = outcome(others)
         assert found == detect(environ) or any(v in str(found) for v in names), (variable, found)
         # A world may be larger than what can be seen of it from here.
-        world = variable.endswith(("WORLD_SIZE", "PMI_SIZE", "NUM_TASKS")) and "LOCAL" not in variable
+        world = variable.endswith(("WORLD_SIZE", "PMI_SIZE", "JOB_SIZE", "NUM_TASKS")) and "LOCAL" not in variable
         for wrong in ("x", "-1", *(["1"] if world else ["99999"])):
             if wrong == "1" and name == "slurm":
                 continue  # a step of one task is a single process, whatever else is set
@@ -214,7 +263,11 @@ def test_every_variable_of_a_launcher_counts(name: str) -> None:
                 detect({**others, variable: wrong})
 
 
-@pytest.mark.parametrize("around", [MPICH, OPEN_MPI, SLURM_STEP], ids=["mpich", "open_mpi", "slurm"])
+@pytest.mark.parametrize(
+    "around",
+    [MPICH, OPEN_MPI, PALS, {**FLUX, "FLUX_JOB_NNODES": "1"}, MVAPICH, SLURM_STEP],
+    ids=["mpich", "open_mpi", "pals", "flux", "mv2", "slurm"],
+)
 def test_variables_set_by_hand_inside_a_launch(around: dict[str, str]) -> None:
     """Sites do set them from the launcher's; forgotten ones would be a world that never comes together."""
     launch = detect(around)
@@ -223,6 +276,16 @@ def test_variables_set_by_hand_inside_a_launch(around: dict[str, str]) -> None:
     assert detect({**around, **same, **local}).rank == launch.rank
     with pytest.raises(UserError, match="unset RANK and WORLD_SIZE"):
         detect({**around, "RANK": "0", "WORLD_SIZE": "1"})
+
+
+def test_steps_and_jobs_beside_each_other_have_ports_of_their_own() -> None:
+    launches = [
+        detect({**SLURM_STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        for job in range(4242, 4252)
+        for step in range(10)
+    ]
+    assert len({launch.master_port for launch in launches}) == len({launch.job for launch in launches}) == 100
+    assert all(launch.master_port is not None and 20000 <= launch.master_port < 32000 for launch in launches)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 import sys
 import time
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from fedhpc.errors import UserError
+from fedhpc.ranks import network, rendezvous
 from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.network import interface_of, local_address_for
 from fedhpc.ranks.transport import open_transport, torch_dist
-from fedhpc.ranks.transport.network import interface_of, local_address_for
 from tests.contract_transport import run_all
 from tests.ranks import Launcher, Ranks, free_port, run_ranks
 
@@ -58,6 +60,21 @@ contract_transport.main()
     results = run_ranks(3, program, "env")
     assert [result.code for result in results] == [0] * 3, results
     assert "".join(result.out for result in results).count("contract kept") == 3
+
+
+@pytest.mark.slow
+def test_contract_in_pieces() -> None:
+    """As tensors beyond what one call of MPI takes; cluster/test_launch.py has Open MPI and more than 2^31 bytes."""
+    program = """
+import sys
+from fedhpc.ranks.transport import mpi
+from tests import contract_transport
+mpi._PIECE_BYTES = 1000
+sys.argv[1:] = ["auto", "mpi"]
+contract_transport.main()
+"""
+    (result,) = run_ranks(3, program, "mpiexec")
+    assert (result.code, result.out.count("contract kept")) == (0, 3), result
 
 
 @pytest.mark.gpu
@@ -112,6 +129,9 @@ def test_missing_ranks_are_named() -> None:
     store.set("here/2", "yes")
     with pytest.raises(UserError, match=r"ranks \[1\] of 3"):
         torch_dist.arrive(store, launch, 0.2)
+    with pytest.raises(UserError, match="another rank 0 is here already, of another run"):
+        torch_dist.arrive(store, launch, 0.2)
+    store.delete_key("arrived/0")
     store.set("here/1", "a host")
     store.set("here/2", "127.0.0.1")
     assert torch_dist.arrive(store, launch, 5) == [[0, 2], [1]]
@@ -155,3 +175,69 @@ def test_addresses() -> None:
         local_address_for("no-such-host.invalid")
     with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME"):
         interface_of("192.0.2.1")
+
+
+def test_a_rank_never_follows_another_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither rank 0 nor the others; a program that says nothing, or something else, is not rank 0 either."""
+    port = free_port()
+    rendezvous.announce(port, "job/1", "here I am")
+    assert rendezvous.ask("127.0.0.1", port, "job/1", 20) == "here I am"
+    with pytest.raises(UserError, match=f"MASTER_PORT: port {port} .* cannot be used .Address already in use"):
+        rendezvous.announce(port, "job/2", "")
+    monkeypatch.setattr(rendezvous, "_STRANGERS_S", 0.1)
+    monkeypatch.setattr(rendezvous, "_ANSWER_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for wrong in (port, silent.getsockname()[1]):
+            began = time.monotonic()
+            with pytest.raises(UserError, match=f"MASTER_PORT: port {wrong} of 127.0.0.1 is that of another run"):
+                rendezvous.ask("127.0.0.1", wrong, "job/2", 60)
+            assert time.monotonic() - began < 5
+    with pytest.raises(UserError, match="did not answer"):
+        rendezvous.ask("127.0.0.1", free_port(), "job/2", 0.2)
+
+
+def test_a_host_that_nobody_knows_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the transport, and not after the minutes that ranks may take to find each other."""
+    assert network._LOOK_UP_S < 5
+    monkeypatch.setattr(network, "_LOOK_UP_S", 0.5)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for launcher in ("torchrun", "slurm", "mpi"):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"MASTER_ADDR: rank 0's host is 'no-such-host.invalid', and no address"):
+            network.locate(Launch(launcher, 1, 2, 0, 1, "no-such-host.invalid", 1))  # type: ignore[arg-type]
+        assert time.monotonic() - began < 2
+
+
+def test_slurm_knows_the_address_of_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NodeName is no name of a host; with a real Slurm: cluster/test_slurm.py."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "NodeName=$3 Arch=x86_64 NodeAddr=192.0.2.7 NodeHostName=other Port=6818"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr(network, "_LOOK_UP_S", 0.5)
+    launch = Launch("slurm", 1, 2, 0, 1, "no-such-host.invalid", 1)
+    assert network.locate(launch).master_addr == "192.0.2.7"
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(UserError, match="no address is known"):
+        network.locate(launch)
+
+
+def test_rank_0_is_found_by_its_address() -> None:
+    def located(address: str | None, local_world_size: int = 1) -> str | None:
+        return network.locate(Launch("torchrun", 1, 2, 0, local_world_size, address, 1)).master_addr
+
+    assert located("192.0.2.7") == "192.0.2.7"
+    assert located("localhost") == "127.0.0.1"
+    assert located("no-such-host.invalid", local_world_size=2) == "127.0.0.1"  # all ranks are here
+    assert located(None) is None
+
+
+def test_the_address_that_other_hosts_reach() -> None:
+    """Without any name: MPI needs no MASTER_ADDR."""
+    mine = network.host_addresses()
+    assert not any(address.startswith("127.") for address in mine)
+    assert network.reachable_address([mine, mine]) == "127.0.0.1"
+    if mine:
+        neighbour = mine[0].rpartition(".")[0] + ".253"
+        assert network.reachable_address([mine, ["172.17.0.1", neighbour]]) in [*mine, "127.0.0.1"]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from fedhpc import config as configuration
 from fedhpc.config import Config
 from fedhpc.errors import UserError
-from fedhpc.ranks import memory, startup
+from fedhpc.ranks import memory, network, startup
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.startup import DONE, FAILED, PREEMPTED, REFUSED
 
@@ -92,8 +92,9 @@ def run(config: Config, launch: Launch, imports: Callable[[], object], work: Wor
     set_environment(config)
     memory.keep_freed_memory()
     with startup.guarded(launch):
-        imports()
         try:
+            launch = network.locate(launch)
+            imports()
             gpus, transport = _connect(config, launch)
         except UserError as error:
             return refuse(error, launch)

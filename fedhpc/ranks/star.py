@@ -19,8 +19,8 @@ from typing import Any
 
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.network import host_addresses, local_address_for, reachable_address
 from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
-from fedhpc.ranks.transport.network import local_address_for
 
 _HELLO_LIMIT_S = 10.0
 
@@ -134,7 +134,7 @@ class Star:
                 connection.close()
 
     def _connect(self) -> None:
-        hosts = self._transport.gather_json(socket.gethostname())
+        hosts = self._transport.gather_json(host_addresses())
         now = time.monotonic()
         if self._rank == 0:
             assert hosts is not None
@@ -163,12 +163,12 @@ class Star:
         self.peers = {0: Peer(time.monotonic(), connection)}
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _listening_address(self, hosts: Sequence[str]) -> str:
-        # Under an unknown launcher, `launch` describes a single process, whatever MPI says.
+    def _listening_address(self, hosts: Sequence[Sequence[str]]) -> str:
         if self._launch.single_node and self._launch.world_size == self._transport.world_size:
             return "127.0.0.1"
-        other = next((host for host in hosts if host != hosts[0]), "localhost")
-        return local_address_for(self._launch.master_addr or other)
+        if self._launch.master_addr is not None:
+            return local_address_for(self._launch.master_addr)
+        return reachable_address(hosts)
 
     def _accept(self) -> None:
         assert self._listener is not None

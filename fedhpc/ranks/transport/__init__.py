@@ -21,12 +21,18 @@ def open_transport(
     choice: `auto` is MPI under an MPI launcher and torch.distributed under torchrun and Slurm. timeout_s: how long the
     ranks may take to find each other (at least 120 s, since they import first); it does not bound the collectives.
     """
-    if choice == "mpi" or (choice == "auto" and launch.launcher == "mpi" and launch.world_size > 1):
+    if choice == "mpi" or (choice == "auto" and launch.launcher == "mpi" and launch.world_size != 1):
         from fedhpc.ranks.transport.mpi import MpiTransport
 
         return MpiTransport(launch, timeout_s)
     if launch.world_size == 1:
         return LoopbackTransport()
+    if launch.world_size == 0:
+        raise UserError(
+            f"the launcher tells this process its rank, {launch.rank}, but not of how many",
+            key="runtime.transport",
+            remedy="use mpi, or set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE",
+        )
     if launch.master_addr is None or launch.master_port is None:
         missing = "MASTER_ADDR" if launch.master_addr is None else "MASTER_PORT"
         raise UserError(

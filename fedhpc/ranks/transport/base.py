@@ -237,7 +237,7 @@ def connect_deadline(launch: Launch, limit_s: float) -> Iterator[None]:
 
     def give_up() -> None:
         sys.stderr.write(
-            f"fedhpc: rank {launch.rank} of {launch.world_size} could not connect to the others within "
+            f"fedhpc: rank {launch.rank} of {launch.world_size or 'all'} could not connect to the others within "
             f"{limit_s:.0f} s: check that all ranks were started and that their hosts reach each other\n"
         )
         sys.stderr.flush()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _LONGEST_PAUSE_S = 2e-4
+_PIECE_BYTES = 2**30  # of one call: Open MPI counts in 32 bits, and takes no more than 2^31 - 1 of anything
 
 
 class MpiTransport(Transport):
@@ -35,12 +36,12 @@ class MpiTransport(Transport):
             self._comm = self._mpi.COMM_WORLD.Dup()
         super().__init__(self._comm.rank, self._comm.size)
         # Under a launcher whose variables we do not know, rank and size are those that MPI says.
-        detected = launch.launcher != "single"
-        if detected and (launch.rank, launch.world_size) != (self.rank, self.world_size):
+        told = (launch.rank, launch.world_size or self.world_size)
+        if launch.launcher != "single" and told != (self.rank, self.world_size):
+            of = f" of {launch.world_size}" if launch.world_size else ""
             raise UserError(
-                f"the launcher says rank {launch.rank} of {launch.world_size}, MPI says rank {self.rank} of "
-                f"{self.world_size}: start with the mpiexec (under Slurm: srun --mpi=...) of the MPI library "
-                "that mpi4py loads"
+                f"the launcher says rank {launch.rank}{of}, MPI says rank {self.rank} of {self.world_size}: start with "
+                "the mpiexec (under Slurm: srun --mpi=...) of the MPI library that mpi4py loads"
             )
         self._types: dict[torch.dtype, Any] = {
             torch.uint8: self._mpi.BYTE,
@@ -61,21 +62,25 @@ class MpiTransport(Transport):
         os._exit(code)
 
     def _broadcast(self, tensor: Tensor) -> None:
-        self._wait(self._comm.Ibcast(self._buffer(tensor.view(-1).view(torch.uint8)), root=0))
+        for piece in _pieces(tensor.view(-1).view(torch.uint8)):
+            self._wait(self._comm.Ibcast(self._buffer(piece), root=0))
 
     def _reduce_sum(self, tensor: Tensor) -> None:
         sum_ = self._mpi.SUM
-        if self.rank == 0:
-            self._wait(self._comm.Ireduce(self._mpi.IN_PLACE, self._buffer(tensor), op=sum_, root=0))
-        else:
-            self._wait(self._comm.Ireduce(self._buffer(tensor), None, op=sum_, root=0))
+        for piece in _pieces(tensor):
+            if self.rank == 0:
+                self._wait(self._comm.Ireduce(self._mpi.IN_PLACE, self._buffer(piece), op=sum_, root=0))
+            else:
+                self._wait(self._comm.Ireduce(self._buffer(piece), None, op=sum_, root=0))
 
     def _all_reduce_max(self, tensor: Tensor) -> None:
-        self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, self._buffer(tensor), op=self._mpi.MAX))
+        for piece in _pieces(tensor):
+            self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, self._buffer(piece), op=self._mpi.MAX))
 
     def _exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> None:
-        requests = [self._comm.Irecv(self._buffer(buffer), peer) for peer, buffer in receive.items()]
-        requests += [self._comm.Isend(self._buffer(buffer), peer) for peer, buffer in send.items()]
+        # MPI keeps the order of the pieces between two ranks.
+        requests = [self._comm.Irecv(self._buffer(part), j) for j, t in receive.items() for part in _pieces(t)]
+        requests += [self._comm.Isend(self._buffer(part), j) for j, t in send.items() for part in _pieces(t)]
         self._wait(*requests)
 
     def _buffer(self, tensor: Tensor) -> list[Any]:
@@ -88,6 +93,11 @@ class MpiTransport(Transport):
         while not self._mpi.Request.Testall(pending):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s + 1e-6, _LONGEST_PAUSE_S)
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensor, flat, in pieces that one call of MPI can take."""
+    return tensor.view(-1).split(_PIECE_BYTES // tensor.element_size())
 
 
 def _initialize() -> Any:

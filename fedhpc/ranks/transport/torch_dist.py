@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fedhpc.errors import UserError
+from fedhpc.ranks import rendezvous
 from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.network import interface_of, local_address_for
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
-from fedhpc.ranks.transport.network import interface_of, local_address_for
 
 # Collectives wait for local training, however long; liveness bounds silence instead.
 _NO_TIMEOUT = datetime.timedelta(days=365)
@@ -138,25 +139,25 @@ def _address(launch: Launch) -> str:
 
 
 def open_store(launch: Launch, limit_s: float) -> Store:
-    """Open a store that only the processes of this start use, and none of an earlier one."""
+    """Open a store that only the processes of this start use, none of an earlier one and none of another run."""
     wait = datetime.timedelta(seconds=limit_s)
     address, port = str(launch.master_addr), int(launch.master_port or 0)
-    if not launch.agent_store:
-        try:
-            return TCPStore(address, port, None, launch.rank == 0, wait, wait_for_workers=False)
-        except (dist.DistStoreError, dist.DistNetworkError) as error:
-            raise UserError(
-                f"rank {launch.rank} cannot {'listen' if launch.rank == 0 else 'reach rank 0'} at "
-                f"{address}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
-            ) from error
-    agent = TCPStore(address, port, None, False, wait)
+    agent = TCPStore(address, port, None, False, wait) if launch.agent_store else None
+    start = f"fedhpc/{launch.launcher}/{launch.job}/{launch.world_size}"  # every rank can tell it by itself
     if launch.rank == 0:
-        store = TCPStore(_address(launch), 0, None, True, wait, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, None, True, wait, wait_for_workers=False)  # listens at all addresses
         nonce = secrets.token_hex(16)
         store.set("nonce", nonce)
-        agent.set("fedhpc", f"{_address(launch)} {store.port} {nonce}")
+        published = f"{_address(launch)} {store.port} {nonce}"
+        if agent is not None:
+            agent.set("fedhpc", published)
+        else:
+            rendezvous.announce(port, start, published)
         return store
-    return follow(lambda: agent.get("fedhpc").decode(), limit_s)
+    if agent is not None:
+        return follow(lambda: agent.get("fedhpc").decode(), limit_s)
+    published_at = rendezvous.ask(address, port, start, limit_s)
+    return follow(lambda: published_at, limit_s)
 
 
 def follow(published: Callable[[], str], limit_s: float) -> Store:
@@ -186,8 +187,13 @@ def _node(launch: Launch) -> str:
 
 
 def arrive(store: Store, launch: Launch, limit_s: float) -> list[list[int]]:
-    """Wait until every rank has arrived; returns the ranks of each node."""
+    """Wait until every rank has arrived; returns the ranks of each node. UserError where a rank arrives twice."""
     keys = [f"here/{rank}" for rank in range(launch.world_size)]
+    if store.add(f"arrived/{launch.rank}", 1) > 1:
+        raise UserError(
+            f"another rank {launch.rank} is here already, of another run at the same MASTER_ADDR and MASTER_PORT",
+            remedy="export a free port on all hosts",
+        )
     store.set(keys[launch.rank], _node(launch))
     try:
         store.wait(keys, datetime.timedelta(seconds=limit_s))
