@@ -26,7 +26,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_origin
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 from pydantic.fields import FieldInfo
@@ -216,6 +216,7 @@ def _class(base_path: str, module: ModuleType, choice_name: str, key: str) -> ty
         name: value
         for name, value in vars(module).items()
         if isinstance(value, type)
+        and get_origin(value) is None  # in Python 3.10 NDArray[np.int64] is an instance of type too
         and issubclass(value, base)
         and f"{value.__module__}.".startswith(f"{module.__name__}.")
         and not value.__name__.startswith("_")

@@ -145,7 +145,8 @@ def chosen(section: Section, label: str = "") -> Iterator[tuple[str, str, str]]:
 
 def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     """Whether a type is a section of the configuration."""
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+    # In Python 3.10 list[str] is an instance of type too.
+    return isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, Section)
 
 
 def _item(annotation: Any) -> Any:
