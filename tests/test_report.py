@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from fedhpc.config import load as load_config
 from fedhpc.report import costs
 from fedhpc.report.__main__ import main
-from fedhpc.report.plots import compared_loss
+from fedhpc.report.plots import compared_loss, compared_test, learning_curve
 from fedhpc.report.runs import LoadedRun, group_by_seed, lines_along, load_run
 from fedhpc.report.text import mean_and_half_width, t_975
 from fedhpc.results.progress import Progress, duration, line
-from fedhpc.results.record import RoundRecord
+from fedhpc.results.record import Event, FinalResults, RoundRecord, Sampling
 from fedhpc.results.results_file import CLIENTS, ROUNDS, Results
 from fedhpc.results.status import write_status
 
@@ -179,6 +182,123 @@ def test_comparison_groups_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "29.00 ± 2.48 " in capsys.readouterr().out
 
 
+def measured(run: Path, sampling: dict[str, Sampling], **metrics: float) -> None:
+    """Give a made-up run other results on the test."""
+    results = Results.read(run / "results.h5")
+    results.set_test(metrics, sampling)
+    results.set_base({})
+    results.write(run / "results.h5", complete=True)
+
+
+def test_a_folder_of_runs_with_both_errors_of_the_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, accuracy in ((2, 0.45), (10, 0.58)):
+        run = make_run(tmp_path / "sweep", f"fed-s{seed}", seed)
+        at = Sampling(300, 500, "examples", accuracy - 0.05, accuracy + 0.06, "Wilson")
+        measured(run, {"accuracy": at}, accuracy=accuracy, perplexity=3.5)
+    other = make_run(tmp_path / "sweep", "wide-s2", 2, lr=0.5)
+    measured(other, {"accuracy": at}, accuracy=0.2, perplexity=4.0)
+    (tmp_path / "sweep" / "notes").mkdir()
+    assert main([str(tmp_path / "sweep")]) == 0
+    text, errors = (
+        (tmp_path / "sweep" / "comparison" / "comparison.md").read_text().split("## Errors of the test results")
+    )
+    printed = capsys.readouterr().out
+    # t(1) = 12.706: half is 0.826, which no accuracy can have on either side.
+    assert "Student's t" in text.splitlines()[0] and cells(text, "fed")[4:6] == ["3.500 ± 0.000", "0.515 ± 0.826"]
+    assert "| fed | accuracy | 0.515 | 0.000 to 1.000 (n = 2) | 0.465 to 0.575 | 300 of 500 examples |" in errors
+    assert "| wide-s2 | accuracy | 0.200 | – | 0.530 to 0.640 | 300 of 500 examples |" in errors
+    assert (
+        "| fed | perplexity" not in errors and "0.000 to 1.000 (n = 2)" in printed and "different data" not in printed
+    )
+    with open(tmp_path / "sweep" / "comparison" / "comparison.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["fed-s2", "fed-s10", "wide-s2"]
+    assert [row["client.lr"] for row in rows] == ["0.05", "0.05", "0.5"]
+    assert not {"run.name", "run.seed", "client.epochs"} & set(rows[0])
+    kept = {"test_accuracy": 0.45, "test_accuracy_low": 0.4, "test_accuracy_high": 0.51, "test_accuracy_n": 300}
+    assert {name: float(rows[0][name]) for name in kept} == pytest.approx(kept)
+    assert main([str(tmp_path / "sweep" / "notes")]) == 2
+    assert "no folder of runs" in capsys.readouterr().err
+
+
+def test_plots_name_their_bands_and_end_where_the_metric_does(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, f"fed-s{seed}", seed) for seed in (0, 1)]
+    for run, accuracy in zip(runs, (0.45, 0.58), strict=True):
+        at = Sampling(300, 300, "examples", accuracy - 0.05, accuracy + 0.05, "Wilson")
+        measured(run, {"accuracy": at}, accuracy=accuracy, perplexity=1.0 + accuracy, mine=-2.0)
+    groups = group_by_seed([load_run(run) for run in runs])
+    canvas = compared_test(groups)
+    assert [axis.get_xlabel() for axis in canvas.axes] == ["lower is better", "higher is better", ""]
+    limits = [axis.get_xlim() for axis in canvas.axes]
+    assert limits[0][0] == 1.0 and limits[1] == (0.0, 1.0) and limits[2][0] < -2.0
+    for axis in canvas.axes:  # values stand beyond the axis, where no error bar goes
+        assert all(text.xyann[0] > 1 for text in axis.texts)
+    assert (
+        "t-interval of the mean over seeds (n = 2); grey: 95 % interval over the test's items"
+        in canvas._supxlabel.get_text()
+    )
+    (axis,) = compared_loss(groups).axes
+    assert "band: 95 % t-interval of the mean" in axis.get_title(loc="left")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["fed (n = 2)"]
+    assert axis.get_ylim()[0] >= 0
+    alone = compared_loss(group_by_seed([load_run(runs[0])])).axes[0]
+    assert "band" not in alone.get_title(loc="left")
+
+
+def test_results_on_different_data_are_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path, f"fed-s{seed}", seed) for seed in (0, 1)]
+    others = [make_run(tmp_path, f"few-s{seed}", seed, lr=0.1) for seed in (0, 1)]
+    for run in (*runs, *others):
+        n = 40 if run in others else 300
+        measured(run, {"loss": Sampling(n, 300, "examples", 1.0, 2.0, "normal")}, loss=1.5)
+    assert main([*map(str, [*runs, *others]), "--out", str(tmp_path / "out"), "--baseline", "fed"]) == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    results = text.split("## Errors of the test results")[0]
+    assert cells(results, "fed")[4] == "A" and cells(results, "few")[4] == "B"
+    note = 'do not compare the numbers of different sets: A: builtin:dining: test, target " {ref}", 300 examples; B: '
+    assert note in text and "40 of 300 examples" in text and "different data" in capsys.readouterr().out
+    assert cells(text.split("difference to fed")[1].split("## ")[0], "few")[1:3] == [
+        "0",
+        "–",
+    ]  # no difference of unlike things
+    assert [label.get_text() for label in compared_test(group_by_seed([load_run(r) for r in [*runs, *others]])).axes[0]
+            .get_yticklabels()][:2] == ["fed, test set A", "few, test set B"]  # fmt: skip
+
+
+def test_void_rounds_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "demo")
+    results = Results.read(run / "results.h5")
+    for round_ in (5, 7):
+        results.add_event(round_, "void", "0 of 3 needed clients completed")
+    results.write(run / "results.h5", complete=True)
+    assert main([str(run)]) == 0
+    text = (run / "report" / "report.md").read_text()
+    assert "| void rounds | 2, in which too few clients completed and nothing moved: 5, 7 |" in text
+    assert "| void rounds | 2 |  |" in text and "| 5 (void) |" in text and "| 10 |" in text
+    (axis,) = learning_curve(load_run(run)).axes
+    marked = {text.get_text() for text in axis.get_legend().get_texts()}
+    assert "void round: nothing moved" in marked and list(axis.lines[-1].get_xdata()) == [5, 7]
+    capsys.readouterr()
+    assert main([str(run), str(make_run(tmp_path, "other", lr=0.2)), "--out", str(tmp_path / "out")]) == 0
+    assert "nothing moved: demo 2 of 20." in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_readmes_lines_read_a_file_that_another_program_has_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "runs", "mine")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "h5py.File(" in block]
+    monkeypatch.chdir(tmp_path)
+    with open(run / "results.h5", "rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            h5py.File(run / "results.h5", locking=True)
+        exec(code, {})
+        assert main([str(run)]) == 0
+    assert "0 ok, 1 dropped, 2 rejected" in capsys.readouterr().out
+
+
 def test_curves_of_many_groups_have_no_bands_and_their_names_outside(tmp_path: Path) -> None:
     runs = [
         load_run(make_run(tmp_path / f"{i}-s{seed}", f"{i}-s{seed}", seed, rounds=5, lr=0.01 * (i + 1)))
@@ -250,7 +370,7 @@ def test_bad_input_is_one_line_and_exit_2(kind: str, tmp_path: Path, capsys: pyt
         (path / "results.h5").write_bytes(b"x")
     assert main([str(path)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(path) in error
+    assert error.count("\n") == 1 and error.startswith(f"fedhpc report: error: {path}")
 
 
 def test_progress_in_a_log_is_one_line_a_round(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +386,16 @@ def test_progress_in_a_log_is_one_line_a_round(capsys: pytest.CaptureFixture[str
         "round 4/20  train_loss 2.314  cohort 10 (2 rejected)  1.8 s",
     ]
     assert line(RoundRecord(0, metrics={"loss": 4.0}), 5) == "round 0/5  eval_loss 4.000"
+    void = RoundRecord(2, cohort_size=4, dropped=4, events=[Event("void", "0 of 3 needed clients completed")])
+    assert line(void, 5) == "round 2/5  void: 0 of 3 needed clients completed  cohort 4 (4 dropped)"
+    sampling = {"loss": Sampling(500, 500, "examples", 2.4, 2.6, "normal"), "bleu": Sampling(50, 60, "prompts")}
+    results = FinalResults({"loss": 2.5, "bleu": 30.0, "mine": 1.0}, {"loss": 4.0}, {}, test_sampling=sampling)
+    display.finish(results)
+    assert capsys.readouterr().out.splitlines() == [
+        "test loss 2.5000 (untouched base 4.0000; 95 % interval 2.4000 to 2.6000 over 500 examples)",
+        "test bleu 30.0000 (over 50 of 60 prompts)",
+        "test mine 1.0000",
+    ]
     assert [duration(s) for s in (1.84, 125.0, 12_000.0)] == ["1.8 s", "2 min 05 s", "3 h 20 min"]
 
 

@@ -2,10 +2,11 @@
 
     python -m fedhpc.report RUN [RUN ...] [--out DIR] [--baseline NAME] [--target-loss X] [--axis KEY ...]
 
-RUN is a run directory or a results.h5, finished or not. One run is reported into RUN/report, several into
-./comparison: Markdown, CSV and PNG. Runs that differ only in their seed are one group, shown as mean ± half the width
-of the 95 % confidence interval of the mean (Student's t). Groups with seeds in common are compared seed by seed as
-well: what the seeds share, like the split of the data, drops out of the differences.
+RUN is a run directory or a results.h5, finished or not, or a folder of runs such as a sweep's. One run is reported into
+RUN/report, a folder into RUN/comparison, several into ./comparison: Markdown, CSV and PNG. Runs that differ only in
+their seed are one group, shown as mean ± half the width of the 95 % confidence interval of the mean (Student's t). What
+the drawing of the test's items leaves open is an interval of its own. Groups with seeds in common are compared seed by
+seed as well: what the seeds share, like the split of the data, drops out of the differences.
 
 --target-loss adds what each group spent until its validation loss was at most X, and a projection of its bytes to
 slower links (report/costs.py). --axis, which can be given several times, adds test results along a configuration key:
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from fedhpc.errors import UserError
 from fedhpc.report.compare import compare
-from fedhpc.report.runs import load_run
+from fedhpc.report.runs import load_runs
 from fedhpc.report.single import report_run
 from fedhpc.report.text import console
 
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fedhpc report", description="Tables and plots of one run, or a comparison of several."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory or its results.h5")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run directory, its results.h5, or a folder of runs"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where Markdown, CSV and PNG files go")
     parser.add_argument("--baseline", metavar="NAME", help="row that the others are compared with; the first one")
     parser.add_argument("--target-loss", type=float, metavar="X", help="what was spent to get to this validation loss")
@@ -39,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     screen = console()
     try:
-        runs = [load_run(path) for path in options.runs]
-        out = options.out or (runs[0].directory / "report" if len(runs) == 1 else Path("comparison"))
+        of_paths = [load_runs(path) for path in options.runs]
+        runs = [run for of_path in of_paths for run in of_path]
+        folder = options.runs[0] / "comparison" if len(of_paths) == 1 else Path("comparison")
+        out = options.out or (runs[0].directory / "report" if len(runs) == 1 else folder)
         try:
             out.mkdir(parents=True, exist_ok=True)
             if len(runs) == 1 and options.target_loss is None:

@@ -20,17 +20,23 @@ from fedhpc.report.runs import (
     group_by_seed,
     lines_along,
     paired_differences,
+    test_sets,
     untouched_bases,
+    varied_keys,
 )
 from fedhpc.report.single import client_summary_grid
 from fedhpc.report.text import (
     NONE,
+    SEEDS,
     Grid,
     as_bytes,
     as_count,
     as_csv,
     as_interval,
+    as_number,
+    as_range,
     in_order,
+    limits_of,
     mean_and_half_width,
     title_of,
     write_text,
@@ -53,19 +59,23 @@ def compare(
     """
     groups = group_by_seed(runs)
     lines = [line for key in axes for line in lines_along(runs, key)]
-    grids = [comparison(groups, "Test results")]
+    grids = [comparison(groups, "Test results: mean ± " + SEEDS), _intervals(groups)]
     reference, differing = paired_differences(groups, baseline)
     paired = baseline is not None or any(len(values) > 1 for _, _, values in differing)
     if paired:
         grids.append(_differences(reference, differing))
     if target is not None:
         grids += [_efficiency(groups, target), _projection(groups, target)]
-    held_out = client_summary_grid(groups)
-    if held_out.rows:
-        grids.append(held_out)
-    grids += [_changes(key, [line for line in lines if line.key == key]) for key in axes]
+    grids += [
+        client_summary_grid(groups),
+        *(_changes(key, [line for line in lines if line.key == key]) for key in axes),
+    ]
+    grids = [grid for grid in grids if grid.rows]
+    notes = _notes(groups)
     for grid in grids:
         console.print(grid.rich())
+    for note in notes:
+        console.print(note, markup=False)
     written = []
     plots = [
         ("eval_loss.png", compared_loss(groups)),
@@ -78,9 +88,9 @@ def compare(
             written.append(out / name)
     images = "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in written)
     sources = "\n".join(f"- {group.label}: {', '.join(str(r.directory) for r in group.runs)}" for group in groups)
-    note = "Groups of runs that differ only in the seed: mean ± half the 95 % confidence interval of the mean.\n"
     tables = "\n".join(grid.markdown() for grid in grids)
-    written.append(write_text(out / "comparison.md", f"{tables}\n{note}\n{images}\nRuns:\n\n{sources}\n"))
+    said = "\n".join(f"{note}\n" for note in notes)
+    written.append(write_text(out / "comparison.md", f"{tables}\n{said}\n{images}\nRuns:\n\n{sources}\n"))
     written.append(write_text(out / "comparison.csv", _comparison_csv(groups)))
     if paired:
         written.append(write_text(out / "differences.csv", _differences_csv(reference, differing)))
@@ -91,9 +101,44 @@ def compare(
     return written
 
 
+def _notes(groups: Sequence[SeedGroup]) -> list[str]:
+    """What a reader of the tables must know."""
+    notes = [
+        f"Groups of runs that differ only in the seed; n is in the column seeds. ± is {SEEDS}: how well the runs stand "
+        "for other runs. The 95 % interval over test items, the mean of the runs', is how well these stand for others."
+    ]
+    if sets := test_sets(groups):
+        named = "; ".join(f"{letter}: {tested_on}" for tested_on, letter in sets.items())
+        notes.append(
+            f"The runs were tested on different data, so do not compare the numbers of different sets: {named}."
+        )
+    void = [f"{run.name} {len(run.void_rounds)} of {run.results.num_rounds}" for g in groups for run in g.runs
+            if run.void_rounds]  # fmt: skip
+    if void:
+        notes.append(f"Void rounds, in which too few clients completed and nothing moved: {', '.join(void)}.")
+    return notes
+
+
+def _intervals(groups: Sequence[SeedGroup]) -> Grid:
+    """The table of both errors of every test result: of the seeds and of the test's items."""
+    rows = []
+    for g in groups:
+        for name in in_order(*(run.metrics("test") for run in g.runs)):
+            measured = [one for run in g.runs if (one := run.sampling("test", name)) is not None]
+            if not measured:
+                continue
+            mean, half = mean_and_half_width(g.test(name))
+            ends = np.clip((mean - half, mean + half), *limits_of(name))
+            over_seeds = NONE if math.isnan(half) else f"{as_range(*ends)} (n = {len(g.runs)})"
+            items = ", ".join(dict.fromkeys(one.items for one in measured))
+            rows.append([g.label, title_of(name), as_number(mean), over_seeds, as_range(*g.over_items(name)), items])
+    header = ["run", "metric", "mean", "95 % over seeds", "95 % over test items", "items"]
+    return Grid("Errors of the test results", header, rows)
+
+
 def comparison(groups: Sequence[SeedGroup], title: str) -> Grid:
     """The table of test results: a row for each group, and one for each base model before training."""
-    bases, missing = untouched_bases(groups), np.array([math.nan])
+    bases, missing, sets = untouched_bases(groups), np.array([math.nan]), test_sets(groups)
     names = in_order(*(run.metrics("test") for g in groups for run in g.runs), *(m for _, m in bases))
     rows = []
     for g in groups:
@@ -104,6 +149,7 @@ def comparison(groups: Sequence[SeedGroup], title: str) -> Grid:
                 g.runs[0].mode,
                 method,
                 str(len(g.runs)),
+                *([sets[g.test_set]] if sets else []),
                 *(as_interval(g.test(name)) for name in names),
                 as_count(g.runs[0].parameters),
                 as_bytes(float(np.mean([run.bytes_per_client for run in g.runs]))),
@@ -112,10 +158,18 @@ def comparison(groups: Sequence[SeedGroup], title: str) -> Grid:
         )
     for label, metrics in bases:
         rows.append(
-            [label, NONE, NONE, NONE, *(as_interval(metrics.get(name, missing)) for name in names), "0", NONE, NONE]
+            [
+                label,
+                *[NONE] * (4 if sets else 3),
+                *(as_interval(metrics.get(name, missing)) for name in names),
+                "0",
+                NONE,
+                NONE,
+            ]
         )
     cost_titles = ["trainable parameters", "bytes per client and round", "seconds"]
-    return Grid(title, ["run", "mode", "method", "seeds", *map(title_of, names), *cost_titles], rows)
+    header = ["run", "mode", "method", "seeds", *(["test set"] if sets else [])]
+    return Grid(title, [*header, *map(title_of, names), *cost_titles], rows)
 
 
 def _differences(reference: SeedGroup, differing: Sequence[tuple[SeedGroup, str, np.ndarray]]) -> Grid:
@@ -125,7 +179,7 @@ def _differences(reference: SeedGroup, differing: Sequence[tuple[SeedGroup, str,
         row = rows.setdefault(group.label, [group.label, ""])
         row[1] = str(max(int(row[1] or 0), len(values)))
         row.append(as_interval(values))
-    title = f"Test results: difference to {reference.label}, seed by seed"
+    title = f"Test results: difference to {reference.label}, seed by seed (mean ± {SEEDS})"
     return Grid(title, ["run", "seeds in common", *map(title_of, names)], list(rows.values()))
 
 
@@ -245,10 +299,21 @@ def _axes_csv(lines: Sequence[AxisLine]) -> str:
     return as_csv(columns)
 
 
+def _tested(run: LoadedRun, metric: str) -> dict[str, Any]:
+    """A metric of the test with its interval over the items, and how many these are."""
+    one = run.sampling("test", metric)
+    low, high, n = (one.low, one.high, one.n) if one is not None else (math.nan, math.nan, "")
+    value = run.metrics("test").get(metric, math.nan)
+    return {f"test_{metric}": value, f"test_{metric}_low": low, f"test_{metric}_high": high, f"test_{metric}_n": n}
+
+
 def _comparison_csv(groups: Sequence[SeedGroup]) -> str:
     """CSV with one line for each run, in full precision."""
     names = in_order(*(run.metrics("test") for g in groups for run in g.runs), *(m for _, m in untouched_bases(groups)))
     statistics = dict.fromkeys(name for g in groups for run in g.runs for name in run.client_summary)
+    runs = [run for g in groups for run in g.runs]
+    varied = varied_keys(runs)
+    values_of = {id(run): {key: values[i] for key, values in varied.items()} for i, run in enumerate(runs)}
     columns: dict[str, list[Any]] = {}
     for g in groups:
         for run in g.runs:
@@ -259,7 +324,10 @@ def _comparison_csv(groups: Sequence[SeedGroup]) -> str:
                 "complete": run.results.complete,
                 "rounds": run.results.num_rounds,
                 **{key: run.results.attributes.get(key, "") for key in ("mode", "method", "model", "seed")},
-                **{f"test_{name}": run.metrics("test").get(name, math.nan) for name in names},
+                **values_of[id(run)],
+                "tested_on": run.test_set,
+                "void_rounds": len(run.void_rounds),
+                **{column: cell for name in names for column, cell in _tested(run, name).items()},
                 **{f"base_{name}": run.metrics("base").get(name, math.nan) for name in names},
                 **{f"clients_{name.replace('/', '_')}": run.client_summary.get(name, math.nan) for name in statistics},
                 "trainable_parameters": run.parameters,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhpc.report.runs import AxisLine, LoadedRun, SeedGroup, axis_metrics, order_of, untouched_bases
-from fedhpc.report.text import as_number, in_order, mean_and_half_width, title_of, unit_of
+from fedhpc.report.runs import AxisLine, LoadedRun, SeedGroup, axis_metrics, order_of, test_sets, untouched_bases
+from fedhpc.report.text import as_number, direction_of, in_order, limits_of, mean_and_half_width, title_of, unit_of
 
 if TYPE_CHECKING:
     from matplotlib import figure
@@ -38,6 +38,12 @@ def _by_round(axis: Any, last: int) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
+def _within(axis: Any, metric: str) -> None:
+    """Cut the y axis to what the metric can be."""
+    (low, high), (lowest, highest) = axis.get_ylim(), limits_of(metric)
+    axis.set_ylim(max(low, lowest), min(high, highest))
+
+
 def learning_curve(run: LoadedRun) -> Any:
     """Training and validation loss by round; a matplotlib Figure."""
     canvas, (axis,) = _axes()
@@ -56,7 +62,13 @@ def draw_losses(axis: Any, run: LoadedRun) -> None:
         marker = marker or ("." if measured.sum() == 1 else None)
         x, y = rounds["round"][measured], rounds[name][measured]
         axis.plot(x, y, color=colour, marker=marker, markersize=4, label=label, clip_on=False)
+    void = run.void_rounds
+    if void:
+        at_the_bottom = axis.get_xaxis_transform()
+        axis.plot(void, np.zeros(len(void)), "x", color="0.3", transform=at_the_bottom, clip_on=False,
+                  label="void round: nothing moved")  # fmt: skip
     _by_round(axis, run.results.num_rounds)
+    _within(axis, "loss")
     axis.set_ylabel("loss [nats per token]")
     axis.set_title(f"{run.name}: learning curve", loc="left")
     axis.legend(frameon=False)
@@ -73,9 +85,13 @@ def metric_curves(run: LoadedRun) -> Any:
         x, y = rounds["round"], rounds[name]
         measured = ~np.isnan(y)
         axis.plot(x[measured], y[measured], "o-", ms=4, c=COLOURS[i % len(COLOURS)], clip_on=False)
-        axis.set_title(title_of(name.removeprefix("eval_")), loc="left")
+        metric, measured_on = name.removeprefix("eval_"), run.results.sampling(f"rounds/{name}")
+        notes = [direction_of(metric), measured_on.items if measured_on is not None else ""]
+        _within(axis, metric)
+        axis.set_title(title_of(metric), loc="left")
+        axis.set_title(", ".join(filter(None, notes)), loc="right", fontsize=8)
         _by_round(axis, run.results.num_rounds)
-    canvas.suptitle(f"{run.name}: metrics on the validation subset", x=0.01, ha="left")
+    canvas.suptitle(f"{run.name}: metrics on the validation split", x=0.01, ha="left")
     return canvas
 
 
@@ -87,14 +103,16 @@ def client_loss(run: LoadedRun) -> Any:
         return None
     numbers, losses = clients["round"][trained], clients["loss_last"][trained]
     x = np.unique(numbers)
+    counts = [int((numbers == t).sum()) for t in x]
     low, first, middle, third, high = np.array([np.percentile(losses[numbers == t], (0, 25, 50, 75, 100)) for t in x]).T
     canvas, (axis,) = _axes()
     axis.fill_between(x, low, high, color=COLOURS[0], alpha=0.15, linewidth=0, label="smallest to largest")
     axis.fill_between(x, first, third, color=COLOURS[0], alpha=0.35, linewidth=0, label="middle half")
     axis.plot(x, middle, color=COLOURS[0], marker="." if len(x) == 1 else None, label="median")
     _by_round(axis, run.results.num_rounds)
+    _within(axis, "loss")
     axis.set_ylabel("loss of the last local step")
-    axis.set_title(f"{run.name}: spread over the clients of a cohort", loc="left")
+    axis.set_title(f"{run.name}: spread over the clients of a cohort (n = {_span(counts)})", loc="left")
     axis.legend(frameon=False)
     return canvas
 
@@ -142,7 +160,7 @@ def seconds_of_rounds(run: LoadedRun) -> Any:
 
 def compared_loss(groups: Sequence[SeedGroup]) -> Any:
     """Validation loss by round of every group; the means alone where there are more groups than colours."""
-    crowded = len(groups) > len(COLOURS)
+    crowded, bands, labels = len(groups) > len(COLOURS), False, _labels(groups)
     canvas, (axis,) = _axes(width=9.5 if crowded else 7.5, height=4.2)
     for i, g in enumerate(groups):
         tables = [run.rounds for run in g.runs]
@@ -150,12 +168,18 @@ def compared_loss(groups: Sequence[SeedGroup]) -> Any:
         values = np.array([[t["eval_loss"][t["round"] == x][0] for x in common] for t in tables])
         means, halves = np.array([mean_and_half_width(values[:, j]) for j in range(len(common))]).reshape(-1, 2).T
         colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
-        axis.plot(common, means, style, color=colour, marker="o", markersize=4, label=g.label, clip_on=False)
+        label = f"{labels[i]} (n = {len(g.runs)})"
+        axis.plot(common, means, style, color=colour, marker="o", markersize=4, label=label, clip_on=False)
         if len(g.runs) > 1 and not crowded:
-            axis.fill_between(common, means - halves, means + halves, color=colour, alpha=0.2, linewidth=0)
+            low, high = np.clip((means - halves, means + halves), *limits_of("loss"))
+            axis.fill_between(common, low, high, color=colour, alpha=0.2, linewidth=0)
+            bands = True
     _by_round(axis, max(run.results.num_rounds for g in groups for run in g.runs))
+    _within(axis, "loss")
     axis.set_ylabel("validation loss [nats per token]")
-    axis.set_title("Validation loss by round" + (", means" if crowded else ""), loc="left")
+    several = any(len(g.runs) > 1 for g in groups)
+    what = ("; mean of n seeds" if several else "") + (", band: 95 % t-interval of the mean" if bands else "")
+    axis.set_title(f"Validation loss by round{what}", loc="left")
     if crowded:
         canvas.legend(frameon=False, fontsize=8, handlelength=3.5, loc="outside right upper")
     else:
@@ -164,33 +188,65 @@ def compared_loss(groups: Sequence[SeedGroup]) -> Any:
 
 
 def compared_test(groups: Sequence[SeedGroup]) -> Any:
-    """Test metrics of every group and of the base models before training; None without any."""
+    """Test metrics of every group and of the base models before training; None without any.
+
+    Values stand at the right of each panel, so that no bar of an error crosses them.
+    """
     names = in_order(*(run.metrics("test") for g in groups for run in g.runs))
     if not names:
         return None
     bases = untouched_bases(groups)
-    labels = [g.label for g in groups] + [label for label, _ in bases]
+    labels = _labels(groups) + [label for label, _ in bases]
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(groups))] + ["0.6"] * len(bases)
-    canvas, axes = _axes(1, len(names), width=2.5 + 2.6 * len(names), height=1.2 + 0.45 * len(labels))
+    canvas, axes = _axes(1, len(names), width=2.5 + 3.0 * len(names), height=1.6 + 0.45 * len(labels))
+    has_items = False
     for axis, name in zip(axes, names, strict=True):
         bars = [mean_and_half_width(g.test(name)) for g in groups]
         bars += [mean_and_half_width(metrics.get(name, np.array([math.nan]))) for _, metrics in bases]
+        lowest, highest = limits_of(name)
         means, halves = np.array(bars).T
-        axis.barh(labels, np.nan_to_num(means), color=colours, height=0.7)
-        has_interval = np.isfinite(halves)
-        x, rows = means[has_interval], np.flatnonzero(has_interval)
-        axis.errorbar(x, rows, xerr=halves[has_interval], fmt="none", color="0.2", capsize=3)
-        reach = np.nan_to_num(means) + np.nan_to_num(halves)
-        for y, (mean, end) in enumerate(zip(means, reach, strict=True)):
-            axis.annotate(as_number(mean), (end, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        axis.set_xlim(min(0.0, float(np.nanmin(means))), (max(reach.max(), 0.0) or 1.0) * 1.3)
+        over_seeds = np.clip((means - halves, means + halves), lowest, highest)
+        over_items = np.array([g.over_items(name) for g in groups] + [(math.nan, math.nan)] * len(bases)).T
+        start = lowest if math.isfinite(lowest) else 0.0
+        axis.barh(labels, np.nan_to_num(means - start), left=start, color=colours, height=0.7)
+        for (low, high), shift, style in (
+            (over_items, 0.2, {"color": "0.5", "linewidth": 3}),
+            (over_seeds, 0.0, {"color": "0.1", "capsize": 3}),
+        ):
+            known = np.isfinite(low) & np.isfinite(high)
+            middle = (low + high)[known] / 2
+            axis.errorbar(middle, np.flatnonzero(known) + shift, xerr=(high - low)[known] / 2, fmt="none", **style)
+        has_items = has_items or bool(np.isfinite(over_items).any())
+        for y, mean in enumerate(means):
+            axis.annotate(as_number(mean), (1.02, y), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9)
+        ends = np.concatenate([[start], means, *over_seeds, *over_items])
+        ends = ends[np.isfinite(ends)]
+        room = 0.05 * float(np.ptp(ends))
+        left = start if ends.min() >= start else float(ends.min()) - room
+        axis.set_xlim(left, min(float(ends.max()) + (room or 1.0), highest))
         axis.set_title(f"test {title_of(name)}", loc="left")
+        axis.set_xlabel(direction_of(name), fontsize=8)
         axis.grid(False, axis="y")
         axis.tick_params(axis="y", length=0)
         axis.invert_yaxis()
         if axis is not axes[0]:
             axis.set_yticklabels([])
+    seeds = [len(g.runs) for g in groups if len(g.runs) > 1]
+    notes = [f"black: 95 % t-interval of the mean over seeds (n = {_span(seeds)})"] if seeds else []
+    notes += ["grey: 95 % interval over the test's items"] if has_items else []
+    canvas.supxlabel("; ".join(notes), fontsize=8, x=0.01, ha="left")
     return canvas
+
+
+def _labels(groups: Sequence[SeedGroup]) -> list[str]:
+    """The names of the groups, with the letter of their test set where these differ."""
+    sets = test_sets(groups)
+    return [f"{g.label}, test set {sets[g.test_set]}" if sets else g.label for g in groups]
+
+
+def _span(counts: Sequence[int]) -> str:
+    """The range of some counts, like "3" or "2 to 5"."""
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def plotted_axes(keys: Sequence[str], lines: Sequence[AxisLine]) -> Any:
@@ -209,19 +265,24 @@ def plotted_axes(keys: Sequence[str], lines: Sequence[AxisLine]) -> Any:
                 [run.metrics("test").get(name, math.nan) for run in by_seed.values()] for by_seed in line.runs.values()
             ]
             means, halves = np.array([mean_and_half_width(np.array(of_value)) for of_value in results]).T
+            low, high = np.clip((means - halves, means + halves), *limits_of(name))
             j = labels.index(line.label)
             shift = 0.08 * (j - (len(labels) - 1) / 2)  # so that intervals do not hide each other
             axis.errorbar(
                 *(x + shift, means),
-                yerr=np.nan_to_num(halves),
+                yerr=np.nan_to_num((means - low, high - means)),
                 color=COLOURS[j % len(COLOURS)],
                 **{"marker": "o", "markersize": 4, "capsize": 3, "label": line.label},
             )
         axis.set_xticks(range(len(values)), [str(value) for value in values])
         axis.set_xlim(-0.4, len(values) - 0.6)
+        _within(axis, name)
         if i >= len(axes) - len(keys):
             axis.set_xlabel(key)
         if i % len(keys) == 0:
             axis.set_ylabel(f"test {title_of(name)}")
     axes[0].legend(frameon=False)
+    seeds = [len(by_seed) for line in lines for by_seed in line.runs.values()]
+    if max(seeds) > 1:
+        canvas.supxlabel(f"mean and 95 % t-interval over seeds (n = {_span(seeds)})", fontsize=8, x=0.01, ha="left")
     return canvas

@@ -15,7 +15,9 @@ import numpy as np
 from fedhpc.config import parse_yaml
 from fedhpc.errors import UserError, nearest
 from fedhpc.report.text import NONE, in_order
+from fedhpc.results.record import Sampling
 from fedhpc.results.results_file import Results
+from fedhpc.results.resume import by_key
 from fedhpc.results.status import read_status
 from fedhpc.results.unfinished import read_results
 
@@ -57,6 +59,32 @@ class LoadedRun:
     def metrics(self, group: str) -> dict[str, float]:
         """The metrics of /test or /base. A metric with a value for each client becomes their mean."""
         return {name: float(np.mean(value)) for name, value in self.results.groups[group].items()}
+
+    def sampling(self, group: str, metric: str) -> Sampling | None:
+        """Of how many items a metric of /test or /base is, and their interval; None in files that do not say."""
+        return self.results.sampling(f"{group}/{metric}")
+
+    @property
+    def test_set(self) -> str:
+        """What the run was tested on, in a few words: results on different ones do not compare."""
+        data, evaluation = self.config.get("data", {}), self.config.get("evaluation", {})
+        chosen = {key: data[key] for key in ("subset", "where", "where_not", "join", "target") if data.get(key)}
+        details = [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items()]
+        items = {one.items for name in self.metrics("test") if (one := self.sampling("test", name)) is not None}
+        limit = evaluation.get("test_max_examples") or evaluation.get("max_examples", "all")
+        return ", ".join(
+            [
+                f"{data.get('source', NONE)}: {data.get('test', 'test')}",
+                *details,
+                *(sorted(items) or [f"at most {limit} items"]),
+            ]
+        )
+
+    @property
+    def void_rounds(self) -> list[int]:
+        """Rounds in which too few clients completed, so that nothing moved."""
+        events = self.results.events
+        return [int(t) for t, kind in zip(events["round"], events["kind"], strict=True) if kind == "void"]
 
     @property
     def client_summary(self) -> dict[str, float]:
@@ -109,6 +137,17 @@ class SeedGroup:
         """The test metric of each run; NaN where a run lacks it."""
         return np.array([run.metrics("test").get(metric, math.nan) for run in self.runs])
 
+    def over_items(self, metric: str) -> tuple[float, float]:
+        """The ends of the 95 % interval over the test's items, their means over the runs; NaN: not known."""
+        known = [run.sampling("test", metric) for run in self.runs]
+        ends = np.array([(one.low, one.high) if one is not None else (math.nan, math.nan) for one in known])
+        return float(ends[:, 0].mean()), float(ends[:, 1].mean())
+
+    @property
+    def test_set(self) -> str:
+        """What the runs were tested on."""
+        return self.runs[0].test_set
+
     def client_summary(self, name: str) -> np.ndarray:
         """One statistic over the clients ("loss/mean") of each run; NaN where a run lacks it."""
         return np.array([run.client_summary.get(name, math.nan) for run in self.runs])
@@ -121,12 +160,38 @@ def load_run(path: Path) -> LoadedRun:
     directory, file = (path.parent, path) if path.is_file() else (path, path / "results.h5")
     if not file.exists():
         raise UserError(
-            f"{path}: holds no results.h5: it is not a run directory, or the run has not finished a round yet"
+            f"{path}: holds no results.h5: it is no run directory and no folder of runs, or the run has not finished a "
+            "round yet"
         )
     results = read_results(directory) if path != file else Results.read(file)
     text = results.attributes.get("config", "")
     config = parse_yaml(str(text), f"{file}: attribute config") or {}
     return LoadedRun(directory, results, config)
+
+
+def load_runs(path: Path) -> list[LoadedRun]:
+    """Read a run, or all runs of a folder such as a sweep's, by name. UserError where there is none."""
+    if path.is_dir() and not (path / "results.h5").exists():
+        folders = [file.parent for file in path.glob("*/results.h5")]
+        if folders:
+            return [load_run(folder) for folder in sorted(folders, key=_by_numbers)]
+    return [load_run(path)]
+
+
+def _by_numbers(folder: Path) -> list[tuple[bool, float, str]]:
+    """A sort key of names by which s2 comes before s10."""
+    return [order_of(float(part) if part.isdigit() else part) for part in re.split(r"(\d+)", folder.name)]
+
+
+def varied_keys(runs: Sequence[LoadedRun]) -> dict[str, list[Any]]:
+    """The keys of the configuration in which the runs differ, with the value of each run; None where it has none.
+
+    Without names, seeds and what does not change what a run computes.
+    """
+    trees = [by_key({k: v for k, v in run.config.items() if k not in ("run", "runtime", "checkpoint", "trackers")})
+             for run in runs]  # fmt: skip
+    columns = {key: [tree.get(key) for tree in trees] for key in dict.fromkeys(key for tree in trees for key in tree)}
+    return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
 
 
 def group_by_seed(runs: Sequence[LoadedRun]) -> list[SeedGroup]:
@@ -152,12 +217,19 @@ def group_by_seed(runs: Sequence[LoadedRun]) -> list[SeedGroup]:
     return [SeedGroup(f"{g.label} [{g.runs[0].directory}]", g.runs) if labels.count(g.label) > 1 else g for g in groups]
 
 
+def test_sets(groups: Sequence[SeedGroup]) -> dict[str, str]:
+    """What the groups were tested on -> a letter for it; empty where all were tested on the same."""
+    sets = list(dict.fromkeys(group.test_set for group in groups))
+    return {tested_on: chr(ord("A") + i % 26) * (1 + i // 26) for i, tested_on in enumerate(sets)} if sets[1:] else {}
+
+
 def paired_differences(
     groups: Sequence[SeedGroup], baseline: str | None = None
 ) -> tuple[SeedGroup, list[tuple[SeedGroup, str, np.ndarray]]]:
     """Subtract the baseline's test metrics from those of every other group, seed by seed.
 
-    Returns the baseline and, for each other group and metric, one difference for each seed that both have.
+    Returns the baseline and, for each other group and metric, one difference for each seed that both have: none where
+    they were tested on different data.
 
     UserError where no group is called `baseline`.
     """
@@ -170,7 +242,8 @@ def paired_differences(
     differences = []
     for group in groups:
         for name in names if group is not reference else []:
-            pairs = [(run.metrics("test"), by_seed.get(_seed(run), {})) for run in group.runs]
+            same_data = group.test_set == reference.test_set
+            pairs = [(run.metrics("test"), by_seed.get(_seed(run), {})) for run in group.runs if same_data]
             values = [ours[name] - theirs[name] for ours, theirs in pairs if name in ours and name in theirs]
             differences.append((group, name, np.array(values)))
     return reference, differences

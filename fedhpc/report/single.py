@@ -12,12 +12,14 @@ from rich.console import Console
 from fedhpc.report.plots import client_loss, learning_curve, metric_curves, seconds_of_rounds, traffic
 from fedhpc.report.runs import LoadedRun, SeedGroup
 from fedhpc.report.text import (
+    NONE,
     Grid,
     as_bytes,
     as_count,
     as_csv,
     as_interval,
     as_number,
+    as_range,
     in_order,
     title_of,
     write_text,
@@ -97,6 +99,11 @@ def tables_of(run: LoadedRun) -> dict[str, dict[str, np.ndarray]]:
 def _facts(run: LoadedRun) -> Grid:
     a = run.results.attributes
     rows = [["state", run.state]]
+    if run.void_rounds:
+        shown = ", ".join(map(str, run.void_rounds[:12])) + (", ..." if len(run.void_rounds) > 12 else "")
+        rows += [
+            ["void rounds", f"{len(run.void_rounds)}, in which too few clients completed and nothing moved: {shown}"]
+        ]
     rows += [[key.replace("_", " "), str(a[key])] for key in ("mode", "method", "model", "seed") if key in a]
     rows += [["trainable parameters", as_count(run.parameters)]]
     for key in ("world_size", "transport", "device", "block_size", "created_utc", "fedhpc_version"):
@@ -106,10 +113,19 @@ def _facts(run: LoadedRun) -> Grid:
 
 
 def _outcome(run: LoadedRun) -> Grid:
-    test, base = run.metrics("test"), run.metrics("base")
-    rows = [[label, *(as_number(m.get(name)) for name in in_order(test, base))] for label, m in
-            (("this run", test), ("untouched base", base)) if m]  # fmt: skip
-    return Grid("Test", ["", *map(title_of, in_order(test, base))], rows)
+    names = in_order(run.metrics("test"), run.metrics("base"))
+    rows = []
+    for label, group in (("this run", "test"), ("untouched base", "base")):
+        metrics, sampling = run.metrics(group), [run.sampling(group, name) for name in names]
+        if metrics:
+            rows.append([label, *(as_number(metrics.get(name)) for name in names)])
+        if any(sampling):
+            ends = [as_range(one.low, one.high) if one is not None else NONE for one in sampling]
+            rows.append([f"{label}: 95 % over items", *ends])
+    sampling = [run.sampling("test", name) for name in names]
+    if any(sampling):
+        rows.append(["items of the test", *(one.items if one is not None else NONE for one in sampling)])
+    return Grid("Test", ["", *map(title_of, names)], rows)
 
 
 def client_summary_grid(groups: Sequence[SeedGroup]) -> Grid:
@@ -124,7 +140,7 @@ def client_summary_grid(groups: Sequence[SeedGroup]) -> Grid:
 
 
 def _evaluations(run: LoadedRun) -> Grid:
-    rounds = run.rounds
+    rounds, void = run.rounds, set(run.void_rounds)
     metrics = [name for name in rounds if name.startswith("eval_") and not np.isnan(rounds[name]).all()]
     evaluated = np.flatnonzero(
         np.any([np.zeros(len(rounds["round"])), *(~np.isnan(rounds[m]) for m in metrics)], axis=0)
@@ -132,11 +148,16 @@ def _evaluations(run: LoadedRun) -> Grid:
     if len(evaluated) > 12:
         evaluated = evaluated[np.linspace(0, len(evaluated) - 1, 12).round().astype(int)]
     rows = [
-        [str(rounds["round"][i]), as_number(rounds["train_loss"][i]), *(as_number(rounds[m][i]) for m in metrics)]
+        [
+            f"{rounds['round'][i]}{' (void)' if rounds['round'][i] in void else ''}",
+            as_number(rounds["train_loss"][i]),
+            *(as_number(rounds[m][i]) for m in metrics),
+        ]
         for i in evaluated
     ]
     header = ["round", "train loss", *(f"eval {title_of(name.removeprefix('eval_'))}" for name in metrics)]
-    return Grid("Evaluations", header, rows)
+    items = [one.items for name in metrics if (one := run.results.sampling(f"rounds/{name}")) is not None]
+    return Grid("Evaluations" + (f" (on {', '.join(dict.fromkeys(items))})" if items else ""), header, rows)
 
 
 def _costs(run: LoadedRun) -> Grid:
@@ -158,6 +179,7 @@ def _costs(run: LoadedRun) -> Grid:
         ["supervised tokens", as_count(tokens), as_count(tokens / len(r["round"]))],
         ["padding tokens", as_count(padding), as_count(padding / len(r["round"]))],
         ["clients sampled", as_count(r["cohort_size"].sum()), f"{r['cohort_size'].mean():.1f}"],
+        *([["void rounds", as_count(len(run.void_rounds)), ""]] if run.void_rounds else []),
         *([f"clients {k}", as_count(r[k].sum()), f"{r[k].mean():.1f}"] for k in ("completed", "dropped", "rejected")),
         ["peak memory of a rank", as_bytes(r["peak_memory_bytes"].max()), ""],
     ]

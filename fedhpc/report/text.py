@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedhpc import registry
+
 TITLES = {
     "loss": "loss",
     "perplexity": "perplexity",
@@ -38,6 +40,7 @@ T_975 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
 NONE = "–"
+SEEDS = "half the 95 % interval of the mean over seeds (Student's t)"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def as_interval(values: np.ndarray, digits: int | None = None) -> str:
     return f"{as_number(mean, digits)} ± {half:,.{_digits(mean) if digits is None else digits}f}"
 
 
+def as_range(low: float, high: float) -> str:
+    """The ends of an interval, like "1.285 to 1.335"; "–" where it is not known."""
+    return NONE if math.isnan(low) else f"{as_number(low)} to {as_number(high)}"
+
+
 def as_number(value: float | None, digits: int | None = None) -> str:
     """A number with about four significant digits, or with `digits` decimals; "–" for None and NaN."""
     if value is None or math.isnan(value):
@@ -133,6 +141,21 @@ def as_bytes(value: float) -> str:
 def title_of(metric: str) -> str:
     """The name of a metric as readers know it, like "BLEU" for bleu."""
     return TITLES.get(metric, metric.replace("_", " "))
+
+
+def limits_of(metric: str) -> tuple[float, float]:
+    """What a metric cannot be below and above; infinite for one that is not known here."""
+    if metric not in registry.names("metrics"):
+        return -math.inf, math.inf
+    cls = registry.choice("metrics", metric)
+    return cls.lowest, cls.highest
+
+
+def direction_of(metric: str) -> str:
+    """Which way is better, in a few words; nothing for a metric that is not known here."""
+    if metric not in registry.names("metrics"):
+        return ""
+    return "higher is better" if registry.choice("metrics", metric).higher_is_better else "lower is better"
 
 
 def in_order(*metrics: Mapping[str, Any]) -> list[str]:

@@ -105,12 +105,12 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any], complete:
     path = directory / "config.yaml"
     try:
         tree = {key: value for key, value in read_yaml(path).items() if key not in _FREE_SECTIONS}
-        old = _flat(restore(tree, str(path)).model_dump(mode="json"))
+        old = by_key(restore(tree, str(path)).model_dump(mode="json"))
     except UserError as error:
         raise UserError(
             f"{error}; it says what the run in {directory} computes: mend it, or start over with --fresh"
         ) from error
-    new = _flat(config.model_dump(mode="json"))
+    new = by_key(config.model_dump(mode="json"))
     free = {*FREE_KEYS, "federation.rounds"}
     # Without a number the cohort has ten clients, which older versions wrote down.
     if {old.get("federation.cohort_size"), new["federation.cohort_size"]} == {None, 10}:
@@ -150,13 +150,13 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any], complete:
     return rounds > before
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"client.lr": 0.01, "transforms.0.name": "clip", ...}"""
+def by_key(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration by key: {"client.lr": 0.01, "transforms.0.name": "clip", ...}."""
     if not isinstance(tree, (dict, list)) or not tree:
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= by_key(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
