@@ -89,8 +89,8 @@ def compare(
     images = "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in written)
     sources = "\n".join(f"- {group.label}: {', '.join(str(r.directory) for r in group.runs)}" for group in groups)
     tables = "\n".join(grid.markdown() for grid in grids)
-    said = "\n".join(f"{note}\n" for note in notes)
-    written.append(write_text(out / "comparison.md", f"{tables}\n{said}\n{images}\nRuns:\n\n{sources}\n"))
+    below = "\n".join(f"{note}\n" for note in notes)
+    written.append(write_text(out / "comparison.md", f"{tables}\n{below}\n{images}\nRuns:\n\n{sources}\n"))
     written.append(write_text(out / "comparison.csv", _comparison_csv(groups)))
     if paired:
         written.append(write_text(out / "differences.csv", _differences_csv(reference, differing)))
