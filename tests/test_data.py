@@ -653,3 +653,47 @@ def test_a_join_that_fails_says_where(tmp_path, join, words_):
     write_jsonl(tmp_path / "texts.jsonl", [{"id": "p0", "a": "same"}, {"id": "p1", "a": "same"}])
     with pytest.raises(UserError, match=words_):
         load(tmp_path, join=join)
+
+
+# ---------------------------------------------------------------- what became of the texts
+
+
+def test_cut_prompts_are_counted_for_each_split(tmp_path):
+    """A rule and 20 letters in room for 13 tokens."""
+    letters = "abcdefghijklmnopqrst"
+    write_jsonl(tmp_path / "train.jsonl", [{"q": "ab", "a": "x"}, *[{"q": letters, "a": "x"}] * 39])
+    write_jsonl(tmp_path / "validation.jsonl", [{"q": letters[:9], "a": "x"}] * 3)
+    write_jsonl(tmp_path / "test.jsonl", [{"q": letters, "a": "x"}, {"q": letters[:11], "a": "xyz"}])
+    data = load(tmp_path, max_length=13)
+    # <s>, 20 letters, the colon, x, </s> are 24 tokens; <s>, 11, colon, xyz, </s> are 17.
+    assert data.messages == [
+        "data: 39 of 40 rows of train lose 429 tokens of their prompts; the longest has 24 tokens, data.max_length is "
+        "13",
+        "data: 2 of 2 rows of test lose 15 tokens of their prompts; the longest has 24 tokens, data.max_length is 13",
+    ]
+    assert data.train.lost.tolist() == [0, *[11] * 39] and data.test.lost.tolist() == [11, 4]
+    assert load(tmp_path, max_length=24).messages == []
+    encoder = load_data(settings(tmp_path, max_length=13, label="a"), words(), Classifier)
+    assert encoder.messages[0].startswith("data: 39 of 40 rows of train lose 312 tokens of their prompts")
+
+
+def test_a_row_loses_as_much_for_every_label(tmp_path):
+    """Whichever label a row is asked about, it reads what it was trained on."""
+    rows_ = [{"q": "abcdefgh", "a": "x"}, {"q": "abcdefgh", "a": "wxyz"}]
+    for split in ("train", "validation", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", rows_)
+    data = load(tmp_path, max_length=10, target=" {a}", label="a")
+    # Room for <s>, wxyz and </s>: four tokens of the prompt are left, "fgh:".
+    assert [words().decode(data.train.prompt(i)).split() for i in range(2)] == [["<s>", *"fgh:"]] * 2
+    assert data.train.lost.tolist() == [5, 5]
+    assert (data.train.lengths + 4 - np.array([1, 4])).tolist() == [10, 10]
+    unlabelled = load(tmp_path, max_length=10, target=" {a}")
+    assert unlabelled.train.lost.tolist() == [2, 5]
+
+
+def test_what_is_said_comes_from_the_cache_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path / "cache"))
+    write_jsonl(tmp_path / "train.jsonl", [{"q": "abc</s>defgh", "a": "x"}] * 30)
+    first, again = (load(tmp_path, max_length=8) for _ in range(2))
+    assert first.messages == again.messages and len(first.messages) == 2 + 2 * 3
+    assert any("28 of 28 rows of train have the name of a special token" in line for line in first.messages)

@@ -394,8 +394,10 @@ def test_a_row_of_an_encoder_decoder_is_written_as_its_tokenizer_writes(texts: P
     prompt, target = "name[The Blue Barrel] , type[pub]", "News from the kitchens."
     plain = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, target)]
     whole = tuple(tokenizer(t)["input_ids"] for t in (prompt, target))
-    assert Seq2Seq.join(tokenizer, 32)(*plain, "f:1") == whole
-    assert Seq2Seq.join(tokenizer, 5)(*plain, "f:1") == ([*whole[0][:4], 1], whole[1])  # the prompt loses its end
+    assert Seq2Seq.join(tokenizer, 32)(*plain, "f:1")[:2] == whole
+    cut = Seq2Seq.join(tokenizer, 5)(*plain, "f:1")
+    assert cut[:2] == ([*whole[0][:4], 1], whole[1])  # the prompt loses its end
+    assert (cut.lost, cut.needed) == (len(whole[0]) - 5, len(whole[0]))
     with pytest.raises(UserError, match=r"f:1: the target has 4 tokens .* use at least 5"):
         Seq2Seq.join(tokenizer, 4)(*plain, "f:1")
 

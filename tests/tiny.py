@@ -118,7 +118,9 @@ class TinyTokenizer:
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
 
-    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+    def __call__(self, text: Any, add_special_tokens: bool = False, **_: Any) -> dict[str, Any]:
+        if not isinstance(text, str):
+            return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
         ids = [3 + ord(c) % (VOCABULARY - 3) for c in text]
         return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 

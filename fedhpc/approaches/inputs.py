@@ -9,7 +9,7 @@ from typing import Any
 from fedhpc import objectives, registry
 from fedhpc.config import Config
 from fedhpc.data import Data
-from fedhpc.data.templates import parse
+from fedhpc.data.load import template
 from fedhpc.errors import UserError
 from fedhpc.models.base import Base
 from fedhpc.models.load import check_length, load_base, load_tokenizer, model_class
@@ -62,12 +62,12 @@ def load_inputs(
         data=data,
         rounds=num_rounds(config, data.population),
         topology=Topology.of(world_size),
-        label_targets=_label_targets(config, model, data),
+        label_targets=_label_targets(config, model, data, base.tokenizer),
         placement=launch.placement,
     )
 
 
-def _label_targets(config: Config, model: type[Base], data: Data) -> list[str] | None:
+def _label_targets(config: Config, model: type[Base], data: Data, tokenizer: Any) -> list[str] | None:
     """The rendered target of every label, between which accuracy decides; a head has the labels themselves."""
     evaluation = config.evaluation
     metrics = {*evaluation.metrics, *evaluation.metrics_of_test}
@@ -76,7 +76,7 @@ def _label_targets(config: Config, model: type[Base], data: Data) -> list[str] |
         return None
     if not model.has_target:
         return data.train.label_names
-    target = parse(config.data.target, "data.target")
+    target = template(config.data.target, "data.target", tokenizer)
     if list(target.columns) != [config.data.label]:
         raise UserError(
             f"evaluation.metrics: {of_labels[0]} is of choices between labels, so data.target must be made of the "

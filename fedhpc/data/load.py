@@ -12,6 +12,7 @@ import numpy as np
 
 from fedhpc import config, registry
 from fedhpc.data import sources
+from fedhpc.data.encoding import marked
 from fedhpc.data.files import is_shard
 from fedhpc.data.labels import UNLABELLED, class_order, is_number, no_class
 from fedhpc.data.partitioners.base import Int32
@@ -19,7 +20,7 @@ from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Table
 from fedhpc.data.templates import Template, parse
-from fedhpc.data.tokens import Examples, Writing, cached_tokens, examples_from
+from fedhpc.data.tokens import Answers, Examples, Tokens, Writing, answers_behind, cached_tokens, examples_from
 from fedhpc.data.values import text
 from fedhpc.errors import UserError
 from fedhpc.rng import EVALUATION, generator
@@ -75,7 +76,8 @@ def load_data(
     with the data, and in which file and line.
     """
     data = settings.data
-    prompt, target = parse(data.prompt, "data.prompt"), parse(data.target if writing.has_target else "", "data.target")
+    prompt = template(data.prompt, "data.prompt", tokenizer)
+    target = template(data.target if writing.has_target else "", "data.target", tokenizer)
     messages: list[str] = []
     tables, owner_names = _read_splits(settings, prompt, target, public, messages, not writing.has_target)
     label_names: list[str] = []
@@ -97,15 +99,27 @@ def load_data(
             raise UserError(f"data.label_noise: data.target must have {{{data.label}}}, or the noise changes no target")
         tables["train"] = _mislabelled(tables["train"], data.label, label_names, data.label_noise, settings.run.seed)
 
+    texts = {
+        split: ([prompt.render(row) for row in table.rows], [target.render(row) for row in table.rows])
+        for split, table in tables.items()
+    }
+    answers: dict[str, Answers | None] = {}
+    room = 0  # for the longest answer: a row loses as much of its prompt for each label that it is asked about
+    if label_names and target.columns == (data.label,):
+        of_labels = [target.render({str(data.label): name}) for name in label_names]
+        for split, (prompts, _) in texts.items():
+            answers[split], longest = answers_behind(prompts, of_labels, tokenizer, writing)
+            room = max(room, longest)
+
     examples: dict[str, Examples] = {}
     for split, table in tables.items():
-        prompts = [prompt.render(row) for row in table.rows]
-        targets = [target.render(row) for row in table.rows]
+        prompts, targets = texts.pop(split)
         tokens, message = cached_tokens(
-            prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache
+            prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room
         )
         if message is not None and message not in messages:
             messages.append(message)
+        messages += what_became_of(tokens, split, data.max_length)
         train = split == "train"
         examples[split] = examples_from(
             tokens,
@@ -115,6 +129,7 @@ def load_data(
             owner_names=owner_names if train else [],
             prompts=prompts if split in ("validation", "test") else None,
             targets=targets if split in ("validation", "test") else None,
+            answers=answers.get(split),
         )
     make = Population.single if settings.mode == "centralized" else Population.divided
     return Data(
@@ -126,6 +141,32 @@ def load_data(
         hashlib.sha256("".join(e.fingerprint for e in examples.values()).encode()).hexdigest(),
         examples.get("public"),
     )
+
+
+def template(written: str, key: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Parse a template whose own words may name special tokens; what stands in columns never does."""
+    return parse(written, key).with_texts(lambda words: marked(words, tokenizer))
+
+
+def what_became_of(tokens: Tokens, split: str, max_length: int) -> list[str]:
+    """For the log: how many texts of a split were cut, tokenised in two pieces, or look like special tokens."""
+    count, messages = len(tokens.prompt_lengths), []
+    if tokens.lost is not None and tokens.needed is not None and tokens.lost.any():
+        messages.append(
+            f"data: {np.count_nonzero(tokens.lost)} of {count} rows of {split} lose {tokens.lost.sum(dtype=np.int64)} "
+            f"tokens of their prompts; the longest has {tokens.needed.max()} tokens, data.max_length is {max_length}"
+        )
+    if tokens.apart is not None and tokens.apart.any():
+        messages.append(
+            f"data: in {tokens.apart.sum()} of {count} rows of {split} prompt and target are tokenised apart, because "
+            "in one text a token would reach over the end of the prompt; a space between them belongs to data.target"
+        )
+    if tokens.spelled is not None and tokens.spelled.any():
+        messages.append(
+            f"data: {tokens.spelled.sum()} of {count} rows of {split} have the name of a special token, which is "
+            "text there; only data.prompt and data.target can name special tokens"
+        )
+    return messages
 
 
 def _read_splits(

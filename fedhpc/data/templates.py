@@ -7,8 +7,8 @@ indices, conversions or formats.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from fedhpc.errors import UserError
 
@@ -28,6 +28,10 @@ class Template:
         for column, following in zip(self.columns, self.texts[1:], strict=True):
             pieces += (row[column], following)
         return "".join(pieces)
+
+    def with_texts(self, change: Callable[[str], str]) -> Template:
+        """The template with `change` of each text between the columns."""
+        return replace(self, texts=tuple(map(change, self.texts)))
 
 
 def parse(template: str, key: str) -> Template:

@@ -1,4 +1,4 @@
-"""Tokenised examples: prompt and target are tokenised apart and joined as the model (fedhpc.models) writes a row.
+"""Tokenised examples: tokens of prompt and target (fedhpc.data.encoding), joined as the model (fedhpc.models) does it.
 
 The tokens that a model is trained to predict are the *supervised* ones. They lie in spans, stretches of a row: the
 target, or each assistant turn of a chat.
@@ -22,19 +22,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedhpc.data.encoding import behind, behind_each, encode, marked
 from fedhpc.data.partitioners.base import Int32, Int64
 from fedhpc.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 8192  # examples tokenised at once: bounds the Python lists
-_FORMAT = "fedhpc-tokens-1"
+Bool = NDArray[np.bool_]
 
-# (ids of the prompt, ids of the target, where the row is) -> the ids in front of the supervised ones, and those.
-# UserError, which says where, if they make no example.
-Join = Callable[[list[int], list[int], str], tuple[list[int], list[int]]]
+_CHUNK = 8192  # examples tokenised at once: bounds the Python lists
+_FORMAT = "fedhpc-tokens-1"  # of the fingerprint
+_CACHED = "fedhpc-tokens-2"  # counts up with the rules by which texts become tokens
+
+
+class Row(NamedTuple):
+    """An example in tokens."""
+
+    front: list[int]  # in front of the supervised tokens
+    supervised: list[int]
+    lost: int  # tokens of the texts that are left out, because there is no room for them
+    needed: int  # the data.max_length with which none would be
+
+
+# (ids of the prompt, ids of the target, where the row is) -> the example. UserError, with the place, if there is none.
+Join = Callable[[list[int], list[int], str], Row]
 
 
 class Writing(Protocol):
@@ -44,7 +58,9 @@ class Writing(Protocol):
     def task(self) -> str: ...  # as in `model.task`; part of the cache's key
     @property
     def has_target(self) -> bool: ...
-    def join(self, tokenizer: Any, max_length: int) -> Join: ...
+    @property
+    def one_text(self) -> bool: ...  # whether a target is read behind its prompt, as one text
+    def join(self, tokenizer: Any, max_length: int, room: int = 0) -> Join: ...  # room: see `tokenize`
 
 
 class Spans(NamedTuple):
@@ -61,13 +77,25 @@ class Tokens(NamedTuple):
     ids: Int32  # [total]
     offsets: Int64  # [n + 1]; example e is ids[offsets[e]:offsets[e + 1]]
     prompt_lengths: Int32  # [n]; tokens in front of the first span, special ones included; 0 where there are none
+    # What became of each text, for those who want to know; no part of the content.
+    lost: Int32 | None = None  # [n]; as in `Row`
+    needed: Int32 | None = None  # [n]; as in `Row`
+    apart: Bool | None = None  # [n]; whether a token would reach over the end of the prompt
+    spelled: Bool | None = None  # [n]; whether it has the characters of a special token as text
+
+
+class Answers(NamedTuple):
+    """The tokens of each label's target, as they are behind the prompt of an example."""
+
+    variant: Int32  # [n]; which of `ids` they are
+    ids: list[list[list[int]]]  # for each variant and label
 
 
 @dataclass(frozen=True)
 class Examples:
     """The examples of one split.
 
-    labels index label_names and owners index owner_names; prompts and targets are the rendered texts, kept
+    labels index label_names and owners index owner_names; prompts and targets are the rendered texts, marked, kept
     for validation and test only.
     """
 
@@ -82,6 +110,8 @@ class Examples:
     prompts: list[str] | None
     targets: list[str] | None
     fingerprint: str  # of all of the above
+    lost: Int32 | None = None  # [n]; tokens of each text that are left out; None: not known
+    answers: Answers | None = None  # where a label's target is not the same tokens behind a prompt as by itself
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -158,10 +188,11 @@ def examples_from(
     owner_names: Sequence[str] = (),
     prompts: list[str] | None = None,
     targets: list[str] | None = None,
+    answers: Answers | None = None,
 ) -> Examples:
     """Examples with the fingerprint of their content. spans: where an example has another number of them than one."""
     digest = hashlib.sha256(_FORMAT.encode())
-    for array in (*tokens, *(spans or ()), labels, owners):
+    for array in (tokens.ids, tokens.offsets, tokens.prompt_lengths, *(spans or ()), labels, owners):
         digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
     for texts in (label_names, owner_names, prompts or (), targets or ()):
         _update(digest, texts)
@@ -177,6 +208,8 @@ def examples_from(
         prompts=prompts,
         targets=targets,
         fingerprint=digest.hexdigest(),
+        lost=tokens.lost,
+        answers=answers,
     )
 
 
@@ -200,42 +233,72 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     writing: Writing,
+    room: int = 0,
 ) -> Tokens:
-    """Tokenise rendered texts; an example has at most `max_length` tokens.
+    """Tokenise rendered texts, which are marked; an example has at most `max_length` tokens.
 
     locations: where each row was read ("train.csv:7"), for the UserError about an empty target or texts that make no
-    example.
+    example. room: as many tokens as a prompt leaves free for a target, even where its own is shorter.
     """
-    join = writing.join(tokenizer, max_length)
+    join = writing.join(tokenizer, max_length, room)
     ids: list[Int32] = []
     lengths = np.empty(len(prompts), np.int64)
-    prompt_lengths = np.empty(len(prompts), np.int32)
+    prompt_lengths, lost, needed = (np.empty(len(prompts), np.int32) for _ in range(3))
+    apart, spelled = (np.zeros(len(prompts), bool) for _ in range(2))
     for start in range(0, len(prompts), _CHUNK):
         chunk = slice(start, min(start + _CHUNK, len(prompts)))
-        distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts[chunk]))}
-        encoded_prompts = _encode(tokenizer, list(distinct))
+        where = locations[chunk]
+        first: dict[str, str] = {}
+        for prompt, location in zip(prompts[chunk], where, strict=True):
+            first.setdefault(prompt, location)
+        distinct = {prompt: number for number, prompt in enumerate(first)}
+        number_of = [distinct[prompt] for prompt in prompts[chunk]]
+        of_distinct, prompt_spelled = encode(tokenizer, list(first), list(first.values()))
+        of_prompts = [of_distinct[number] for number in number_of]
+        of_targets, target_spelled = encode(tokenizer, targets[chunk], where)
+        spelled[chunk] = np.array(prompt_spelled)[number_of] | np.array(target_spelled)
+        if writing.one_text:
+            of_targets, apart[chunk] = behind(tokenizer, prompts[chunk], targets[chunk], of_prompts, of_targets)
         pieces: list[list[int]] = []
-        for number, target in enumerate(_encode(tokenizer, targets[chunk]), start):
-            if writing.has_target and (not target or not targets[number].strip()):
+        for number, (of_prompt, of_target) in enumerate(zip(of_prompts, of_targets, strict=True), start):
+            if writing.has_target and (not of_target or not targets[number].strip()):
                 raise UserError(
                     f"{locations[number]}: data.target is empty here; leave the row out with data.where_not"
                 )
-            front, supervised = join(encoded_prompts[distinct[prompts[number]]], target, locations[number])
-            pieces += (front, supervised)
-            prompt_lengths[number] = len(front)
-            lengths[number] = len(front) + len(supervised)
+            row = join(of_prompt, of_target, locations[number])
+            pieces += row[:2]
+            prompt_lengths[number], lost[number], needed[number] = len(row.front), row.lost, row.needed
+            lengths[number] = len(row.front) + len(row.supervised)
         ids.append(np.fromiter(chain.from_iterable(pieces), np.int32))
     offsets = np.zeros(len(prompts) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return Tokens(np.concatenate(ids), offsets, prompt_lengths)
+    return Tokens(np.concatenate(ids), offsets, prompt_lengths, lost, needed, apart, spelled)
+
+
+def answers_behind(
+    prompts: Sequence[str], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, writing: Writing
+) -> tuple[Answers | None, int]:
+    """The tokens of the labels' targets `texts` behind each prompt, and how many the longest of them has.
+
+    None where they are everywhere those of the texts by themselves.
+    """
+    alone = encode(tokenizer, texts)[0]
+    if not writing.one_text:
+        return None, max(map(len, alone))
+    variant, ids = behind_each(tokenizer, prompts, texts, alone)
+    longest = max(len(one) for of_labels in ids for one in of_labels)
+    return (None if ids == [alone] else Answers(variant, ids)), longest
 
 
 def prompt_ids(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, writing: Writing
 ) -> list[Int32]:
-    """The token ids of rendered prompts without a target, special ones included: as `tokenize` makes them."""
+    """The token ids of prompts without a target, special ones included: as `tokenize` makes them.
+
+    prompts: as a template renders them; a name of a special token is the token.
+    """
     join = writing.join(tokenizer, max_length)
-    encoded = _encode(tokenizer, prompts) if prompts else []
+    encoded = encode(tokenizer, [marked(prompt, tokenizer) for prompt in prompts])[0] if prompts else []
     return [np.array(join(ids, [], f"prompt {number}")[0], np.int32) for number, ids in enumerate(encoded, 1)]
 
 
@@ -247,22 +310,24 @@ def cached_tokens(
     max_length: int,
     writing: Writing,
     write: bool = True,
+    room: int = 0,
 ) -> tuple[Tokens, str | None]:
     """`tokenize`, or read the tokens from the cache; also a message if they could not be cached.
 
     write: whether to put tokens into the cache that are not in it.
     """
-    digest = hashlib.sha256(f"{_FORMAT} {writing.task} {max_length} {tokenizer_content(tokenizer)}".encode())
+    content = f"{_CACHED} {writing.task} {max_length} {room} {tokenizer_content(tokenizer)}"
+    digest = hashlib.sha256(content.encode())
     _update(digest, prompts)
     _update(digest, targets)
     try:
         folder = cache_dir() / digest.hexdigest()
     except RuntimeError as error:  # a user without a home directory
-        return tokenize(prompts, targets, locations, tokenizer, max_length, writing), f"tokens are not cached: {error}"
-    tokens = _load(folder, len(prompts))
-    if tokens is not None:
-        return tokens, None
-    tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing)
+        tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room)
+        return tokens, f"tokens are not cached: {error}"
+    if (cached := _load(folder, len(prompts))) is not None:
+        return cached, None
+    tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room)
     if not write:
         return tokens, None
     try:
@@ -295,17 +360,6 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    return encoded
-
-
 def _update(digest: hashlib._Hash, texts: Iterable[str]) -> None:
     # Lengths first: ["ab", "c"] and ["a", "bc"] differ.
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
@@ -320,7 +374,7 @@ def _load(folder: Path, count: int) -> Tokens | None:
     except (OSError, ValueError, EOFError):
         return None
     tokens = Tokens(*arrays)
-    if len(tokens.offsets) != count + 1 or len(tokens.prompt_lengths) != count:
+    if len(tokens.offsets) != count + 1 or any(len(of_each) != count for of_each in arrays[2:]):
         return None
     return tokens if tokens.offsets[-1] == len(tokens.ids) else None
 

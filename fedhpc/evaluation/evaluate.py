@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedhpc import registry
 from fedhpc.config import Evaluation
+from fedhpc.data.encoding import unmarked
 from fedhpc.data.tokens import Examples, group_references, ranges
 from fedhpc.evaluation.metrics._intervals import Interval, of_mean, of_ratio
 from fedhpc.evaluation.metrics.base import Metric, Outputs
@@ -125,10 +126,12 @@ class Evaluator:
             if rank == 0:
                 assert isinstance(base, Generative)
                 texts = [base.text(row) for row in generated]
-                references = [[target.strip() for target in groups[i][1]] for i in items]
+                references = [[unmarked(target).strip() for target in groups[i][1]] for i in items]
                 outputs |= {"texts": texts, "references": references}
-                prompts = examples.prompts or []
-                shown = [{"prompt": prompts[firsts[i]], "references": references[i], "text": texts[i]} for i in sampled]
+                shown = [
+                    {"prompt": _read(base, examples, int(firsts[i])), "references": references[i], "text": texts[i]}
+                    for i in sampled
+                ]
         if rank != 0:
             return None
         all_outputs = Outputs(**outputs)
@@ -371,3 +374,12 @@ class _Shares:
         self.transport.reduce_sum(results)
         summed: NDArray[Any] = results.numpy()
         return summed
+
+
+def _read(base: Base, examples: Examples, example: int) -> str:
+    """The prompt of an example for a reader: the text, or of one that was cut as much of it as the model reads."""
+    if examples.lost is None or not examples.lost[example]:
+        return unmarked((examples.prompts or [])[example], base.tokenizer)
+    ids = examples.prompt(example).tolist()
+    text: str = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.data.tokens import Examples, Join
+from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.lazy import Tensor, torch
 
 Int64 = NDArray[np.int64]
@@ -116,6 +116,7 @@ class Base(ABC):
     auto_class: ClassVar[str]  # of transformers
     task_type: ClassVar[str]  # in PEFT
     has_target: ClassVar[bool] = True  # whether an example has a target text (data.target)
+    one_text: ClassVar[bool] = False  # whether a target is read behind its prompt, as one text
     answers: ClassVar[frozenset[str]] = frozenset({"losses"})  # what metrics can need of it: losses, labels, texts
 
     model: Any  # transformers.PreTrainedModel
@@ -167,7 +168,7 @@ class Base(ABC):
 
     @classmethod
     @abstractmethod
-    def join(cls, tokenizer: Any, max_length: int) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
         """How the token ids of a prompt and of its target become those of an example (data/tokens.py)."""
 
     @classmethod
@@ -294,6 +295,13 @@ def padded(rows: Sequence[np.ndarray], fill: int) -> tuple[np.ndarray, np.ndarra
     return ids, (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
 
 
+def bare(ids: list[int], before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """The ids of a text without what a tokenizer puts around it, where a template has written it already."""
+    start = len(before) if before and ids[: len(before)] == [*before] else 0
+    end = len(after) if after and ids[start:][-len(after) :] == [*after] else 0
+    return ids[start : len(ids) - end]
+
+
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer itself puts before and after a text, such as [CLS] and [SEP]."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -302,6 +310,19 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
         if complete[start : start + len(plain)] == plain:
             return complete[:start], complete[start + len(plain) :]
     raise ValueError("the tokenizer splits a text in another way where it adds special tokens")
+
+
+def text_of(tokenizer: Any, max_length: int) -> Callable[[list[int]], Row]:
+    """How an encoder reads the ids of a text: between the tokenizer's special tokens, cut at its end."""
+    before, after = special_ids(tokenizer)
+    room = max(max_length - len(before) - len(after), 0)
+
+    def text(ids: list[int]) -> Row:
+        ids = bare(ids, before, after)
+        lost, needed = max(len(ids) - room, 0), len(before) + len(ids) + len(after)
+        return Row([*before, *ids[:room], *after], [], lost, needed)
+
+    return text
 
 
 def in_mapping(auto_class: str, config: Any) -> bool:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhpc.data.tokens import Examples, Join
+from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Base, Int64, Sizes, in_mapping
+from fedhpc.models.base import Attached, Base, Int64, Sizes, bare, in_mapping
 from fedhpc.models.call import takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
@@ -43,6 +43,7 @@ class CausalLM(Generative):
     needs = "a decoder-only language model"
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
+    one_text = True
 
     #: The keys and values (1, heads, 2, width) that the model keeps of two tokens, layer by layer. Empty if it keeps
     #: anything else of earlier tokens: the state of a recurrence, say.
@@ -61,33 +62,38 @@ class CausalLM(Generative):
     # ---- data
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
         """`[bos] prompt target [eos]`; an over-long example loses the front of its prompt, never of its target."""
         eos = require_eos(tokenizer)
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
-        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
-            room = max_length - len(bos) - len(target) - 1
-            if room < 0 or (room == 0 and not bos):
+        def join(prompt: list[int], target: list[int], where: str) -> Row:
+            prompt, target = bare(prompt, bos, ()), bare(target, (), [eos])
+            left = max_length - len(bos) - len(target) - 1
+            if left < 0 or (left == 0 and not bos):
                 raise UserError(
                     f"{where}: the target has {len(target)} tokens and does not fit in "
-                    f"data.max_length {max_length}; use at least {max_length - room + (not bos)}, "
+                    f"data.max_length {max_length}; use at least {max_length - left + (not bos)}, "
                     "or leave the row out"
                 )
-            prompt = prompt[max(len(prompt) - room, 0) :]
+            left = max(left - max(room - len(target), 0), 0 if bos else 1)
+            lost = max(len(prompt) - left, 0)
+            prompt = prompt[lost:]
             if not bos and not prompt:
                 raise UserError(
                     f"{where}: the prompt is empty and the tokenizer has no start token (bos): give "
                     "data.prompt a text, so that something comes before the target"
                 )
-            return bos + prompt, [*target, eos]
+            needed = len(bos) + lost + len(prompt) + max(len(target), room) + 1
+            return Row(bos + prompt, [*target, eos], lost, needed)
 
         return join
 
     @classmethod
     def answer_ids(cls, tokenizer: Any, ids: Sequence[int]) -> list[int]:
         """The target and eos."""
-        return [*ids, require_eos(tokenizer)]
+        eos = require_eos(tokenizer)
+        return [*bare([*ids], (), [eos]), eos]
 
     def batch(self, examples: Examples, indices: Int64) -> TokenBatch:
         starts, lengths, device = examples.offsets[indices], examples.lengths_of(indices), self.device

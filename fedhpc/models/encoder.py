@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.data.labels import in_head
-from fedhpc.data.tokens import Examples, Join
+from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import (
@@ -28,7 +28,7 @@ from fedhpc.models.base import (
     TargetBatch,
     in_mapping,
     padded,
-    special_ids,
+    text_of,
 )
 from fedhpc.models.call import cache_argument, takes
 
@@ -141,15 +141,15 @@ class Classifier(Encoder, Predictor):
     # ---- before it is loaded
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
         """The prompt between the tokenizer's special tokens, cut at its end; no target."""
-        before, after = special_ids(tokenizer)
-        room = max_length - len(before) - len(after)
+        text = text_of(tokenizer, max_length)
 
-        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
-            if not prompt and not before and not after:
+        def join(prompt: list[int], target: list[int], where: str) -> Row:
+            row = text(prompt)
+            if not row.front:
                 raise UserError(f"{where}: the text is empty; leave the row out with data.where_not")
-            return [*before, *prompt[:room], *after], []
+            return row
 
         return join
 
@@ -316,15 +316,16 @@ class SentenceEncoder(Encoder):
     task_type = "FEATURE_EXTRACTION"
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
         """Both texts between the tokenizer's special tokens, each cut at its end."""
-        before, after = special_ids(tokenizer)
-        room = max_length - len(before) - len(after)
+        text = text_of(tokenizer, max_length)
 
-        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
+        def join(prompt: list[int], target: list[int], where: str) -> Row:
             if not prompt:
                 raise UserError(f"{where}: data.prompt is empty here; leave the row out with data.where_not")
-            return [*before, *prompt[:room], *after], [*before, *target[:room], *after]
+            question, passage = text(prompt), text(target)
+            lost, needed = question.lost + passage.lost, max(question.needed, passage.needed)
+            return Row(question.front, passage.front, lost, needed)
 
         return join
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.data.encoding import encode
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
@@ -62,17 +63,18 @@ class Generative(Predictor):
 
     def label_rows(self, examples: Examples, indices: Int64, targets: Sequence[str]) -> LabelRows:
         """One row per example and label."""
-        sizes = np.array([len(answer) for answer in self._answers(targets)])
+        variant, answers = self._answers(examples, targets)
+        sizes = np.array([[len(answer) for answer in of_labels] for of_labels in answers])
         example, label = np.repeat(indices, len(targets)), np.tile(np.arange(len(targets)), len(indices))
-        return LabelRows(example, label, examples.prompt_lengths[example] + sizes[label], 1)
+        return LabelRows(example, label, examples.prompt_lengths[example] + sizes[variant[example], label], 1)
 
     def label_scores(
         self, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
     ) -> Tensor:
         """Log-likelihood of the target (and its end) after the prompt: (len(part), 1)."""
-        candidates = self._answers(targets)
+        variant, candidates = self._answers(examples, targets)
         prompts = [examples.prompt(int(e)) for e in rows.example[part]]
-        answers = [candidates[c] for c in rows.label[part]]
+        answers = [candidates[variant[e]][c] for e, c in zip(rows.example[part], rows.label[part], strict=True)]
         batch = self.batch(self.with_answers(attached, prompts, answers), np.arange(len(part)))
         pieces = self.pieces(len(batch.targets))
         losses = [
@@ -82,9 +84,11 @@ class Generative(Predictor):
         scores = torch.zeros(len(part), dtype=torch.float64)
         return -scores.index_add(0, batch.row.cpu(), torch.cat(losses).to("cpu", torch.float64)).unsqueeze(1)
 
-    def _answers(self, targets: Sequence[str]) -> list[np.ndarray]:
-        plain = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in targets]
-        return [np.array(self.answer_ids(self.tokenizer, ids), np.int32) for ids in plain]
+    def _answers(self, examples: Examples, targets: Sequence[str]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+        """The supervised tokens of every label's target in all variants, and which each example (n,) has."""
+        variant, ids = examples.answers or (np.zeros(len(examples), np.int32), [encode(self.tokenizer, targets)[0]])
+        answers = [[np.array(self.answer_ids(self.tokenizer, one), np.int32) for one in of_labels] for of_labels in ids]
+        return variant, answers
 
     def require_same_logits(self, theirs: Tensor, ours: Tensor) -> None:
         """UserError where the model's own logits are not ours: losses would be silently wrong."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.data.tokens import Examples, Join
+from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Int64, Sizes, in_mapping, padded, special_ids
+from fedhpc.models.base import Attached, Int64, Sizes, bare, in_mapping, padded, special_ids, text_of
 from fedhpc.models.call import with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
@@ -73,21 +73,21 @@ class Seq2Seq(Generative):
     # ---- data
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
         """The prompt, cut at its end, and the whole target, each with what the tokenizer puts around a text."""
-        before, after = special_ids(tokenizer)
-        room = max_length - len(before) - len(after)
+        text = text_of(tokenizer, max_length)
 
-        def join(prompt: list[int], target: list[int], where: str) -> tuple[list[int], list[int]]:
+        def join(prompt: list[int], target: list[int], where: str) -> Row:
             answer = cls.answer_ids(tokenizer, target)
             if len(answer) > max_length:
                 raise UserError(
                     f"{where}: the target has {len(target)} tokens and does not fit in data.max_length {max_length}; "
                     f"use at least {len(answer)}, or leave the row out"
                 )
-            if not prompt and not before and not after:
+            source = text(prompt)
+            if not source.front:
                 raise UserError(f"{where}: the prompt is empty; leave the row out with data.where_not")
-            return [*before, *prompt[:room], *after], answer
+            return Row(source.front, answer, source.lost, max(source.needed, len(answer)))
 
         return join
 
@@ -96,7 +96,8 @@ class Seq2Seq(Generative):
         """The target between the tokenizer's special tokens, eos at the end."""
         eos = require_eos(tokenizer)
         before, after = special_ids(tokenizer)
-        return [*before, *ids, *(after if eos in after else [*after, eos])]
+        after = after if eos in after else [*after, eos]
+        return [*before, *bare([*ids], before, after), *after]
 
     def batch(self, examples: Examples, indices: Int64) -> PairBatch:
         """What is in front of the first span goes to the encoder, the rest to the decoder."""

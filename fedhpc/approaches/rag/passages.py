@@ -21,7 +21,7 @@ from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Source, Table
 from fedhpc.data.templates import Template, parse
-from fedhpc.data.tokens import Examples, Join, Writing, cached_tokens, examples_from
+from fedhpc.data.tokens import Examples, Join, Row, Writing, cached_tokens, examples_from
 from fedhpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,9 +163,10 @@ class _Passage:
 
     task: str = "passage"
     has_target: bool = False
+    one_text: bool = False
 
-    def join(self, tokenizer: Any, max_length: int) -> Join:
-        return lambda prompt, target, location: (prompt, [])
+    def join(self, tokenizer: Any, max_length: int, room: int = 0) -> Join:
+        return lambda prompt, target, location: Row(prompt, [], 0, len(prompt))
 
 
 @dataclass(frozen=True)

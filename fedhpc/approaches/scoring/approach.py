@@ -16,7 +16,7 @@ from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, Prefixes, TokenCount, log_likelihoods
 from fedhpc.approaches.scoring.objective import row_losses
 from fedhpc.approaches.scoring.prompts import Candidate, Writer
-from fedhpc.data.templates import parse
+from fedhpc.data.load import template
 from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, subset
@@ -74,7 +74,8 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
                 f"method.name: {name} scores answers of a decoder-only model, and '{self.base.name}' is used for "
                 f"{self.base.task}: take a decoder-only model, or another method such as prefix"
             )
-        target, label = parse(self.config.data.target, "data.target"), self.config.data.label
+        target = template(self.config.data.target, "data.target", self.base.tokenizer)
+        label = self.config.data.label
         labelled = label is not None and list(target.columns) == [label]
         if options.objective != "loss" and not labelled:
             raise UserError(

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from fedhpc.approaches.scoring.likelihoods import Int32, Int64
+from fedhpc.data.encoding import encode
 from fedhpc.data.templates import Template
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError, nearest
+from fedhpc.models.causal_lm import CausalLM
 from fedhpc.rng import generator
 
 RULES = ("random", "balanced", "short")
@@ -77,14 +79,13 @@ class Writer:
     max_prompt_tokens: int  # for instruction, demonstrations, cue and the longest answer
 
     def ids(self, text: str) -> Int32:
-        """The token ids of a text, without special tokens."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return np.array(ids, np.int32)
+        """The token ids of a text, which is marked, without special tokens around it."""
+        return np.array(encode(self.tokenizer, [text])[0][0] if text else [], np.int32)
 
     def answers(self, candidate: Candidate) -> list[Int32]:
         """The tokens of the answer of each label, with eos; empty where there are no labels."""
-        end = np.array([self.tokenizer.eos_token_id], np.int32)
-        return [np.concatenate([self.ids(text), end]) for text in self.answer_texts(candidate)]
+        ids = [self.ids(text).tolist() for text in self.answer_texts(candidate)]
+        return [np.array(CausalLM.answer_ids(self.tokenizer, one), np.int32) for one in ids]
 
     def answer_texts(self, candidate: Candidate) -> list[str]:
         """The target text of each label, written with the candidate's words for the labels."""

@@ -1,0 +1,263 @@
+"""Token ids of texts: what is a special token and what is text, and the ids of a target behind its prompt.
+
+A special token, such as the end of a text, is one where a template of the configuration names it. The same characters
+in a column of the data are text. So templates are marked: in a marked text a special token stands as its id between
+two characters that Unicode keeps for the inside of programs and no text has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
+#: The end of a prompt from the last space between two words on, and the beginning of a target up to the first.
+_LAST_WORD = re.compile("(?s).*[^\\s\ufdd1]( \\w.*)")
+_FIRST_WORD = re.compile("(?s)(.*?[^\\s\ufdd1]) \\w")
+#: A token in which a space, however tokenizers write it, comes after something else.
+_SPACE_WITHIN = re.compile("[^\\s\u2581\u0120\u010a\u010d\u010b][\u2581\u0120 ]")
+
+
+@dataclass(frozen=True)
+class _Specials:
+    """The special tokens of a tokenizer."""
+
+    ids: dict[str, int]  # by name
+    pattern: re.Pattern[str] | None  # finds a name in a text; None where there are no special tokens
+    only_marked: frozenset[int]  # ids that a text has where it is marked so alone; not that of unknown words
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer: Any) -> _Specials:
+    names = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special}
+    names.update(getattr(tokenizer, "all_special_tokens", ()))
+    # A mark of punctuation or a line break that a tokenizer calls its padding or its end is ordinary text.
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names if any(c.isalnum() for c in name)}
+    ids = {name: token for name, token in ids.items() if token is not None}
+    longest_first = sorted(ids, key=lambda name: (-len(name), name))
+    return _Specials(
+        ids,
+        re.compile("|".join(map(re.escape, longest_first))) if ids else None,
+        frozenset(ids.values()) - {getattr(tokenizer, "unk_token_id", None)},
+    )
+
+
+def marked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Mark the special tokens that a text of the configuration names."""
+    specials = _specials(tokenizer)
+    if specials.pattern is None:
+        return text
+    return specials.pattern.sub(lambda name: f"\ufdd0{specials.ids[name[0]]}\ufdd1", text)
+
+
+def unmarked(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """A marked text for a reader: special tokens by their names, or left out where no tokenizer is given."""
+    if "\ufdd0" not in text:
+        return text
+    return _MARK.sub("" if tokenizer is None else lambda mark: _name(tokenizer, int(mark[1])), text)
+
+
+def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(token))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], locations: Sequence[str] | None = None
+) -> tuple[list[list[int]], list[bool]]:
+    """The token ids of marked texts, and whether each has the characters of a special token as text.
+
+    These are the tokenizer's own ids of the whole text but where such characters have to stay text. locations: where
+    each text was read. UserError where the tokenizer takes text for a special token, whatever is done.
+    """
+    specials = _specials(tokenizer)
+    if specials.pattern is None:
+        return _ids(tokenizer, texts), [False] * len(texts)
+    ids = _ids(tokenizer, [unmarked(text, tokenizer) for text in texts])
+    spelled = [False] * len(texts)
+    if specials.pattern.search("\n".join(texts)):
+        spelled = [specials.pattern.search(text) is not None for text in texts]
+    for row in _taken_for_special(specials, texts, ids):
+        spelled[row] = True  # by another way of writing the same characters, or in a text around it
+    rows = [row for row, is_spelled in enumerate(spelled) if is_spelled]
+    if rows:
+        again = [texts[row] for row in rows]
+        as_text = _ids_of_text(tokenizer, again)
+        wrong = _taken_for_special(specials, again, as_text)
+        if wrong:
+            one = next(i for i in as_text[wrong[0]] if i in specials.only_marked)
+            where = f"{locations[rows[wrong[0]]]}: " if locations else ""
+            raise UserError(
+                f"{where}the text has {_name(tokenizer, one)!r}, which the model's tokenizer takes for its special "
+                "token; take it out of the text, or leave the row out with data.where_not"
+            )
+        for row, its_ids in zip(rows, as_text, strict=True):
+            ids[row] = its_ids
+    return ids, spelled
+
+
+def _taken_for_special(specials: _Specials, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int]:
+    """The texts that have more or fewer special tokens than they are marked with."""
+    flat = np.fromiter(chain.from_iterable(ids), np.int64)
+    is_special = np.isin(flat, list(specials.only_marked))
+    expected = np.array([text.count("\ufdd0") for text in texts])
+    if not is_special.any() and not expected.any():
+        return []
+    row = np.repeat(np.arange(len(texts)), [len(one) for one in ids])
+    return np.flatnonzero(np.bincount(row[is_special], minlength=len(texts)) != expected).tolist()
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return encoded
+
+
+def _ids_of_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of marked texts, in which nothing but marks becomes a special token."""
+    renamed = _renamed(tokenizer)
+    if renamed is not None:
+        return [list(one.ids) for one in renamed.encode_batch(list(texts), add_special_tokens=False)]
+    # A tokenizer in Python: the text between two marks by itself.
+    rows = []
+    for text in texts:
+        row: list[int] = []
+        for number, piece in enumerate(_MARK.split(text)):
+            if number % 2:
+                row.append(int(piece))
+            elif piece:
+                row += tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows.append(row)
+    return rows
+
+
+@lru_cache(maxsize=8)
+def _renamed(tokenizer: Any) -> Any:
+    """A copy of a fast tokenizer whose special tokens are called by their marks, with the same ids; None for others.
+
+    `split_special_tokens` is not enough: where the vocabulary itself has a special token's name as a piece (Unigram,
+    words), the text still becomes the token.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    content = json.loads(backend.to_str())
+    marks = {name: f"\ufdd0{token}\ufdd1" for name, token in _specials(tokenizer).ids.items()}
+    for token in content["added_tokens"]:
+        if token["content"] in marks:
+            # Found before the text is normalised, which might change the mark.
+            token.update(content=marks[token["content"]], normalized=False)
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {marks.get(piece, piece): token for piece, token in model["vocab"].items()}
+    else:
+        model["vocab"] = [[marks.get(piece, piece), *rest] for piece, *rest in model["vocab"]]
+    if model.get("unk_token") in marks:
+        model["unk_token"] = marks[model["unk_token"]]
+    content.update(post_processor=None, truncation=None, padding=None)
+    return type(backend).from_str(json.dumps(content))
+
+
+@lru_cache(maxsize=8)
+def _keeps_words_apart(tokenizer: Any) -> bool:
+    """Whether no token reaches from a word over the space behind it, so that what is on either side is independent."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return False
+    names = _specials(tokenizer).ids
+    return not any(_SPACE_WITHIN.search(token) for token in tokenizer.get_vocab() if token not in names)
+
+
+def _end(tokenizer: Any, prompt: str) -> str:
+    """As much of a prompt's end as decides how its last tokens and a target's first ones come out.
+
+    It begins with a word that stands for all in front of it.
+    """
+    match = _LAST_WORD.match(prompt) if _keeps_words_apart(tokenizer) else None
+    return prompt if match is None else "a" + match[1]
+
+
+def _beginning(tokenizer: Any, target: str) -> str:
+    """As much of a target's beginning as decides how it is joined to a prompt."""
+    match = _FIRST_WORD.match(target) if _keeps_words_apart(tokenizer) else None
+    return target if match is None else match[1]
+
+
+def behind(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    prompt_ids: Sequence[list[int]],
+    target_ids: Sequence[list[int]],
+) -> tuple[list[list[int]], list[bool]]:
+    """The ids of each target behind its prompt: those that the whole text has behind the prompt's own ids.
+
+    Where the whole text does not begin with the prompt's ids, because a token reaches over the end of the prompt, they
+    are the target's own; the second list says where. prompt_ids, target_ids: of each text by itself.
+    """
+    ends = {prompt: _end(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
+    pairs = [(ends[p], _beginning(tokenizer, t)) for p, t in zip(prompts, targets, strict=True)]
+    ids = _by_text(tokenizer, chain.from_iterable((p, t, p + t) for p, t in dict.fromkeys(pairs)))
+    filler = len(_by_text(tokenizer, ["a"])["a"])
+    odd = [
+        row
+        for row, (end, beginning) in enumerate(pairs)
+        if (end != prompts[row] and prompt_ids[row][-len(ids[end]) + filler :] != ids[end][filler:])
+        or target_ids[row][: len(ids[beginning])] != ids[beginning]
+    ]
+    if odd:  # words that are joined after all, by how the text is normalised: the whole texts decide
+        for row in odd:
+            pairs[row] = prompts[row], targets[row]
+        ids |= _by_text(tokenizer, chain.from_iterable((p, t, p + t) for p, t in {pairs[row] for row in odd}))
+    results, apart = [], []
+    for (end, beginning), alone in zip(pairs, target_ids, strict=True):
+        front, joined = ids[end], ids[end + beginning]
+        is_apart = joined[: len(front)] != front
+        apart.append(is_apart)
+        results.append(alone if is_apart else joined[len(front) :] + alone[len(ids[beginning]) :])
+    return results, apart
+
+
+def behind_each(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str], target_ids: Sequence[list[int]]
+) -> tuple[NDArray[np.int32], list[list[list[int]]]]:
+    """The ids of every one of `targets` behind every prompt, as `behind` gives them: (n,) indices into a list of lists.
+
+    Prompts with the same end share theirs.
+    """
+    ends = [_end(tokenizer, prompt) for prompt in prompts]
+    example = dict(zip(ends, prompts, strict=True))
+    chosen, count = list(example.values()), len(targets)
+    of_prompts = [ids for ids in encode(tokenizer, chosen)[0] for _ in targets]
+    asked = [prompt for prompt in chosen for _ in targets]
+    results, _ = behind(tokenizer, asked, [*targets] * len(chosen), of_prompts, [*target_ids] * len(chosen))
+    variants: dict[str, int] = {}
+    distinct: list[list[list[int]]] = []
+    number = {}
+    for i, end in enumerate(example):
+        its_ids = results[i * count : (i + 1) * count]
+        number[end] = variants.setdefault(str(its_ids), len(variants))
+        if len(distinct) < len(variants):
+            distinct.append(its_ids)
+    return np.array([number[end] for end in ends], np.int32), distinct
+
+
+def _by_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, encode(tokenizer, distinct)[0], strict=True))
