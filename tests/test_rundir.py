@@ -333,6 +333,38 @@ def test_changed_content_is_refused(tmp_path: Path, data: str, model: str, what:
         decide(same, tmp_path, False, data, model)
 
 
+def test_a_run_that_began_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 23: relative paths are other places there; only what is missing or changed stands in the way."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    (first / "texts").mkdir()
+    (first / "base").mkdir()
+    changes = ["data.source=texts", "model.name=./base"]
+    monkeypatch.chdir(first)
+    meta = {"round": 5, "block_size": 4, "fingerprint_data": "d1", "fingerprint_model": "m1"}
+    same = make_run(tmp_path / "run", *changes)
+    save_checkpoint(tmp_path / "run", {"theta": np.arange(3.0)}, {**meta, "working_directory": str(first)})
+    assert decide(same, tmp_path / "run", fresh=False) == "resume"
+    monkeypatch.chdir(second)
+    before = listing(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=rf"began in {first}, where model\.name '\./base' is; here, in {second}, there is"
+    ):
+        decide(same, tmp_path / "run", fresh=False)
+    (second / "base").mkdir()
+    with pytest.raises(UserError, match=rf"where data\.source 'texts' is; .* give the same command in {first}"):
+        decide(same, tmp_path / "run", fresh=False)
+    (second / "texts").mkdir()
+    assert decide(same, tmp_path / "run", False, "d1", "m1") == "resume"
+    with pytest.raises(UserError, match=rf"content of the data changed .* it began in {first}, and relative paths are"):
+        decide(same, tmp_path / "run", False, "d2", "m1")
+    assert listing(tmp_path / "run") == before
+    write_status(tmp_path / "run", "complete", 20)
+    (second / "texts").rmdir()
+    assert decide(same, tmp_path / "run", fresh=False) == "finished"
+
+
 def test_finished_runs(tmp_path: Path) -> None:
     same = make_run(tmp_path, round=20, state="complete")
     assert decide(same, tmp_path, fresh=False) == "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,11 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
             **approach.attributes(),
             **identity,
         },
-        identity={**identity, **({"plugins": used} if (used := plugins(config)) else {})},
+        identity={
+            **identity,
+            "working_directory": os.getcwd(),
+            **({"plugins": used} if (used := plugins(config)) else {}),
+        },
         partition=_partition(approach),
     )
 

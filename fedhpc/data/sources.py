@@ -6,6 +6,7 @@ row remembers where it was read (`data/train.csv:7`), so that an error can name 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import ChainMap
 from collections.abc import Mapping
@@ -279,6 +280,7 @@ class _Hub:
                 f"library datasets: {INSTALL}",
                 key="data.source",
             ) from None
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and we of the failure
         try:
             return cls(name, datasets.load_dataset(name, subset))
         except Exception as error:  # the library raises anything, from OSError to its own classes

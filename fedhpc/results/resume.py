@@ -33,6 +33,9 @@ FREE_KEYS = frozenset(
     }
 )
 
+# Where a value may be a path, relative to the working directory.
+_PATHS = ("data.source", "model.name", "method.")
+
 _FREE_SECTIONS = ("trackers",)  # other ones, or none, or ones that are gone by now
 
 Decision = Literal["fresh", "resume", "finished"]
@@ -75,18 +78,41 @@ def decide(
     _check_plugins(config, directory, meta.get("plugins", {}))
     complete = status is not None and status.state == "complete"
     extended = _compare(config, directory, meta, complete)
+    began_in = _other_folder(meta)
     for what, now in (("data", data_fingerprint), ("model", model_fingerprint)):
         stored = meta.get(f"fingerprint_{what}")
         if now is not None and stored is not None and now != stored:
+            elsewhere = f"; it began in {began_in}, and relative paths are others here" if began_in else ""
             raise UserError(
-                f"{directory}: the content of the {what} changed since the run began ({stored} -> {now}); "
+                f"{directory}: the content of the {what} changed since the run began ({stored} -> {now}){elsewhere}; "
                 "put the old content back, choose another run.dir, or start over with --fresh"
             )
     if complete and not extended:
         return "finished"
     if not (directory / CHECKPOINT).exists():
         raise UserError(f"{directory}: has no checkpoint, cannot be extended; start over with --fresh")
+    if began_in is not None:
+        _check_paths(config, directory, began_in)
     return "resume"
+
+
+def _other_folder(meta: Mapping[str, Any]) -> Path | None:
+    """The working directory that the run had, if it is another one than now, and is known and still there."""
+    folder = meta.get("working_directory")
+    return Path(folder) if folder is not None and folder != os.getcwd() and Path(folder).is_dir() else None
+
+
+def _check_paths(config: Config, directory: Path, began_in: Path) -> None:
+    """UserError where a relative path of the configuration is a file or folder where the run began, but not here."""
+    for key, value in _flat(config.model_dump(mode="json")).items():
+        if not key.startswith(_PATHS) or not isinstance(value, str) or os.path.isabs(value):
+            continue
+        if (began_in / value).exists() and not Path(value).exists():
+            raise UserError(
+                f"{directory}: the run began in {began_in}, where {key} '{value}' is; here, in {os.getcwd()}, there is "
+                f"none; give the same command in {began_in}",
+                key=key,
+            )
 
 
 def _check_plugins(config: Config, directory: Path, before: Mapping[str, str]) -> None:
