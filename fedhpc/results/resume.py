@@ -104,7 +104,7 @@ def _other_folder(meta: Mapping[str, Any]) -> Path | None:
 
 def _check_paths(config: Config, directory: Path, began_in: Path) -> None:
     """UserError where a relative path of the configuration is a file or folder where the run began, but not here."""
-    for key, value in _flat(config.model_dump(mode="json")).items():
+    for key, value in by_key(config.model_dump(mode="json")).items():
         if not key.startswith(_PATHS) or not isinstance(value, str) or os.path.isabs(value):
             continue
         if (began_in / value).exists() and not Path(value).exists():
