@@ -15,7 +15,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from fedhpc import config as configuration
@@ -26,6 +29,16 @@ from fedhpc.config import Config
 from fedhpc.models.load import BUILTIN
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
+
+# From this release on PEFT (0.21.2) hands what stands in front of a text on under a name that models do not have: while
+# it generates it is forgotten, and an encoder is refused. The cards of exports say so.
+PEFT_FORGETS = Version(transformers.__version__) >= Version("5.24")
+
+
+def compare_with_peft(method: str) -> None:
+    """Skip the rest of a test, which compares with PEFT, where this PEFT has no prefix to compare with."""
+    if method == "prefix" and PEFT_FORGETS:
+        pytest.skip("PEFT 0.21 has no prefix with transformers 5.24")
 
 
 class Interrupted(Exception):  # noqa: N818  not an error of the program

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,10 +17,16 @@ import fedhpc
 import fedhpc.customized
 from fedhpc.methods.adapter import load
 from fedhpc.models.load import BUILTIN
-from tests.federations import federate, save_random_bert, save_random_t5, settings, table, tree, write_texts
-
-# From this release on PEFT (0.21.2) does not see what stands in front of a text while it generates; the card says so.
-PEFT_FORGETS = Version(transformers.__version__) >= Version("5.24")
+from tests.federations import (
+    PEFT_FORGETS,
+    federate,
+    save_random_bert,
+    save_random_t5,
+    settings,
+    table,
+    tree,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +268,10 @@ def test_a_loaded_classifier_has_the_logits_of_its_own_library(
             folder, dtype="float64", id2label=names.id2label, label2id=names.label2id
         )
     else:
+        return
+    if PEFT_FORGETS and method == "prefix":
+        with pytest.raises(ValueError, match="does not support past key values"):
+            theirs(**model.tokenizer("a", return_tensors="pt"))
         return
     with torch.no_grad():
         alone = [theirs.eval()(**model.tokenizer(row["mr"], return_tensors="pt")).logits[0] for row in rows]

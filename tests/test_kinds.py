@@ -27,7 +27,7 @@ from fedhpc.models.seq2seq import Seq2Seq
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.schedule import batches
 from tests import federations, tiny
-from tests.federations import Interrupted, federate, final, table, tree, write_texts
+from tests.federations import Interrupted, compare_with_peft, federate, final, table, tree, write_texts
 from tests.test_block import relative, settings, start_of, works
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -144,6 +144,7 @@ def test_a_classifier_trains_as_peft_and_torch_optim_do(name: str, family: str) 
     start, work = warm(method), works(1)[0]
     found = start[0] - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
 
+    compare_with_peft(name)
     model, named = in_peft(name, base, method)
     give(base, named, method.payload.views(start[0]))
     rule = torch.optim.SGD(named.values(), lr=0.3)
@@ -217,9 +218,10 @@ def test_an_exported_classifier_scores_the_same(name: str, family: str, tmp_path
     with torch.no_grad(), method.attach(views, views, torch.zeros(7, dtype=torch.int64)) as attached:
         batch = base.batch(data, indices)
         ours = base.class_logits(attached, batch.ids, batch.mask)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+    compare_with_peft(name)
     theirs = loaded.eval()(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(ours, plain, atol=1e-2)
     torch.testing.assert_close(base.model(input_ids=ids, attention_mask=mask).logits, plain)  # nothing stays attached
 
 
@@ -354,6 +356,7 @@ def test_an_exported_encoder_decoder_scores_and_writes_the_same(name: str, famil
         torch.testing.assert_close(pair_losses(loaded, inputs), ours, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(pair_losses(base.model, inputs), plain)  # nothing stays attached
     assert not torch.allclose(ours, plain, atol=1e-3)
+    compare_with_peft(name)
     for prompt, row in zip(prompts, together, strict=True):  # alone, so without padding
         ids = torch.from_numpy(prompt.astype(np.int64)).unsqueeze(0)
         out = loaded.generate(
@@ -518,6 +521,7 @@ def test_a_federation_of_classifiers(texts: Path, tmp_path: Path, name: str) -> 
         model = auto.from_pretrained(adapter)
         assert model.config.id2label == dict(enumerate(names))
     else:
+        compare_with_peft(name)
         model = peft.PeftModel.from_pretrained(auto.from_pretrained(texts / "bert", num_labels=len(names)), adapter)
     losses = []
     for line in lines:
@@ -566,6 +570,7 @@ def test_a_federation_of_encoder_decoders(texts: Path, tmp_path: Path, name: str
             logits = model(input_ids=source, attention_mask=torch.ones_like(source), labels=labels).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits, labels[0], reduction="none"))
     assert float(torch.cat(losses).mean()) == pytest.approx(float(test["loss"]), abs=1e-5)
+    compare_with_peft(name)
     samples = table(tmp_path / "one", "samples")
     for prompt, text in zip(samples["prompt"], samples["text"], strict=True):
         source = tokenizer(prompt, return_tensors="pt").input_ids

@@ -102,7 +102,10 @@ RUNS: dict[str, tuple[Callable[[Path, dict[str, Any]], dict[str, Any]], dict[str
         trained,
         {"name": "distillation", "student": {"name": "lora", "rank": 2}, "public": {"max_examples": 6}, "top_k": 3},
     ),
-    "prompt_search": (searched, {"name": "prompt_search", "instructions": ["a b", "c"], "population": 2, "survivors": 1}),
+    "prompt_search": (
+        searched,
+        {"name": "prompt_search", "instructions": ["a b", "c"], "population": 2, "survivors": 1},
+    ),
     "fedbpt": (searched, {"name": "fedbpt", **VIRTUAL, "dimension": 4, "popsize": 4, "iterations": 1}),
     "rag": (library, {"name": "rag", "gold": "passage_id", "k": 2, "context_tokens": 40}),
     "retriever": (retriever, {"name": "retriever"}),

@@ -34,7 +34,8 @@ model = AutoPeftModelForSequenceClassification.from_pretrained(
     ".", dtype="{dtype}", id2label=names.id2label, label2id=names.label2id
 )""",
 }
-_RIGHT = "PEFT's own `generate` writes the same texts (tried with transformers 5.20 to 5.24 and PEFT 0.21)."
+_WRITES = "PEFT's own `generate` writes the same texts (tried with transformers 5.20 to 5.24 and PEFT 0.21.2)."
+_RIGHT = {"CAUSAL_LM": _WRITES, "SEQ_2_SEQ_LM": _WRITES}
 _PROMPT_OF_DECODER = (
     "PEFT's own `generate` writes the same texts with transformers 5.20 to 5.23, one prompt at a time: in a padded "
     "batch it counts positions otherwise. **With transformers 5.24 and PEFT 0.21.2 it is wrong and says nothing:** "
@@ -46,14 +47,19 @@ _PREFIX = (
     "PEFT 0.21.2 it is wrong and says nothing:** it writes the text of the untuned base. Its losses and single forward "
     "passes are right. `fedhpc.load` is right with all of these versions."
 )
-# (type of adapter, task type) -> with which versions PEFT's generate is right; others always are.
-_GENERATE = {
+# (type of adapter, type of task) -> with which versions PEFT is right; the others always are.
+_VERSIONS = {
     ("PROMPT_TUNING", "CAUSAL_LM"): _PROMPT_OF_DECODER,
     ("P_TUNING", "CAUSAL_LM"): _PROMPT_OF_DECODER,
     ("PREFIX_TUNING", "CAUSAL_LM"): _PREFIX.format(
         alone=", one prompt at a time: in a padded batch it may count positions otherwise"
     ),
     ("PREFIX_TUNING", "SEQ_2_SEQ_LM"): _PREFIX.format(alone=""),
+    (
+        "PREFIX_TUNING",
+        "SEQ_CLS",
+    ): "PEFT 0.21.2 refuses a prefix of an encoder with transformers 5.24; with 5.20 to 5.23 "
+    "it is right. `fedhpc.load` is right with all of these versions.",
 }
 
 
@@ -95,12 +101,11 @@ def _card(base: Base, adapter: dict[str, Any], config: Config) -> str:
     ]
     if library == "peft" and base.task_type in _IN_PEFT:
         parts += ["The same with PEFT:", _code("python", _IN_PEFT[base.task_type].format(dtype=dtype))]
-        if "texts" in base.answers:
-            parts.append(_GENERATE.get((adapter["peft_type"], base.task_type), _RIGHT))
+        parts.append(_VERSIONS.get((adapter["peft_type"], base.task_type), _RIGHT.get(base.task_type, "")))
     elif library == "transformers":
         parts.append("It is a whole model: transformers loads the folder like any other.")
     parts.append(_rows(base, int(adapter.get("num_virtual_tokens", 0))))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _use(base: Base, prompt: str) -> str:
