@@ -653,6 +653,15 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
             "events",
         }
         assert set(file["test"]) == set(file["base"]) == {"loss", "rouge_l"}
+        page = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+        datasets: list[str] = []
+        file.visit(datasets.append)
+        for name in datasets:
+            if isinstance(file[name], h5py.Dataset) and not name.startswith("final/"):
+                assert file[name].attrs["description"], name
+                *_, group, column = name.split("/")
+                known = (f"`{column}`", f"`{group}`", f"/{column}`", "<metric>" if group in ("test", "base") else "-")
+                assert any(text in page for text in known) or column.startswith(("eval_", "seconds_", "loss_")), name
         units = {"loss": "examples", "rouge_l": "prompts"}
         for group in ("test", "base"):
             for metric, unit in units.items():

@@ -288,6 +288,11 @@ PERSONAL = {
     "personalization": {"parts": ["*lora_B*"]},
     "evaluation": {"client_fraction": 0.2},
 }
+PERSONAL_PARTS = {
+    f"personal.model.layers.{layer}.self_attn.{projection}.lora_B.weight"
+    for layer in (0, 1)
+    for projection in ("q_proj", "v_proj")
+}
 LOCAL = {"mode": "local", "client": {"optimizer": "adamw", "lr": 0.01}}
 
 
@@ -295,7 +300,7 @@ LOCAL = {"mode": "local", "client": {"optimizer": "adamw", "lr": 0.01}}
     ("changes", "server", "client"),
     [
         pytest.param(SCAFFOLD, {"theta", "control", "server.mean", "server.square"}, {"control"}, id="scaffold"),
-        pytest.param(PERSONAL, {"theta", "server.momentum"}, {"personal"}, id="personal"),
+        pytest.param(PERSONAL, {"theta", "server.momentum"}, PERSONAL_PARTS, id="personal"),
         pytest.param(LOCAL, {"theta"}, {"theta", "memory.mean", "memory.square", "memory.count"}, id="local"),
     ],
 )

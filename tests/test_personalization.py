@@ -98,8 +98,9 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path) -> None:
         assert min(float(tensor.norm()) for tensor in mine.values()) > 1e-3
         (file,) = (tmp_path / "clients" / str(client)).iterdir()
         state = client_state.load(tmp_path, client, int(file.stem))
-        assert list(state) == ["personal"]
-        np.testing.assert_allclose(state["personal"], task.split.personal.flatten(mine), rtol=0, atol=1e-12)
+        assert set(state) == {f"personal.{name}" for name in mine}  # by name and shape
+        for name, tensor in mine.items():
+            np.testing.assert_allclose(state[f"personal.{name}"], tensor, rtol=0, atol=1e-12)
 
     # Each client from the final state with its own part, tuned by hand, on its held-out data.
     rows = table(tmp_path, "client_eval")
@@ -163,6 +164,22 @@ def test_the_same_bits_on_ranks_and_resumed(tmp_path: Path, texts: Path) -> None
     same(tmp_path / "1", tmp_path / "stopped")
 
 
+def test_a_run_that_an_older_version_began_goes_on(tmp_path: Path, texts: Path) -> None:
+    """Its clients' files have the personal part as one flat tensor without names."""
+    raw = personal(texts, federation={"rounds": 3})
+    federate(settings(tmp_path / "new", raw))
+    config = settings(tmp_path / "old", personal(texts, federation={"rounds": 2}))
+    federate(config)
+    layout = prepared(config).split.personal
+    for file in (tmp_path / "old" / "clients").rglob("*.safetensors"):
+        client, version = int(file.parent.name), int(file.stem)
+        kept = client_state.load(tmp_path / "old", client, version)
+        flat = layout.flatten({name: kept[f"personal.{name}"] for name in layout.shapes})
+        client_state.save(tmp_path / "old", client, version, {"personal": flat})
+    federate(settings(tmp_path / "old", raw))
+    same(tmp_path / "new", tmp_path / "old")
+
+
 def test_a_head_that_stays_at_home(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With accuracy per client, and what the run says at its end."""
     save_random_bert(tmp_path / "bert")
@@ -179,15 +196,11 @@ def test_a_head_that_stays_at_home(tmp_path: Path, texts: Path, capsys: pytest.C
     assert trained and other
     assert (rows["loss_personal"][trained] != rows["loss"][trained]).all()
     np.testing.assert_allclose(rows["loss_personal"][other], rows["loss"][other], rtol=1e-9)  # the initial part
-    assert set(rows) == {
-        "client_id",
-        "num_examples",
-        "tokens",
-        "loss",
-        "accuracy",
-        "loss_personal",
-        "accuracy_personal",
-    }
+    measured = ("loss", "accuracy", "loss_personal", "accuracy_personal")
+    ends = {f"{name}_{end}" for name in measured for end in ("low", "high")}
+    assert set(rows) == {"client_id", "num_examples", "tokens", *measured, *ends}
+    for name in measured:
+        assert (rows[f"{name}_low"] <= rows[name]).all() and (rows[name] <= rows[f"{name}_high"]).all()
     correct = rows["accuracy"] * rows["num_examples"]
     np.testing.assert_allclose(correct, np.rint(correct), atol=1e-12)
     out = capsys.readouterr().out

@@ -11,7 +11,7 @@ Who keeps something says the names of its tensors (`Keeper`); the file of a clie
 - modes centralized and local, `memory.<buffer>` and `memory.count`: its optimizer's memory (`fedhpc.training.memory`)
 - mode local and distillation, `theta`: its own payload (`OwnPayload`)
 - client.scaffold, `control`: its control variate (`fedhpc.training.rules.scaffold`)
-- personalization.parts, `personal`: its own part of the payload (`fedhpc.approaches.averaging.personal`)
+- personalization.parts, `personal.<tensor>`: its own part of the payload (`fedhpc.approaches.averaging.personal`)
 - transforms, their own names (`fedhpc.updates.transforms`)
 """
 
@@ -27,6 +27,8 @@ import numpy as np
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.results.files import DAMAGE, load_tensors, save_tensors
+
+PERSONAL = "personal"  # a client's own part of the payload, in its file
 
 
 class Keeper(Protocol):
@@ -64,12 +66,23 @@ def read(
     run_dir: Path, clients: Sequence[int], versions: Mapping[int, int], keepers: Iterable[Keeper]
 ) -> dict[str, Tensor]:
     """What each of K clients keeps in its version (0, or not named: it was never sampled): name -> (K, ...)."""
-    files = [load(run_dir, client, versions[client]) if versions.get(client) else {} for client in clients]
     owners = {name: keeper for keeper in keepers for name in keeper.keeps}
+    files = [
+        _by_name(load(run_dir, client, versions[client]), owners) if versions.get(client) else {} for client in clients
+    ]
     return {
         name: torch.stack([tensors[name] if name in tensors else keeper.initial(name) for tensors in files])
         for name, keeper in owners.items()
     }
+
+
+def _by_name(tensors: dict[str, Tensor], owners: Mapping[str, Keeper]) -> dict[str, Tensor]:
+    """A client's tensors; files of older versions have the personal part as one flat tensor, which is cut here."""
+    if PERSONAL not in tensors:
+        return tensors
+    initial = [(name, keeper.initial(name)) for name, keeper in owners.items() if name.startswith(f"{PERSONAL}.")]
+    parts = tensors[PERSONAL].split([tensor.numel() for _, tensor in initial])
+    return tensors | {name: part.view(first.shape) for (name, first), part in zip(initial, parts, strict=True)}
 
 
 def write(

@@ -210,7 +210,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """
         if self.config.mode != "local" or round_ == 0:
             theta = self._theta(transport, state).unsqueeze(0)
-            return self.split.join(theta, self.personal.initial()).to(self.base.device)
+            return self.split.join(theta, self.personal.initial_part).to(self.base.device)
         transport.barrier()  # another rank may have written the client's file
         clients = self.plan(round_).training
         rows = [client_state.load(self.config.run_dir, c, round_)["theta"] for c in clients]
@@ -235,7 +235,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
                 export(self.method, {name: view[i] for name, view in views.items()}, folder / str(client), config)
             write_client_names(folder, self.data.population.names)
         else:
-            views = layout.views(self.split.join(state.theta, self.personal.initial()))
+            views = layout.views(self.split.join(state.theta, self.personal.initial_part))
             export(self.method, views, folder, config)
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
         return FinalResults(

@@ -17,10 +17,9 @@ from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
 from fedhpc.training.block import Work, train_block
+from fedhpc.training.client_state import PERSONAL
 from fedhpc.training.local import LocalTraining
 from fedhpc.updates.layout import Layout, Split
-
-_PERSONAL = "personal"  # its name in a client's file
 
 
 class PersonalPart:
@@ -43,21 +42,31 @@ class PersonalPart:
         return self.split.apart(self.initial_payload())[1]
 
     @property
-    def keeps(self) -> tuple[str, ...]:
-        """Its name in a client's file."""
-        return (_PERSONAL,) if self.split.personal.shapes else ()
-
-    def initial(self, name: str = _PERSONAL) -> Tensor:
+    def initial_part(self) -> Tensor:
         """The personal part of a client that was never sampled (P - S,), on the CPU."""
         return self._initial
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The names of its tensors in a client's file."""
+        return tuple(f"{PERSONAL}.{name}" for name in self.split.personal.shapes)
+
+    def initial(self, name: str) -> Tensor:
+        """One of the tensors of a client that was never sampled."""
+        return self.split.personal.views(self._initial)[name.removeprefix(f"{PERSONAL}.")]
+
     def of_clients(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Each client's personal part (K, P - S), of what K clients keep; (1, 0) where there is none."""
-        return tensors[_PERSONAL] if self.keeps else self._initial.unsqueeze(0)
+        if not self.keeps:
+            return self._initial.unsqueeze(0)
+        return self.split.personal.flatten({n: tensors[f"{PERSONAL}.{n}"] for n in self.split.personal.shapes})
 
     def tensors_after(self, tensors: Mapping[str, Tensor], updates: Tensor) -> dict[str, Tensor]:
         """What the clients keep once their personal parts have moved by -`updates` (K, P - S)."""
-        return {_PERSONAL: tensors[_PERSONAL] - updates} if self.keeps else {}
+        if not self.keeps:
+            return {}
+        views = self.split.personal.views(self.of_clients(tensors) - updates)
+        return {f"{PERSONAL}.{name}": view for name, view in views.items()}
 
 
 def fine_tuned(
