@@ -111,9 +111,10 @@ def test_a_split_of_hidden_labels_is_as_one_that_is_not_there(tmp_path: Path, sp
         assert (len(data.train), len(held_out)) == (38, 2)
         assert held_out.prompts is not None and all(prompt.startswith("train") for prompt in held_out.prompts)
         value = "empty" if hidden in (None, "") else "-1"
+        way_out = "data.test=validation tests on that" if split == "test" else "data.validation can name another split"
         assert data.messages == [
-            f"data: '{tmp_path}' has no labels in its {split} split ('k' is {value} in all 6 rows; data.{split} can "
-            "name another split); 2 rows are held out of the training data for it, 38 are left"
+            f"data: '{tmp_path}' has no labels in its {split} split ('k' is {value} in all 6 rows; {way_out}); 2 rows "
+            "are held out of the training data for it, 38 are left"
         ]
     with pytest.raises(UserError, match=rf"data\.{split}: 'k' is {value} in all 6 rows; name a split that has labels"):
         read(tmp_path, **{split: f"{split}.jsonl"})

@@ -226,7 +226,9 @@ def _read_splits(
         if split != "train" and answers is not None and (reason := _hidden(tables, split, answers)):
             if name != split:
                 raise UserError(f"data.{split}: {reason}; name a split that has labels, or leave data.{split} out")
-            absent[split] = f"no labels in its {split} split ({reason}; data.{split} can name another split)"
+            others = split == "test" and "validation" in tables
+            way_out = f"data.{split}=validation tests on that" if others else f"data.{split} can name another split"
+            absent[split] = f"no labels in its {split} split ({reason}; {way_out})"
             del tables[split]
         if is_shard(Path(name_in_source)):
             messages.append(
