@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 
 from fedhpc import registry
+from fedhpc.approaches.prepare import prepare
 from fedhpc.config import Model
 from fedhpc.data import Data, load_data
 from fedhpc.data.labels import class_order, in_head
@@ -26,6 +27,9 @@ from fedhpc.models import load as models
 from fedhpc.models.base import Base
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from tests import federations, oracle
 from tests.federations import federate, table, tree, write_texts
 from tests.test_data import settings, words, write_jsonl
@@ -174,6 +178,22 @@ def test_amounts_are_said_to_be_classes(tmp_path: Path) -> None:
     assert data.messages == [
         "data.label: each of 3 values is a class of its own, also numbers like 0.5; amounts are not predicted here"
     ]
+
+
+def test_labels_that_are_the_same_tokens_are_refused(texts: Path, tmp_path: Path) -> None:
+    """A tokenizer of words knows neither; the likelihoods would be the same, and the first one always right."""
+    federations.save_random_t5(tmp_path / "t5")
+    write(tmp_path, train=["wrong", "right"], validation=["right"], test=["right"])
+    raw = tree(
+        texts,
+        model={"name": str(tmp_path / "t5")},
+        data={"source": str(tmp_path), "prompt": "{q}", "target": "{k}", "label": "k", "client": None},
+        partition={"num_clients": 1},
+        federation={"cohort_size": 1},
+        evaluation={"metrics": ["accuracy"]},
+    )
+    with pytest.raises(RefusedError, match=r"data\.label: .* has the same tokens for 'right' and 'wrong', so accuracy"):
+        prepare(federations.settings(tmp_path / "run", raw), LoopbackTransport(), Launch(), write_cache=False)
 
 
 # ---------------------------------------------------------------- a head that a model brings

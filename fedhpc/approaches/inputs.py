@@ -9,6 +9,7 @@ from typing import Any
 from fedhpc import objectives, registry
 from fedhpc.config import Config
 from fedhpc.data import Data
+from fedhpc.data.encoding import encode
 from fedhpc.data.load import template
 from fedhpc.errors import UserError
 from fedhpc.models.base import Base
@@ -82,4 +83,13 @@ def _label_targets(config: Config, model: type[Base], data: Data, tokenizer: Any
             f"evaluation.metrics: {of_labels[0]} is of choices between labels, so data.target must be made of the "
             f"label alone, like ' {{{config.data.label}}}'"
         )
-    return [target.render({str(config.data.label): name}) for name in data.train.label_names]
+    targets = [target.render({str(config.data.label): name}) for name in data.train.label_names]
+    first: dict[tuple[int, ...], str] = {}
+    for name, ids in zip(data.train.label_names, encode(tokenizer, targets)[0], strict=True):
+        other = first.setdefault(tuple(ids), name)
+        if other != name:
+            raise UserError(
+                f"data.label: the tokenizer of '{config.model.name}' has the same tokens for '{other}' and '{name}', "
+                f"so {of_labels[0]} cannot tell them apart; give the classes other names, in a column of their own"
+            )
+    return targets
