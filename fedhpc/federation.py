@@ -35,10 +35,14 @@ def run_round(
     wire_bytes, fitted, clock = transport.wire_bytes, approach.clients_that_fit, Clock()
     with clock("broadcast"):
         plan = approach.plan(round_)
+        transport.progress.begin(round_, len(plan.training))
         download = approach.download(transport, server_state, plan)
     with clock("local"):
         blocks = approach.blocks_of(plan, approach.topology.worker_of(transport.rank))
-        results = [r for block in blocks for r in approach.local_in_parts(plan, block.clients, download)]
+        results = []
+        for block in blocks:
+            results += approach.local_in_parts(plan, block.clients, download)
+            transport.progress.finish(len(block.clients))
     with clock("reduce"):
         combined = approach.combine(transport, plan, results)
         reports = collect(transport, plan, results, approach, fitted, clock.seconds("local"), wire_bytes)
@@ -69,6 +73,7 @@ def run(
 
     `writing` is held while rank 0 writes its files: who holds it for good keeps the run directory as it is.
     """
+    approach.progress = transport.progress
     with ExitStack() as stack:
         round_, server = _begin(approach, transport, fresh, on_round, writing or nullcontext(), stack)
         server_state = server.state if server else None
@@ -79,6 +84,7 @@ def run(
                 record = _evaluated(approach, transport, server_state, round_, record)
             if server and record:
                 server.record(record)
+        transport.progress.activity = "test"
         results = approach.finish(transport, server_state)
         if server and results:
             server.finish(results)
@@ -119,6 +125,7 @@ def _evaluated(
 ) -> RoundRecord | None:
     """The record with the evaluation after the round. Collective."""
     began = time.perf_counter()
+    transport.progress.activity = "evaluation"
     outcome = approach.evaluate(transport, server_state, round_)
     if record is None or outcome is None:
         return record
@@ -185,7 +192,7 @@ def _observers(
         on_round(round_)
 
     recorder = Recorder(run, opening.results, state, config.checkpoint.every, writing, saved)
-    observers: list[Observer] = [recorder, Progress(run.rounds, opening.round)]
+    observers: list[Observer] = [recorder, Progress(run.rounds, opening.round, approach.progress)]
     for options in config.trackers:
         tracker: type[Tracker] = registry.choice("trackers", options.name, "trackers.name")
         observers.append(Guarded(options.name, partial(tracker, options, run, opening.round), observers[:2]))

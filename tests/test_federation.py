@@ -22,6 +22,7 @@ from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.round_progress import RoundProgress
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.report.__main__ import main as report_main
 from fedhpc.results.checkpoint import save_checkpoint
@@ -714,6 +715,25 @@ def test_local_results_have_a_client_axis(tmp_path: Path, texts: Path) -> None:
     assert len(trained) == 5
     assert final(tmp_path)["prompt_embeddings"].shape[0] == 5
     assert sorted(int(folder.name) for folder in (tmp_path / "adapter").iterdir()) == trained
+
+
+@pytest.mark.parametrize("name", ["federated", "local"])
+def test_a_round_counts_its_clients_while_they_train(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    parts: dict[int, list[float]] = defaultdict(list)
+
+    def add(self: RoundProgress, clients: float) -> None:
+        parts[self.round].append(clients)
+
+    monkeypatch.setattr(RoundProgress, "add", add)
+    raw = mode(texts, name) if name == "local" else tree(texts, federation={"rounds": 2, "dropout": 0.3})
+    federate(settings(tmp_path, raw))
+    clients = pandas.DataFrame(table(tmp_path, "clients"))
+    trained = clients[clients["status"] == 0].groupby("round").size()
+    assert len(trained) > 1 or name == "local"
+    for round_, count in trained.items():
+        assert sum(parts[round_]) == pytest.approx(count) and len(parts[round_]) > 1
 
 
 def test_natural_clients_are_called_by_their_names(tmp_path: Path, texts: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from fedhpc.config import load as load_config
+from fedhpc.ranks.round_progress import RoundProgress
 from fedhpc.report import costs
 from fedhpc.report.__main__ import main
 from fedhpc.report.plots import compared_loss, compared_test, learning_curve
@@ -400,6 +403,43 @@ def test_progress_in_a_log_is_one_line_a_round(capsys: pytest.CaptureFixture[str
 
 
 # ---------------------------------------------------------------- costs and axes
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_the_round_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", screen := _Terminal())
+    progress = RoundProgress()
+    display = Progress(3, 0, progress)
+
+    def drawn() -> str:
+        screen.truncate(0)
+        assert display._live is not None
+        display._live.refresh()
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+
+    try:
+        progress.activity = "evaluation"
+        assert "evaluation ..." in drawn() and "clients of" not in drawn()
+        progress.begin(1, 5)
+        assert re.search(r"clients of round 1 .* 0/5", drawn()) and "evaluation" not in drawn()
+        progress.add(1.5)
+        progress.hear(1, [1, 2.0])
+        progress.hear(2, [0, 4.0])  # of the round before
+        assert re.search(r"clients of round 1 .* 3/5", drawn())  # 3.5 of them
+        assert re.search(r"rounds .* 0/3", drawn())
+        progress.finish(2)
+        progress.hear(2, [1, 1.0])
+        assert re.search(r"clients of round 1 .* 5/5", drawn())
+    finally:
+        screen.truncate(0)
+        display.close()
+    assert "clients of" not in screen.getvalue()
 
 
 def test_what_was_spent_until_a_loss() -> None:

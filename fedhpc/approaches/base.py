@@ -29,6 +29,7 @@ from fedhpc.participation.blocks import joined, most_together, resolve_block_siz
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.participation.schedules.base import Schedule
+from fedhpc.ranks.round_progress import RoundProgress
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.server.state import ServerState
@@ -100,6 +101,8 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         self.placement = inputs.placement
         #: How many clients this rank has memory for at a time; None while no block was too large.
         self.clients_that_fit: int | None = None
+        #: How far a round has come; the round loop puts that of its transport here.
+        self.progress = RoundProgress()
 
     def evaluator(self, transport: Transport) -> Evaluator:
         """What measures payloads of the base."""

@@ -76,6 +76,7 @@ class Liveness:
         self._evidence: _Evidence | None = None
         self._decide_at = 0.0
         self._beat_at = 0.0
+        self._reported: list[float] = []  # what rank 0 was told last of this rank's progress
         self._done_sent = False
         self._thread: threading.Thread | None = None
 
@@ -164,6 +165,8 @@ class Liveness:
                 self._accuse(_Evidence(*message["fail"]))
             elif "exit" in message:
                 self._obey(_Evidence(*message["exit"]))
+            elif "progress" in message:
+                self._transport.progress.hear(rank, message["progress"])
             else:
                 peer.done = True
         if alive:
@@ -186,6 +189,10 @@ class Liveness:
         if now >= self._beat_at:
             self._beat_at = now + self._interval_s
             self._star.beat()
+            report = self._transport.progress.report()
+            if self._rank > 0 and report != self._reported:
+                self._reported = report
+                self._star.send(0, {"progress": report})
         for rank, peer in self._star.peers.items():
             if now > peer.heard + self._timeout_s:
                 self._lose(rank, f"rank {rank} was silent for {self._timeout_s:g} s: stopped or cut off", silent=True)

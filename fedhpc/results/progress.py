@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from typing import Protocol
 
 from rich import progress
 from rich.console import Console, Group
@@ -17,18 +18,36 @@ from rich.text import Text
 from fedhpc.results.record import FinalResults, RoundRecord
 
 
-class Progress:
-    """The display of a run of `rounds` rounds, `start_round` of which were done before (resume)."""
+class UnderWay(Protocol):
+    """How far the round has come that has begun (fedhpc.ranks.round_progress)."""
 
-    def __init__(self, rounds: int, start_round: int = 0) -> None:
+    @property
+    def round(self) -> int: ...
+    @property
+    def clients(self) -> int: ...  # that train in it
+    @property
+    def done(self) -> float: ...  # of these
+    @property
+    def activity(self) -> str: ...  # what goes on instead, like "evaluation"; empty while clients train
+
+
+class Progress:
+    """The display of a run of `rounds` rounds, `start_round` of which were done before (resume).
+
+    under_way: what is shown on a terminal of the round that has begun; read whenever the display is drawn.
+    """
+
+    def __init__(self, rounds: int, start_round: int = 0, under_way: UnderWay | None = None) -> None:
         self._rounds = rounds
+        self._under_way = under_way
+        self._above: list[Text] = []  # the line of the last round, where the next one takes its row
         self._start = start_round
         self._began = time.monotonic()
         self._live: Live | None = None
         console = Console(file=sys.stdout, highlight=False)
         if sys.stdout.isatty() and not console.is_dumb_terminal:
             self._bar = progress.Progress(
-                progress.TextColumn("rounds"),
+                progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=None),
                 progress.MofNCompleteColumn(),
                 progress.TimeElapsedColumn(),
@@ -36,8 +55,9 @@ class Progress:
                 console=console,
                 expand=True,
             )
-            self._task = self._bar.add_task("", total=rounds, completed=start_round, left="")
-            self._live = Live(self._bar, console=console, redirect_stderr=False)
+            self._task = self._bar.add_task("rounds", total=rounds, completed=start_round, left="")
+            self._inner = self._bar.add_task("", total=0, left="", visible=False)
+            self._live = Live(get_renderable=self._drawn, console=console, redirect_stderr=False)
             self._live.start()
             # A watchdog may end the process without a chance to bring a hidden cursor back.
             console.show_cursor(True)
@@ -65,11 +85,10 @@ class Progress:
             print(text, flush=True)
             return
         self._bar.update(self._task, completed=done, left=self._left(done))
-        if not record.metrics:
-            self._live.update(Group(Text(text, overflow="ellipsis", no_wrap=True), self._bar))
-        else:
-            self._live.update(self._bar)
+        self._above = [] if record.metrics else [Text(text, overflow="ellipsis", no_wrap=True)]
+        if record.metrics:
             self._live.console.print(Text(text))
+        self._live.refresh()
 
     def finish(self, results: FinalResults) -> None:
         """Print the results of the whole run, beside those of the untouched base."""
@@ -86,8 +105,20 @@ class Progress:
     def close(self) -> None:
         """Leave the last state of the display on the screen. May be called twice."""
         if self._live is not None:
+            self._under_way = None
+            self._bar.update(self._inner, visible=False)
             self._live.stop()
             self._live = None
+
+    def _drawn(self) -> Group:
+        """What stands on the terminal now: the last line, the round under way, and all rounds."""
+        lines, now = list(self._above), self._under_way
+        if now is not None:
+            trains = bool(now.clients) and not now.activity
+            title = f"clients of round {now.round}"
+            self._bar.update(self._inner, description=title, total=now.clients, completed=now.done, visible=trains)
+            lines += [Text(f"{now.activity} ...")] if now.activity else []
+        return Group(*lines, self._bar)
 
     def _left(self, done: int) -> str:
         if not self._start < done < self._rounds:

@@ -16,7 +16,7 @@ T is the size of the method's trainable, P that of its payload; they differ wher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -74,11 +74,13 @@ def train_block(
     local: LocalTraining,
     memory: Memory | None = None,
     corrections: Tensor | None = None,
+    on_step: Callable[[float], None] = lambda clients: None,
 ) -> Trained:
     """Train the clients `works`, each from its row of `starts`.
 
     starts: payloads, (1, P) for one start that all share, or (K, P). memory: of optimizers that go on; fresh ones where
     None, as FedAvg has it. corrections (K, T): added to every gradient of a client (`fedhpc.training.rules.scaffold`).
+    on_step: told after each step which part of the block's clients it was: a client with six steps counts a sixth.
     """
     clients = _Clients(works, local)
     model = _Model(base, method, objective, clients, starts, local)
@@ -100,6 +102,7 @@ def train_block(
             counts, rates = _on_device(count[:active], clients.rates_of(number, active), parameters)
             of_active = {name: buffer[:active] for name, buffer in buffers.items()}
             local.optimizer.step(parameters[:active], gradient[:active], of_active, counts, rates)
+        on_step(float((1.0 / clients.steps[:active]).sum()))
         del step  # before the next one takes memory too: what teachers say of a step can be large
 
     with torch.no_grad():

@@ -134,7 +134,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return broadcast_versions(transport, state, clients) if self.keeps_client_state else {}
 
     def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
-        return self.training.train(plan.round, clients, down)
+        return self.training.train(plan.round, clients, down, self.progress.add)
 
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Upload]]) -> Combined | None:
         """Aggregate the accepted updates of all ranks: server.aggregator on a `Cohort`, where FedAvg's sum is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,9 @@ class BlockTraining:
         numbers = [self.method.numbers_sent(client) - self.split.personal.size for client in clients]
         return self.personal.dtype.itemsize * np.array(numbers, dtype=np.int64)
 
-    def train(self, round_: int, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
+    def train(
+        self, round_: int, clients: Sequence[int], down: Download, on_step: Callable[[float], None]
+    ) -> BlockResult[Upload]:
         """Train `clients` together and write what they keep. UserError where a client on its own diverged."""
         config = self.config
         tensors = client_state.read(config.run_dir, clients, down.versions, self.keepers)
@@ -96,6 +98,7 @@ class BlockTraining:
             LocalTraining.of(config, round_, self.rounds),
             None if self._memory is None else Memory.of(tensors),
             None if down.control is None else scaffold.corrections(tensors, down.control),
+            on_step,
         )
         changes = None
         if down.control is not None:

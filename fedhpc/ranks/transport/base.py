@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.round_progress import RoundProgress
 
 JSON_LIMIT_BYTES = 64 * 2**20
 MOVABLE = (
@@ -56,6 +57,8 @@ class Transport(ABC):
         self.rank = rank
         self.world_size = world_size
         self.wire_bytes = 0
+        #: How far the round has come, for the screen.
+        self.progress = RoundProgress()
         #: The ranks that share an evaluation.
         self.evaluators: tuple[int, ...] = tuple(range(world_size))
 
