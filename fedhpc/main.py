@@ -1,9 +1,10 @@
 """Run a federation.
 
-    torchrun --nproc_per_node=8 -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--check] [--where] [--fresh]
+    python -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--ranks N] [--check] [--where] [--fresh]
     python -m fedhpc.main ... --check ranks=8,64,512     a forecast for these numbers of ranks
     python -m fedhpc.main ...                  one process
     python -m fedhpc.main ... --ranks 3        3 processes of this machine, without a launcher
+    torchrun --nproc_per_node=8 -m fedhpc.main ...       torchrun, also on several machines
     mpiexec -n 4 python -m fedhpc.main ...     MPI
     srun python -m fedhpc.main ...             Slurm
 

@@ -295,6 +295,21 @@ def test_ctrl_c_on_one_process(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ctrl_c_under_torchrun_says_what_is_kept_before_its_traceback(whole: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tmp_path / "run")
+    with start(2, path, "torchrun") as running:
+        running.wait_for("round 2/")
+        os.killpg(running.processes[0].pid, signal.SIGINT)  # as a terminal does
+        (result,) = running.wait(60)
+    rounds = state(tmp_path / "run")["round"]
+    kept = f"fedhpc: interrupted; {rounds} rounds are kept in {tmp_path / 'run'}, the same command goes on from there"
+    line = f"{kept}; the traceback that follows is torchrun's own\n"
+    assert result.code == 1 and result.err.count("fedhpc: ") == 1
+    assert 0 <= result.err.index(line) < result.err.index("Traceback")
+    resumes(whole, path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["env", "mpiexec"])
 def test_a_mistake_that_a_worker_finds(tmp_path: Path, launcher: Launcher) -> None:
     path = write(

@@ -191,8 +191,12 @@ def _announce(saved: SavedRounds, is_server: bool, code: int, reason: str) -> No
     saved.freeze()
     if not is_server:
         saved.reread()
-    progress = "" if saved.last is None else f"; {saved.last} rounds are kept, the same command goes on from there"
-    line = f"{reason}{progress}" if code == PREEMPTED else f"error: {reason}"
+    progress = (
+        "nothing was changed"
+        if saved.last is None
+        else f"{saved.last} rounds are kept in {saved.directory}, the same command goes on from there"
+    )
+    line = f"{reason}; {progress}{startup.traceback_follows()}" if code == PREEMPTED else f"error: {reason}"
     print(f"fedhpc: {line}", file=sys.stderr, flush=True)
     saved.record_end(code, reason)
 

@@ -26,6 +26,11 @@ SIGNALS = {
 _TICK_S = 0.5
 
 
+def traceback_follows() -> str:
+    """What to say of the traceback that torchrun prints whenever its ranks end early; nothing without torchrun."""
+    return "; the traceback that follows is torchrun's own" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
 @contextlib.contextmanager
 def guarded(launch: Launch) -> Iterator[None]:
     """Inside this context a signal ends the process with exit code 75, and the death of its launcher with 1."""
@@ -36,7 +41,7 @@ def guarded(launch: Launch) -> Iterator[None]:
 
     def leave(code: int, reason: str) -> None:
         if launch.rank == 0:
-            sys.stderr.write(f"fedhpc: {reason} while starting; nothing was changed\n")
+            sys.stderr.write(f"fedhpc: {reason} while starting; nothing was changed{traceback_follows()}\n")
             sys.stderr.flush()
         os._exit(code)
 
