@@ -65,6 +65,10 @@ class WithHead(Method):
         return self.method.virtual_tokens
 
     @property
+    def messages(self) -> list[str]:
+        return self.method.messages
+
+    @property
     def finite_difference_step(self) -> float | None:
         return self.method.finite_difference_step
 

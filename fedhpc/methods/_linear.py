@@ -2,27 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
+from fedhpc.models.base import Predictor
 
 if TYPE_CHECKING:
     from fedhpc.models.base import Base
+
+# Rows, and tokens of their prompts and targets, on which layers are watched. All but the first token are supervised, so
+# that no layer leaves any out.
+_ROWS, _PROMPT, _TARGET = 3, 1, 22
 
 
 def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
     """Path -> linear layer whose path ends with one of `names`, in the model's order, as PEFT matches them.
 
     The head, which is trained as it is, does not count. UserError with the names that there are where one matches
-    nothing.
+    nothing, and where a layer does not see the tokens of each row, so that no row could have factors of its own.
     """
     linear = {path: module for path, module in base.model.named_modules() if features(module) and path not in base.head}
     for name in names:
         if not any(ends_with(path, name) for path in linear):
-            there = sorted({path.rsplit(".", 1)[-1] for path in linear})
+            output = getattr(base.model, "get_output_embeddings", lambda: None)()
+            there = sorted({path.rsplit(".", 1)[-1] for path, module in linear.items() if module is not output})
             raise UserError(f"{key}: the model has no linear layer named {name}; it has: {', '.join(there)}")
-    return {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
+    found = {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
+    _require_rows(base, found, key)
+    return found
+
+
+def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
+    """UserError where a layer is part of the output layer, or an expert: it sees some tokens of a batch, not its rows.
+
+    Found by watching the layers while the base reads and predicts a few tokens. A layer that no text passes through,
+    as in a tower for images, is left alone.
+    """
+    whole = {_ROWS * length for length in (_PROMPT, _TARGET, _PROMPT + _TARGET)}  # of encoders, decoders, or both
+    seen: dict[str, set[int]] = {path: set() for path in layers}
+    with torch.no_grad():
+        with _watched(layers, seen):
+            states = base.read_some(_ROWS, _PROMPT, _TARGET)
+        in_output: dict[str, set[int]] = {path: set() for path in layers}
+        if isinstance(base, Predictor):
+            with _watched(layers, in_output):
+                base.logits(states)
+    for path in layers:
+        name = path.rsplit(".", 1)[-1]
+        if in_output[path]:
+            raise UserError(
+                f"{key}: {name} is the output layer, which is given the supervised tokens of all clients together",
+                key=key, remedy="leave it out",
+            )  # fmt: skip
+        if not seen[path] <= whole:
+            raise UserError(
+                f"{key}: {path} is an expert, which is given the tokens that are sent to it and not each client's rows",
+                key=key, remedy="choose layers that all tokens pass through, such as those of attention",
+            )  # fmt: skip
+
+
+@contextmanager
+def _watched(layers: Mapping[str, Any], seen: Mapping[str, set[int]]) -> Iterator[None]:
+    """Note how many tokens each layer is given at once."""
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, path=path: seen[path].add(inputs[0][..., 0].numel()))
+        for path, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def names_of_experts(base: Base) -> set[str]:
+    """The names that linear layers of routed experts have in files, where the model holds those of a layer as one."""
+    held = {path.rsplit(".", 1)[-1] for path, p in base.model.named_parameters() if p.ndim == 3}
+    return held & {"down_proj"} | ({"gate_proj", "up_proj"} if "gate_up_proj" in held else set())
+
+
+def unreached(base: Base, names: Sequence[str]) -> list[str]:
+    """What to say, for the log, of layers by these names that are parts of routed experts, and so left as they are."""
+    shared = sorted({name for name in names if name.rsplit(".", 1)[-1] in names_of_experts(base)})
+    return [
+        f"method: {name} are those of shared experts and dense layers alone: the routed experts of "
+        f"'{base.model.config.model_type}', whose weights are held as one, are not adapted"
+        for name in shared
+    ]
 
 
 def is_conv1d(module: Any) -> bool:

@@ -25,7 +25,7 @@ from pydantic import Field
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._architectures import architecture
-from fedhpc.methods._linear import by_row, ends_with, features, find_layers, widths
+from fedhpc.methods._linear import by_row, ends_with, features, find_layers, unreached, widths
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
@@ -53,6 +53,10 @@ class Adapter(Method):
         )
 
     options: Options
+
+    @property
+    def messages(self) -> list[str]:
+        return unreached(self.base, self.options.feed_forward or [architecture(self.base).feed_forward_output])
 
     @cached_property
     def _layers(self) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class Method(ABC):
         return 0
 
     @property
+    def messages(self) -> list[str]:
+        """What the log says of it before the first round, such as what it leaves alone."""
+        return []
+
+    @property
     def finite_difference_step(self) -> float | None:
         """How far to either side the loss is taken where local training differentiates numerically.
 

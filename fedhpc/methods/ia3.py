@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._architectures import architecture
-from fedhpc.methods._linear import by_row, find_layers, is_conv1d, widths
+from fedhpc.methods._linear import by_row, find_layers, is_conv1d, unreached, widths
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
@@ -40,6 +40,10 @@ class IA3(Method):
     def inputs(self) -> list[str]:
         """Names of the layers whose input is rescaled."""
         return self.options.inputs or [architecture(self.base).feed_forward_output]
+
+    @property
+    def messages(self) -> list[str]:
+        return unreached(self.base, [*self.outputs, *self.inputs])
 
     @cached_property
     def _layers(self) -> dict[str, tuple[Any, bool]]:

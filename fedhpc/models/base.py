@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.data.tokens import Examples, Join, Row
+from fedhpc.data.tokens import Examples, Join, Row, Tokens, examples_from
 from fedhpc.lazy import Tensor, torch
 
 Int64 = NDArray[np.int64]
@@ -221,6 +221,16 @@ class Base(ABC):
     def activations(self, ids: Sequence[int]) -> list[Tensor]:
         """Keys and values of every layer on a text (n tokens): 2 * layers tensors (kv_heads, n, head_dim)."""
 
+    def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
+        """What the network makes of so many rows of any tokens, as training has them, with nothing attached.
+
+        prompt, target: tokens of each row.
+        """
+        ids = torch.from_numpy(_any_tokens(self, rows * (prompt + target)).astype(np.int64)).view(rows, -1)
+        ids = ids.to(self.device)
+        states: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        return states
+
     def peft_prefix(self, prefix: Tensor) -> tuple[Tensor, dict[str, int]]:
         """A prefix (n, layers * 2 * kv_heads * head_dim) as PEFT lays it out, and the keys that say so."""
         return prefix, {"num_layers": self.num_layers, "num_transformer_submodules": 1}
@@ -255,6 +265,16 @@ class Predictor(Base):
     def logits(self, states: Tensor) -> Tensor:
         """states (..., D) -> logits (..., V)."""
 
+    def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
+        """The `states` of so many rows of any tokens."""
+        tokens = Tokens(
+            _any_tokens(self, rows * (prompt + target)),
+            np.arange(rows + 1) * (prompt + target),
+            np.full(rows, prompt, np.int32),
+        )
+        examples = examples_from(tokens, labels=np.zeros(rows, np.int32), label_names=["a", "b"])
+        return self.states(Attached(), self.batch(examples, np.arange(rows)))
+
     def frozen_head(self) -> Tensor | None:
         """The weight (V, D) of an output layer that is one product and not trained, in full precision, else None."""
         return None
@@ -284,6 +304,12 @@ class Predictor(Base):
         self, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
     ) -> Tensor:
         """Scores (len(part), width) of the rows `part`, higher is better. Call it without gradients."""
+
+
+def _any_tokens(base: Base, count: int) -> NDArray[np.int32]:
+    """Ids behind the first few, which are often special."""
+    vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
+    return (5 + np.arange(count, dtype=np.int32)) % vocabulary
 
 
 def padded(rows: Sequence[np.ndarray], fill: int) -> tuple[np.ndarray, np.ndarray]:

@@ -84,6 +84,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return super().most_together if self.method.shares_base else 1
 
     @property
+    def messages(self) -> list[str]:
+        return [*super().messages, *self.method.messages]
+
+    @property
     def moves_server(self) -> bool:
         # In mode local every client trains alone.
         return self.config.mode != "local"

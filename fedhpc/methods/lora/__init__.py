@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods._architectures import architecture
-from fedhpc.methods._linear import find_layers, is_conv1d, widths
+from fedhpc.methods._linear import find_layers, is_conv1d, names_of_experts, unreached, widths
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.methods.lora.average import Average
 from fedhpc.methods.lora.exact import Exact
@@ -69,6 +70,7 @@ class Lora(Method):
         super().__init__(options, base, seed)
         self.targets = options.targets or architecture(base).queries_and_values
         self._layers = find_layers(base, self.targets, "method.targets")
+        _require_own_names(base, self.targets)
         sizes = {path: widths(layer) for path, layer in self._layers.items()}
         rank, self._scale = max(options.ranks or [options.rank]), options.alpha / options.rank
         self._rule = _RULES[options.aggregation](Factors(sizes, rank, self._scale, seed), options, base)
@@ -80,6 +82,10 @@ class Lora(Method):
     @property
     def trainable(self) -> Layout:
         return self._rule.trainable
+
+    @property
+    def messages(self) -> list[str]:
+        return unreached(self.base, self.targets)
 
     def initial(self) -> Tensors:
         return self._rule.initial()
@@ -124,3 +130,23 @@ class Lora(Method):
             "fan_in_fan_out": any(is_conv1d(layer) for layer in self._layers.values()),
         }
         self.write_adapter(path, config, {f"base_model.model.{name}": t for name, t in tensors.items()})
+
+
+def _require_own_names(base: Base, targets: Sequence[str]) -> None:
+    """UserError where PEFT takes a name for that of the routed experts, so that the export would be something else.
+
+    transformers holds the weights of all experts of a layer as one parameter. For the families that it converts as
+    Qwen2-MoE, PEFT (0.21) takes the names that these weights have in files, like down_proj, for the parameters, and no
+    longer for layers of that name.
+    """
+    from transformers import conversion_mapping
+
+    kind = base.model.config.model_type
+    converted = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: "qwen2_moe"})
+    shared = sorted({name for name in targets if name.rsplit(".", 1)[-1] in names_of_experts(base)})
+    if shared and converted.get(kind) == "qwen2_moe":
+        raise UserError(
+            f"{', '.join(shared)} is also a name of the routed experts of '{kind}', and PEFT would put what was "
+            "trained there and not into these layers",
+            key="method.targets", remedy="choose layers of attention, or others whose name no expert has",
+        )  # fmt: skip
