@@ -30,9 +30,9 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
             output = getattr(base.model, "get_output_embeddings", lambda: None)()
             there = sorted({path.rsplit(".", 1)[-1] for path, module in linear.items() if module is not output})
             raise UserError(f"{key}: the model has no linear layer named {name}; it has: {', '.join(there)}")
-    found = {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
-    _require_rows(base, found, key)
-    return found
+    matching = {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
+    _require_rows(base, matching, key)
+    return matching
 
 
 def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
@@ -41,7 +41,7 @@ def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
     Found by watching the layers while the base reads and predicts a few tokens. A layer that no text passes through,
     as in a tower for images, is left alone.
     """
-    whole = {_ROWS * length for length in (_PROMPT, _TARGET, _PROMPT + _TARGET)}  # of encoders, decoders, or both
+    every_token = {_ROWS * length for length in (_PROMPT, _TARGET, _PROMPT + _TARGET)}  # of encoders, decoders, or both
     seen: dict[str, set[int]] = {path: set() for path in layers}
     with torch.no_grad():
         with _watched(layers, seen):
@@ -57,7 +57,7 @@ def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
                 f"{key}: {name} is the output layer, which is given the supervised tokens of all clients together",
                 key=key, remedy="leave it out",
             )  # fmt: skip
-        if not seen[path] <= whole:
+        if not seen[path] <= every_token:
             raise UserError(
                 f"{key}: {path} is an expert, which is given the tokens that are sent to it and not each client's rows",
                 key=key, remedy="choose layers that all tokens pass through, such as those of attention",

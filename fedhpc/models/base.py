@@ -222,7 +222,7 @@ class Base(ABC):
         """Keys and values of every layer on a text (n tokens): 2 * layers tensors (kv_heads, n, head_dim)."""
 
     def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
-        """What the network makes of so many rows of any tokens, as training has them, with nothing attached.
+        """What the network makes of rows of any tokens, as training has them, with nothing attached.
 
         prompt, target: tokens of each row.
         """
@@ -266,7 +266,7 @@ class Predictor(Base):
         """states (..., D) -> logits (..., V)."""
 
     def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
-        """The `states` of so many rows of any tokens."""
+        """The `states` of rows of any tokens."""
         tokens = Tokens(
             _any_tokens(self, rows * (prompt + target)),
             np.arange(rows + 1) * (prompt + target),

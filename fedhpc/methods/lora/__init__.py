@@ -70,7 +70,7 @@ class Lora(Method):
         super().__init__(options, base, seed)
         self.targets = options.targets or architecture(base).queries_and_values
         self._layers = find_layers(base, self.targets, "method.targets")
-        _require_own_names(base, self.targets)
+        _require_names_of_layers(base, self.targets)
         sizes = {path: widths(layer) for path, layer in self._layers.items()}
         rank, self._scale = max(options.ranks or [options.rank]), options.alpha / options.rank
         self._rule = _RULES[options.aggregation](Factors(sizes, rank, self._scale, seed), options, base)
@@ -132,7 +132,7 @@ class Lora(Method):
         self.write_adapter(path, config, {f"base_model.model.{name}": t for name, t in tensors.items()})
 
 
-def _require_own_names(base: Base, targets: Sequence[str]) -> None:
+def _require_names_of_layers(base: Base, targets: Sequence[str]) -> None:
     """UserError where PEFT takes a name for that of the routed experts, so that the export would be something else.
 
     transformers holds the weights of all experts of a layer as one parameter. For the families that it converts as
