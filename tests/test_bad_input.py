@@ -475,7 +475,13 @@ def test_a_tokenizer_larger_than_the_model(capfd: pytest.CaptureFixture[str]) ->
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"new{i}" for i in range(99)])
     tokenizer.save_pretrained(folder)
-    says(refused(capfd, [write(small(model={"name": "./model"}))]), "do not belong together")
+    raw = small(model={"name": "./model"})
+    assert main([write(raw), "--check"]) == 0  # no text has one of the new tokens
+    words = ("example 1 of train", "name = 0 new7 :", "the token 'new7'", "take it out")
+    says(refused(capfd, [write({**raw, "data": {**raw["data"], "prompt": "{mr} new7 :"}})]), "model.name", *words)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    says(refused(capfd, [write(raw)]), "model.name", "'[PAD]'", "do not belong together")
 
 
 @pytest.mark.parametrize(

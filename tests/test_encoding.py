@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedhpc.config import Model
 from fedhpc.data.encoding import _keeps_words_apart, behind, encode, marked, unmarked
 from fedhpc.data.templates import parse
-from fedhpc.data.tokens import answers_behind, tokenize
+from fedhpc.data.tokens import Examples, answers_behind, examples_from, tokenize
 from fedhpc.errors import UserError
+from fedhpc.methods._text import first_tokens
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier
-from fedhpc.models.load import BUILTIN
+from fedhpc.models.load import BUILTIN, check_tokens, load_base
 from fedhpc.models.seq2seq import Seq2Seq
 
 SENTENCES = [
@@ -286,3 +290,48 @@ def test_encoder_decoders_put_nothing_twice_around_a_text() -> None:
     assert np.array_equal(once.ids, twice.ids) and once.ids.tolist().count(1) == 2
     kept = tokenize(["is </s> it"], [" yes"], ["f:1"], tokenizer, 32, Seq2Seq)
     assert kept.ids.tolist().count(1) == 2 and kept.spelled.tolist() == [True]
+
+
+# ---------------------------------------------------------------- tokens that the model does not embed
+
+
+def gemma(folder: Path, **tokens: Any) -> str:
+    """A model with the built-in tokenizer and one token more than it embeds."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=802, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, head_dim=8,
+        num_key_value_heads=1, max_position_embeddings=96, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    tokenizer = builtin()
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.save_pretrained(folder)
+    assert len(tokenizer) == 803
+    return str(folder)
+
+
+def test_a_token_more_than_the_embeddings_is_fine_where_no_text_has_it(tmp_path: Path) -> None:
+    folder = gemma(tmp_path / "m", additional_special_tokens=["<image_soft_token>"])
+    base = load_base(Model(name=folder), torch.device("cpu"))
+    assert base.num_embedded == 802
+
+    def examples(prompt: str, tokenizer: Any = base.tokenizer) -> Examples:
+        texts = [marked(text, tokenizer) for text in ("it is", prompt)]
+        return examples_from(tokenize(texts, [" no", " yes"], ["f:1", "f:2"], tokenizer, 64, CausalLM))
+
+    check_tokens(base, examples("is it red?"), "train")
+    check_tokens(base, examples("is it a token?" * 9), "train")
+    with pytest.raises(UserError, match=r"example 2 of test, .* has the token '<image_soft_token>', .* embeds 802"):
+        check_tokens(base, examples("is <image_soft_token> red?"), "test")
+    with pytest.raises(UserError, match=r"method\.init_text: .* does not embed its token '<image_soft_token>'"):
+        first_tokens(base, "a <image_soft_token>", 4)
+
+
+@pytest.mark.parametrize("part", ["bos", "eos", "pad"])
+def test_a_special_token_that_was_added_without_an_embedding_is_refused(tmp_path: Path, part: str) -> None:
+    folder = gemma(tmp_path / "m", **{f"{part}_token": "[NEW]"})
+    with pytest.raises(UserError, match=rf"803 tokens .* only 802, without its {part} token '\[NEW\]'") as error:
+        load_base(Model(name=folder), torch.device("cpu"))
+    assert "\n" not in str(error.value)

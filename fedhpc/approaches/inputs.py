@@ -13,7 +13,7 @@ from fedhpc.data.encoding import encode
 from fedhpc.data.load import template
 from fedhpc.errors import UserError
 from fedhpc.models.base import Base
-from fedhpc.models.load import check_length, load_base, load_tokenizer, model_class
+from fedhpc.models.load import check_length, check_tokens, load_base, load_tokenizer, model_class
 from fedhpc.objectives.base import Objective
 from fedhpc.participation.sampling import cohort_size, num_rounds
 from fedhpc.ranks.devices import device_of
@@ -51,6 +51,8 @@ def load_inputs(
     data = read(config, load_tokenizer(config.model), model, write_cache)
     base = load_base(config.model, device_of(launch), data.train.label_names, config.run.seed)
     check_length(base, config.data.max_length, virtual=0)
+    for split, examples in data.splits.items():
+        check_tokens(base, examples, split)
     size = cohort_size(config, data.population)
     if config.federation.min_cohort > size:
         raise UserError(f"federation.min_cohort is {config.federation.min_cohort}, but only {size} are sampled")

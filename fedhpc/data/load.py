@@ -59,6 +59,12 @@ class Data:
     fingerprint: str  # hash of the content of all splits: a resumed run must find the same
     public: Examples | None = None  # the public set, of runs that have one
 
+    @property
+    def splits(self) -> dict[str, Examples]:
+        """The examples of each split by its name, the public set among them."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test, "public": self.public}
+        return {name: examples for name, examples in splits.items() if examples is not None}
+
 
 def load_data(
     settings: config.Config,

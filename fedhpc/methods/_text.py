@@ -17,4 +17,7 @@ def first_tokens(base: Base, text: str, count: int) -> list[int]:
     ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("method.init_text: the tokenizer makes no token of it; give some real words")
+    if max(ids) >= base.num_embedded:
+        token = base.tokenizer.convert_ids_to_tokens(max(ids))
+        raise UserError(f"method.init_text: '{base.name}' does not embed its token {token!r}; take it out")
     return (ids * (count // len(ids) + 1))[:count]

@@ -153,6 +153,11 @@ class Base(ABC):
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
+    def num_embedded(self) -> int:
+        """How many tokens the model embeds; its tokenizer may have more, and fewer."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def pad_id(self) -> int:
         """The id that fills rows."""
         tokenizer = self.tokenizer

@@ -14,7 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedhpc.config import Model
+from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.models.base import Absent, Base
 from fedhpc.models.causal_lm import CausalLM
@@ -162,6 +165,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     network.requires_grad_(False).eval()
     if not quantization:  # else it is there, and bitsandbytes refuses to move it
         network.to(device)
+    _check_special_tokens(model.name, tokenizer, network.get_input_embeddings().weight.shape[0])
     with _loading(model, "model"):  # a class of transformers that cannot do what this one of ours asks for
         made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
         base = replace(
@@ -172,15 +176,38 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             messages=tuple(f"model: '{model.name}' {message}" for message in fitted.messages),
         )
         base.check()
-    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
-        raise UserError(
-            f"the tokenizer of '{model.name}' has {len(tokenizer)} tokens but the model embeds only "
-            f"{network.get_input_embeddings().weight.shape[0]}: they do not belong together",
-            key="model.name",
-        )
     if model.gradient_checkpointing:
         checkpoint_layers(network)
     return base
+
+
+def _check_special_tokens(name: str, tokenizer: Any, rows: int) -> None:
+    """UserError where the model, which embeds `rows` tokens, lacks one that rows begin, end or are filled with."""
+    for part in ("bos", "eos", "pad", "cls", "sep"):
+        token = getattr(tokenizer, f"{part}_token_id", None)
+        if token is not None and token >= rows:
+            raise UserError(
+                f"the tokenizer of '{name}' has {len(tokenizer)} tokens but the model embeds only {rows}, without "
+                f"its {part} token {tokenizer.convert_ids_to_tokens(token)!r}: they do not belong together",
+                key="model.name",
+            )
+
+
+def check_tokens(base: Base, examples: Examples, split: str) -> None:
+    """UserError where a text has a token that the model does not embed, as those for pictures in some tokenizers."""
+    tokenizer, rows = base.tokenizer, base.num_embedded
+    if len(tokenizer) <= rows or not len(examples.ids) or int(examples.ids.max()) < rows:
+        return
+    first = int(np.argmax(examples.ids >= rows))
+    example = int(np.searchsorted(examples.offsets, first, "right")) - 1
+    text = tokenizer.decode(examples.tokens(example).tolist())
+    raise UserError(
+        f"example {example + 1} of {split}, {text[:60]!r}, has the token "
+        f"{tokenizer.convert_ids_to_tokens(int(examples.ids[first]))!r}, which the tokenizer of '{base.name}' has and "
+        f"the model does not: it embeds {rows} tokens and this is number {examples.ids[first]}; take it out of the "
+        "text and of the templates, or give a model that embeds it",
+        key="model.name",
+    )
 
 
 def check_length(base: Base, max_length: int, virtual: int) -> None:

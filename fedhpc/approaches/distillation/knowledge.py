@@ -173,7 +173,7 @@ def predict(
 
 def num_classes(base: Predictor) -> int:
     """V: how many tokens the vocabulary has, or how many labels a classifier."""
-    return len(token_texts(base.tokenizer)) if base.has_target else base.num_classes
+    return min(len(token_texts(base.tokenizer)), base.num_classes) if base.has_target else base.num_classes
 
 
 def token_texts(tokenizer: Any) -> list[str]:

@@ -24,7 +24,7 @@ from fedhpc.data.tokens import Examples
 from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Predictor
-from fedhpc.models.load import load_base
+from fedhpc.models.load import check_tokens, load_base
 from fedhpc.objectives.base import PredictedObjective
 from fedhpc.objectives.soft_targets import SoftTargets
 from fedhpc.rng import generator, torch_seed
@@ -140,6 +140,8 @@ class LearnerGroup(Learner):
         names = self.data.train.label_names
         base = load_base(self.model, self.server.base.device, names, self.config.run.seed)
         assert isinstance(base, Predictor)
+        for split, examples in self.data.splits.items():
+            check_tokens(base, examples, split)
         return base
 
     @cached_property

@@ -225,7 +225,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         for c, candidate in enumerate(candidates):
             fixed, cue, labels = (
                 self.writer.fixed(candidate),
-                self.writer.ids(candidate.cue),
+                self.writer.written(candidate.cue),
                 self.writer.answers(candidate),
             )
             for k, (client, (scored, pool)) in enumerate(zip(clients, parts, strict=True)):

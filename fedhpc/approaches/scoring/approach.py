@@ -89,6 +89,7 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
             target,
             label if labelled else None,
             getattr(options, "max_prompt_tokens", 0),
+            template(self.config.data.prompt, "data.prompt", self.base.tokenizer).texts[-1] or "a",
         )
         #: The prompt of the data's templates alone.
         self.plain = Candidate(words=tuple(self.data.train.label_names) if labelled else ())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.approaches.scoring.likelihoods import Int32, Int64
-from fedhpc.data.encoding import encode
+from fedhpc.data.encoding import behind_each, encode, marked
 from fedhpc.data.templates import Template
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError, nearest
@@ -77,15 +77,24 @@ class Writer:
     target: Template  # data.target
     label: str | None  # the column of the labels, where targets consist of labels
     max_prompt_tokens: int  # for instruction, demonstrations, cue and the longest answer
+    end: str = "a"  # what an answer is behind where there is no cue: the end of data.prompt, or some word
 
     def ids(self, text: str) -> Int32:
         """The token ids of a text, which is marked, without special tokens around it."""
         return np.array(encode(self.tokenizer, [text])[0][0] if text else [], np.int32)
 
+    def written(self, text: str) -> Int32:
+        """The token ids of what a person wrote as a part of prompts, which can name special tokens."""
+        return self.ids(marked(text, self.tokenizer))
+
     def answers(self, candidate: Candidate) -> list[Int32]:
         """The tokens of the answer of each label, with eos; empty where there are no labels."""
-        ids = [self.ids(text).tolist() for text in self.answer_texts(candidate)]
-        return [np.array(CausalLM.answer_ids(self.tokenizer, one), np.int32) for one in ids]
+        texts = self.answer_texts(candidate)
+        if not texts:
+            return []
+        front = marked(candidate.cue, self.tokenizer) or self.end
+        _, variants = behind_each(self.tokenizer, [front], texts, encode(self.tokenizer, texts)[0])
+        return [np.array(CausalLM.answer_ids(self.tokenizer, one), np.int32) for one in variants[0]]
 
     def answer_texts(self, candidate: Candidate) -> list[str]:
         """The target text of each label, written with the candidate's words for the labels."""
@@ -95,10 +104,10 @@ class Writer:
 
     def fixed(self, candidate: Candidate) -> Int32:
         """The beginning of the prompt that all clients share: `[bos] instruction separator`, shared demonstrations."""
-        bos, cue, end = self._bos(), self.ids(candidate.cue), self.ids(self.separator)
+        bos, cue, end = self._bos(), self.written(candidate.cue), self.written(self.separator)
         pieces = [bos]
         if candidate.instruction:
-            pieces += [self.ids(candidate.instruction), end]
+            pieces += [self.written(candidate.instruction), end]
         texts = self.answer_texts(candidate)
         for one in candidate.shared:
             answer = texts[one.target] if isinstance(one.target, int) else one.target
@@ -108,7 +117,7 @@ class Writer:
     def tokens_left(self, candidate: Candidate) -> int:
         """How many of method.max_prompt_tokens are left for a client's demonstrations; negative if it is too long."""
         longest = max((len(answer) for answer in self.answers(candidate)), default=0)
-        used = len(self.fixed(candidate)) + len(self.ids(candidate.cue)) + longest
+        used = len(self.fixed(candidate)) + len(self.written(candidate.cue)) + longest
         return self.max_prompt_tokens - used
 
     def demonstrations(self, candidate: Candidate, examples: Examples, pool: Int64, client: int) -> Int32:
@@ -118,7 +127,7 @@ class Writer:
         """
         if not candidate.demonstrations or not len(pool):
             return np.empty(0, np.int32)
-        cue, end = self.ids(candidate.cue), self.ids(self.separator)
+        cue, end = self.written(candidate.cue), self.written(self.separator)
         left = self.tokens_left(candidate)
         answers, pieces = self.answers(candidate), [np.empty(0, np.int32)]
         for example in self.in_order(candidate, examples, pool, client):
@@ -157,7 +166,7 @@ class Writer:
 
         demonstrations: tokens for several clients; row i gets demonstrations[i mod their number].
         """
-        fixed, cue, answers = self.fixed(candidate), self.ids(candidate.cue), self.answers(candidate)
+        fixed, cue, answers = self.fixed(candidate), self.written(candidate.cue), self.answers(candidate)
         pieces, fronts, lengths = [], [], []
         for i in range(len(examples)):
             front = np.concatenate([fixed, demonstrations[i % len(demonstrations)], self.input(examples, i), cue])

@@ -51,7 +51,7 @@ class LanguageModel(Proposer):
             words = parent.instruction.split()
             head = " ".join(words[: int(draws.integers(len(words) + 1))]) if options.request is None else ""
             text = head if options.request is None else options.request.replace("{instruction}", parent.instruction)
-            ids = writer.ids(text)
+            ids = writer.written(text)
             bos = self.base.tokenizer.bos_token_id
             first = self.base.tokenizer.eos_token_id if bos is None else bos
             chosen.append(parent)
