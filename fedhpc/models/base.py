@@ -19,6 +19,9 @@ from fedhpc.lazy import Tensor, torch
 
 Int64 = NDArray[np.int64]
 
+# Forms of rotary embedding whose angles are stretched for every input, and those that look at the longest one first.
+_STRETCHED = frozenset({"linear", "yarn", "llama3"})
+_ANGLES_OF_THE_LONGEST = frozenset({"longrope", "dynamic"})
 # The most elements of logits that are computed at once; more are computed and differentiated piece by piece.
 LOGITS_AT_ONCE = 2**24
 
@@ -354,6 +357,28 @@ def text_of(tokenizer: Any, max_length: int) -> Callable[[list[int]], Row]:
         return Row([*before, *ids[:room], *after], [], lost, needed)
 
     return text
+
+
+def most_positions(config: Any) -> int | None:
+    """The longest input of a model with this configuration; None where nothing limits it.
+
+    Where angles are stretched for all inputs alike, the stretched length. Where they follow the longest row of a batch
+    once it passes a certain length, that length: beyond it a row would depend on its neighbours.
+    """
+    written = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if not written or (hasattr(config, "max_position_embeddings") and getattr(config, "alibi", False)):
+        return None  # a bias by distance has no end, but where a class makes a table of it
+    limit = int(written)
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    for rope in nested or [given]:
+        form = rope.get("rope_type", rope.get("type", "default"))
+        original = rope.get("original_max_position_embeddings") or written
+        if form in _ANGLES_OF_THE_LONGEST:
+            return int(min(written, original))
+        if form in _STRETCHED:
+            limit = max(limit, int(original * rope.get("factor", 1.0)))
+    return limit
 
 
 def in_mapping(auto_class: str, config: Any) -> bool:

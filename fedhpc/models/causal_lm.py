@@ -6,7 +6,7 @@ token of a row is a target only, so it is not an input. A label is scored by the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Base, Int64, Sizes, bare, in_mapping
+from fedhpc.models.base import Attached, Base, Int64, Sizes, bare, in_mapping, most_positions
 from fedhpc.models.call import takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 # Keys of a model's configuration that change its logits behind the output layer.
 _AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-# Forms of rotary embedding whose angles are stretched for every input, and those that look at the longest one first.
-_STRETCHED = frozenset({"linear", "yarn", "llama3"})
-_ANGLES_OF_THE_LONGEST = frozenset({"longrope", "dynamic"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,27 +365,6 @@ class CausalLM(Generative):
                 break
             written.add(chosen)  # ended rows go along until the last one ends
         return generated
-
-
-def most_positions(config: Any) -> int | None:
-    """The longest input of a decoder with this configuration; None where nothing limits it.
-
-    Where angles are stretched for all inputs alike, the stretched length. Where they follow the longest row of a batch
-    once it passes a certain length, that length: beyond it a row would depend on its neighbours.
-    """
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    if not limit:
-        return None
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in given.values() if isinstance(value, Mapping)]
-    for rope in nested or [given]:
-        form = rope.get("rope_type", rope.get("type", "default"))
-        original = rope.get("original_max_position_embeddings") or limit
-        if form in _ANGLES_OF_THE_LONGEST:
-            return int(min(limit, original))
-        if form in _STRETCHED:
-            limit = max(limit, int(original * rope.get("factor", 1.0)))
-    return int(limit)
 
 
 def _close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:

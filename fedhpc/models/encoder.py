@@ -27,6 +27,7 @@ from fedhpc.models.base import (
     Sizes,
     TargetBatch,
     in_mapping,
+    most_positions,
     padded,
     text_of,
 )
@@ -53,11 +54,11 @@ class Encoder(Base):
     @property
     def max_positions(self) -> int | None:
         """The longest input. RoBERTa's positions begin behind the index of its padding."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = most_positions(self.model.config.get_text_config())
         embeddings = getattr(self.model.base_model, "embeddings", None)
         if limit and embeddings is not None and hasattr(embeddings, "create_position_ids_from_inputs_embeds"):
             limit -= int(embeddings.padding_idx) + 1
-        return int(limit) if limit else None
+        return limit
 
     def check(self) -> None:
         """A row must be the same alone as beside others, behind which it is padded."""

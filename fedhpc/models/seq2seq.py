@@ -20,7 +20,7 @@ import numpy as np
 from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Int64, Sizes, bare, in_mapping, padded, special_ids, text_of
+from fedhpc.models.base import Attached, Int64, Sizes, bare, in_mapping, most_positions, padded, special_ids, text_of
 from fedhpc.models.call import with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
@@ -145,8 +145,7 @@ class Seq2Seq(Generative):
     @property
     def max_positions(self) -> int | None:
         """The positions of the encoder and of the decoder; None for T5, whose positions are relative."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        return most_positions(self.model.config)
 
     def logits(self, states: Tensor) -> Tensor:
         """BART adds a bias to what comes out of the output layer, Gemma caps it."""
