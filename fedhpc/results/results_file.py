@@ -86,6 +86,7 @@ DESCRIPTIONS = {
     "partition/num_examples": "training examples of each client",
     "partition/label_counts": "of these, how many have each label",
     "partition/label_names": "the labels, in the order of the columns of label_counts",
+    "partition/client_names": "the clients' owners, where a natural partition names them",
     "partition/indices": "training examples by number, those of client 0 first",
     "partition/offsets": "client i has indices[offsets[i]:offsets[i + 1]]",
     "samples/prompt": "what the model was given",

@@ -36,7 +36,7 @@ def of_mean(values: NDArray[np.float64]) -> Interval:
     share, weight = float(values.mean()), _Z**2 / n
     middle = (share + weight / 2) / (1 + weight)
     half = _Z * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
-    return Interval(middle - half, middle + half, "Wilson")
+    return Interval(min(middle - half, share), max(middle + half, share), "Wilson")  # exact at 0 and 1
 
 
 def of_ratio(sums: NDArray[np.float64], counts: NDArray[Any]) -> Interval:
