@@ -154,10 +154,15 @@ class Run:
 
     @property
     def test(self) -> pandas.DataFrame:
-        """A row for each metric: of the final state on the test split, and of the untouched base where measured."""
+        """A row for each metric: of the final state on the test split, and of the untouched base where measured.
+
+        low and high are the 95 % interval of `test` over the drawing of its n items (docs/results.md).
+        """
         test, base = self._loaded.metrics("test"), self._loaded.metrics("base")
         names = in_order(test, base)
+        sampling = [self._loaded.sampling("test", n) for n in names]
         columns = {"test": [test.get(n) for n in names], "base": [base.get(n) for n in names]}
+        columns |= {key: [one and getattr(one, key) for one in sampling] for key in ("low", "high", "n")}
         return pandas.DataFrame(columns, index=pandas.Index(names, name="metric"), dtype="float64")
 
     @property

@@ -29,6 +29,7 @@ from fedhpc.config import Config
 from fedhpc.models.load import BUILTIN
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
+from fedhpc.results.results_file import Results
 
 # From this release on PEFT (0.21.2) hands what stands in front of a text on under a name that models do not have: while
 # it generates it is forgotten, and an encoder is refused. The cards of exports say so.
@@ -285,6 +286,18 @@ def final(run_dir: Path) -> dict[str, np.ndarray]:
         assert file.attrs["complete"]
         found = {}
         file["final"].visititems(lambda n, d: found.update({n: d[()]}) if isinstance(d, h5py.Dataset) else None)
+    return found
+
+
+def items_of(run_dir: Path) -> dict[str, str]:
+    """What each metric of the test was measured on, like "300 examples"; all with an interval around the value."""
+    results = Results.read(run_dir / "results.h5")
+    found = {}
+    for group in ("test", "base"):
+        for name, value in results.groups[group].items():
+            one = results.sampling(f"{group}/{name}")
+            assert one is not None and one.low <= value <= one.high, (group, name, one)
+            found[f"{group}/{name}"] = one.items
     return found
 
 

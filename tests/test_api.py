@@ -94,6 +94,8 @@ def test_a_finished_run_has_its_tables(small: tuple[dict[str, Any], fedhpc.Run])
     assert np.isnan(run.rounds["train_loss"][0]) and np.isfinite(run.rounds["eval_loss"]).all()
     assert len(run.clients) == 12 and set(run.clients["worker"]) == {1}
     assert run.test.index.tolist() == ["loss"] and np.isfinite(run.test["test"]["loss"])
+    loss = run.test.loc["loss"]
+    assert loss["low"] < loss["test"] < loss["high"] and loss["n"] > 8  # all of them: not evaluation.max_examples
     assert list(run.events.columns) == ["round", "kind", "message"]
     assert [set(sample) for sample in run.samples] == [{"prompt", "references", "text"}] * 2
     assert isinstance(run.samples[0]["references"], list)

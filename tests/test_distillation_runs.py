@@ -35,6 +35,7 @@ from tests.federations import (
     Interrupted,
     federate,
     final,
+    items_of,
     save_random_bert,
     save_random_llama,
     settings,
@@ -193,6 +194,7 @@ def test_a_run_is_the_algorithm_by_hand_on_any_number_of_ranks(tmp_path: Path, t
     assert comparison["model"].tolist() == ["student", "ensemble", "alone", "base"]
     assert np.isfinite(comparison["loss"]).all() and len(set(comparison["loss"])) == 4
     assert comparison["loss"][0] == table(tmp_path / "1", "test")["loss"]
+    assert items_of(tmp_path / "1") == dict.fromkeys(("test/loss", "base/loss"), f"{len(approach.data.test)} examples")
     rounds = table(tmp_path / "1", "rounds")
     positions = position_offsets(approach.objective, approach.student.public)[-1]
     assert rounds["bytes_up"].tolist() == [0, *[5 * positions * 20] * 2]  # five classes of 2 + 2 bytes

@@ -22,7 +22,7 @@ from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.rng import generator
-from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
+from tests.federations import Interrupted, federate, final, items_of, settings, table, tree, write_texts
 from tests.test_federation import same_results
 
 Float64 = NDArray[np.float64]
@@ -227,6 +227,7 @@ def test_the_adapter_is_the_prompt_that_was_tested(tmp_path: Path, texts: Path) 
     words = approach.base.model.get_input_embeddings().weight.double()
     spread = approach.subspace.prompts(generator(0, "z").standard_normal((400, 6))) - approach.subspace.origin
     assert float(spread.std()) == pytest.approx(float(words.std()), rel=0.1)
+    assert set(items_of(tmp_path / "run").values()) == {f"{len(approach.data.test)} examples"}
     search = table(tmp_path / "run", "tables/search")
     assert (search["evaluations"] > 0).all() and (search["tokens"] > 0).all()
     sent = table(tmp_path / "run", "rounds")

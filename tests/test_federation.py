@@ -16,6 +16,7 @@ import pandas
 import pytest
 import torch
 
+from fedhpc import federation
 from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.approaches.prepare import is_finished, prepare
 from fedhpc.config import Config
@@ -492,6 +493,26 @@ def test_one_client_is_training_with_peft(tmp_path: Path, texts: Path, client: d
 
 
 # ---------------------------------------------------------------- traffic and scale
+
+
+def test_the_column_of_the_wire_is_the_sum_over_all_ranks(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the largest, and not rank 0's alone: each rank's own count of each round."""
+    counted: dict[int, dict[int, int]] = {}
+    unpatched = federation.run_round
+
+    def counting(approach: Any, transport: Any, state: Any, round_: int) -> Any:
+        before = transport.wire_bytes
+        record = unpatched(approach, transport, state, round_)
+        counted.setdefault(round_, {})[transport.rank] = transport.wire_bytes - before
+        return record
+
+    monkeypatch.setattr(federation, "run_round", counting)
+    federate(settings(tmp_path, tree(texts, federation={"rounds": 2, "dropout": 0.0})), ranks=3)
+    for round_, total in enumerate(table(tmp_path, "rounds")["wire_bytes"][1:], start=1):
+        of_ranks = counted[round_]
+        assert len(of_ranks) == 3 and total == sum(of_ranks.values()) > max(of_ranks.values())
 
 
 @pytest.mark.parametrize("name", ["federated", "centralized", "local", "scaffold"])

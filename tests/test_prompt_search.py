@@ -31,7 +31,7 @@ from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.rng import generator
 from tests import tiny
-from tests.federations import Interrupted, federate, settings, table, tree, write_texts
+from tests.federations import Interrupted, federate, items_of, settings, table, tree, write_texts
 from tests.ranks import Ranks, run_ranks
 from tests.test_federation import same_results
 
@@ -398,6 +398,7 @@ def test_texts_without_labels_are_searched_by_their_loss(tmp_path: Path, texts: 
     raw["method"] |= {"objective": "loss"}
     federate(settings(tmp_path, raw), ranks=2)
     assert np.isfinite(table(tmp_path, "tables/scores")["score"]).all()
+    assert {unit.split()[1] for unit in items_of(tmp_path).values()} == {"examples", "prompts"}
 
 
 # ---------------------------------------------------------------- mistakes

@@ -25,7 +25,7 @@ from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.resume import decide
-from tests.federations import Interrupted, federate, final, save_random_bert, settings, table
+from tests.federations import Interrupted, federate, final, items_of, save_random_bert, settings, table
 
 _PASSAGES, _QUESTIONS = 60, 24
 
@@ -229,6 +229,8 @@ def test_several_references_are_one_question(world: Path, tmp_path: Path) -> Non
     directory = run(tmp_path / "data", tmp_path / "run")
     same_lists(directory, run(world, tmp_path / "plain"))
     samples = table(directory, "samples")
+    items = items_of(directory)
+    assert items["test/recall"] == items["test/mrr"] == f"{len(several)} questions"
     answers = {row["question"]: row["answer"] for row in several}
     assert json.loads(samples["references"][0]) == answers[samples["prompt"][0].splitlines()[-1]]
 

@@ -93,6 +93,7 @@ DESCRIPTIONS = {
     "samples/references": "the targets of this prompt, a JSON list",
     "samples/text": "what the model wrote",
     "client_eval/client_id": "client in 0..N-1",
+    "client_eval/client_name": "owner of the client's data",
     "client_eval/num_examples": "examples held out of the client's training (evaluation.client_fraction)",
     "client_eval/tokens": "supervised tokens of these",
 }
