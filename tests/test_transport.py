@@ -21,6 +21,14 @@ from tests.ranks import Launcher, Ranks, free_port, run_ranks
 
 CONTRACT = str(Path(__file__).with_name("contract_transport.py"))
 SECOND = datetime.timedelta(seconds=1)
+IN_PIECES = """
+import sys
+from fedhpc.ranks.transport import mpi
+from tests import contract_transport
+mpi._PIECE_BYTES = 3000
+sys.argv[1:] = ["auto", "mpi"]
+contract_transport.main()
+"""
 
 
 def test_loopback_keeps_the_contract() -> None:
@@ -65,15 +73,7 @@ contract_transport.main()
 @pytest.mark.slow
 def test_contract_in_pieces() -> None:
     """As tensors beyond what one call of MPI takes; cluster/test_launch.py has Open MPI and more than 2^31 bytes."""
-    program = """
-import sys
-from fedhpc.ranks.transport import mpi
-from tests import contract_transport
-mpi._PIECE_BYTES = 1000
-sys.argv[1:] = ["auto", "mpi"]
-contract_transport.main()
-"""
-    (result,) = run_ranks(3, program, "mpiexec")
+    (result,) = run_ranks(3, IN_PIECES, "mpiexec")
     assert (result.code, result.out.count("contract kept")) == (0, 3), result
 
 

@@ -125,9 +125,11 @@ def refuse(error: UserError, launch: Launch) -> int:
     """Say a mistake that every rank meets by itself, once for each host; the exit code."""
     if launch.local_rank == 0:
         print(
-            f"fedhpc: error: {error}" if launch.rank == 0 else f"fedhpc: rank {launch.rank}: {error}", file=sys.stderr
+            f"fedhpc: error: {error}" if launch.rank == 0 else f"fedhpc: rank {launch.rank}: {error}",
+            file=sys.stderr,
+            flush=True,
         )
-    else:
+    if launch.rank != 0:
         time.sleep(_SPEAKER_FIRST_S)
     return REFUSED
 

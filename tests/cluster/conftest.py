@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,23 @@ def slurm(_state: Path, tmp_path: Path) -> Iterator[Slurm]:
     yield client
     client("scancel", "--user=root")
     client.until(lambda: not client("squeue", "-h"))
+
+
+@pytest.fixture
+def renamed(_state: Path, tmp_path: Path) -> Iterator[None]:
+    """Hosts that know neither the names of Slurm's nodes nor each other: n1 is the host `other1`, n2 is `other2`."""
+    entered = []
+    for i in (1, 2):
+        pid = (_state / "pid" / f"slurmd-n{i}").read_text().split()[0]
+        names = tmp_path / f"hosts{i}"
+        names.write_text(f"127.0.0.1 localhost\n10.77.0.1 {socket.gethostname()}\n10.77.0.1{i} other{i}\n")
+        entered.append((i, ["nsenter", f"--target={pid}", "--uts", "--mount"]))
+        subprocess.run([*entered[-1][1], "mount", "--bind", str(names), "/etc/hosts"], check=True)
+        subprocess.run([*entered[-1][1], "hostname", f"other{i}"], check=True)
+    yield
+    for i, enter in entered:
+        subprocess.run([*enter, "hostname", f"n{i}"], check=True)
+        subprocess.run([*enter, "umount", "/etc/hosts"], check=True)
 
 
 @pytest.fixture(scope="session")

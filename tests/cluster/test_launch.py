@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.cluster.conftest import LIMIT_S
 from tests.ranks import BIN, REPOSITORY, _clean_environ, free_port
 from tests.test_kill import same_as, write
+from tests.test_transport import IN_PIECES
 
 
 def launched(script: str, path: Path, environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +53,79 @@ def test_open_mpi(whole: Path, tmp_path: Path, open_mpi: dict[str, str]) -> None
     assert done.returncode == 0, done.stderr
     assert "2 ranks over gloo" in done.stdout
     same_as(whole, tmp_path / "run")
+
+
+# What other launchers set, in place of MPICH's own pair.
+PALS = "PMI_LOCAL_RANK=$MPI_LOCALRANKID PMI_LOCAL_SIZE=$MPI_LOCALNRANKS PALS_RANKID=$PMI_RANK PALS_LOCAL_RANKID=0"
+FLUX = "FLUX_TASK_RANK=$PMI_RANK FLUX_JOB_SIZE=$PMI_SIZE FLUX_TASK_LOCAL_ID=$MPI_LOCALRANKID FLUX_JOB_NNODES=2"
+
+
+@pytest.mark.parametrize("variables", [PALS, FLUX], ids=["pals", "flux"])
+def test_another_launcher(whole: Path, tmp_path: Path, variables: str) -> None:
+    """MPICH in the clothes of another: one run of two ranks."""
+    path = write(tmp_path, tmp_path / "run")
+    dressed = tmp_path / "mpiexec"
+    dress = f"exec env -u MPI_LOCALRANKID -u MPI_LOCALNRANKS {variables} "
+    dressed.write_text(f'#!/bin/bash\nexec {BIN}/mpiexec $1 $2 bash -c \'{dress}"$0" "$@"\' "${{@:3}}"\n')
+    dressed.chmod(0o755)
+    done = launched("mpirun.sh", path, {"MPIEXEC": str(dressed)})
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks over mpi" in done.stdout
+    same_as(whole, tmp_path / "run")
+
+
+def test_a_launcher_whose_ranks_are_no_world_of_mpi(tmp_path: Path) -> None:
+    """MVAPICH2's variables around another MPI: no rank begins a run of its own."""
+    path = write(tmp_path, tmp_path / "run")
+    lonely = tmp_path / "mpiexec"
+    variables = "MV2_COMM_WORLD_RANK=$r MV2_COMM_WORLD_SIZE=2 MV2_COMM_WORLD_LOCAL_RANK=$r MV2_COMM_WORLD_LOCAL_SIZE=2"
+    ranks = f'for r in 0 1; do env {variables} "${{@:3}}" & done'
+    lonely.write_text(f"#!/bin/bash\n{ranks}\nwait -n; code=$?; wait; exit $code\n")
+    lonely.chmod(0o755)
+    done = launched("mpirun.sh", path, {"MPIEXEC": str(lonely)})
+    assert done.returncode == 2, done.stderr
+    assert "the launcher says rank 0 of 2, MPI says rank 0 of 1" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_check(tmp_path: Path, open_mpi: dict[str, str]) -> None:
+    """The plan, and nothing is written."""
+    path = write(tmp_path, tmp_path / "run")
+    done = launched("mpirun.sh", path, open_mpi, "--check")
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks over mpi" in done.stdout and "rounds: 12; round 1: 6 clients" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def in_open_mpi(tmp_path: Path, open_mpi: dict[str, str], program: str) -> subprocess.CompletedProcess[str]:
+    """`program`, two ranks of it."""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    environ = {**_clean_environ(), **open_mpi, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [open_mpi["MPIEXEC"], "-n", "2", sys.executable, str(script)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+
+
+BROADCAST = """
+import os, torch
+from fedhpc.ranks.launch import detect
+from fedhpc.ranks.transport import open_transport
+with open_transport(detect(os.environ), "auto", 60) as transport:
+    tensor = torch.zeros(2**31 + 8, dtype=torch.uint8)
+    if transport.rank == 0:
+        tensor[[0, 2**30, 2**31, -1]] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    transport.broadcast(tensor)
+    assert tensor[[0, 1, 2**30, 2**31, -1]].tolist() == [1, 0, 2, 3, 4]
+    os.write(1, b"broadcast is right\\n")
+"""
+
+
+def test_more_than_two_gigabytes_in_open_mpi(tmp_path: Path, open_mpi: dict[str, str]) -> None:
+    """One call of it takes 2^31 - 1 bytes: here is a broadcast of more, then the whole contract in small pieces."""
+    done = in_open_mpi(tmp_path, open_mpi, BROADCAST)
+    assert (done.returncode, done.stdout.count("broadcast is right")) == (0, 2), done.stderr
+    done = in_open_mpi(tmp_path, open_mpi, IN_PIECES)
+    assert (done.returncode, done.stdout.count("contract kept")) == (0, 2), done.stderr
 
 
 def test_a_mistake_under_open_mpi(tmp_path: Path, open_mpi: dict[str, str]) -> None:
