@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedhpc
@@ -20,6 +21,7 @@ from fedhpc.models.load import BUILTIN
 from tests.federations import (
     PEFT_FORGETS,
     federate,
+    final,
     save_random_bert,
     save_random_t5,
     settings,
@@ -355,3 +357,54 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, texts: Path, 
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(fedhpc.UserError, match=r"adapter_model\.safetensors cannot be read"):
         fedhpc.load(folder)
+
+
+# ---------------------------------------------------------------- how weights are stored
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tied"),
+    [
+        ("bfloat16", True),
+        pytest.param("bfloat16", False, marks=pytest.mark.slow),
+        pytest.param("float32", True, marks=pytest.mark.slow),
+        pytest.param("float32", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_in_several_files_reloads_as_it_was_tuned(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tied: bool
+) -> None:
+    untied = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=torch.float32)
+    untied.config.tie_word_embeddings = tied
+    if tied:
+        untied.tie_weights()
+    untied.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(texts / "model").save_pretrained(tmp_path / "base")
+    whole = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "save_pretrained", lambda *a, **k: whole(*a, **{**k, "max_shard_size": "40KB"})
+    )
+    raw = raw_of(texts, client={"optimizer": "sgd", "lr": 1.0}, model={"name": str(tmp_path / "base"), "dtype": dtype})
+    federate(settings(tmp_path / "run", {**raw, "method": {"name": "full"}}))
+    folder = tmp_path / "run" / "adapter"
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(folder)  # in the dtype that it was stored in
+    assert model.dtype == getattr(torch, dtype)
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
+    tuned = final(tmp_path / "run")
+    for name, p in model.named_parameters():
+        assert torch.equal(p, torch.from_numpy(tuned[name]).to(p.dtype)), name
+    samples = table(tmp_path / "run", "samples")
+    assert fedhpc.load(folder).generate(samples["prompt"].tolist(), 12) == samples["text"].tolist()
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_an_adapter_of_a_bfloat16_base_is_in_full_precision(tmp_path: Path, texts: Path, method: str) -> None:
+    raw = raw_of(texts, model={"dtype": "bfloat16"})
+    federate(settings(tmp_path, {**raw, "method": METHODS[method]}))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    samples = table(tmp_path, "samples")
+    model = fedhpc.load(tmp_path / "adapter")
+    assert model.model.dtype == torch.bfloat16
+    assert model.generate(samples["prompt"].tolist(), 12) == samples["text"].tolist()
