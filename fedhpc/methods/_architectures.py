@@ -7,7 +7,7 @@ their names from here; an architecture that is not listed is taken to name its l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedhpc.models.base import Base
@@ -40,6 +40,11 @@ def _fused(attention: str, attention_output: str, feed_forward_output: str) -> A
     return Architecture(attention, attention, attention, (attention_output,), feed_forward_output)
 
 
+def _with_output(attention_output: str, feed_forward_output: str, **others: Any) -> Architecture:
+    """Queries, keys and values are called as Llama's, what comes behind them is not."""
+    return Architecture(attention_output=(attention_output,), feed_forward_output=feed_forward_output, **others)
+
+
 _BERT = Architecture("query", "key", "value", ("attention.output.dense",), "output.dense")
 _T5 = Architecture("q", "k", "v", ("o",), "wo")
 ARCHITECTURES = {
@@ -49,15 +54,29 @@ ARCHITECTURES = {
         rescaled=("q_proj", "v_proj"),
     ),
     "bert": _BERT,
+    "biogpt": _with_output("self_attn.out_proj", "fc2"),
     "bloom": _fused("query_key_value", "self_attention.dense", "mlp.dense_4h_to_h"),
+    "codegen": _fused("qkv_proj", "attn.out_proj", "mlp.fc_out"),
     "distilbert": Architecture("q_lin", "k_lin", "v_lin", ("out_lin",), "lin2"),
     "electra": _BERT,
+    "falcon": _fused("query_key_value", "self_attention.dense", "dense_4h_to_h"),
     "gpt2": _fused("c_attn", "attn.c_proj", "mlp.c_proj"),
+    "gpt_bigcode": _fused("c_attn", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neo": _with_output("attention.out_proj", "mlp.c_proj", rescaled=("q_proj", "v_proj")),
     "gpt_neox": _fused("query_key_value", "attention.dense", "dense_4h_to_h"),
+    "gpt_neox_japanese": _fused("query_key_value", "attention.dense", "dense_4h_to_h"),
+    "gptj": _with_output("attn.out_proj", "mlp.fc_out", rescaled=("q_proj", "v_proj")),
+    "lfm2": _with_output("self_attn.out_proj", "feed_forward.w2"),
+    "mpt": _fused("Wqkv", "attn.out_proj", "ffn.down_proj"),
     "mt5": _T5,
     "opt": Architecture(attention_output=("self_attn.out_proj",), feed_forward_output="fc2"),
+    "persimmon": _fused("query_key_value", "self_attn.dense", "dense_4h_to_h"),
+    "phi": _with_output("self_attn.dense", "mlp.fc2", rescaled=("q_proj", "v_proj")),
+    "phi3": _fused("qkv_proj", "self_attn.o_proj", "mlp.down_proj"),
     "roberta": _BERT,
+    "starcoder2": _with_output("self_attn.o_proj", "mlp.c_proj"),
     "t5": _T5,
+    "xglm": _with_output("self_attn.out_proj", "fc2"),
     "xlm-roberta": _BERT,
 }
 

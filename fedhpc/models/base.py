@@ -216,6 +216,11 @@ class Base(ABC):
     def max_positions(self) -> int | None:
         """The longest input, virtual positions included; None where the model has no limit."""
 
+    @property
+    def limited_by(self) -> str:
+        """Why no input is longer than `max_positions`, where it is not for want of positions."""
+        return ""
+
     def check(self) -> None:  # noqa: B027  most have nothing to refuse
         """UserError where the model computes something else than this class believes."""
 
@@ -369,16 +374,25 @@ def most_positions(config: Any) -> int | None:
     if not written or (hasattr(config, "max_position_embeddings") and getattr(config, "alibi", False)):
         return None  # a bias by distance has no end, but where a class makes a table of it
     limit = int(written)
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in given.values() if isinstance(value, Mapping)]
-    for rope in nested or [given]:
-        form = rope.get("rope_type", rope.get("type", "default"))
+    for form, rope in _rotations(config):
         original = rope.get("original_max_position_embeddings") or written
         if form in _ANGLES_OF_THE_LONGEST:
             return int(min(written, original))
         if form in _STRETCHED:
             limit = max(limit, int(original * rope.get("factor", 1.0)))
     return limit
+
+
+def angles_of_the_longest(config: Any) -> str | None:
+    """The form of rotary embedding whose angles follow the longest row of a batch, where the model has one."""
+    return next((form for form, _ in _rotations(config) if form in _ANGLES_OF_THE_LONGEST), None)
+
+
+def _rotations(config: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """The forms of a model's rotary embeddings and their parameters: one, or one for each sort of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return [(rope.get("rope_type", rope.get("type", "default")), rope) for rope in nested or [given]]
 
 
 def in_mapping(auto_class: str, config: Any) -> bool:

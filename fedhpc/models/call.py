@@ -21,6 +21,12 @@ def takes(network: Any, argument: str) -> bool:
     return argument in _arguments(type(network).forward)
 
 
+def backbone(network: Any) -> Any:
+    """The layers of a causal model, without what makes logits of their states."""
+    model = network.base_model if network.base_model is not network else network.model  # Llama 4 misnames it
+    return model if takes(model, "input_ids") else model.decoder  # BART and its kind wrap theirs
+
+
 def cache_argument(network: Any) -> str | None:
     """The argument by which a model's forward pass takes a cache, or None: it has none."""
     return next((name for name in _CACHE if takes(network, name)), None)

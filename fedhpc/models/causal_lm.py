@@ -16,8 +16,8 @@ import numpy as np
 from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Base, Int64, Sizes, bare, in_mapping, most_positions
-from fedhpc.models.call import takes, with_cache
+from fedhpc.models.base import Attached, Base, Int64, Sizes, angles_of_the_longest, bare, in_mapping, most_positions
+from fedhpc.models.call import backbone, takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
 if TYPE_CHECKING:
@@ -159,6 +159,11 @@ class CausalLM(Generative):
     def max_positions(self) -> int | None:
         return most_positions(self.model.config.get_text_config(decoder=True))
 
+    @property
+    def limited_by(self) -> str:
+        form = angles_of_the_longest(self.model.config.get_text_config(decoder=True))
+        return f" (in a longer batch every row's {form} angles follow the longest row)" if form else ""
+
     def _keeps(self) -> tuple[tuple[Tensor, Tensor], ...]:
         from transformers import DynamicCache
 
@@ -182,16 +187,16 @@ class CausalLM(Generative):
         cache: holds keys and values of what comes before, and takes in those of the tokens. mask: (B, all positions), 0
         where attention may not look. positions: (B, T), where the model is told them; else they are counted.
         """
-        backbone = self.model.base_model
+        layers = backbone(self.model)
         if embeddings is None:
             inputs = {"input_ids": ids}
         else:
             inputs = {"inputs_embeds": torch.cat([embeddings, self.model.get_input_embeddings()(ids)], dim=1)}
         if mask is not None:
             inputs["attention_mask"] = mask
-        if positions is not None and takes(backbone, "position_ids"):
+        if positions is not None and takes(layers, "position_ids"):
             inputs["position_ids"] = positions
-        hidden: Tensor = backbone(**inputs, **with_cache(backbone, cache)).last_hidden_state
+        hidden: Tensor = layers(**inputs, **with_cache(layers, cache)).last_hidden_state
         return hidden
 
     def read(self, attached: Attached, ids: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ class CausalLM(Generative):
 
     def _full_logits(self, states: Tensor) -> Tensor:
         """What the model itself makes of states (..., D): its forward pass, with these in place of its layers'."""
-        with _answering(self.model.base_model, states.reshape(1, -1, states.shape[-1])):
+        with _answering(backbone(self.model), states.reshape(1, -1, states.shape[-1])):
             logits: Tensor = self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=states.device)).logits
         return logits.reshape(*states.shape[:-1], -1)
 
@@ -286,7 +291,8 @@ class CausalLM(Generative):
             together = self.hidden(ids)
             try:
                 first = self.model.get_input_embeddings()(ids[:, :2])
-                same = _close(self.read(Attached(embeddings=first), ids[:, 2:]), together)
+                same = _close(self.read(Attached(embeddings=first), ids[:, 2:]), together, 1e-5)
+                self.read(Attached(embeddings=first / 2), ids[:, 2:])  # some look for the tokens that they are of
             except Exception:  # models that look their ids up a second time raise in ways of their own
                 same = False
         if not same:
@@ -295,6 +301,20 @@ class CausalLM(Generative):
                 "trained embeddings cannot stand for tokens",
                 key="method.name", remedy="choose method lora, ia3 or another that changes the model's layers",
             )  # fmt: skip
+
+    def check_shared(self, longest: int) -> None:
+        """UserError where rows of up to `longest` tokens cannot share keys and values, with padding between the two."""
+        window = narrowest_window(self.model.config.get_text_config(decoder=True))
+        if not self.goes_on or not takes(backbone(self.model), "position_ids"):
+            reason = "does not let rows of unequal length share keys and values"
+        elif window is not None and window < longest:
+            reason = f"looks at the last {window} columns alone, padding included, and there are up to {longest}"
+        else:
+            return
+        raise UserError(
+            f"method.name: '{self.name}' ({self.model.config.model_type}) {reason}",
+            key="method.name", remedy="choose a method that is trained, such as prompt or lora, or another model",
+        )  # fmt: skip
 
     def _some_ids(self, count: int) -> Tensor:
         """Different tokens (1, count)."""
@@ -367,11 +387,20 @@ class CausalLM(Generative):
         return generated
 
 
-def _close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:
-    """Whether two results are the same but for rounding. tolerance: in 32 bits, relative to the whole."""
+def narrowest_window(config: Any) -> int | None:
+    """How many columns the layers look back that do not look at all of them; None where all do."""
+    layers = getattr(config, "layer_types", None)
+    if layers and not any("sliding" in layer or "chunked" in layer for layer in layers):
+        return None
+    sizes = (getattr(config, key, None) for key in ("sliding_window", "window_size", "attention_chunk_size"))
+    return min((size for size in sizes if size), default=None)
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether two results are the same but for rounding. tolerance: in 32 bits, relative to all of it."""
     exact = other.dtype in (torch.float32, torch.float64)
     one, other = one.double(), other.double()
-    return bool((one - other).norm() <= (tolerance if exact else 0.25) * other.norm())
+    return bool((one - other).norm() <= (tolerance if exact else 2500 * tolerance) * other.norm())
 
 
 class _Answer:
@@ -388,10 +417,10 @@ class _Answer:
 
 
 @contextmanager
-def _answering(backbone: Any, states: Tensor) -> Iterator[None]:
+def _answering(layers: Any, states: Tensor) -> Iterator[None]:
     """Let the model's layers answer with these states (1, S, D), whatever they are asked."""
-    backbone.forward = lambda *args, **kwargs: _Answer(states)
+    layers.forward = lambda *args, **kwargs: _Answer(states)
     try:
         yield
     finally:
-        del backbone.forward
+        del layers.forward

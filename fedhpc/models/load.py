@@ -216,7 +216,7 @@ def check_length(base: Base, max_length: int, virtual: int) -> None:
     if limit is not None and max_length + virtual > limit:
         raise UserError(
             f"data.max_length: {max_length} tokens and {virtual} virtual ones exceed the {limit} positions of "
-            f"'{base.name}': lower "
+            f"'{base.name}'{base.limited_by}: lower "
             + (f"data.max_length to {limit - virtual}" if virtual + 4 <= limit else "method.num_virtual_tokens")
         )
 

@@ -86,6 +86,7 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         options, seed = self.config.method, self.config.run.seed
         self.method = Prompt(options, self.base, seed)
         check_length(self.base, self.config.data.max_length, self.method.virtual_tokens)
+        self.base.check_shared(self.config.data.max_length + self.method.virtual_tokens)
         origin = self.method.initial()[PROMPT].double().numpy()
         if options.dimension > origin.size:
             raise UserError(

@@ -161,6 +161,7 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
                 f"method.max_prompt_tokens: with data.max_length there would be {longest} tokens, and "
                 f"'{self.base.name}' has {limit} positions: lower one of them by {longest - limit}"
             )
+        self.base.check_shared(longest)
         for i, one in enumerate(self.space.hand_written()):
             if (left := self.writer.tokens_left(one)) < 0:
                 raise UserError(
