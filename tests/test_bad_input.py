@@ -345,6 +345,26 @@ DATA: dict[str, tuple[Callable[[], None] | None, dict[str, Any], tuple[str, ...]
         {"data": {"source": "a.jsonl.gz"}},
         ("a.jsonl.gz", "cannot be read"),
     ),
+    "an optional key": (
+        lambda: put("texts/train.jsonl", ROW + '{"ref": "r", "label": "a", "client": "c"}\n'),
+        {},
+        ("train.jsonl:2", "data.prompt", "'mr'", "write null"),
+    ),
+    "a list of answers": (
+        lambda: put("texts/train.jsonl", ROW + ROW.replace('"r"', '["r", "s"]')),
+        {},
+        ("train.jsonl:2", "data.target", "a list of 2", "each its own row"),
+    ),
+    "a label that is missing": (
+        lambda: put("texts/train.jsonl", ROW + ROW.replace('"a"', "null")),
+        {"data": {"validation": "test"}},
+        ("train.jsonl:2", "data.label", "no value", "data.where_not"),
+    ),
+    "half a data set": (
+        lambda: (Path("half").mkdir(), put("half/train-00000-of-00002.jsonl", ROW))[1],
+        {"data": {"source": "half"}},
+        ("train-00001-of-00002.jsonl missing", "1 of 2 files"),
+    ),
     "a template's column": (
         None,
         {"data": {"prompt": "{mrs}"}},

@@ -290,9 +290,12 @@ def _read_csv(path: Path, content: bytes) -> LocatedRows:
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-    columns = [of_cells(list(cells)) for cells in zip(*rows, strict=True)]
-    for location, values in zip(locations, zip(*columns, strict=True), strict=True):
-        yield location, dict(zip(header, values, strict=True))
+
+    def values(name: str) -> list[Any]:
+        number = header.index(name)
+        return of_cells([cells[number] for cells in rows])
+
+    yield from Columns(header, values).rows(locations)
 
 
 def _read_parquet(path: Path, content: bytes) -> LocatedRows:
@@ -316,24 +319,23 @@ def _read_parquet(path: Path, content: bytes) -> LocatedRows:
             raise UserError(f"{path}: the column '{name}' cannot be read: {error}") from None
         return python_values(column)
 
-    yield from Columns(names, values).rows(count, str(path))
+    yield from Columns(names, values).rows(f"{path} row {number + 1}" for number in range(count))
 
 
-# ---- columns of Arrow
+# ---- columns, read where they are used
 
 
 class Columns:
-    """Columns of a table, each turned into Python values when a row is first asked for one."""
+    """Columns of a table, each turned into values when a row is first asked for one."""
 
     def __init__(self, names: Sequence[str], values: Callable[[str], list[Any]]) -> None:
         """values: the values of a column by its name. An exception among them is of a value that Python cannot hold."""
         self.names, self._values = dict.fromkeys(names), values
         self._read: dict[str, list[Any]] = {}
 
-    def rows(self, count: int, name: str) -> LocatedRows:
-        """All rows; name: of the file or data set that they are in."""
-        for number in range(count):
-            location = f"{name} row {number + 1}"
+    def rows(self, locations: Iterable[str]) -> LocatedRows:
+        """All rows, which are at these locations."""
+        for number, location in enumerate(locations):
             yield location, _Row(self, number, location)
 
     def __getitem__(self, name: str) -> list[Any]:
@@ -342,7 +344,7 @@ class Columns:
         return self._read[name]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Row(Mapping[str, Any]):
     columns: Columns
     number: int

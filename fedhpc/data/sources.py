@@ -103,7 +103,7 @@ def read_table(source: Source, split: str, columns: Mapping[str, str], optional:
             there = column != optional or column in values
             value = _value(values, column, key, location, is_first=not table.rows) if there else None
             row[column] = _text(value, column, key, location)
-            if is_missing(value):
+            if not row[column] and is_missing(value):
                 nulls |= {column}
         table.rows.append(row)
         table.locations.append(location)
@@ -328,7 +328,8 @@ class _Hub:
             # Columns of class numbers give the names of their classes.
             return [feature.names[value] if value is not None and value >= 0 else value for value in read]
 
-        yield from files.Columns(table.column_names, values).rows(len(table), f"{self.name} {split}")
+        columns = files.Columns(table.column_names, values)
+        yield from columns.rows(f"{self.name} {split} row {number + 1}" for number in range(len(table)))
 
 
 def _file_named(split: str, folder: Path | None) -> str | None:

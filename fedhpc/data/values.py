@@ -21,6 +21,8 @@ def text(value: Any) -> str:
     """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
+    if isinstance(value, str) and value.isascii():
+        return value
     if is_missing(value):
         return ""
     if isinstance(value, (bool, np.bool_)):

@@ -68,9 +68,12 @@ def load_passages(
     label = {} if data.label is None else {data.label: "data.label"}
     wanted = {**dict.fromkeys(render.columns, "method.passage"), **named, **label, **owner}
     table = sources.read_table(source, _name_of(source, data, "train"), wanted)
+    natural = issubclass(registry.choice("partitioners", settings.partition.name), Natural)
+    if natural:
+        sources.refuse(table, table.without(str(data.client)), str(data.client), "data.client")
     owner_names = sorted({row[data.client] for row in table.rows}) if data.client is not None else []
     texts_by_id = _by_id(table, render, columns.passage_id) if columns.gold is not None else {}
-    if issubclass(registry.choice("partitioners", settings.partition.name), Natural):
+    if natural:
         table, owner_names = owners_with_enough(settings, table, owner_names, messages)
     passages = [render.render(row) for row in table.rows]
     label_names: list[str] = []
