@@ -25,7 +25,8 @@ def test_check_passes_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(CONFIGS / f"{name}.yaml"), "--check"]) == 0
-    assert "payload:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "payload:" in out and "at the end all 300 test examples" in out
     assert not list(tmp_path.iterdir())
 
 
