@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedhpc.approaches.base import Approach
 from fedhpc.approaches.prepare import prepare
+from fedhpc.approaches.report import peak_memory
 from fedhpc.main import main
 from fedhpc.participation.forecast import forecast
 from fedhpc.ranks.launch import Launch
@@ -101,6 +103,47 @@ def test_check(approach: Approach, capsys: pytest.CaptureFixture[str]) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in config.run_dir.rglob("*")}
     assert main([str(path), "client.steps=3", "--check", "ranks=64"]) == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+FAILS = """
+from contextlib import contextmanager
+from fedhpc.methods.prompt import Prompt
+
+class Fails(Prompt):
+    \"\"\"Fails as soon as a batch goes through it.\"\"\"
+
+    @contextmanager
+    def attach(self, trained, received, rows, row_keys=None):
+        raise KeyError("no layer\\nof this name")
+        yield
+"""
+
+
+def test_check_takes_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it passes can run: a method that fails in its first batch is one line, and nothing is written."""
+    texts = write_texts(tmp_path)
+    (tmp_path / "fails.py").write_text(FAILS)
+    config = settings(tmp_path / "run", tree(texts, method={"name": str(tmp_path / "fails.py")}))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    capsys.readouterr()
+    assert main([str(path), "--check"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a step of round 1 fails: KeyError: 'no layer" in line
+    assert not config.run_dir.exists()
+
+
+def test_check_measures_memory(approach: Approach) -> None:
+    """The largest block is trained for a step, and what that took is said beside what is held."""
+    plan = approach.plan(1)
+    assert "without activations" in approach.details(plan)[-1]
+    before = approach.initial_payload()
+    approach.rehearse(plan)
+    memory = approach.details(plan)[-1]
+    assert memory.startswith("memory per worker: ") and "as a step of the largest block" in memory
+    said = float(memory.removeprefix("memory per worker: ").split(" MiB")[0].replace(",", ""))
+    assert said * 2**20 >= peak_memory(approach.base.device) * 0.99
+    assert torch.equal(approach.initial_payload(), before)
 
 
 @pytest.mark.parametrize(

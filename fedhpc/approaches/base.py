@@ -251,6 +251,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def summary(self) -> str:
         """What is customized, in a few words."""
 
+    def rehearse(self, plan: Plan) -> None:
+        """Try on rank 0 what a round will do, for --check: whatever fails there would fail in the round."""
+
     @abstractmethod
     def details(self, plan: Plan) -> list[str]:
         """Lines for --check: what is exchanged, and the memory that it takes."""

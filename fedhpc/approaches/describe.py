@@ -12,9 +12,12 @@ import torch
 from fedhpc import data, registry
 from fedhpc.approaches.base import AnyApproach
 from fedhpc.config import plugins
+from fedhpc.errors import UserError
 from fedhpc.participation import forecast
+from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import COHORT_SIZE, cohort_size
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.ranks.verdict import on_server
 from fedhpc.results.record import RunDescription, Scalar
 from fedhpc.results.results_file import Results
 from fedhpc.results.resume import decide
@@ -43,6 +46,7 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         approach.topology.speaker(w): sum(b.cost for b in plan.blocks if b.worker == w) for w in approach.workers
     }
     largest = max((len(b.clients) for b in plan.blocks), default=0)
+    on_server(transport, lambda: _rehearse(approach, plan))
     exchanged, *rest = approach.details(plan)
     return [
         headline(approach, transport),
@@ -57,6 +61,20 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         f"bytes per round: {approach.bytes_down(plan):,} down, {approach.bytes_up(plan):,} up (protocol)",
         *rest,
     ]
+
+
+def _rehearse(approach: AnyApproach, plan: Plan) -> None:
+    """Try what a round does. UserError in one line, whatever it is that a model or a plugin raises."""
+    try:
+        approach.rehearse(plan)
+    except UserError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"a step of round 1 fails: {type(error).__name__}: {first[:300]}",
+            key="method.name", remedy="choose another method, another model or a smaller block",
+        ) from error  # fmt: skip
 
 
 def evaluated(approach: AnyApproach) -> str:

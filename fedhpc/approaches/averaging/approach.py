@@ -26,10 +26,12 @@ from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
 from fedhpc.approaches.export import export, write_client_names
 from fedhpc.approaches.inputs import Inputs
+from fedhpc.approaches.report import peak_memory
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
 from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
+from fedhpc.models.generative import Generative
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
@@ -72,6 +74,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             config, self.base, self.method, self.objective, self.data, self.personal, self.rounds
         )
         self.evaluation = Evaluation(config, self.method, self.data, self.evaluator)
+        #: The largest memory of this process in bytes, once a step was rehearsed.
+        self._peak: int | None = None
         self.aggregator: Aggregator = registry.choice("aggregators", config.server.aggregator)(config.server)
 
     @property
@@ -294,6 +298,20 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         apart = f", {size:,} of them personal" if size else ""
         return f"{self.method.payload.size:,} parameters{apart}{twice}"
 
+    def rehearse(self, plan: Plan) -> None:
+        """Take a step of the largest block, and write a token where samples are asked for."""
+        blocks = [block for worker in self.workers for block in self.blocks_of(plan, worker)]
+        trains_here = self.base.device.type == self.placement.trains_on
+        if blocks and trains_here:
+            largest = max(blocks, key=lambda block: (len(block.clients), block.cost))
+            self.training.rehearse(largest.clients)
+            if self.config.evaluation.samples and isinstance(self.base, Generative):
+                views = self.method.payload.views(self.initial_payload().unsqueeze(0).to(self.base.device))
+                rows = torch.zeros(1, dtype=torch.int64, device=self.base.device)
+                with torch.no_grad(), self.method.attach(self.method.start(views), views, rows) as attached:
+                    self.base.generate(attached, [self.data.train.prompt(0)], 1)
+            self._peak = peak_memory(self.base.device)
+
     def details(self, plan: Plan) -> list[str]:
         config, personal = self.config, self.split.personal
         payload, state, item = self.method.payload, self.method.trainable.size, self.payload_dtype.itemsize
@@ -303,12 +321,24 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
         update = self.split.shared.size * item * (2 if config.corrects_drift else 1)
         stays = f"personal: {personal.size:,} parameters in {len(personal.shapes)} tensors stay on each client"
+        parts = (
+            f"{base_bytes / 2**20:.1f} MiB base, {copies * state * item * largest / 2**20:.1f} MiB block, "
+            f"{update * held / 2**20:.1f} MiB updates"
+        )
+        if self._peak is None:
+            memory = f"memory per worker without activations: {parts}"
+        else:
+            # On a GPU the updates are not in its memory.
+            most = self._peak + (update * held if self.base.device.type == "cpu" else 0)
+            memory = (
+                f"memory per worker: {most / 2**20:,.0f} MiB, as a step of the largest block on its longest rows took: "
+                f"{parts}, the rest activations and the program"
+            )
         return [
             f"payload: {payload.size:,} parameters in {len(payload.shapes)} tensors, "
             f"{payload.size * item / 2**20:.2f} MiB",
             *([stays] if personal.shapes else []),
-            f"memory per worker without activations: {base_bytes / 2**20:.1f} MiB base, "
-            f"{copies * state * item * largest / 2**20:.1f} MiB block, {update * held / 2**20:.1f} MiB updates",
+            memory,
         ]
 
 

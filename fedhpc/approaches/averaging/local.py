@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -133,6 +133,17 @@ class BlockTraining:
             bytes_up=bytes_up if config.mode == "federated" else np.zeros_like(bytes_up),
             padded_tokens=trained.padded_tokens,
         )
+
+    def rehearse(self, clients: Sequence[int]) -> None:
+        """Take one local step of a block on the longest rows that its clients have, and forget what it gave."""
+        local = replace(LocalTraining.of(self.config, 1, self.rounds), steps=1, epochs=None)
+        works = []
+        for client in clients:
+            indices = self.data.population.indices(client)
+            by_length = np.argsort(-self.data.train.lengths_of(indices), kind="stable")
+            works.append(Work(client, indices[by_length[: local.batch_size]]))
+        start = self.personal.initial_payload().unsqueeze(0)
+        train_block(self.base, self.method, self.objective, start, works, self.data.train, local)
 
     def _starts(self, down: Download, tensors: Mapping[str, Tensor]) -> Tensor:
         """The payloads from which K clients train: (K, P), or (1, P) where they share one."""
