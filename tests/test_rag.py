@@ -343,6 +343,24 @@ def test_passages_have_the_room_that_question_and_answer_leave(world: Path, tmp_
         assert sum(plain) + 2 <= 40, "what is shown is what was read, between bos and eos"
 
 
+def test_questions_that_are_cut_are_counted(world: Path, tmp_path: Path) -> None:
+    cut, uncut = (
+        prepare(
+            settings(tmp_path / "run", tree(world, data={"max_length": n}, method={"context_tokens": 4})),
+            LoopbackTransport(),
+            Launch(),
+            False,
+        )
+        for n in (12, 256)
+    )
+    lost = uncut.data.test.lengths - cut.data.test.lengths
+    (line,) = [line for line in cut.data.messages if "lose" in line]
+    assert line == (
+        f"data: {np.count_nonzero(lost)} of {len(lost)} rows of test lose {lost.sum()} tokens of their prompts; the "
+        f"longest has {uncut.data.test.lengths.max()} tokens, data.max_length is 12"
+    )
+
+
 def test_passages_without_a_word_are_refused(world: Path, tmp_path: Path) -> None:
     for name in ("test.jsonl",):
         (tmp_path / name).write_text((world / name).read_text())

@@ -138,6 +138,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         of_server = data.load_data(config, tokenizer, model, write_cache, public, head)
         groups: list[Data | None] = []
         by_content: dict[str, Data] = {}  # of the tokenizer
+        messages = list(of_server.messages)
         for i, group in enumerate(config.method.groups):
             of_group = _model(config, group.model)
             groups.append(None)
@@ -159,6 +160,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
             if content not in by_content:
                 changed = config.model_copy(update={"model": of_group})
                 by_content[content] = data.load_data(changed, theirs, model, write_cache, public, head)
+                messages += [f"{key}: {line}" for line in by_content[content].messages if line not in messages]
             same = model.has_target and _same_tokens(tokenizer, of_server, theirs, by_content[content])
             if model.has_target and not same and config.method.align == "none":
                 raise UserError(
@@ -169,7 +171,8 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         every = "".join(d.fingerprint for d in (of_server, *by_content.values()))
         fingerprint = hashlib.sha256(every.encode()).hexdigest()
         parts = {field.name: getattr(of_server, field.name) for field in fields(of_server)}
-        return GroupedData(**{**parts, "fingerprint": fingerprint}, groups=tuple(groups) or (None,))
+        parts |= {"fingerprint": fingerprint, "messages": messages}
+        return GroupedData(**parts, groups=tuple(groups) or (None,))
 
     @property
     def keeps_client_state(self) -> bool:

@@ -16,7 +16,7 @@ from fedhpc import config, registry
 from fedhpc.data import sources
 from fedhpc.data.files import LocatedRows
 from fedhpc.data.labels import class_order
-from fedhpc.data.load import Data, ids_of, owners_with_enough
+from fedhpc.data.load import Data, ids_of, owners_with_enough, template, what_became_of
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Source, Table
@@ -58,10 +58,10 @@ def load_passages(
     """Read passages and questions and divide the passages among clients. UserError where something is wrong."""
     data, messages = settings.data, list[str]()
     source = sources.open_source(data)
-    render, prompt, target = (
-        parse(columns.passage, "method.passage"), parse(data.prompt, "data.prompt"), parse(data.target, "data.target"),
-    )  # fmt: skip
-    query = prompt if columns.query is None else parse(columns.query, "method.query")
+    render = parse(columns.passage, "method.passage")
+    prompt = template(data.prompt, "data.prompt", tokenizer)
+    target = template(data.target, "data.target", tokenizer)
+    query = parse(data.prompt, "data.prompt") if columns.query is None else parse(columns.query, "method.query")
 
     owner = {} if data.client is None else {data.client: "data.client"}
     named = {columns.passage_id: "method.passage_id"} if columns.gold is not None else {}
@@ -103,8 +103,8 @@ def load_passages(
     }
     name = _name_of(source, data, "test")
     questions = sources.filtered(sources.read_table(_OneReference(source, target.columns), name, asked), data)
-    test, message = _examples(questions, prompt, target, tokenizer, data.max_length, writing, write_cache)
-    messages += [message] if message and message not in messages else []
+    test, lines = _examples(questions, prompt, target, tokenizer, data.max_length, writing, write_cache)
+    messages += [line for line in lines if line not in messages]
     make = Population.single if settings.mode == "centralized" else Population.divided
     return Corpus(
         train,
@@ -154,10 +154,11 @@ def _gold(questions: Table, row: int, column: str, numbers: Mapping[str, int]) -
 
 def _examples(
     table: Table, prompt: Template, target: Template, tokenizer: Any, max_length: int, writing: Writing, write: bool
-) -> tuple[Examples, str | None]:
-    prompts, targets = ([template.render(row) for row in table.rows] for template in (prompt, target))
+) -> tuple[Examples, list[str]]:
+    prompts, targets = ([one.render(row) for row in table.rows] for one in (prompt, target))
     tokens, message = cached_tokens(prompts, targets, table.locations, tokenizer, max_length, writing, write)
-    return examples_from(tokens, prompts=prompts, targets=targets), message
+    lines = [message] if message else []
+    return examples_from(tokens, prompts=prompts, targets=targets), lines + what_became_of(tokens, "test", max_length)
 
 
 @dataclass(frozen=True)
