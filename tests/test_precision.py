@@ -12,7 +12,8 @@ import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedhpc import registry
-from fedhpc.models.load import checkpoint_layers, layer_stacks
+from fedhpc.config import Model
+from fedhpc.models.load import checkpoint_layers, layer_stacks, load_base
 from tests import tiny
 from tests.test_block import SIZES, settings, start_of, works
 from tests.test_methods import make, warm
@@ -21,6 +22,24 @@ from tests.test_methods import make, warm
 TRAINED = [name for name in registry.names("methods") if not registry.is_approach(name) and name != "retriever"]
 
 # ---------------------------------------------------------------- 16 bits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "slow"),
+    [
+        ("bfloat16", {"avx512_bf16": False, "amx_bf16": False}, True),
+        ("bfloat16", {"avx512_bf16": True, "amx_bf16": False}, False),
+        ("float16", {"avx512_bf16": True, "avx512_fp16": False}, True),
+        ("float32", {}, False),
+    ],
+)
+def test_a_processor_without_instructions_for_16_bits_is_named(
+    dtype: str, has: dict[str, Any], slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capabilities = {"architecture": "x86_64", **has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    base = load_base(Model.model_validate({"name": "builtin", "dtype": dtype}), torch.device("cpu"))
+    assert [f"no instructions for {dtype}" in message for message in base.messages] == [True] * slow
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

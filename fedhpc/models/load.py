@@ -173,7 +173,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             source=source,
             revision=model.revision,
             quantize=model.quantize,
-            messages=tuple(f"model: '{model.name}' {message}" for message in fitted.messages),
+            messages=(*(f"model: '{model.name}' {message}" for message in fitted.messages), *_slow(model, device)),
         )
         base.check()
     if model.gradient_checkpointing:
@@ -208,6 +208,18 @@ def check_tokens(base: Base, examples: Examples, split: str) -> None:
         "text and of the templates, or give a model that embeds it",
         key="model.name",
     )
+
+
+def _slow(model: Model, device: torch.device) -> list[str]:
+    """What to say where the processor converts every number of `model.dtype` before it computes with it."""
+    import torch
+
+    needed = {"bfloat16": ("avx512_bf16", "amx_bf16"), "float16": ("avx512_fp16", "amx_fp16")}.get(model.dtype)
+    # Older releases of torch do not tell, and other architectures name their instructions otherwise.
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if device.type != "cpu" or needed is None or has.get("architecture") != "x86_64" or any(map(has.get, needed)):
+        return []
+    return [f"model.dtype: this processor has no instructions for {model.dtype}: float32 is several times as fast here"]
 
 
 def check_length(base: Base, max_length: int, virtual: int) -> None:
