@@ -456,7 +456,7 @@ def test_clients_without_a_word_are_rejected_and_the_round_goes_on(world: Path, 
     same_lists(directory, run(world, tmp_path / "plain"))
     events = table(directory, "events")
     assert {m for k, m in zip(events["kind"], events["message"], strict=True) if k == "rejected"} == {
-        "client 10: there is no word in its passages"
+        "client 10 (silent): there is no word in its passages"
     }
     assert table(directory, "rounds")["rejected"][1:].tolist() == [1, 1, 1]
 
