@@ -173,6 +173,13 @@ def test_label_noise_changes_the_classes_of_a_classifier(folder):
     assert all(np.array_equal(noisy.train.tokens(i), clean.train.tokens(i)) for i in range(30))
 
 
+def test_a_column_of_minus_ones_that_only_divides_the_clients_is_one_class(tmp_path):
+    for split, offset in (("train", 0), ("validation", 40), ("test", 60)):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{**row, "k": -1} for row in rows(12, offset)])
+    train = load(tmp_path, label="k").train
+    assert train.label_names == ["-1"] and train.labels.tolist() == [0] * 12
+
+
 def test_a_skewed_split_is_that_of_the_true_labels(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"q": "q", "k": "vwxyz"[i % 5]} for i in range(500)])
     options = {"target": " {k}", "label": "k", "partition": {"name": "dirichlet", "num_clients": 4, "alpha": 0.1}}
@@ -243,6 +250,7 @@ def test_what_is_wrong_with_the_data_section_is_named(folder, options, message):
         ),
         ("train.jsonl", b'{"q": "\xff", "a": "y"}\n', r"train\.jsonl:1: not valid JSON"),
         ("train.jsonl", b'{"q": "\\ud800", "a": "y"}\n', r"train\.jsonl:1: data\.prompt: .* surrogate"),
+        ("train.jsonl", b'{"q": "\\ufdd02\\ufdd1", "a": "y"}\n', r"train\.jsonl:1: data\.prompt: .* 'q' holds U\+FDD0"),
         ("train.jsonl", b'{"q": ["x", "z"], "a": "y"}\n', r"train\.jsonl:1: data\.prompt: .* a list of 2"),
         ("train.jsonl", b"\n", r"train\.jsonl: the split has no rows"),
         ("train.jsonl", b'{"q": "x", "a": null}\n' * 3, r"train\.jsonl:\d: data\.target is empty"),

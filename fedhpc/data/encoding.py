@@ -56,7 +56,9 @@ def _specials(tokenizer: Any) -> _Specials:
 
 
 def marked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Mark the special tokens that a text of the configuration names."""
+    """Mark the special tokens that a text of the configuration names. UserError where it has the marks' characters."""
+    if "\ufdd0" in text or "\ufdd1" in text:
+        raise UserError("a text has U+FDD0 or U+FDD1, which Unicode keeps for the inside of programs; take it out")
     specials = _specials(tokenizer)
     if specials.pattern is None:
         return text

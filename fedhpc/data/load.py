@@ -87,7 +87,11 @@ def load_data(
     messages: list[str] = []
     tables, owner_names = _read_splits(settings, prompt, target, public, messages, not writing.has_target)
     label_names: list[str] = []
-    labelled = {split for split in tables if data.label is not None and not _hidden(tables, split, data.label)}
+    labelled = {
+        split
+        for split in tables
+        if data.label is not None and (split == "train" or not _hidden(tables, split, data.label))
+    }
     if data.label is not None:
         names = {row[data.label] for split in tables if split in labelled for row in tables[split].rows}
         label_names = class_order(names, head)

@@ -43,6 +43,8 @@ def text(value: Any) -> str:
         result.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half a surrogate pair at position {error.start}, which is no character") from None
+    if "\ufdd0" in result or "\ufdd1" in result:  # fedhpc.data.encoding marks special tokens with them
+        raise ValueError("U+FDD0 or U+FDD1, which Unicode keeps for the inside of programs")
     return result
 
 
