@@ -164,7 +164,7 @@ class Evaluator:
         payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i].
         Columns, one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without
         any), and with `labels` accuracy, where the examples have them; of both the 95 % interval over the drawing of
-        the client's examples, loss_low and loss_high, NaN where one example or none is held out.
+        the client's examples, loss_low and loss_high; NaN where it is not known, as that of the loss of one example.
         """
         if len(payloads) not in (1, len(clients)):
             raise ValueError(f"{len(payloads)} payloads for {len(clients)} clients")
@@ -191,12 +191,13 @@ class Evaluator:
             "num_examples": sizes,
             "tokens": tokens,
         }
-        mine = [owner == i for i in range(len(clients))]
+        ends = np.cumsum(sizes)[:-1]
         columns["loss"] = per(nll, tokens)
-        columns |= _ends("loss", [of_ratio(nll[rows], supervised[rows]) for rows in mine])
+        of_each = zip(np.split(nll, ends), np.split(supervised, ends), strict=True)
+        columns |= _ends("loss", [of_ratio(sums, counts) for sums, counts in of_each])
         if right is not None:
             columns["accuracy"] = per(right, sizes)
-            columns |= _ends("accuracy", [of_mean(right[rows].astype(np.float64)) for rows in mine])
+            columns |= _ends("accuracy", [of_mean(part) for part in np.split(right.astype(np.float64), ends)])
         return columns
 
     def mixed_probabilities(

@@ -41,7 +41,8 @@ class RoundProgress:
     @property
     def done(self) -> float:
         """Clients that are done in this round, on all ranks that rank 0 has heard of."""
-        others = sum(done for round_, done in self._of_others.values() if round_ == self.round)
+        of_others = list(self._of_others.values())  # at once: the liveness thread adds ranks meanwhile
+        others = sum(done for round_, done in of_others if round_ == self.round)
         return min(self._done + others, float(self.clients))
 
     def report(self) -> list[float]:
