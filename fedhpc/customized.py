@@ -181,13 +181,18 @@ def _json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
 
 
 def _put_head(base: Base, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Move what was trained of the base itself, a classifier's head, from `tensors` into the base."""
+    """Move what was trained of the base itself, a classifier's head, from `tensors` into the base.
+
+    UserError where a part of it is missing: the base has random numbers there.
+    """
     parameters = dict(base.model.named_parameters())
     for path in base.head:
         for name in (f"{path}.weight", f"{path}.bias"):
+            if name not in parameters:
+                continue
             stored = next((n for n in tensors if n.removeprefix("base_model.").removeprefix("model.") == name), None)
             if stored is None:
-                continue
+                raise UserError(f"'{folder}' lacks {name}, which every run of a classifier trains and exports")
             value = tensors.pop(stored)
             if value.shape != parameters[name].shape:
                 raise UserError(f"'{folder}' belongs to another base than '{base.name}': {name} does not fit")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedhpc
@@ -276,6 +276,11 @@ def test_a_loaded_classifier_has_the_logits_of_its_own_library(
     with torch.no_grad():
         alone = [theirs.eval()(**model.tokenizer(row["mr"], return_tensors="pt")).logits[0] for row in rows]
     torch.testing.assert_close(logits, torch.stack(alone), atol=1e-5, rtol=0)  # PEFT keeps adapters in float32
+    if method == "lora":  # without its head there would be random numbers
+        file = folder / "adapter_model.safetensors"
+        save_file({n: t for n, t in load_file(file).items() if not n.endswith("classifier.weight")}, file)
+        with pytest.raises(fedhpc.UserError, match=r"lacks classifier\.weight"):
+            fedhpc.load(folder)
 
 
 def test_an_export_is_found_from_any_folder(
