@@ -356,6 +356,7 @@ def test_a_run_that_began_in_another_folder(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match=rf"where data\.source 'texts' is; .* give the same command in {first}"):
         decide(same, tmp_path / "run", fresh=False)
     (second / "texts").mkdir()
+    (first / "prefix").mkdir()  # called like the method, which is no path
     assert decide(same, tmp_path / "run", False, "d1", "m1") == "resume"
     with pytest.raises(UserError, match=rf"content of the data changed .* it began in {first}, and relative paths are"):
         decide(same, tmp_path / "run", False, "d2", "m1")

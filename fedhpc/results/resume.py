@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +34,8 @@ FREE_KEYS = frozenset(
     }
 )
 
-# Where a value may be a path, relative to the working directory.
-_PATHS = ("data.source", "model.name", "method.")
+# The keys whose value may be a path, relative to the working directory.
+_PATHS = re.compile(r"data\.source|model\.name|method\.(.+\.)?(source|model|encoder|retriever|adapter)")
 
 _FREE_SECTIONS = ("trackers",)  # other ones, or none, or ones that are gone by now
 
@@ -105,7 +106,7 @@ def _other_folder(meta: Mapping[str, Any]) -> Path | None:
 def _check_paths(config: Config, directory: Path, began_in: Path) -> None:
     """UserError where a relative path of the configuration is a file or folder where the run began, but not here."""
     for key, value in by_key(config.model_dump(mode="json")).items():
-        if not key.startswith(_PATHS) or not isinstance(value, str) or os.path.isabs(value):
+        if not _PATHS.fullmatch(key) or not isinstance(value, str) or os.path.isabs(value):
             continue
         if (began_in / value).exists() and not Path(value).exists():
             raise UserError(
