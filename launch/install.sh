@@ -3,14 +3,14 @@
 #   PYTHON               the interpreter to use (python3)
 #   FEDHPC_TORCH_INDEX   index that pip takes torch from (a CPU or CUDA build other than pip's default)
 #   FEDHPC_VENV          the folder of the environment (.venv)
-#   FEDHPC_CONSTRAINTS   the versions (constraints.txt)
+#   FEDHPC_CONSTRAINTS   the versions (launch/constraints.txt)
 # A torch that the interpreter already has (a cluster's CUDA build) is used as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-report}
 python=${PYTHON:-python3}
 venv=${FEDHPC_VENV:-.venv}
-constraints=${FEDHPC_CONSTRAINTS:-constraints.txt}
+constraints=${FEDHPC_CONSTRAINTS:-launch/constraints.txt}
 torch=$(grep '^torch==' "$constraints" || echo torch==2.13.0)
 
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || {

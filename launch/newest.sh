@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Run the tests that lean most on other libraries with the newest releases of these (constraints-newest.txt), in an
+# Run the tests that lean most on other libraries with the newest releases of these (launch/constraints-newest.txt), in an
 # environment outside the checkout that later runs find again. Arguments go to pytest.
 #   FEDHPC_NEWEST   the folder of that environment (~/.cache/fedhpc/newest)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export FEDHPC_VENV=${FEDHPC_NEWEST:-${XDG_CACHE_HOME:-$HOME/.cache}/fedhpc/newest}
-export FEDHPC_CONSTRAINTS=constraints-newest.txt
-export PIP_CONSTRAINT=constraints-newest.txt # pip may be held to older releases on this machine
+export FEDHPC_CONSTRAINTS=launch/constraints-newest.txt
+export PIP_CONSTRAINT=$PWD/launch/constraints-newest.txt # pip may be held to older releases on this machine
 bash launch/install.sh test
 export PYTHONPATH=$PWD OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 chosen=(tests/test_screen.py tests/test_export.py tests/test_kinds.py tests/test_methods.py tests/test_store.py)

@@ -139,6 +139,8 @@ def set_environment(config: Config) -> None:
     if config.runtime.threads == "auto":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch's store warns of an address that has no name; what fails is an error, and said in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
