@@ -268,6 +268,14 @@ def test_results_on_different_data_are_kept_apart(tmp_path: Path, capsys: pytest
             .get_yticklabels()][:2] == ["fed, test set A", "few, test set B"]  # fmt: skip
 
 
+def test_a_metric_more_is_no_other_test_set(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "fed"), make_run(tmp_path, "texts", lr=0.1)]
+    examples, prompts = Sampling(300, 300, "examples"), Sampling(120, 120, "prompts")
+    measured(runs[0], {"loss": examples}, loss=1.5)
+    measured(runs[1], {"loss": examples, "bleu": prompts}, loss=1.5, bleu=20.0)
+    assert len({load_run(run).test_set for run in runs}) == 1
+
+
 def test_void_rounds_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, "demo")
     results = Results.read(run / "results.h5")

@@ -70,7 +70,9 @@ class LoadedRun:
         data, evaluation = self.config.get("data", {}), self.config.get("evaluation", {})
         chosen = {key: data[key] for key in ("subset", "where", "where_not", "join", "target") if data.get(key)}
         details = [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items()]
-        items = {one.items for name in self.metrics("test") if (one := self.sampling("test", name)) is not None}
+        measured = [one for name in self.metrics("test") if (one := self.sampling("test", name)) is not None]
+        # The prompts of texts follow from the examples, and a run may have no metric of texts.
+        items = {one.items for one in measured if one.unit == "examples"} or {one.items for one in measured}
         limit = evaluation.get("test_max_examples") or evaluation.get("max_examples", "all")
         return ", ".join(
             [
