@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedhpc import config
 from fedhpc.data import describe, group_references, load_data
+from fedhpc.data.encoding import marked
 from fedhpc.data.templates import parse
 from fedhpc.data.tokens import cache_dir, cached_tokens, save_tokens, tokenize
 from fedhpc.errors import UserError
@@ -373,6 +374,9 @@ def test_long_examples_lose_the_front_of_the_prompt():
         one("abcdef", "xyz", 4)
     with pytest.raises(UserError, match=r"file:1: data\.target is empty"):
         one("abcdef", " ", 8)
+    tokenizer = words()
+    with pytest.raises(UserError, match=r"file:1: data\.target is empty"):
+        one("abcdef", marked(tokenizer.eos_token, tokenizer), 8, tokenizer)  # "{ref}</s>" where ref is empty
 
 
 def test_tokenizers_without_a_start_or_end():

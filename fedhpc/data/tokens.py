@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhpc.data.encoding import behind, behind_each, encode, marked
+from fedhpc.data.encoding import behind, behind_each, encode, marked, unmarked
 from fedhpc.data.partitioners.base import Int32, Int64
 from fedhpc.errors import UserError
 
@@ -261,7 +261,7 @@ def tokenize(
             of_targets, apart[chunk] = behind(tokenizer, prompts[chunk], targets[chunk], of_prompts, of_targets)
         pieces: list[list[int]] = []
         for number, (of_prompt, of_target) in enumerate(zip(of_prompts, of_targets, strict=True), start):
-            if writing.has_target and (not of_target or not targets[number].strip()):
+            if writing.has_target and (not of_target or not unmarked(targets[number]).strip()):
                 raise UserError(
                     f"{locations[number]}: data.target is empty here; leave the row out with data.where_not"
                 )
@@ -356,7 +356,8 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
             sorted(tokenizer.get_vocab().items()),
             repr(tokenizer.init_kwargs),
         ]
-    text = json.dumps([content, tokenizer.bos_token_id, tokenizer.eos_token_id], sort_keys=True)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(map(str, tokenizer.all_special_tokens))]
+    text = json.dumps([content, special], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

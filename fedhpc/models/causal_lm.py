@@ -132,6 +132,8 @@ class CausalLM(Generative):
         try:
             with torch.no_grad():
                 return base._looked_at()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # anything, from a missing package to inputs of another sort
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
@@ -171,6 +173,8 @@ class CausalLM(Generative):
         try:
             self.hidden(self._some_ids(2), cache=cache)
             return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys.shape[2] == 2)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # what models raise that keep something else differs from one to the next
             return ()
 
@@ -293,6 +297,8 @@ class CausalLM(Generative):
                 first = self.model.get_input_embeddings()(ids[:, :2])
                 same = _close(self.read(Attached(embeddings=first), ids[:, 2:]), together, 1e-5)
                 self.read(Attached(embeddings=first / 2), ids[:, 2:])  # some look for the tokens that they are of
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # models that look their ids up a second time raise in ways of their own
                 same = False
         if not same:
@@ -419,8 +425,11 @@ class _Answer:
 @contextmanager
 def _answering(layers: Any, states: Tensor) -> Iterator[None]:
     """Let the model's layers answer with these states (1, S, D), whatever they are asked."""
+    replaced = vars(layers).get("forward")  # of a library that wraps a module, such as accelerate
     layers.forward = lambda *args, **kwargs: _Answer(states)
     try:
         yield
     finally:
         del layers.forward
+        if replaced is not None:
+            layers.forward = replaced

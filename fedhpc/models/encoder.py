@@ -80,6 +80,8 @@ class Encoder(Base):
         try:
             embeddings = self.model.get_input_embeddings()(ids)
             same = _close(self._output(mask, inputs_embeds=embeddings), self._output(mask, input_ids=ids))
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # classes that look at the tokens themselves fail in ways of their own
             same = False
         if not same:

@@ -163,6 +163,8 @@ class Seq2Seq(Generative):
             layers = self.activations([3, 4])
             wanted = (self.num_kv_heads, 2, self.head_dim)
             plain = len(layers) == 2 * self.num_layers and all(tuple(t.shape) == wanted for t in layers)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # classes without a cache of keys and values fail in ways of their own
             plain = False
         if not plain:
