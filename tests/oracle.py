@@ -317,6 +317,8 @@ def _judge(case: Case, folder: Path, verdict: Verdict) -> None:
     plain = getattr(tf, MODELS[case.task].auto_class).from_pretrained(folder, dtype=torch.float32)
     plain.eval().requires_grad_(False)
     Comparison(base, plain, verdict).run()
+    if not verdict.wrong and "lora" not in verdict.agreed:  # then nothing can be trained in it
+        verdict.refused = verdict.refusals["lora"]
 
 
 LABELS = ["a", "b", "c"]

@@ -78,7 +78,9 @@ class Experts(torch.nn.Module):
 def test_experts_that_see_some_tokens_are_refused() -> None:
     base = tiny.base("llama")
     base.model.model.layers[1].mlp = Experts(32).double()
-    with pytest.raises(UserError, match=r"^method\.targets: model\.layers\.1\.mlp\.experts\.0 is an expert, "):
+    with pytest.raises(
+        UserError, match=r"^method\.targets: model\.layers\.1\.mlp\.experts\.0 is not given the tokens row by row"
+    ):
         make("lora", base, targets=["q_proj", "experts.0"])
     make("lora", base)
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of tiny random models
 REPRESENTATIVES = [
     *(Case("causal_lm", name) for name in ("qwen3", "opt", "falcon", "deepseek_v3", "mixtral", "mistral", "jamba")),
     *(Case("causal_lm", name) for name in ("gemma2", "bloom")),
-    *(Case("classification", name) for name in ("distilbert", "deberta-v2")),
+    *(Case("classification", name) for name in ("distilbert", "deberta-v2", "modernbert")),
     *(Case("seq2seq", name) for name in ("mt5", "marian")),
 ]
 
@@ -44,3 +44,14 @@ def test_an_encoder_whose_rows_depend_on_their_neighbours_is_refused(model_type:
     """ConvBERT's convolutions and Nystromformer's landmarks see the padding."""
     verdict = oracle.judge(Case("classification", model_type), tmp_path)
     assert "beside longer rows than alone" in verdict.refused and verdict.refused.startswith("model.name: ")
+
+
+def test_layers_that_are_given_tokens_before_rows_are_refused(tmp_path: Path) -> None:
+    """Longformer's attention has positions along its first axis, where clients of a block would be mixed."""
+    verdict = oracle.judge(Case("classification", "longformer"), tmp_path)
+    assert "is not given the tokens row by row" in verdict.refused and not verdict.wrong
+
+
+def test_a_cache_that_no_prefix_fits_is_refused(tmp_path: Path) -> None:
+    verdict = oracle.judge(Case("classification", "xlm"), tmp_path)
+    assert verdict.works and "prefix" in verdict.refusals

@@ -36,17 +36,17 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
 
 
 def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
-    """UserError where a layer is part of the output layer, or an expert: it sees some tokens of a batch, not its rows.
+    """UserError where a layer is part of the output layer, or is given something else than the rows of a batch.
 
     Found by watching the layers while the base reads and predicts a few tokens. A layer that no text passes through,
     as in a tower for images, is left alone.
     """
     every_token = {_ROWS * length for length in (_PROMPT, _TARGET, _PROMPT + _TARGET)}  # of encoders, decoders, or both
-    seen: dict[str, set[int]] = {path: set() for path in layers}
+    seen: dict[str, set[tuple[int, ...]]] = {path: set() for path in layers}
     with torch.no_grad():
         with _watched(layers, seen):
             states = base.read_some(_ROWS, _PROMPT, _TARGET)
-        in_output: dict[str, set[int]] = {path: set() for path in layers}
+        in_output: dict[str, set[tuple[int, ...]]] = {path: set() for path in layers}
         if isinstance(base, Predictor):
             with _watched(layers, in_output):
                 base.logits(states)
@@ -57,18 +57,19 @@ def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
                 f"{key}: {name} is the output layer, which is given the supervised tokens of all clients together",
                 key=key, remedy="leave it out",
             )  # fmt: skip
-        if not seen[path] <= every_token:
+        if not all(shape[0] == _ROWS if len(shape) > 1 else shape[0] in every_token for shape in seen[path]):
             raise UserError(
-                f"{key}: {path} is an expert, which is given the tokens that are sent to it and not each client's rows",
-                key=key, remedy="choose layers that all tokens pass through, such as those of attention",
+                f"{key}: {path} is not given the tokens row by row, as an expert is not that sees those sent to it, so "
+                "no client could have its own there",
+                key=key, remedy="choose layers that all tokens of a row pass through",
             )  # fmt: skip
 
 
 @contextmanager
-def _watched(layers: Mapping[str, Any], seen: Mapping[str, set[int]]) -> Iterator[None]:
-    """Note how many tokens each layer is given at once."""
+def _watched(layers: Mapping[str, Any], seen: Mapping[str, set[tuple[int, ...]]]) -> Iterator[None]:
+    """Note the shapes of what each layer is given, without the width."""
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, path=path: seen[path].add(inputs[0][..., 0].numel()))
+        layer.register_forward_pre_hook(lambda _, inputs, path=path: seen[path].add(tuple(inputs[0].shape[:-1])))
         for path, layer in layers.items()
     ]
     try:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedhpc.methods._linear import ends_with
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -45,7 +47,16 @@ def add_modules(path: Path, tensors: Mapping[str, Tensor], base: Base) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # PEFT wraps the model once for soft prompts and twice for layers; our own adapters wrap nothing.
     wrapped = "base_model." if "num_virtual_tokens" in config else "base_model.model." if "peft_type" in config else ""
-    _save(path, load_file(path / "adapter_model.safetensors") | {f"{wrapped}{n}": t for n, t in tensors.items()})
+    # It takes a name for the end of a path, and misses what is not trained in such a module.
+    ends = tuple(config["modules_to_save"]) if "peft_type" in config else ()
+    untrained = {
+        f"{at}.{name}": parameter
+        for at, module in base.model.named_modules()
+        if any(ends_with(at, end) for end in ends)
+        for name, parameter in module.named_parameters()
+    }
+    saved = {f"{wrapped}{name}": tensor for name, tensor in {**untrained, **tensors}.items()}
+    _save(path, load_file(path / "adapter_model.safetensors") | saved)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

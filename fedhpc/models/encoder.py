@@ -103,7 +103,20 @@ class Encoder(Base):
         return output
 
     def check_past(self) -> None:
-        if cache_argument(self.model.base_model) is None:
+        from fedhpc.models.prefix_cache import prefix_cache
+
+        try:
+            layers = self.activations([3, 4]) if cache_argument(self.model.base_model) else []
+            shape = (self.num_kv_heads, 2, self.head_dim)
+            plain = len(layers) == 2 * self.num_layers and all(tuple(t.shape) == shape for t in layers)
+            if plain:
+                past = [(k.unsqueeze(0), v.unsqueeze(0)) for k, v in zip(layers[0::2], layers[1::2], strict=True)]
+                given = {str(cache_argument(self.model.base_model)): prefix_cache(past)}
+                ids = self._some_ids(1, 3)
+                self.model.base_model(input_ids=ids, attention_mask=ids.new_ones(1, 5), **given)
+        except Exception:  # XLM has a cache, but counts its positions otherwise
+            plain = False
+        if not plain:
             raise UserError(
                 f"method.name: a prefix cannot be put in front of '{self.model.config.model_type}' models; "
                 "use prompt, p_tuning, lora or ia3"
@@ -216,11 +229,16 @@ class Classifier(Encoder, Predictor):
 
     @classmethod
     def head_layers(cls, network: Any, new: Sequence[str]) -> tuple[str, ...]:
-        """The linear layers behind the encoder, and within it those that have no stored weights."""
+        """The linear layers behind the encoder, and within it those that have no stored weights.
+
+        A norm between them, as ModernBERT's head has one, stays as it is.
+        """
         paths = []
         for path, module in network.named_modules():
             names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
             if not names or (_in_backbone(network, path) and not set(names) & set(new)):
+                continue
+            if all(parameter.ndim == 1 for parameter in module.parameters(recurse=False)):
                 continue
             if not isinstance(module, torch.nn.Linear):
                 raise UserError(

@@ -165,7 +165,6 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     network.requires_grad_(False).eval()
     if not quantization:  # else it is there, and bitsandbytes refuses to move it
         network.to(device)
-    _check_special_tokens(model.name, tokenizer, network.get_input_embeddings().weight.shape[0])
     with _loading(model, "model"):  # a class of transformers that cannot do what this one of ours asks for
         made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
         base = replace(
@@ -176,6 +175,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             messages=(*(f"model: '{model.name}' {message}" for message in fitted.messages), *_slow(model, device)),
         )
         base.check()
+    _check_special_tokens(model.name, tokenizer, network.get_input_embeddings().weight.shape[0])
     if model.gradient_checkpointing:
         checkpoint_layers(network)
     return base
@@ -326,7 +326,10 @@ class _loading:  # noqa: N801  a context manager used like a function
 
 
 def _draw(network: Any, new: Collection[str], seed: int) -> None:
-    """Fill the parameters `new` as transformers does, but from a keyed generator: weights normal, biases zero."""
+    """Fill the parameters `new` as transformers does, but from a keyed generator.
+
+    Matrices are normal, the weights of norms one and biases zero.
+    """
     import torch
 
     noise = torch.Generator().manual_seed(torch_seed(seed, "head"))
@@ -338,7 +341,7 @@ def _draw(network: Any, new: Collection[str], seed: int) -> None:
             parameter.copy_(
                 torch.randn(parameter.shape, generator=noise) * deviation
                 if parameter.ndim > 1
-                else torch.zeros(parameter.shape)
+                else torch.full(parameter.shape, float(name.endswith(".weight")))
             )
 
 
