@@ -86,6 +86,27 @@ def test_the_cells_of_a_column_of_csv(cells: list[str], texts: list[str]) -> Non
     assert [text(value) for value in of_cells(cells)] == texts
 
 
+@pytest.mark.parametrize(
+    ("train", "more", "test", "classes"),
+    [
+        (["True", "False", "Unknown"], ["True", "False"], ["False", "True"], ["False", "True", "Unknown"]),
+        (["1.0", "2.0"], ["2.0", "beta"], ["1.0", "2.0"], ["1.0", "2.0", "beta"]),
+        (["1.0", "2.0"], ["1.0", "1.0"], ["2.0", "1.0"], ["1", "2"]),
+        (["True", "False"], ["False", "True"], ["True", "True"], ["false", "true"]),
+    ],
+)
+def test_a_column_of_csv_is_of_one_kind_in_all_files(
+    train: list[str], more: list[str], test: list[str], classes: list[str], tmp_path: Path
+) -> None:
+    for name, cells in (("train-0", train), ("train-1", more), ("dev", test), ("test", test)):
+        (tmp_path / f"{name}.csv").write_text("q,k\n" + "".join(f"what is {i},{c}\n" for i, c in enumerate(cells * 3)))
+    data = load(tmp_path, prompt="{q}", target=" {k}", label="k")
+    assert data.train.label_names == classes
+    assert data.test.labels is not None
+    names = [cell if cell in classes else text(of_cells([cell])[0]) for cell in test]
+    assert [classes[i] for i in data.test.labels] == names * 3
+
+
 FRAME = pandas.DataFrame(
     {
         "q": [f"what is {i}" for i in range(12)],

@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone, tzinfo
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
 
-from fedhpc.data.values import of_cells
+from fedhpc.data.values import is_written_text, of_cells
 from fedhpc.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -207,14 +208,26 @@ def _renumbered(path: Path, number: int) -> str:
 # ---- what is in a file
 
 
-def read_files(paths: Iterable[Path]) -> LocatedRows:
+def read_files(paths: Iterable[Path], together: Together | None = None) -> LocatedRows:
     """The rows of data files, one after the other."""
     for path in paths:
-        yield from read_file(path)
+        yield from read_file(path, together)
 
 
-def read_file(path: Path) -> LocatedRows:
-    """The rows of a data file. UserError with file and row."""
+def read_file(path: Path, together: Together | None = None) -> LocatedRows:
+    """The rows of a data file. UserError with file and row.
+
+    together: the files among which a column of CSV has values of one kind.
+    """
+    content, suffix = _content(path)
+    if suffix == ".csv":
+        return _read_csv(path, content, together)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    return readers[suffix](path, content)
+
+
+def _content(path: Path) -> tuple[bytes, str]:
+    """What is in a data file, and its suffix without .gz."""
     if not is_data_file(path):
         raise UserError(f"{path}: {REWRITE}")
     try:
@@ -223,9 +236,11 @@ def read_file(path: Path) -> LocatedRows:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    return readers[suffix](path, content)
+    return content, _suffix(path)
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def _read_jsonl(path: Path, content: bytes) -> LocatedRows:
@@ -267,7 +282,47 @@ def _object(row: Any, location: str) -> dict[str, Any]:
     return row
 
 
-def _read_csv(path: Path, content: bytes) -> LocatedRows:
+def _read_csv(path: Path, content: bytes, together: Together | None) -> LocatedRows:
+    header, rows, locations = _parsed_csv(path, content)
+
+    def values(name: str) -> list[Any]:
+        number = header.index(name)
+        return of_cells([cells[number] for cells in rows], together.cells(name) if together is not None else ())
+
+    yield from Columns(header, values).rows(locations)
+
+
+class Together:
+    """The files of all splits, among which a column of CSV is numbers, booleans or texts as one: else True in one file
+    would be another class than True in the next, which has a word as well."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = [path for path in paths if _suffix(path) == ".csv"]
+
+    def cells(self, name: str) -> set[str]:
+        """The distinct cells of a column in all files; of one that has texts, one of these."""
+        return self._columns.get(name, set())
+
+    @cached_property
+    def _columns(self) -> dict[str, set[str]]:
+        columns: dict[str, set[str]] = {}
+        if len(self.paths) < 2:
+            return columns
+        texts: set[str] = set()  # the columns that have one
+        for path in self.paths:
+            header, rows, _ = _parsed_csv(path, _content(path)[0])
+            for number, name in enumerate(header):
+                distinct = set() if name in texts else {cells[number] for cells in rows}
+                if (text := next(filter(is_written_text, distinct), None)) is not None:
+                    texts.add(name)
+                    columns[name] = {text}
+                else:
+                    columns.setdefault(name, set()).update(distinct)
+        return columns
+
+
+def _parsed_csv(path: Path, content: bytes) -> tuple[list[str], list[list[str]], list[str]]:
+    """The header of a CSV file, its rows, and where each is."""
     try:
         decoded = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -290,12 +345,7 @@ def _read_csv(path: Path, content: bytes) -> LocatedRows:
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-
-    def values(name: str) -> list[Any]:
-        number = header.index(name)
-        return of_cells([cells[number] for cells in rows])
-
-    yield from Columns(header, values).rows(locations)
+    return header, rows, locations
 
 
 def _read_parquet(path: Path, content: bytes) -> LocatedRows:

@@ -212,9 +212,10 @@ def _read_splits(
     ]
     absent: dict[str, str] = {}  # split -> why it is not there
     owner_names: list[str] = []
-    for split in ("train", "validation", "test"):
+    # All are found before one is read: a column of CSV is of one kind in all of them.
+    found = {split: sources.find_split(source, getattr(data, split)) for split in ("train", "validation", "test")}
+    for split, name_in_source in found.items():
         name = getattr(data, split)
-        name_in_source = sources.find_split(source, name)
         if name_in_source is None and (name != split or split == "train"):
             raise UserError(
                 f"data.{split}: '{data.source}' has no split or file '{name}'; it has: {sources.contents(source)}"

@@ -234,6 +234,7 @@ class _Files:
         self.path = path
         self.folder = files.Folder.open(path) if path.is_dir() else None
         self._paths: dict[str, list[Path]] = {}  # the files of each split, as `find` named it
+        self._together = files.Together([])
 
     def splits(self) -> list[str]:
         return [files.stem(self.path)] if self.folder is None else self.folder.splits()
@@ -259,7 +260,10 @@ class _Files:
         return self.folder.files_of(split) or (files.parts_of(self.path) if split == "train" else [])
 
     def read(self, split: str) -> LocatedRows:
-        return files.read_files(self._paths[split])
+        found = files.Together(dict.fromkeys(path for paths in self._paths.values() for path in paths))
+        if found.paths != self._together.paths:
+            self._together = found
+        return files.read_files(self._paths[split], self._together)
 
 
 @dataclass(frozen=True)

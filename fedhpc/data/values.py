@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,15 +50,17 @@ def text(value: Any) -> str:
     return result
 
 
-def of_cells(cells: list[str]) -> list[Any]:
+def of_cells(cells: list[str], beside: Iterable[str] = ()) -> list[Any]:
     """The values of a column of CSV, which has texts alone: numbers or booleans if all cells are, else the texts.
+
+    beside: the distinct cells of the same column in other files, which have to be numbers or booleans too.
 
     A number is what Python and pandas write for one, so 007, 1.10 and 1E5 are texts, and so is all of a column that has
     one of them. In a column of numbers or booleans an empty cell is null; among texts it is the empty text.
     """
     for read in (_as_boolean, _as_number):
         values: dict[str, Any] = {"": None}
-        for cell in cells:
+        for cell in chain(cells, beside):
             if cell not in values:
                 values[cell] = read(cell)
                 if values[cell] is None:
@@ -68,6 +72,11 @@ def of_cells(cells: list[str]) -> list[Any]:
 
 
 _BOOLEANS = {text: value for value in (True, False) for text in (str(value), str(value).lower(), str(value).upper())}
+
+
+def is_written_text(cell: str) -> bool:
+    """Whether a cell of CSV makes all of its column texts: it is neither empty nor a number or a boolean."""
+    return cell != "" and _as_boolean(cell) is None and _as_number(cell) is None
 
 
 def _as_boolean(cell: str) -> bool | None:
