@@ -129,7 +129,7 @@ def _rows(base: Base, virtual: int) -> str:
     elif tokenizer.bos_token_id is None:
         text = f"A row was prompt, target and `{tokenizer.eos_token}`; the tokenizer has no bos"
     else:
-        itself = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        itself = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         text = (
             f"A row was `{tokenizer.bos_token}` (bos), prompt, target and `{tokenizer.eos_token}`; `tokenizer(text)` "
             + ("puts that bos there" if itself else "does not put that bos there, so put it in front of a prompt")
