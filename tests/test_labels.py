@@ -132,6 +132,13 @@ def test_a_split_of_hidden_labels_is_as_one_that_is_not_there(tmp_path: Path, sp
     assert (len(data.train), len(getattr(data, split)), getattr(data, split).labels) == (40, 6, None)
 
 
+def test_labels_that_training_does_not_have_are_said(tmp_path: Path) -> None:
+    write(tmp_path, train=["no", "yes"] * 10, validation=["no", "yes"], test=["yes", "unknown", "maybe", "unknown"])
+    data = read(tmp_path)
+    assert data.train.label_names == ["maybe", "no", "unknown", "yes"]
+    assert data.messages == ["data.label: 3 of 4 rows of test have a label that no training row has, like 'unknown'"]
+
+
 def test_minus_one_is_a_class_among_numbers(tmp_path: Path) -> None:
     data = read(write(tmp_path, train=[1, -1, 0, 1], validation=[0], test=[-1, -1]))
     assert data.train.label_names == ["-1", "0", "1"]

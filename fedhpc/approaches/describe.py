@@ -84,9 +84,11 @@ def evaluated(approach: AnyApproach) -> str:
         f"all {size:,}" if limit is None or size <= limit else f"{limit:,} of {size:,}"
         for size, limit in zip(sizes, (options.max_examples, options.test_max_examples), strict=True)
     )
+    needs = {registry.choice("metrics", name).needs for name in options.metrics}
+    of_texts = " (texts: as many distinct prompts)" if "texts" in needs else ""
     return (
         f"evaluated: {validation} validation examples every {options.every} rounds and after the last; at the end "
-        f"{test} test examples (texts: as many distinct prompts)"
+        f"{test} test examples{of_texts}"
     )
 
 

@@ -101,6 +101,14 @@ def load_data(
                 f"data.label: each of {len(label_names)} values is a class of its own, also numbers like {amounts[0]}; "
                 "amounts are not predicted here"
             )
+        trained = {row[data.label] for row in tables["train"].rows}
+        for split, table in tables.items():
+            others = [row[data.label] for row in table.rows if row[data.label] not in trained]
+            if others and split in labelled and (not writing.has_target or data.label in target.columns):
+                messages.append(
+                    f"data.label: {len(others)} of {len(table.rows)} rows of {split} have a label that no training row "
+                    f"has, like '{others[0]}'"
+                )
         if without_rows := [name for name in label_names if name not in names]:
             messages.append(f"data.label: no row is {', '.join(without_rows)}, which stays a class as the model has it")
     true_labels = ids_of(tables["train"], data.label, label_names)
