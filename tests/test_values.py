@@ -8,6 +8,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedhpc.data import Data
+from fedhpc.data import Data, load_data
 from fedhpc.data.sources import open_source, read_table
 from fedhpc.data.values import of_cells, text
 from fedhpc.errors import UserError
-from tests.test_data import load, rows, settings, write_jsonl
+from fedhpc.models.causal_lm import CausalLM
+from tests.test_data import load, rows, settings, words, write_jsonl
 
 datasets = pytest.importorskip("datasets")
 
@@ -105,6 +107,18 @@ def test_a_column_of_csv_is_of_one_kind_in_all_files(
     assert data.test.labels is not None
     names = [cell if cell in classes else text(of_cells([cell])[0]) for cell in test]
     assert [classes[i] for i in data.test.labels] == names * 3
+
+
+def test_the_public_set_counts_with_the_splits(tmp_path: Path) -> None:
+    """Without a word in it 1.0 would be the class 1, in the public set or in the others."""
+    for odd in ("train", "more"):
+        for name in ("train", "validation", "test", "more"):
+            cells = ["1.0", "2.0", "beta" if name == odd else "1.0"] * 3
+            (tmp_path / f"{name}.csv").write_text("q,k\n" + "".join(f"what,{cell}\n" for cell in cells))
+        public: Any = SimpleNamespace(source=None, split="more", where={}, where_not={}, max_examples=9)
+        config = settings(tmp_path, prompt="{q}", target=" {k}", label="k")
+        data = load_data(config, words(), CausalLM, public=public)
+        assert data.train.label_names == ["1.0", "2.0", "beta"], odd
 
 
 FRAME = pandas.DataFrame(

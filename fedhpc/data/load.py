@@ -221,8 +221,10 @@ def _read_splits(
     absent: dict[str, str] = {}  # split -> why it is not there
     owner_names: list[str] = []
     # All are found before one is read: a column of CSV is of one kind in all of them.
-    found = {split: sources.find_split(source, getattr(data, split)) for split in ("train", "validation", "test")}
-    for split, name_in_source in found.items():
+    in_source = {split: sources.find_split(source, getattr(data, split)) for split in ("train", "validation", "test")}
+    if public is not None and public.source is None:
+        sources.find_split(source, public.split or "train")
+    for split, name_in_source in in_source.items():
         name = getattr(data, split)
         if name_in_source is None and (name != split or split == "train"):
             raise UserError(
@@ -262,7 +264,7 @@ def _read_splits(
             f"for it, {len(tables['train'].rows)} are left"
         )
     if public is not None:
-        tables["train"], tables["public"] = _public_rows(settings, public, shared, tables, messages)
+        tables["train"], tables["public"] = _public_rows(settings, public, source, shared, tables, messages)
     if answers is not None:
         messages += _check_unlabelled(tables, answers)
     messages += _check_missing(data, natural, templates, tables)
@@ -323,7 +325,12 @@ def _at(table: Table, rows: Sequence[int]) -> str:
 
 
 def _public_rows(
-    settings: config.Config, public: Public, columns: dict[str, str], tables: dict[str, Table], messages: list[str]
+    settings: config.Config,
+    public: Public,
+    source: sources.Source,
+    columns: dict[str, str],
+    tables: dict[str, Table],
+    messages: list[str],
 ) -> tuple[Table, Table]:
     """Separate the public set from the training rows: returns (training rows, public rows).
 
@@ -344,10 +351,11 @@ def _public_rows(
     data = settings.data.model_copy(
         update={**public_filters, **({"source": public.source, "subset": None} if public.source is not None else {})}
     )
-    try:
-        source = sources.with_join(sources.open_source(data), data.join)
-    except UserError as error:
-        raise (error.but(key="method.public.source") if error.key == "data.source" else error) from error
+    if public.source is not None:
+        try:
+            source = sources.with_join(sources.open_source(data), data.join)
+        except UserError as error:
+            raise (error.but(key="method.public.source") if error.key == "data.source" else error) from error
     name = public.split or "train"
     name_in_source = sources.find_split(source, name)
     if name_in_source is None:

@@ -260,9 +260,9 @@ class _Files:
         return self.folder.files_of(split) or (files.parts_of(self.path) if split == "train" else [])
 
     def read(self, split: str) -> LocatedRows:
-        found = files.Together(dict.fromkeys(path for paths in self._paths.values() for path in paths))
-        if found.paths != self._together.paths:
-            self._together = found
+        together = files.Together(dict.fromkeys(path for paths in self._paths.values() for path in paths))
+        if together.paths != self._together.paths:
+            self._together = together
         return files.read_files(self._paths[split], self._together)
 
 
