@@ -686,7 +686,8 @@ def test_cut_prompts_are_counted_for_each_split(tmp_path):
     assert data.train.lost.tolist() == [0, *[11] * 39] and data.test.lost.tolist() == [11, 4]
     assert load(tmp_path, max_length=24).messages == []
     encoder = load_data(settings(tmp_path, max_length=13, label="a"), words(), Classifier)
-    assert encoder.messages[0].startswith("data: 39 of 40 rows of train lose 312 tokens of their prompts")
+    assert encoder.messages[0] == "data.label: 1 of 2 rows of test have a label that no training row has, like 'xyz'"
+    assert encoder.messages[1].startswith("data: 39 of 40 rows of train lose 312 tokens of their prompts")
 
 
 def test_a_row_loses_as_much_for_every_label(tmp_path):
