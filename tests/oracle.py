@@ -78,7 +78,7 @@ _SIZES = {
     "sliding_window window_size sliding_window_size attention_window local_attention": 16,
     "head_dim d_kv d_head dim_head kv_channels swa_head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim": 8,
     "kv_lora_rank index_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head": 8,
-    "mamba_head_dim q_lora_rank o_lora_rank mamba_dt_rank time_step_rank laurel_rank hc_lowrank index_topk": 8,
+    "mamba_head_dim q_lora_rank o_lora_rank mamba_dt_rank time_step_rank laurel_rank hc_lowrank": 8,
     "hidden_size_per_layer_input rotary_dim query_pre_attn_scalar mamba_d_state ssm_state_size state_size": 8,
     "chunk_size mamba_chunk_size": 8,
     "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads": 4,
@@ -91,7 +91,7 @@ _SIZES = {
     "n_group topk_group num_expert_group n_groups mamba_n_groups first_k_dense_replace bos_token_id": 1,
     "pad_token_id decoder_start_token_id": 0,
     "max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions": 96,
-    "max_source_positions max_encoder_position_embeddings": 96,
+    "max_source_positions max_encoder_position_embeddings index_topk": 96,
     "vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size decoder_vocab_size": VOCABULARY,
 }
 _SMALL: dict[str, int] = {name: size for names, size in _SIZES.items() for name in names.split()}
@@ -143,8 +143,8 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
-        "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "lsh_attn_chunk_length": 8,
-        "local_attn_chunk_length": 8, "num_buckets": 4,
+        "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "lsh_attn_chunk_length": 64,
+        "local_attn_chunk_length": 64, "num_buckets": 4,
     },
     "roc_bert": {"pronunciation_vocab_size": 10, "shape_vocab_size": 10},
     "t5gemma": {"decoder_start_token_id": 1},
@@ -421,7 +421,11 @@ class Comparison:
             shifted = torch.nn.functional.pad(inputs["labels"][..., 1:], (0, 1), value=-100)
             forms = [inputs, {**inputs, "labels": shifted}] if self.task == "causal_lm" else [inputs]
             with torch.no_grad():
-                worst = max(worst, min(abs(ours - float(self.plain(**form).loss)) for form in forms))
+                try:
+                    theirs = [float(self.plain(**form).loss) for form in forms]
+                except ValueError:  # GIT's counts the places of its images
+                    theirs = [float(self.losses(self.plain, row).mean())]
+            worst = max(worst, min(abs(ours - one) for one in theirs))
         return "" if worst < TOLERANCE else f"the base's loss is {worst:.2g} from transformers' own"
 
     def _labelled(self, row: int) -> dict[str, Tensor]:
@@ -432,7 +436,7 @@ class Comparison:
             return {"input_ids": _ids(self.data.prompt(row)), "labels": _ids(self.data.target(row))}
         labels = ids.clone()
         labels[:, : int(self.data.prompt_lengths[row])] = -100
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "use_cache": False}
 
     def _padded(self) -> str:
         together = self.ours(range(len(self.data)))
@@ -450,8 +454,13 @@ class Comparison:
         ours = self._write(None, None)
         for row, text in zip(PROMPTS, ours, strict=True):
             prompt = _ids(self.data.prompt(row))
-            with torch.no_grad():
-                written = self.plain.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plain)
+            try:
+                with torch.no_grad():
+                    written = self.plain.generate(
+                        prompt, attention_mask=torch.ones_like(prompt), generation_config=plain
+                    )
+            except Exception:  # some cannot generate at such sizes, or not without images
+                written = torch.tensor([[*prompt[0].tolist(), *token_by_token(self.next_logits, row)]])
             theirs = written[0, 1 if self.task == "seq2seq" else prompt.shape[1] :].tolist()
             theirs = theirs[: theirs.index(2)] if 2 in theirs else theirs
             if text == theirs or self._tie(self.next_logits, row, text, theirs):
@@ -586,9 +595,10 @@ class Comparison:
         try:
             return make()
         except UserError as error:
-            if name != "lora" or "it has: " not in str(error):
+            offers = ("it has: ", "it does: ")
+            there = next((str(error).split(offer)[1].split(", ") for offer in offers if offer in str(error)), [])
+            if name != "lora" or not there:
                 raise
-            there = str(error).split("it has: ")[1].split(", ")
             likely = [layer for layer in there if any(part in layer for part in ("q", "in_proj", "att"))]
             self.verdict.notes.append(f"lora needs method.targets (here {(likely or there)[0]})")
             return make(targets=[(likely or there)[0]])

@@ -12,6 +12,7 @@ import transformers as tf
 
 from fedhpc.errors import UserError
 from fedhpc.methods import with_head
+from fedhpc.models.base import most_positions
 from fedhpc.models.causal_lm import CausalLM
 from tests import tiny
 from tests.test_block import settings, start_of, works
@@ -75,6 +76,13 @@ class Experts(torch.nn.Module):
         return out.view_as(x)
 
 
+def test_rows_end_where_attention_begins_to_choose() -> None:
+    """In longer rows DeepSeek-V3.2 looks at the `index_topk` best tokens, later ones and padding among them."""
+    config = tf.DeepseekV32Config(index_topk=64, max_position_embeddings=4096)
+    assert most_positions(config) == 64
+    assert most_positions(tf.DeepseekV32Config(index_topk=2048, max_position_embeddings=512)) == 512
+
+
 def test_experts_that_see_some_tokens_are_refused() -> None:
     base = tiny.base("llama")
     base.model.model.layers[1].mlp = Experts(32).double()
@@ -83,6 +91,16 @@ def test_experts_that_see_some_tokens_are_refused() -> None:
     ):
         make("lora", base, targets=["q_proj", "experts.0"])
     make("lora", base)
+
+
+def test_layers_that_no_text_passes_through_are_refused() -> None:
+    """As those of a tower for images: nothing would be trained."""
+    base = tiny.base("llama")
+    base.model.tower = torch.nn.Linear(32, 32).double()
+    with pytest.raises(
+        UserError, match=r"no text passes through the layers named tower, .*: down_proj, gate_proj, k_p"
+    ):
+        make("lora", base, targets=["q_proj", "tower"])
 
 
 @pytest.mark.parametrize("of", [qwen3_moe, glm4_moe])

@@ -31,20 +31,22 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
             there = sorted({path.rsplit(".", 1)[-1] for path, module in linear.items() if module is not output})
             raise UserError(f"{key}: the model has no linear layer named {name}; it has: {', '.join(there)}")
     matching = {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
-    _require_rows(base, matching, key)
+    _require_rows(base, linear, matching, names, key)
     return matching
 
 
-def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
+def _require_rows(
+    base: Base, linear: Mapping[str, Any], layers: Mapping[str, Any], names: Sequence[str], key: str
+) -> None:
     """UserError where a layer is part of the output layer, or is given something else than the rows of a batch.
 
     Found by watching the layers while the base reads and predicts a few tokens. A layer that no text passes through,
-    as in a tower for images, is left alone.
+    as in a tower for images, is left alone, but not all by the same name.
     """
     every_token = {_ROWS * length for length in (_PROMPT, _TARGET, _PROMPT + _TARGET)}  # of encoders, decoders, or both
-    seen: dict[str, set[tuple[int, ...]]] = {path: set() for path in layers}
+    seen: dict[str, set[tuple[int, ...]]] = {path: set() for path in linear}
     with torch.no_grad():
-        with _watched(layers, seen):
+        with _watched(linear, seen):
             states = base.read_some(_ROWS, _PROMPT, _TARGET)
         in_output: dict[str, set[tuple[int, ...]]] = {path: set() for path in layers}
         if isinstance(base, Predictor):
@@ -63,6 +65,13 @@ def _require_rows(base: Base, layers: Mapping[str, Any], key: str) -> None:
                 "no client could have its own there",
                 key=key, remedy="choose layers that all tokens of a row pass through",
             )  # fmt: skip
+    for name in names:
+        if not any(seen[path] for path in layers if ends_with(path, name)):
+            there = sorted({path.rsplit(".", 1)[-1] for path in linear if seen[path]})
+            raise UserError(
+                f"{key}: no text passes through the layers named {name}, which are for images, sound or the like; "
+                f"through these it does: {', '.join(there)}"
+            )
 
 
 @contextmanager

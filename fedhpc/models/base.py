@@ -368,7 +368,8 @@ def most_positions(config: Any) -> int | None:
     """The longest input of a model with this configuration; None where nothing limits it.
 
     Where angles are stretched for all inputs alike, the stretched length. Where they follow the longest row of a batch
-    once it passes a certain length, that length: beyond it a row would depend on its neighbours.
+    once it passes a certain length, that length: beyond it a row would depend on its neighbours. Likewise where
+    attention chooses among the tokens of longer inputs.
     """
     written = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not written or (hasattr(config, "max_position_embeddings") and getattr(config, "alibi", False)):
@@ -380,7 +381,16 @@ def most_positions(config: Any) -> int | None:
             return int(min(written, original))
         if form in _STRETCHED:
             limit = max(limit, int(original * rope.get("factor", 1.0)))
-    return limit
+    return min(limit, choosy_beyond(config) or limit)
+
+
+def choosy_beyond(config: Any) -> int | None:
+    """Beyond how many tokens attention chooses to which it looks, padding and later ones among them; None: never.
+
+    DeepSeek-V3.2's kind takes the `index_topk` best.
+    """
+    chosen = getattr(config, "index_topk", None)
+    return int(chosen) if chosen else None
 
 
 def angles_of_the_longest(config: Any) -> str | None:

@@ -16,7 +16,17 @@ import numpy as np
 from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Base, Int64, Sizes, angles_of_the_longest, bare, in_mapping, most_positions
+from fedhpc.models.base import (
+    Attached,
+    Base,
+    Int64,
+    Sizes,
+    angles_of_the_longest,
+    bare,
+    choosy_beyond,
+    in_mapping,
+    most_positions,
+)
 from fedhpc.models.call import backbone, takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 
@@ -154,7 +164,10 @@ class CausalLM(Generative):
     def sizes(cls, config: Any) -> Sizes:
         """Until the model is looked at, which knows better what it keeps: layers may differ."""
         text = config.get_text_config(decoder=True)
-        heads = getattr(text, "num_attention_heads", None) or 1
+        try:
+            heads = getattr(text, "num_attention_heads", None) or 1
+        except RuntimeError:  # they differ from layer to layer
+            heads = 1
         return Sizes(text.num_hidden_layers, heads, text.hidden_size // heads, text.hidden_size)
 
     @property
@@ -164,7 +177,10 @@ class CausalLM(Generative):
     @property
     def limited_by(self) -> str:
         form = angles_of_the_longest(self.model.config.get_text_config(decoder=True))
-        return f" (in a longer batch every row's {form} angles follow the longest row)" if form else ""
+        if form:
+            return f" (in a longer batch every row's {form} angles follow the longest row)"
+        chosen = choosy_beyond(self.model.config.get_text_config(decoder=True)) == self.max_positions
+        return " (in longer rows its attention chooses among tokens, padding and later ones too)" if chosen else ""
 
     def _keeps(self) -> tuple[tuple[Tensor, Tensor], ...]:
         from transformers import DynamicCache
@@ -234,7 +250,10 @@ class CausalLM(Generative):
     def _has_plain_head(self) -> bool:
         ids = self._some_ids(3)
         theirs = self.model(input_ids=ids, **with_cache(self.model, None)).logits
-        return _close(theirs, self._plain_logits(self.hidden(ids)))
+        states = self.hidden(ids)
+        if states.shape[-1] != self.model.get_output_embeddings().weight.shape[-1]:
+            return False
+        return _close(theirs, self._plain_logits(states))
 
     def frozen_head(self) -> Tensor | None:
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config(decoder=True)

@@ -33,6 +33,7 @@ BUILTIN = Path(__file__).parents[1] / "builtin" / "base"
 _SAMPLE = 65_536  # elements per tensor that go into the fingerprint
 #: What `model.task` can name; auto takes the first that fits the model.
 MODELS: dict[str, type[Base]] = {model.task: model for model in (CausalLM, Classifier, SentenceEncoder, Seq2Seq)}
+_UNTRAINABLE = {"reformer": "has reversible layers, which train in train mode alone, where they draw at random"}
 # What transformers imports where it is installed: for the losses of object detection, assisted generation, templates
 # of chats.
 _UNASKED = ("scipy", "sklearn", "jinja2")
@@ -96,6 +97,11 @@ def load_tokenizer(model: Model) -> Any:
 def model_class(model: Model) -> type[Base]:
     """The class of base that `model` is loaded as. UserError where `model.task` does not fit it, or nothing does."""
     config = _load_config(model)
+    if config.model_type in _UNTRAINABLE:
+        raise UserError(
+            f"'{model.name}' ({config.model_type}) {_UNTRAINABLE[config.model_type]}",
+            key="model.name", remedy="choose another model",
+        )  # fmt: skip
     fitting = [one for one in MODELS.values() if one.fits(config)]
     if not fitting:
         raise UserError(
