@@ -172,6 +172,7 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     if not quantization:  # else it is there, and bitsandbytes refuses to move it
         network.to(device)
     with _loading(model, "model"):  # a class of transformers that cannot do what this one of ours asks for
+        _check_special_tokens(model.name, tokenizer, network.get_input_embeddings().weight.shape[0])
         made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
         base = replace(
             made,
@@ -181,7 +182,6 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             messages=(*(f"model: '{model.name}' {message}" for message in fitted.messages), *_slow(model, device)),
         )
         base.check()
-    _check_special_tokens(model.name, tokenizer, network.get_input_embeddings().weight.shape[0])
     if model.gradient_checkpointing:
         checkpoint_layers(network)
     return base
