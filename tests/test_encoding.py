@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedhpc.config import Model
-from fedhpc.data.encoding import _keeps_words_apart, behind, encode, marked, unmarked
+from fedhpc.data.encoding import _ids, _keeps_words_apart, behind, behind_each, encode, marked, unmarked
 from fedhpc.data.templates import parse
 from fedhpc.data.tokens import Examples, answers_behind, examples_from, tokenize
 from fedhpc.errors import UserError
@@ -173,6 +173,55 @@ def test_labels_are_behind_their_prompts_too() -> None:
     assert longest == max(len(one) for of_labels in answers.ids for one in of_labels)
     assert answers_behind(prompts, labels, builtin(), CausalLM)[0] is None  # the same as by themselves
     assert answers_behind(prompts, labels, t5(), Seq2Seq)[0] is None
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """Split at spaces, which are part of the word behind them."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return trained(backend, trainers.BpeTrainer)
+
+
+def spaceless() -> PreTrainedTokenizerFast:
+    """Leaves spaces out, so that words are joined though no token has a space."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "")
+    return trained(backend, trainers.BpeTrainer)
+
+
+@pytest.mark.parametrize("make", [*MAKERS, metaspace, spaceless, "tinystories-260k"])
+def test_labels_behind_many_prompts_are_those_of_the_whole_texts_and_few_are_tokenised(
+    make: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if isinstance(make, str):
+        folder = request.getfixturevalue("shared") / "models" / make
+        if not folder.is_dir():
+            pytest.skip(f"no {make} in shared/models")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        tokenizer = make()
+    draw = random.Random(5)
+    monkeypatch.setattr("fedhpc.data.encoding._PAIRS", 100)  # several times
+    asked: list[int] = []
+    monkeypatch.setattr("fedhpc.data.encoding._ids", lambda t, texts: (asked.append(len(texts)), _ids(t, texts))[1])
+    letters = "abcdefgilnorstuy"
+    words = ["".join(draw.choice(letters) for _ in range(draw.randrange(1, 6))) for _ in range(200)]
+    for end in (*".:?!)'-", "。", "ü", "\u0301", "\u200b", "▁", "\ufffd", "", ":\n", ": ", " =>", "\nAnswer: ", "\n\n"):
+        prompts = [f"is it {word}{end}" for word in words]
+        for before in (" ", "", "\n", "  ", "\n- "):
+            labels = [before + label for label in ("yes", "no", "not sure", "'s", "17", "日本", "(x)")]
+            alone = [ids(tokenizer, label) for label in labels]
+            asked.clear()
+            variant, found = behind_each(tokenizer, prompts[:3], labels, alone)
+            for row, prompt in enumerate(prompts[:3]):
+                assert found[variant[row]] == [expected(tokenizer, prompt, label)[0] for label in labels], (end, before)
+    if _keeps_words_apart(tokenizer):
+        labels = [f" {label}" for label in words[:30]]
+        asked.clear()
+        behind_each(tokenizer, [f"is it {word}?" for word in words], labels, [ids(tokenizer, one) for one in labels])
+        assert sum(asked) < 200  # of 6000 pairs
+    else:
+        assert make in (superwords, spaceless)
 
 
 # ---------------------------------------------------------------- special tokens

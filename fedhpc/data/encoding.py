@@ -23,10 +23,14 @@ from fedhpc.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PAIRS = 65536  # of prompt and target that are joined at once: bounds the Python lists
 _MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
 #: The end of a prompt from the last space between two words on, and the beginning of a target up to the first.
-_LAST_WORD = re.compile("(?s).*[^\\s\ufdd1]( \\w.*)")
+#: In front of the space is a letter, digit or mark of punctuation: none that tokenizers leave out or take for a space.
+_LAST_WORD = re.compile("(?s).*[\\w!-~\u2010-\u2027\u3001-\u301f\uff01-\uff60]( \\w.*)")
 _FIRST_WORD = re.compile("(?s)(.*?[^\\s\ufdd1]) \\w")
+#: What of a target's start says whether a word begins where it is put behind a prompt.
+_START = re.compile(" ?\\w")
 #: A token in which a space, however tokenizers write it, comes after something else.
 _SPACE_WITHIN = re.compile("[^\\s\u2581\u0120\u010a\u010d\u010b][\u2581\u0120 ]")
 
@@ -182,17 +186,26 @@ def _keeps_words_apart(tokenizer: Any) -> bool:
     """Whether no token reaches from a word over the space behind it, so that what is on either side is independent."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return False
+    if len({*map(tuple, _ids(tokenizer, ["aa", "a a"]))}) == 1:
+        return False  # spaces are left out before there are tokens
     names = _specials(tokenizer).ids
     return not any(_SPACE_WITHIN.search(token) for token in tokenizer.get_vocab() if token not in names)
 
 
-def _end(tokenizer: Any, prompt: str) -> str:
+def _start(target: str) -> str:
+    """What `_end` needs to know of a target: whether it starts with a word, or a space and a word."""
+    match = _START.match(target)
+    return "" if match is None else match[0][:-1] + "a"
+
+
+def _end(tokenizer: Any, prompt: str, start: str) -> str:
     """As much of a prompt's end as decides how its last tokens and a target's first ones come out.
 
-    It begins with a word that stands for all in front of it.
+    It begins with a word that stands for all in front of it, and is that word alone where the target, which starts
+    with `start`, begins with a space and a word.
     """
-    match = _LAST_WORD.match(prompt) if _keeps_words_apart(tokenizer) else None
-    return prompt if match is None else "a" + match[1]
+    match = _LAST_WORD.match(prompt + start) if _keeps_words_apart(tokenizer) else None
+    return prompt if match is None else "a" + prompt[match.start(1) :]
 
 
 def _beginning(tokenizer: Any, target: str) -> str:
@@ -213,14 +226,16 @@ def behind(
     Where the whole text does not begin with the prompt's ids, because a token reaches over the end of the prompt, they
     are the target's own; the second list says where. prompt_ids, target_ids: of each text by itself.
     """
-    ends = {prompt: _end(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
-    pairs = [(ends[p], _beginning(tokenizer, t)) for p, t in zip(prompts, targets, strict=True)]
+    parts = {target: (_start(target), _beginning(tokenizer, target)) for target in dict.fromkeys(targets)}
+    of_rows = [(prompt, *parts[target]) for prompt, target in zip(prompts, targets, strict=True)]
+    ends = {(p, start): _end(tokenizer, p, start) for p, start in {(p, start) for p, start, _ in of_rows}}
+    pairs = [(ends[prompt, start], beginning) for prompt, start, beginning in of_rows]
     ids = _by_text(tokenizer, chain.from_iterable((p, t, p + t) for p, t in dict.fromkeys(pairs)))
     filler = len(_by_text(tokenizer, ["a"])["a"])
     odd = [
         row
         for row, (end, beginning) in enumerate(pairs)
-        if (end != prompts[row] and prompt_ids[row][-len(ids[end]) + filler :] != ids[end][filler:])
+        if (end != prompts[row] and not _ends_with(prompt_ids[row], ids[end][filler:]))
         or target_ids[row][: len(ids[beginning])] != ids[beginning]
     ]
     if odd:  # words that are joined after all, by how the text is normalised: the whole texts decide
@@ -243,21 +258,28 @@ def behind_each(
 
     Prompts with the same end share theirs.
     """
-    ends = [_end(tokenizer, prompt) for prompt in prompts]
+    starts, count = list(dict.fromkeys(map(_start, targets))), len(targets)
+    ends = [tuple(_end(tokenizer, prompt, start) for start in starts) for prompt in prompts]
     example = dict(zip(ends, prompts, strict=True))
-    chosen, count = list(example.values()), len(targets)
-    of_prompts = [ids for ids in encode(tokenizer, chosen)[0] for _ in targets]
-    asked = [prompt for prompt in chosen for _ in targets]
-    results, _ = behind(tokenizer, asked, [*targets] * len(chosen), of_prompts, [*target_ids] * len(chosen))
     variants: dict[str, int] = {}
     distinct: list[list[list[int]]] = []
     number = {}
-    for i, end in enumerate(example):
-        its_ids = results[i * count : (i + 1) * count]
-        number[end] = variants.setdefault(str(its_ids), len(variants))
-        if len(distinct) < len(variants):
-            distinct.append(its_ids)
+    at_once = max(_PAIRS // count, 1)
+    for first in range(0, len(example), at_once):
+        chosen = dict(list(example.items())[first : first + at_once])
+        of_prompts = [ids for ids in encode(tokenizer, list(chosen.values()))[0] for _ in targets]
+        asked = [prompt for prompt in chosen.values() for _ in targets]
+        results, _ = behind(tokenizer, asked, [*targets] * len(chosen), of_prompts, [*target_ids] * len(chosen))
+        for i, end in enumerate(chosen):
+            its_ids = results[i * count : (i + 1) * count]
+            number[end] = variants.setdefault(str(its_ids), len(variants))
+            if len(distinct) < len(variants):
+                distinct.append(its_ids)
     return np.array([number[end] for end in ends], np.int32), distinct
+
+
+def _ends_with(ids: list[int], tail: list[int]) -> bool:
+    return ids[max(len(ids) - len(tail), 0) :] == tail
 
 
 def _by_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
