@@ -70,6 +70,8 @@ class Owners(Batch):
 class NoModel(Base):
     """Nothing is asked of it."""
 
+    task = "causal_lm"
+
     def _none(self, *_: Any) -> Any:
         raise AssertionError("a quadratic has no such thing")
 

@@ -59,7 +59,9 @@ class Bed:
         with device:
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa")
         network.requires_grad_(False).eval()
-        self.base = CausalLM.of(network, SimpleNamespace(pad_token_id=0), device, model, model)
+        self.base = CausalLM.of(
+            network, SimpleNamespace(pad_token_id=0, bos_token_id=None, eos_token_id=None), device, model, model
+        )
         self.objective = LanguageModelling()
         self.settings = self.config(1).method
         self.method = registry.choice("methods", method)(self.settings, self.base, 0)
