@@ -35,6 +35,7 @@ from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.checkpoint import load_checkpoint
 from fedhpc.updates.layout import Layout
 from tests.federations import on_threads, settings, table
+from tests.tiny import TinyTokenizer
 
 SIZE = 5  # of x
 COUNTS = np.array([1, 3, 4, 6, 9, 2])  # examples of each client
@@ -140,7 +141,7 @@ def federated(
         del raw["client"]["epochs"]
     config = settings(folder, raw)
     model = SimpleNamespace(dtype=torch.float64, parameters=lambda: [])
-    base = NoModel(model, None, torch.device("cpu"), "quadratic", "quadratic", 0, 0, 0, 0)
+    base = NoModel(model, TinyTokenizer(), torch.device("cpu"), "quadratic", "quadratic", 0, 0, 0, 0)
     train, others = _examples(np.repeat(np.arange(len(COUNTS)), COUNTS)), _examples(np.arange(len(COUNTS)))
     assignment = Assignment(np.arange(len(train)), np.concatenate([[0], np.cumsum(COUNTS)]))
     population = Population(len(COUNTS), config.run.seed, 0.0, assignment)

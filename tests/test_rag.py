@@ -189,10 +189,12 @@ def test_rerank_orders_candidates_by_the_likelihood_of_the_question(world: Path,
     for question, before, after in list(zip(questions, plain["passages"], found["passages"], strict=True))[:6]:
         losses = []
         for key in before[before != 0]:
-            ids = base.tokenizer.encode(by_key[key] + "\n", add_special_tokens=False)
-            asked = base.tokenizer.encode(question, add_special_tokens=False)
-            asked.append(base.tokenizer.eos_token_id)
-            tokens = torch.tensor([[base.tokenizer.bos_token_id, *ids, *asked]])
+            front, whole = base.tokenizer(
+                [by_key[key] + "\n", f"{by_key[key]}\n{question}"], add_special_tokens=False
+            )["input_ids"]  # fmt: skip
+            assert whole[: len(front)] == front
+            asked = [*whole[len(front) :], base.tokenizer.eos_token_id]
+            tokens = torch.tensor([[base.tokenizer.bos_token_id, *front, *asked]])
             logits = base.model(tokens).logits[0, -len(asked) - 1 : -1].log_softmax(dim=1)
             losses.append(-float(logits[torch.arange(len(asked)), torch.tensor(asked)].sum()))
         wanted = before[before != 0][np.argsort(losses)][:2]

@@ -117,6 +117,7 @@ class TinyTokenizer:
     """As much of a tokenizer as a forward pass needs: one id per character."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+    bos_token, eos_token = "<s>", "</s>"
 
     def __call__(self, text: Any, add_special_tokens: bool = False, **_: Any) -> dict[str, Any]:
         if not isinstance(text, str):

@@ -72,6 +72,7 @@ def write_client_names(folder: Path, names: Sequence[str] | None) -> None:
 
 def export(method: Method, values: Tensors, folder: Path, config: Config) -> None:
     """Write a payload to `folder`, with what is needed to use it."""
+    folder.mkdir(parents=True, exist_ok=True)
     method.export(values, folder)
     file = folder / "adapter_config.json"
     adapter: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

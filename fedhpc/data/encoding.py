@@ -55,8 +55,15 @@ def _specials(tokenizer: Any) -> _Specials:
     return _Specials(
         ids,
         re.compile("|".join(map(re.escape, longest_first))) if ids else None,
-        frozenset(ids.values()) - {getattr(tokenizer, "unk_token_id", None)},
+        frozenset(ids.values()) - {getattr(tokenizer, "unk_token_id", None), _unknown(tokenizer)},
     )
+
+
+def _unknown(tokenizer: Any) -> int | None:
+    """The id that words which the vocabulary lacks have, also where the tokenizer does not call it its unk token."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    name = getattr(model, "unk_token", None)
+    return getattr(model, "unk_id", None) if name is None else tokenizer.convert_tokens_to_ids(name)
 
 
 def marked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

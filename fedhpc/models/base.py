@@ -160,6 +160,10 @@ class Base(ABC):
         """How many tokens the model embeds; its tokenizer may have more, and fewer."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
+    def some_ids(self, rows: int, length: int) -> Tensor:
+        """Any tokens (rows, length), behind the first few, which are often special."""
+        return ((5 + torch.arange(rows * length, device=self.device)) % self.num_embedded).view(rows, length)
+
     @property
     def pad_id(self) -> int:
         """The id that fills rows."""
@@ -239,8 +243,7 @@ class Base(ABC):
 
         prompt, target: tokens of each row.
         """
-        ids = torch.from_numpy(_any_tokens(self, rows * (prompt + target)).astype(np.int64)).view(rows, -1)
-        ids = ids.to(self.device)
+        ids = self.some_ids(rows, prompt + target)
         states: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
         return states
 
@@ -281,7 +284,7 @@ class Predictor(Base):
     def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
         """The `states` of rows of any tokens."""
         tokens = Tokens(
-            _any_tokens(self, rows * (prompt + target)),
+            self.some_ids(1, rows * (prompt + target))[0].cpu().numpy().astype(np.int32),
             np.arange(rows + 1) * (prompt + target),
             np.full(rows, prompt, np.int32),
         )
@@ -317,12 +320,6 @@ class Predictor(Base):
         self, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
     ) -> Tensor:
         """Scores (len(part), width) of the rows `part`, higher is better. Call it without gradients."""
-
-
-def _any_tokens(base: Base, count: int) -> NDArray[np.int32]:
-    """Ids behind the first few, which are often special."""
-    vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
-    return (5 + np.arange(count, dtype=np.int32)) % vocabulary
 
 
 def padded(rows: Sequence[np.ndarray], fill: int) -> tuple[np.ndarray, np.ndarray]:

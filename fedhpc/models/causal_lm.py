@@ -29,6 +29,7 @@ from fedhpc.models.base import (
 )
 from fedhpc.models.call import backbone, takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
+from fedhpc.models.trial import agree, succeeds
 
 if TYPE_CHECKING:
     from fedhpc.models.continuation import Anew, Cached
@@ -187,7 +188,7 @@ class CausalLM(Generative):
 
         cache = DynamicCache()
         try:
-            self.hidden(self._some_ids(2), cache=cache)
+            self.hidden(self.some_ids(1, 2), cache=cache)
             return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys.shape[2] == 2)
         except torch.OutOfMemoryError:
             raise
@@ -248,12 +249,12 @@ class CausalLM(Generative):
         return logits.reshape(*states.shape[:-1], -1)
 
     def _has_plain_head(self) -> bool:
-        ids = self._some_ids(3)
+        ids = self.some_ids(1, 3)
         theirs = self.model(input_ids=ids, **with_cache(self.model, None)).logits
         states = self.hidden(ids)
         if states.shape[-1] != self.model.get_output_embeddings().weight.shape[-1]:
             return False
-        return _close(theirs, self._plain_logits(states))
+        return agree(theirs, self._plain_logits(states))
 
     def frozen_head(self) -> Tensor | None:
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config(decoder=True)
@@ -269,7 +270,7 @@ class CausalLM(Generative):
 
     def check(self) -> None:
         """Also that a row hangs neither on what comes later nor on the rows beside it."""
-        ids = self._some_ids(8)
+        ids = self.some_ids(1, 8)
         start, end = ids[:, :4], ids[:, 4:]
         with torch.no_grad():
             theirs = self.model(input_ids=ids, **with_cache(self.model, None)).logits
@@ -278,7 +279,7 @@ class CausalLM(Generative):
             others = [torch.cat([start, other], dim=1) for other in (end.flip(1), torch.full_like(end, self.pad_id))]
             first, *rest = self.read(Attached(), torch.cat([ids, *others]))
         self.require_same_logits(theirs, ours)
-        if not all(_close(one, alone[0, : len(one)]) for one in (first, *(other[:4] for other in rest))):
+        if not all(agree(one, alone[0, : len(one)]) for one in (first, *(other[:4] for other in rest))):
             raise UserError(
                 f"in '{self.name}' ({self.model.config.model_type}) tokens depend on later ones, or on other rows",
                 key="model.name", remedy="choose a model that reads from left to right",
@@ -297,29 +298,28 @@ class CausalLM(Generative):
                 f"method.name: the keys and values of {what} differ in size, and a prefix has one size for all layers",
                 key="method.name", remedy=remedy,
             )  # fmt: skip
-        ids = self._some_ids(6)
+        ids = self.some_ids(1, 6)
         with torch.no_grad():
             layers = self.activations(ids[0, :3].tolist())
             past = tuple((k[None], v[None]) for k, v in zip(layers[0::2], layers[1::2], strict=True))
             behind, together = self.read(Attached(past), ids[:, 3:]), self.hidden(ids)
-        if not _close(behind, together[:, 3:]):
+        if not agree(behind, together[:, 3:]):
             raise UserError(
                 f"method.name: {what} does not read keys and values in front of its own as those of earlier tokens",
                 key="method.name", remedy=remedy,
             )  # fmt: skip
 
     def check_embeddings(self) -> None:
-        ids = self._some_ids(4)
+        ids = self.some_ids(1, 4)
         with torch.no_grad():
             together = self.hidden(ids)
-            try:
+
+            def stand_for_tokens() -> bool:
                 first = self.model.get_input_embeddings()(ids[:, :2])
-                same = _close(self.read(Attached(embeddings=first), ids[:, 2:]), together, 1e-5)
                 self.read(Attached(embeddings=first / 2), ids[:, 2:])  # some look for the tokens that they are of
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # models that look their ids up a second time raise in ways of their own
-                same = False
+                return agree(self.read(Attached(embeddings=first), ids[:, 2:]), together, 1e-5)
+
+            same = succeeds(stand_for_tokens)
         if not same:
             raise UserError(
                 f"method.name: '{self.name}' ({self.model.config.model_type}) looks its tokens up more than once, so "
@@ -341,23 +341,18 @@ class CausalLM(Generative):
             key="method.name", remedy="choose a method that is trained, such as prompt or lora, or another model",
         )  # fmt: skip
 
-    def _some_ids(self, count: int) -> Tensor:
-        """Different tokens (1, count)."""
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        return (torch.arange(5, 5 + count, device=self.device) % vocabulary).unsqueeze(0)
-
     def _goes_on(self) -> bool:
         from fedhpc.models.continuation import Anew, Cached
 
         if not self.keys_and_values:
             return False
-        ids = self._some_ids(5)[0].cpu().numpy()
+        ids = self.some_ids(1, 5)[0].cpu().numpy()
         states = []
         for way in (Cached, Anew):
             going = way(self, Attached(), [ids[:2], ids[:4]])
-            going.add(self._some_ids(2)[0])
+            going.add(self.some_ids(1, 2)[0])
             states.append(going.states)
-        return _close(states[0], states[1], 1e-4)
+        return agree(states[0], states[1])
 
     def activations(self, ids: Sequence[int]) -> list[Tensor]:
         from transformers import DynamicCache
@@ -419,13 +414,6 @@ def narrowest_window(config: Any) -> int | None:
         return None
     sizes = (getattr(config, key, None) for key in ("sliding_window", "window_size", "attention_chunk_size"))
     return min((size for size in sizes if size), default=None)
-
-
-def _close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether two results are the same but for rounding. tolerance: in 32 bits, relative to all of it."""
-    exact = other.dtype in (torch.float32, torch.float64)
-    one, other = one.double(), other.double()
-    return bool((one - other).norm() <= (tolerance if exact else 2500 * tolerance) * other.norm())
 
 
 class _Answer:

@@ -15,6 +15,7 @@ from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.models.base import Attached, Int64, LabelRows, Predictor, TargetBatch
+from fedhpc.models.trial import agree
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Generative(Predictor):
 
     def require_same_logits(self, theirs: Tensor, ours: Tensor) -> None:
         """UserError where the model's own logits are not ours: losses would be silently wrong."""
-        if not torch.allclose(theirs.float(), ours.float(), atol=1e-3, rtol=1e-3):
+        if not agree(theirs.float(), ours.float(), 1e-3):
             raise UserError(
                 f"'{self.name}' ({self.model.config.model_type}) changes its logits after the output "
                 "layer in a way that fedhpc does not know",

@@ -23,6 +23,7 @@ from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import Attached, Int64, Sizes, bare, in_mapping, most_positions, padded, special_ids, text_of
 from fedhpc.models.call import with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
+from fedhpc.models.trial import succeeds
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Seq2Seq(Generative):
         """T5's kind scales what goes into tied embeddings; which of them do differs by class and by version."""
         base = super().of(network, tokenizer, device, name, fingerprint, new)
         assert isinstance(base, Seq2Seq)
-        ids = torch.tensor([[3, 4, 5]], device=device) % _decoder_config(network.config).vocab_size
+        ids = base.some_ids(1, 3) % _decoder_config(network.config).vocab_size
         with torch.inference_mode():
             theirs = network(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
             states = network.get_encoder()(input_ids=ids).last_hidden_state
@@ -159,15 +160,11 @@ class Seq2Seq(Generative):
         _start_id(self)
 
     def check_past(self) -> None:
-        try:
-            layers = self.activations([3, 4])
-            wanted = (self.num_kv_heads, 2, self.head_dim)
-            plain = len(layers) == 2 * self.num_layers and all(tuple(t.shape) == wanted for t in layers)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # classes without a cache of keys and values fail in ways of their own
-            plain = False
-        if not plain:
+        def fills_a_cache() -> bool:
+            layers, shape = self.activations([3, 4]), (self.num_kv_heads, 2, self.head_dim)
+            return len(layers) == 2 * self.num_layers and all(tuple(t.shape) == shape for t in layers)
+
+        if not succeeds(fills_a_cache):
             raise UserError(
                 f"a prefix cannot be put in front of '{self.model.config.model_type}' models",
                 key="method.name", remedy="use prompt, p_tuning, lora or ia3",

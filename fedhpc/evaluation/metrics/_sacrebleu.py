@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from fedhpc.evaluation.metrics._intervals import RESAMPLES, Interval
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhpc.evaluation.metrics._intervals import Interval, by_bootstrap
 from fedhpc.evaluation.metrics.base import Outputs
 
 
@@ -16,13 +18,16 @@ def score(metric: Any, outputs: Outputs) -> float:
 
 
 def interval(metric: Any, outputs: Outputs) -> Interval:
-    """sacrebleu's own: resampled items, with a seed of its own (SACREBLEU_SEED)."""
-    resampled = metric.corpus_score(list(outputs.texts), _columns(outputs.references), n_bootstrap=RESAMPLES)
-    printed = json.loads(resampled.format(width=6, signature=str(metric.get_signature()), is_json=True))
-    if "confidence" not in printed:  # no text scores anything
-        return Interval(0.0, 0.0, "bootstrap")
-    middle, half = printed["confidence_mean"], printed["confidence_var"]
-    return Interval(middle - half, middle + half, "bootstrap")
+    """Of resampled items, from sacrebleu's counts of each.
+
+    Its own resampling (n_bootstrap) raises a TypeError where one sample of chrF scores nothing and another something.
+    """
+    counts = np.array(metric._extract_corpus_statistics(list(outputs.texts), _columns(outputs.references)))
+
+    def of(drawn: NDArray[np.int64]) -> float:
+        return float(metric._compute_score_from_stats(counts[drawn].sum(axis=0).tolist()).score)
+
+    return by_bootstrap(of, len(counts))
 
 
 def _columns(references: Sequence[Sequence[str]]) -> list[list[str | None]]:

@@ -1,0 +1,27 @@
+"""What a few tokens say of a model while it is loaded: whether it computes what its class here believes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedhpc.lazy import Tensor, torch
+
+
+def agree(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether two results are the same but for rounding. tolerance: in 32 bits, relative to the norm of all of it."""
+    exact = other.dtype in (torch.float32, torch.float64)
+    one, other = one.double(), other.double()
+    return float((one - other).norm()) <= (tolerance if exact else 2500 * tolerance) * float(other.norm())
+
+
+def succeeds(look: Callable[[], bool]) -> bool:
+    """Whether `look` says so; models that cannot do what it asks raise in ways of their own.
+
+    torch.OutOfMemoryError is passed on: it says nothing of the model.
+    """
+    try:
+        return look()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
