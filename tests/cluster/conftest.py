@@ -92,7 +92,7 @@ def _state() -> Iterator[Path]:
         pytest.skip("Slurm is not installed, and cannot be without apt-get")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ^C, which takes Slurm down
     state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # munge's socket takes no long path
-    environ = {**_clean_environ(), "SLURM_CI_NETNS": "1"}
+    environ = {**_clean_environ(), "SLURM_CI_NETNS": "1", "SLURM_CI_DOWN": "60"}  # a busy node is not a dead one
     try:
         up = subprocess.run(["bash", str(SCRIPTS / "slurm-up.sh"), str(state)], env=environ, capture_output=True)
         if up.returncode:
@@ -109,6 +109,10 @@ def slurm(_state: Path, tmp_path: Path) -> Iterator[Slurm]:
     yield client
     client("scancel", "--user=root")
     client.until(lambda: not client("squeue", "-h"))
+    for line in client("sinfo", "-h", "-N", "-o", "%N %t").splitlines():
+        name, node_state = line.split()
+        if node_state.startswith(("down", "dr")):  # a job that took long to die on a busy machine
+            client("scontrol", "update", f"NodeName={name}", "State=RESUME")
 
 
 @pytest.fixture

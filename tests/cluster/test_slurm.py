@@ -95,7 +95,9 @@ def test_a_name_that_no_host_has(slurm: Slurm) -> None:
     assert end - begin < 5 + 5 + 10, slurm.log()  # rank 1 lets rank 0 speak; Python starts beside other tests
     about = sorted(line for line in lines if "fedhpc: " in line)
     whose = "MASTER_ADDR: rank 0's host is 'no-such-host.invalid', and no address is known for that name"
-    assert [line.partition(" on n")[0] for line in about] == [f"fedhpc: error: {whose}", f"fedhpc: rank 1: {whose}"]
+    said = [line.partition(" on n")[0] for line in about]
+    # Slurm may end rank 1 before it speaks.
+    assert said in ([f"fedhpc: error: {whose}"], [f"fedhpc: error: {whose}", f"fedhpc: rank 1: {whose}"])
     assert not (slurm.folder / "run").exists() and "Traceback" not in slurm.log() and "c10d" not in slurm.log()
 
 
@@ -106,7 +108,7 @@ def test_two_steps_of_one_job_at_once(slurm: Slurm, whole: Path) -> None:
     write(folder, folder / "run")
     script = folder / "steps.sh"
     step = 'srun --overlap --kill-on-bad-exit=1 python -m fedhpc.main "$1" run.dir="$PWD/my project/run'
-    script.write_text(f'#!/bin/bash\n{step} 1" & {step} 2" & wait\n')
+    script.write_text(f'#!/bin/bash\n{step} 1" & one=$!\n{step} 2" || exit\nwait $one\n')
     assert slurm.ended(slurm.submit(script, str(folder / "run.yaml"))) == "COMPLETED", slurm.log()
     for run in ("run 1", "run 2"):
         same_as(whole, folder / run)
@@ -217,7 +219,8 @@ def test_check_and_an_interrupt_under_srun(slurm: Slurm) -> None:
     slurm.ended(job)
     (line,) = [line for line in slurm.log().splitlines() if line.startswith("fedhpc: ")]
     kept = recorded(slurm.folder / "run")
-    assert line == f"fedhpc: interrupted; {kept} rounds are kept, the same command goes on from there", slurm.log()
+    where = slurm.folder / "run"
+    assert line == f"fedhpc: interrupted; {kept} rounds are kept in {where}, the same command goes on from there"
     assert state(slurm.folder / "run") == "preempted"
 
 
