@@ -587,21 +587,25 @@ class Comparison:
         lr = 0.2 * float(start.norm()) / max(gradient, 1e-6)
         return configuration.resolve({"partition": {"name": "iid"}, "client": {**CLIENT, "lr": lr}})
 
-    def _make(self, name: str) -> Method:
-        def make(**more: Any) -> Method:
-            chosen = registry.options("methods", name)(**METHODS[name], **more)
-            return with_head(registry.choice("methods", name)(chosen, self.base, 0))
+    def _make(self, name: str, targets: Sequence[str] = ()) -> Method:
+        """A method. Where layers are not called as Llama's, LoRA goes on one of those that the refusal names.
 
+        The first refusal lists all linear layers; where that one is not for text, the next lists those that are.
+        """
+        options = registry.options("methods", name)(**METHODS[name], **({"targets": [*targets]} if targets else {}))
         try:
-            return make()
+            method = with_head(registry.choice("methods", name)(options, self.base, 0))
         except UserError as error:
             offers = ("it has: ", "it does: ")
             there = next((str(error).split(offer)[1].split(", ") for offer in offers if offer in str(error)), [])
-            if name != "lora" or not there:
-                raise
             likely = [layer for layer in there if any(part in layer for part in ("q", "in_proj", "att"))]
-            self.verdict.notes.append(f"lora needs method.targets (here {(likely or there)[0]})")
-            return make(targets=[(likely or there)[0]])
+            chosen = (likely or there)[:1]
+            if name != "lora" or not chosen or chosen == [*targets]:
+                raise
+            return self._make(name, chosen)
+        if targets:
+            self.verdict.notes.append(f"lora needs method.targets (here {targets[0]})")
+        return method
 
     def _exported(self, method: Method, payload: Tensor) -> str:
         """The losses of the exported adapter in PEFT."""
@@ -783,11 +787,14 @@ def line(verdict: Verdict) -> str:
     return f"{state:8} {verdict.case!s:40} {verdict.seconds:5.1f} s  " + " | ".join(part for part in parts if part)
 
 
+#: Sections of the page docs/models.md.
+TITLES = {"causal_lm": "Causal language models", "classification": "Encoders", "seq2seq": "Encoder-decoders"}
+
+
 def table(judged: Sequence[Verdict]) -> str:
     """The page docs/models.md: what works and what is refused, by class."""
     import peft
 
-    names = {"causal_lm": "Causal language models", "classification": "Encoders", "seq2seq": "Encoder-decoders"}
     lines = [
         "# Models, class by class",
         "",
@@ -799,7 +806,7 @@ def table(judged: Sequence[Verdict]) -> str:
         "of it agrees, or that a method is refused in one line where the class has no room for it. Classes for images "
         "or sound count too: with text alone.",
     ]
-    for task, title in names.items():
+    for task, title in TITLES.items():
         of_task = [verdict for verdict in judged if verdict.case.task == task]
         if not of_task:
             continue

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests import oracle
 from tests.oracle import Case
@@ -19,6 +21,25 @@ REPRESENTATIVES = [
     *(Case("classification", name) for name in ("distilbert", "deberta-v2", "modernbert")),
     *(Case("seq2seq", name) for name in ("mt5", "marian")),
 ]
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_of_models_has_every_class_and_counts_them() -> None:
+    """docs/models.md is of the release in launch/constraints.txt."""
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    pinned = re.search(r"^transformers==([0-9.]+)", (ROOT / "launch/constraints.txt").read_text(), re.MULTILINE)
+    assert pinned and f"with transformers {pinned[1]}, PEFT" in page
+    rows: dict[str, list[tuple[str, str, str]]] = {}
+    for section in page.split("\n## ")[1:]:
+        title, works, count = re.findall(r"^(.+): (\d+) of (\d+) work$", section, re.MULTILINE)[0]
+        rows[title] = re.findall(r"^\| (\w+) \(`(.+?)`\) \| (.+?) \|", section, re.MULTILINE)
+        assert (int(works), int(count)) == ([result for *_, result in rows[title]].count("works"), len(rows[title]))
+    if transformers.__version__ != pinned[1]:
+        pytest.skip(f"transformers {transformers.__version__} may have other classes than {pinned[1]}")
+    listed = {(title, name, model_type) for title, of_task in rows.items() for name, model_type, _ in of_task}
+    assert listed == {(oracle.TITLES[case.task], case.class_name, case.model_type) for case in oracle.cases()}
 
 
 def _agrees(case: Case, folder: Path) -> None:
