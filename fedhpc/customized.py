@@ -120,6 +120,7 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
     """
     folder = Path(adapter)
     config = _config(folder)
+    # Older exports have no such file: no prompt is cut then, and the base is loaded in float32.
     facts = {"max_length": 10**9, "precision": "float32", **_json(folder / FACTS, missing_ok=True)}
     tuned = "base_model_name_or_path" not in config  # the weights of a base, not an adapter
     name = base or (str(folder) if tuned else config["base_model_name_or_path"])

@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from fedhpc.config import Model
 from fedhpc.data.tokens import Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.methods.base import Method, as_one_client
-from fedhpc.models.base import Attached, most_positions
+from fedhpc.models.base import Attached
 from fedhpc.models.call import with_cache
 from fedhpc.models.causal_lm import CausalLM
-from fedhpc.models.load import BUILTIN, check_length, load_base
+from fedhpc.models.load import BUILTIN, load_base
 from tests import tiny
 from tests.test_methods import make
 
@@ -259,47 +258,6 @@ def test_tokens_that_are_looked_up_in_every_layer_count_and_refuse_soft_prompts(
     same_as_alone(base, random_prefix(base, 4))
     with pytest.raises(UserError, match="looks its tokens up more than once"):
         make("prompt", base)
-
-
-# ---------------------------------------------------------------- positions
-
-
-def rope(form: str, **more: Any) -> Any:
-    """What `most_positions` reads, of a model with 32 positions."""
-    return SimpleNamespace(max_position_embeddings=32, rope_parameters={"rope_type": form, **more})
-
-
-def test_positions_are_those_of_the_angles() -> None:
-    assert most_positions(rope("default")) == 32
-    assert most_positions(rope("linear", factor=4.0)) == 128
-    assert most_positions(rope("yarn", factor=4.0, original_max_position_embeddings=32)) == 128
-    assert most_positions(rope("yarn", factor=4.0, original_max_position_embeddings=8)) == 32, "stretched already"
-    assert most_positions(rope("dynamic", factor=4.0)) == 32
-    assert most_positions(rope("longrope", original_max_position_embeddings=16)) == 16
-    by_layer = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
-    assert most_positions(SimpleNamespace(max_position_embeddings=32, rope_parameters=by_layer)) == 256
-    assert most_positions(SimpleNamespace(max_seq_len=64)) == 64
-    assert most_positions(SimpleNamespace()) is None
-
-
-def test_stretched_angles_are_computed_as_transformers_does() -> None:
-    config = small(
-        "llama", max_position_embeddings=8, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
-    )
-    base = base_of(config)
-    assert base.max_positions == 32
-    same_as_alone(base)
-
-
-def test_angles_of_the_longest_row_are_refused_with_the_way_out() -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
-    long = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 20, **factors}
-    config = small("phi3", original_max_position_embeddings=20, rope_parameters=long)
-    base = base_of(config)
-    same_as_alone(base)
-    check_length(base, 20, 0)
-    with pytest.raises(UserError, match=r"data\.max_length: 21 tokens .* exceed the 20 positions.*longest row"):
-        check_length(base, 21, 0)
 
 
 @pytest.mark.parametrize(

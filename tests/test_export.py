@@ -18,17 +18,8 @@ import fedhpc
 import fedhpc.customized
 from fedhpc.methods.adapter import load
 from fedhpc.models.load import BUILTIN
-from tests.federations import (
-    PEFT_FORGETS,
-    federate,
-    final,
-    save_random_bert,
-    save_random_t5,
-    settings,
-    table,
-    tree,
-    write_texts,
-)
+from tests import federations
+from tests.federations import PEFT_FORGETS, federate, final, settings, table, tree, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +184,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> dict[str, P
     folder = tmp_path_factory.mktemp("models")
     (folder / "t5").mkdir()
     (folder / "bert").mkdir()
-    save_random_t5(folder / "t5")
-    save_random_bert(folder / "bert")
+    federations.save_random_t5(folder / "t5")
+    federations.save_random_bert(folder / "bert")
     model = transformers.T5ForConditionalGeneration.from_pretrained(folder / "t5")
     with torch.no_grad():
         for p in model.parameters():

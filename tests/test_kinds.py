@@ -470,6 +470,18 @@ def test_another_missing_tensor_is_refused(texts: Path, tmp_path: Path) -> None:
         models.load_base(Model(name=str(folder), dtype="float64"), CPU, LABELS)
 
 
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_an_encoder_decoder_that_sees_the_padding_is_refused(family: str) -> None:
+    """A row would be another one beside longer rows."""
+    base = tiny.base(family)
+    base.check()
+    encoder = base.model.get_encoder()
+    reads = encoder.forward
+    encoder.forward = lambda input_ids, attention_mask: reads(input_ids=input_ids)
+    with pytest.raises(UserError, match="beside longer rows than alone"):
+        base.check()
+
+
 def test_positions_of_roberta_begin_behind_the_padding() -> None:
     assert tiny.base("bert").max_positions == 96
     assert tiny.base("roberta").max_positions == 95

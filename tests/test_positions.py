@@ -16,6 +16,7 @@ from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import SentenceEncoder
 from fedhpc.models.load import check_length
 from tests import tiny
+from tests.test_causal import same_as_alone
 
 SHAPE = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -27,7 +28,7 @@ LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fact
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 20,
 }  # fmt: skip
 
 
@@ -72,7 +73,17 @@ def test_rows_reach_as_far_as_stretched_angles(family: str, rope: dict[str, Any]
 
 def test_angles_that_follow_the_longest_row_end_where_they_begin_to() -> None:
     assert decoder("Llama", DYNAMIC).max_positions == 32
-    assert most_positions(tf.Phi3Config(**SHAPE, original_max_position_embeddings=16, rope_parameters=LONGROPE)) == 16
+    base = decoder("Phi3", LONGROPE, original_max_position_embeddings=20)
+    assert base.max_positions == 20
+    same_as_alone(base)
+    check_length(base, 20, 0)
+    with pytest.raises(UserError, match=r"data\.max_length: 21 tokens .* exceed the 20 positions.*longest row"):
+        check_length(base, 21, 0)
+
+
+def test_angles_that_reach_to_the_last_position_are_not_stretched_again() -> None:
+    yarn = {**YARN, "original_max_position_embeddings": 8}
+    assert most_positions(tf.LlamaConfig(**SHAPE, rope_parameters=yarn)) == 32
 
 
 def test_layers_may_be_stretched_each_in_its_own_way() -> None:

@@ -55,11 +55,10 @@ _VERSIONS = {
         alone=", one prompt at a time: in a padded batch it may count positions otherwise"
     ),
     ("PREFIX_TUNING", "SEQ_2_SEQ_LM"): _PREFIX.format(alone=""),
-    (
-        "PREFIX_TUNING",
-        "SEQ_CLS",
-    ): "PEFT 0.21.2 refuses a prefix of an encoder with transformers 5.24; with 5.20 to 5.23 "
-    "it is right. `fedhpc.load` is right with all of these versions.",
+    ("PREFIX_TUNING", "SEQ_CLS"): (
+        "PEFT 0.21.2 refuses a prefix of an encoder with transformers 5.24; with 5.20 to 5.23 it is right. "
+        "`fedhpc.load` is right with all of these versions."
+    ),
 }
 
 

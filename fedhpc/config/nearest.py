@@ -102,7 +102,7 @@ def _choices_with(section: str, word: str) -> list[str]:
     choices = []
     for key, family in flat_choices(SECTIONS[section]).items():
         for name in registry.names(family):
-            with suppress(UserError):
+            with suppress(UserError):  # of a file that cannot be imported here, which is no hint then
                 if word in registry.options(family, name).model_fields:
                     choices.append(f"{section}.{key} {name}")
     return choices

@@ -293,8 +293,10 @@ def _read_csv(path: Path, content: bytes, together: Together | None) -> LocatedR
 
 
 class Together:
-    """The files of all splits, among which a column of CSV is numbers, booleans or texts as one: else True in one file
-    would be another class than True in the next, which has a word as well."""
+    """The files of all splits, among which a column of CSV is numbers, booleans or texts as one.
+
+    Else True in one file would be another class than True in the next, which has a word as well.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = [path for path in paths if _suffix(path) == ".csv"]
@@ -453,8 +455,10 @@ def _each(read: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _of_nanoseconds(dtype: Any) -> Callable[[int], str] | None:
-    """How numbers of a type of Arrow are written, if they count nanoseconds: as Python writes times, with nine digits
-    where they are needed."""
+    """How numbers of a type of Arrow are written, if they count nanoseconds.
+
+    As Python writes times, with nine digits where they are needed.
+    """
     import pyarrow
 
     if getattr(dtype, "unit", "") != "ns":

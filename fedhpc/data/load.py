@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -85,13 +86,8 @@ def load_data(
     prompt = template(data.prompt, "data.prompt", tokenizer)
     target = template(data.target if writing.has_target else "", "data.target", tokenizer)
     messages: list[str] = []
-    tables, owner_names = _read_splits(settings, prompt, target, public, messages, not writing.has_target)
+    tables, labelled, owner_names = _read_splits(settings, prompt, target, public, messages, not writing.has_target)
     label_names: list[str] = []
-    labelled = {
-        split
-        for split in tables
-        if data.label is not None and (split == "train" or not _hidden(tables, split, data.label))
-    }
     if data.label is not None:
         names = {row[data.label] for split in tables if split in labelled for row in tables[split].rows}
         label_names = class_order(names, head)
@@ -194,8 +190,11 @@ def _read_splits(
     public: Public | None,
     messages: list[str],
     is_classifier: bool,
-) -> tuple[dict[str, Table], list[str]]:
-    """The rows of train, validation, test and the public set, and the names of the training rows' owners."""
+) -> tuple[dict[str, Table], set[str], list[str]]:
+    """The rows of train, validation, test and the public set, which of these have labels, and the owners' names.
+
+    Owners are those of training rows.
+    """
     data = settings.data
     answers = data.label if is_classifier or data.label in target.columns else None  # the column that they are in
     natural = issubclass(registry.choice("partitioners", settings.partition.name), Natural)
@@ -219,6 +218,7 @@ def _read_splits(
         if value
     ]
     absent: dict[str, str] = {}  # split -> why it is not there
+    unlabelled: set[str] = set()  # splits that are there without the labels
     owner_names: list[str] = []
     # All are found before one is read: a column of CSV is of one kind in all of them.
     in_source = {split: sources.find_split(source, getattr(data, split)) for split in ("train", "validation", "test")}
@@ -244,7 +244,10 @@ def _read_splits(
             owner_names = sorted({row[data.client] for row in table.rows if row[data.client] or not natural})
         unseen = [one for one in unseen if not any(row[one[1]] == one[2] for row in table.rows)]
         tables[split] = sources.filtered(table, data)
-        if split != "train" and answers is not None and (reason := _hidden(tables, split, answers)):
+        reason = "" if split == "train" or data.label is None else _hidden(tables, split, data.label)
+        if reason and answers is None:
+            unlabelled.add(split)
+        elif reason:
             if name != split:
                 raise UserError(f"data.{split}: {reason}; name a split that has labels, or leave data.{split} out")
             others = split == "test" and "validation" in tables
@@ -265,12 +268,16 @@ def _read_splits(
         )
     if public is not None:
         tables["train"], tables["public"] = _public_rows(settings, public, source, shared, tables, messages)
+        if data.label is not None and _hidden(tables, "public", data.label):
+            unlabelled.add("public")
+    labelled = set() if data.label is None else tables.keys() - unlabelled
     if answers is not None:
         messages += _check_unlabelled(tables, answers)
-    messages += _check_missing(data, natural, templates, tables)
+    messages += _check_missing(data, natural, templates, tables, labelled)
     if natural:
         tables["train"], owner_names = owners_with_enough(settings, tables["train"], owner_names, messages)
-    return {split: tables[split] for split in ("train", "validation", "test", "public") if split in tables}, owner_names
+    tables = {split: tables[split] for split in ("train", "validation", "test", "public") if split in tables}
+    return tables, labelled, owner_names
 
 
 def _hidden(tables: Mapping[str, Table], split: str, label: str) -> str:
@@ -302,14 +309,18 @@ def _check_unlabelled(tables: Mapping[str, Table], label: str) -> list[str]:
 
 
 def _check_missing(
-    data: config.Data, natural: bool, columns: Mapping[str, str], tables: Mapping[str, Table]
+    data: config.Data,
+    natural: bool,
+    columns: Mapping[str, str],
+    tables: Mapping[str, Table],
+    labelled: AbstractSet[str],
 ) -> list[str]:
     """UserError where a row has no label or no owner. For the log: where a template has an empty text instead."""
     lines = []
     for split, table in tables.items():
         if natural and split == "train":
             sources.refuse(table, table.without(str(data.client)), str(data.client), "data.client")
-        if data.label is not None and (split == "train" or not _hidden(tables, split, data.label)):
+        if data.label is not None and split in labelled:
             sources.refuse(table, table.missing(data.label), data.label, "data.label")
             empty = table.without(data.label)
             lines += [f"data.label: {_at(table, empty)} the empty text, which is a class of its own"] if empty else []

@@ -377,10 +377,9 @@ class _Shares:
         return summed
 
 
-def _read(base: Base, examples: Examples, example: int) -> str:
+def _read(base: Generative, examples: Examples, example: int) -> str:
     """The prompt of an example for a reader: the text, or of one that was cut as much of it as the model reads."""
     if examples.lost is None or not examples.lost[example]:
-        return unmarked((examples.prompts or [])[example], base.tokenizer)
-    ids = examples.prompt(example).tolist()
-    text: str = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
+        assert examples.prompts is not None
+        return unmarked(examples.prompts[example], base.tokenizer)
+    return base.decoded(examples.prompt(example))

@@ -101,8 +101,10 @@ class WithHead(Method):
             yield attached
 
     def export(self, values: Tensors, path: Path) -> None:
-        """The method's own export with the head in it, and with the names of the classes, for which PEFT has no place:
-        a config.json that transformers' AutoConfig reads."""
+        """Export the method with the head in it, and with the names of the classes, for which PEFT has no key.
+
+        The names are in a config.json that transformers' AutoConfig reads.
+        """
         head = _part(values, self._head)
         with swapped(holders(self.base.model, head), {n: t.to(self._parameters[n]) for n, t in head.items()}):
             self.method.export(_part(values, self.method.payload), path)

@@ -9,13 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.data.tokens import Examples, Join, Row, Tokens, examples_from
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
+from fedhpc.models.trial import same_rows
 
 Int64 = NDArray[np.int64]
 
@@ -228,6 +231,15 @@ class Base(ABC):
     def check(self) -> None:  # noqa: B027  most have nothing to refuse
         """UserError where the model computes something else than this class believes."""
 
+    def require_same_rows(self, alone: Sequence[Tensor], beside: Sequence[Tensor]) -> None:
+        """UserError where rows are something else beside others than alone (see `same_rows`)."""
+        if not same_rows(alone, beside):
+            raise UserError(
+                f"'{self.name}' ({self.model.config.model_type}) gives a row something else beside longer rows than "
+                "alone, so what it learns would depend on who shares a batch",
+                key="model.name", remedy="choose another model",
+            )  # fmt: skip
+
     def check_past(self) -> None:  # noqa: B027
         """UserError where no keys and values can be put in front of the model's own."""
 
@@ -338,13 +350,14 @@ def bare(ids: list[int], before: Sequence[int], after: Sequence[int]) -> list[in
     return ids[start : len(ids) - end]
 
 
-def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the tokenizer itself puts before and after a text, such as [CLS] and [SEP]."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     complete = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(complete) - len(plain) + 1):
         if complete[start : start + len(plain)] == plain:
-            return complete[:start], complete[start + len(plain) :]
+            return tuple(complete[:start]), tuple(complete[start + len(plain) :])
     raise ValueError("the tokenizer splits a text in another way where it adds special tokens")
 
 
@@ -359,6 +372,32 @@ def text_of(tokenizer: Any, max_length: int) -> Callable[[list[int]], Row]:
         return Row([*before, *ids[:room], *after], [], lost, needed)
 
     return text
+
+
+def sizes_of(config: Any, num_layers: int) -> Sizes:
+    """The sizes of `num_layers` layers by a transformers configuration, whose classes name them in different ways.
+
+    Layers that the configuration gives no heads have one.
+    """
+    heads = _first_of(config, "decoder_attention_heads", "num_attention_heads") or 1
+    return Sizes(
+        num_layers=num_layers,
+        num_kv_heads=_first_of(config, "num_key_value_heads") or heads,
+        head_dim=_first_of(config, "d_kv", "head_dim") or config.hidden_size // heads,
+        hidden_size=config.hidden_size,
+    )
+
+
+def _first_of(config: Any, *names: str) -> int | None:
+    """The first of these fields that has a value, the same for all layers."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # it differs from layer to layer
+            continue
+        if value:
+            return int(value)
+    return None
 
 
 def most_positions(config: Any) -> int | None:

@@ -26,10 +26,11 @@ from fedhpc.models.base import (
     choosy_beyond,
     in_mapping,
     most_positions,
+    sizes_of,
 )
 from fedhpc.models.call import backbone, takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
-from fedhpc.models.trial import agree, succeeds
+from fedhpc.models.trial import agree, same_rows, succeeds
 
 if TYPE_CHECKING:
     from fedhpc.models.continuation import Anew, Cached
@@ -163,13 +164,9 @@ class CausalLM(Generative):
 
     @classmethod
     def sizes(cls, config: Any) -> Sizes:
-        """Until the model is looked at, which knows better what it keeps: layers may differ."""
+        """What the configuration says; the model itself, once it is looked at, knows better what its layers keep."""
         text = config.get_text_config(decoder=True)
-        try:
-            heads = getattr(text, "num_attention_heads", None) or 1
-        except RuntimeError:  # they differ from layer to layer
-            heads = 1
-        return Sizes(text.num_hidden_layers, heads, text.hidden_size // heads, text.hidden_size)
+        return sizes_of(text, text.num_hidden_layers)
 
     @property
     def max_positions(self) -> int | None:
@@ -269,7 +266,7 @@ class CausalLM(Generative):
     # ---- what it computes, looked at before it is trained
 
     def check(self) -> None:
-        """Also that a row hangs neither on what comes later nor on the rows beside it."""
+        """UserError too where a row depends on what comes later, or on the rows beside it."""
         ids = self.some_ids(1, 8)
         start, end = ids[:, :4], ids[:, 4:]
         with torch.no_grad():
@@ -277,9 +274,9 @@ class CausalLM(Generative):
             alone = self.hidden(ids)
             ours = self.logits(alone)
             others = [torch.cat([start, other], dim=1) for other in (end.flip(1), torch.full_like(end, self.pad_id))]
-            first, *rest = self.read(Attached(), torch.cat([ids, *others]))
+            beside = self.read(Attached(), torch.cat([ids, *others]))
         self.require_same_logits(theirs, ours)
-        if not all(agree(one, alone[0, : len(one)]) for one in (first, *(other[:4] for other in rest))):
+        if not same_rows([alone[0], *[alone[0, :4]] * len(others)], list(beside)):
             raise UserError(
                 f"in '{self.name}' ({self.model.config.model_type}) tokens depend on later ones, or on other rows",
                 key="model.name", remedy="choose a model that reads from left to right",

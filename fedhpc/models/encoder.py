@@ -29,6 +29,7 @@ from fedhpc.models.base import (
     in_mapping,
     most_positions,
     padded,
+    sizes_of,
     text_of,
 )
 from fedhpc.models.call import cache_argument, takes
@@ -49,8 +50,7 @@ class Encoder(Base):
     @classmethod
     def sizes(cls, config: Any) -> Sizes:
         config = config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)  # encoders without attention have no prefix either
-        return Sizes(config.num_hidden_layers, heads, config.hidden_size // heads, config.hidden_size)
+        return sizes_of(config, config.num_hidden_layers)
 
     @property
     def max_positions(self) -> int | None:
@@ -67,13 +67,8 @@ class Encoder(Base):
         ids = self.some_ids(len(lengths), lengths[-1])
         mask = torch.arange(lengths[-1], device=self.device) < torch.tensor(lengths, device=self.device).unsqueeze(1)
         beside = self._output(mask.long(), input_ids=ids.where(mask, self.pad_id))
-        alone = [self._output(mask[i : i + 1, :n].long(), input_ids=ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
-        if not all(agree(row, beside[i : i + 1, : row.shape[1]]) for i, row in enumerate(alone)):
-            raise UserError(
-                f"'{self.name}' ({self.model.config.model_type}) gives a row something else beside longer rows than "
-                "alone, so what it learns would depend on who shares a batch",
-                key="model.name", remedy="choose another encoder",
-            )  # fmt: skip
+        alone = [self._output(mask[[i], :n].long(), input_ids=ids[[i], :n])[0] for i, n in enumerate(lengths)]
+        self.require_same_rows(alone, list(beside))
 
     def check_embeddings(self) -> None:
         ids = self.some_ids(1, 5)
@@ -111,9 +106,9 @@ class Encoder(Base):
 
         if not succeeds(takes_a_past):
             raise UserError(
-                f"method.name: a prefix cannot be put in front of '{self.model.config.model_type}' models; "
-                "use prompt, p_tuning, lora or ia3"
-            )
+                f"a prefix cannot be put in front of '{self.model.config.model_type}' models",
+                key="method.name", remedy="use prompt, p_tuning, lora or ia3",
+            )  # fmt: skip
 
     def activations(self, ids: Sequence[int]) -> list[Tensor]:
         from transformers import DynamicCache
@@ -176,7 +171,7 @@ class Classifier(Encoder, Predictor):
 
     @classmethod
     def stored_classes(cls, config: Any) -> list[str]:
-        """As `id2label` names them, or `label2id` where that has the names alone; none where the two disagree."""
+        """The names in `id2label`, or in `label2id` where that alone has names; none where the two disagree."""
         by_id, by_name = dict(config.id2label), {int(row): name for name, row in (config.label2id or {}).items()}
         if _is_unnamed(by_id) and by_name.keys() == by_id.keys():
             by_id = by_name

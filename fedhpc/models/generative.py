@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhpc.data.encoding import encode
-from fedhpc.data.tokens import Examples, Tokens, examples_from
+from fedhpc.data.tokens import Answers, Examples, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.models.base import Attached, Int64, LabelRows, Predictor, TargetBatch
@@ -52,10 +52,12 @@ class Generative(Predictor):
 
     def text(self, ids: NDArray[Any]) -> str:
         """The text of a row that was generated, (max_new_tokens,) with -1 after the end, without blanks around it."""
-        text: str = self.tokenizer.decode(
-            ids[ids >= 0].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text.strip()
+        return self.decoded(ids[ids >= 0]).strip()
+
+    def decoded(self, ids: NDArray[Any]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     @property
     def num_classes(self) -> int:
@@ -64,8 +66,8 @@ class Generative(Predictor):
 
     def label_rows(self, examples: Examples, indices: Int64, targets: Sequence[str]) -> LabelRows:
         """One row per example and label."""
-        variant, answers = self._answers(examples, targets)
-        sizes = np.array([[len(answer) for answer in of_labels] for of_labels in answers])
+        variant, ids = self._target_ids(examples, targets)
+        sizes = np.array([[len(self._answer(of_label)) for of_label in of_labels] for of_labels in ids])
         example, label = np.repeat(indices, len(targets)), np.tile(np.arange(len(targets)), len(indices))
         return LabelRows(example, label, examples.prompt_lengths[example] + sizes[variant[example], label], 1)
 
@@ -73,9 +75,9 @@ class Generative(Predictor):
         self, attached: Attached, examples: Examples, rows: LabelRows, part: Int64, targets: Sequence[str]
     ) -> Tensor:
         """Log-likelihood of the target (and its end) after the prompt: (len(part), 1)."""
-        variant, candidates = self._answers(examples, targets)
+        variant, ids = self._target_ids(examples, targets)
         prompts = [examples.prompt(int(e)) for e in rows.example[part]]
-        answers = [candidates[variant[e]][c] for e, c in zip(rows.example[part], rows.label[part], strict=True)]
+        answers = [self._answer(ids[variant[e]][c]) for e, c in zip(rows.example[part], rows.label[part], strict=True)]
         batch = self.batch(self.with_answers(attached, prompts, answers), np.arange(len(part)))
         pieces = self.pieces(len(batch.targets))
         losses = [
@@ -85,11 +87,15 @@ class Generative(Predictor):
         scores = torch.zeros(len(part), dtype=torch.float64)
         return -scores.index_add(0, batch.row.cpu(), torch.cat(losses).to("cpu", torch.float64)).unsqueeze(1)
 
-    def _answers(self, examples: Examples, targets: Sequence[str]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-        """The supervised tokens of every label's target in all variants, and which each example (n,) has."""
-        variant, ids = examples.answers or (np.zeros(len(examples), np.int32), [encode(self.tokenizer, targets)[0]])
-        answers = [[np.array(self.answer_ids(self.tokenizer, one), np.int32) for one in of_labels] for of_labels in ids]
-        return variant, answers
+    def _target_ids(self, examples: Examples, targets: Sequence[str]) -> Answers:
+        """The token ids of every label's target in all variants, and which variant each example has."""
+        if examples.answers is not None:
+            return examples.answers
+        return Answers(np.zeros(len(examples), np.int32), [encode(self.tokenizer, targets)[0]])
+
+    def _answer(self, ids: Sequence[int]) -> np.ndarray:
+        """The supervised tokens of a target."""
+        return np.array(self.answer_ids(self.tokenizer, ids), np.int32)
 
     def require_same_logits(self, theirs: Tensor, ours: Tensor) -> None:
         """UserError where the model's own logits are not ours: losses would be silently wrong."""

@@ -20,7 +20,18 @@ import numpy as np
 from fedhpc.data.tokens import Examples, Join, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.models.base import Attached, Int64, Sizes, bare, in_mapping, most_positions, padded, special_ids, text_of
+from fedhpc.models.base import (
+    Attached,
+    Int64,
+    Sizes,
+    bare,
+    in_mapping,
+    most_positions,
+    padded,
+    sizes_of,
+    special_ids,
+    text_of,
+)
 from fedhpc.models.call import with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 from fedhpc.models.trial import succeeds
@@ -97,7 +108,7 @@ class Seq2Seq(Generative):
         """The target between the tokenizer's special tokens, eos at the end."""
         eos = require_eos(tokenizer)
         before, after = special_ids(tokenizer)
-        after = after if eos in after else [*after, eos]
+        after = after if eos in after else (*after, eos)
         return [*before, *bare([*ids], before, after), *after]
 
     def batch(self, examples: Examples, indices: Int64) -> PairBatch:
@@ -134,14 +145,8 @@ class Seq2Seq(Generative):
     def sizes(cls, config: Any) -> Sizes:
         """The sizes of the decoder."""
         config = _decoder_config(config)
-        heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
         layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
-        return Sizes(
-            num_layers=layers or config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // heads,
-            hidden_size=config.hidden_size,
-        )
+        return sizes_of(config, layers or config.num_hidden_layers)
 
     @property
     def max_positions(self) -> int | None:
@@ -157,7 +162,17 @@ class Seq2Seq(Generative):
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def check(self) -> None:
-        _start_id(self)
+        """A row must be the same alone as beside others, behind which its source and its target are padded."""
+        lengths = [5, 6, 7, 9, min(40, self.max_positions or 40)]
+        ids = self.some_ids(len(lengths), lengths[-1]) % _decoder_config(self.model.config).vocab_size
+        rows = ids.cpu().numpy().astype(np.int32)
+        sources = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+        targets = [row[:n] for row, n in zip(rows, reversed(lengths), strict=True)]  # the longest with the shortest
+        examples = joined(sources, targets)
+        with torch.no_grad():
+            beside = self.states(Attached(), self.batch(examples, np.arange(len(rows))))
+            alone = [self.states(Attached(), self.batch(examples, np.array([i]))) for i in range(len(rows))]
+        self.require_same_rows(alone, beside.split([len(target) for target in targets]))
 
     def check_past(self) -> None:
         def fills_a_cache() -> bool:

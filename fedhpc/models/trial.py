@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedhpc.lazy import Tensor, torch
 
@@ -12,6 +12,11 @@ def agree(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
     exact = other.dtype in (torch.float32, torch.float64)
     one, other = one.double(), other.double()
     return float((one - other).norm()) <= (tolerance if exact else 2500 * tolerance) * float(other.norm())
+
+
+def same_rows(alone: Sequence[Tensor], beside: Sequence[Tensor]) -> bool:
+    """Whether rows, each (T, ...) by itself, are the same beside others: (T or more, ...), padded behind its end."""
+    return all(agree(row, padded[: len(row)]) for row, padded in zip(alone, beside, strict=True))
 
 
 def succeeds(look: Callable[[], bool]) -> bool:

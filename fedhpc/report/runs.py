@@ -61,7 +61,7 @@ class LoadedRun:
         return {name: float(np.mean(value)) for name, value in self.results.groups[group].items()}
 
     def sampling(self, group: str, metric: str) -> Sampling | None:
-        """Of how many items a metric of /test or /base is, and their interval; None in files that do not say."""
+        """What a metric of /test or /base was measured on, and its interval; None in files that do not say."""
         return self.results.sampling(f"{group}/{metric}")
 
     @property

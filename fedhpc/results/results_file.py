@@ -12,6 +12,7 @@ has been computed again and replaces them: the file never gets shorter.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -259,7 +260,10 @@ class Results:
     def sampling(self, path: str) -> Sampling | None:
         """What the metric in a dataset like "test/loss" was measured on; None in files from before it was said."""
         note = self.notes.get(path, {})
-        return Sampling(**{k: note[k] for k in Sampling._fields if k in note}) if "n" in note else None  # type: ignore[arg-type]
+        if "n" not in note:
+            return None
+        low, high = (float(note.get(end, math.nan)) for end in ("low", "high"))
+        return Sampling(int(note["n"]), int(note["of"]), str(note["unit"]), low, high, str(note.get("by", "")))
 
     def set_client_eval(self, columns: Mapping[str, Any], summary: Mapping[str, float] | None = None) -> None:
         """Per-client results on the clients' held-out examples; one value per client in each column.

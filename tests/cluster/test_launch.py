@@ -25,6 +25,14 @@ def launched(script: str, path: Path, environ: dict[str, str], *arguments: str) 
     )  # fmt: skip
 
 
+def completes(whole: Path, tmp_path: Path, script: str, environ: dict[str, str], world: str, *arguments: str) -> None:
+    """A run by `script` ends well, says what its ranks are, such as "2 ranks over mpi", and has the bits of `whole`."""
+    done = launched(script, write(tmp_path, tmp_path / "run"), environ, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert world in done.stdout
+    same_as(whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("script", "environ", "transport"),
     [
@@ -34,25 +42,15 @@ def launched(script: str, path: Path, environ: dict[str, str], *arguments: str) 
     ],
 )
 def test_script(whole: Path, tmp_path: Path, script: str, environ: dict[str, str], transport: str) -> None:
-    path = write(tmp_path, tmp_path / "run")
-    done = launched(script, path, environ, "--fresh")
-    assert done.returncode == 0, done.stderr
-    assert f"2 ranks over {transport}" in done.stdout
-    same_as(whole, tmp_path / "run")
+    completes(whole, tmp_path, script, environ, f"2 ranks over {transport}", "--fresh")
 
 
 def test_open_mpi(whole: Path, tmp_path: Path, open_mpi: dict[str, str]) -> None:
     """Its ranks are not MPICH's: the world has two, and the bits are the same. Then with torch's transport in it."""
-    path = write(tmp_path, tmp_path / "run")
-    done = launched("mpirun.sh", path, {**open_mpi, "RANKS": "3"})
-    assert done.returncode == 0, done.stderr
-    assert "3 ranks over mpi" in done.stdout
-    same_as(whole, tmp_path / "run")
+    completes(whole, tmp_path, "mpirun.sh", {**open_mpi, "RANKS": "3"}, "3 ranks over mpi")
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = launched("mpirun.sh", path, {**open_mpi, **master}, "--fresh", "runtime.transport=torch")
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks over gloo" in done.stdout
-    same_as(whole, tmp_path / "run")
+    torch_in_it = ("--fresh", "runtime.transport=torch")
+    completes(whole, tmp_path, "mpirun.sh", {**open_mpi, **master}, "2 ranks over gloo", *torch_in_it)
 
 
 # What other launchers set, in place of MPICH's own pair.
@@ -63,15 +61,11 @@ FLUX = "FLUX_TASK_RANK=$PMI_RANK FLUX_JOB_SIZE=$PMI_SIZE FLUX_TASK_LOCAL_ID=$MPI
 @pytest.mark.parametrize("variables", [PALS, FLUX], ids=["pals", "flux"])
 def test_another_launcher(whole: Path, tmp_path: Path, variables: str) -> None:
     """MPICH in the clothes of another: one run of two ranks."""
-    path = write(tmp_path, tmp_path / "run")
     dressed = tmp_path / "mpiexec"
     dress = f"exec env -u MPI_LOCALRANKID -u MPI_LOCALNRANKS {variables} "
     dressed.write_text(f'#!/bin/bash\nexec {BIN}/mpiexec $1 $2 bash -c \'{dress}"$0" "$@"\' "${{@:3}}"\n')
     dressed.chmod(0o755)
-    done = launched("mpirun.sh", path, {"MPIEXEC": str(dressed)})
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks over mpi" in done.stdout
-    same_as(whole, tmp_path / "run")
+    completes(whole, tmp_path, "mpirun.sh", {"MPIEXEC": str(dressed)}, "2 ranks over mpi")
 
 
 def test_a_launcher_whose_ranks_are_no_world_of_mpi(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ def score(metric: Any, outputs: Outputs) -> float:
 
 
 def interval(metric: Any, outputs: Outputs) -> Interval:
-    """Of resampled items, from sacrebleu's counts of each.
+    """The interval of the corpus score over resampled items, from sacrebleu's counts of each item.
 
-    Its own resampling (n_bootstrap) raises a TypeError where one sample of chrF scores nothing and another something.
+    Its own resampling (n_bootstrap) raises a TypeError where one sample of chrF scores nothing and another something
+    (findings/sacrebleu_chrf_confidence.sh).
     """
     counts = np.array(metric._extract_corpus_statistics(list(outputs.texts), _columns(outputs.references)))
 

@@ -23,7 +23,7 @@ class Bleu(Metric):
         return _sacrebleu.score(BLEU(), outputs)
 
     def interval(self, outputs: Outputs) -> Interval:
-        """Of resampled items."""
+        """The interval over resampled items."""
         from sacrebleu.metrics import BLEU
 
         return _sacrebleu.interval(BLEU(), outputs)

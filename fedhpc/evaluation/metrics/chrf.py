@@ -22,7 +22,7 @@ class ChrF(Metric):
         return _sacrebleu.score(CHRF(), outputs)
 
     def interval(self, outputs: Outputs) -> Interval:
-        """Of resampled items."""
+        """The interval over resampled items."""
         from sacrebleu.metrics import CHRF
 
         return _sacrebleu.interval(CHRF(), outputs)

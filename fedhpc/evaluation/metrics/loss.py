@@ -18,5 +18,5 @@ class Loss(Metric):
         return outputs.nll_sum / outputs.tokens
 
     def interval(self, outputs: Outputs) -> Interval:
-        """Of tokens that were drawn by whole prompts."""
+        """The interval of the mean per token, where whole prompts are drawn and not tokens."""
         return of_ratio(outputs.prompt_nll, outputs.prompt_tokens)

@@ -24,7 +24,7 @@ class MacroF1(Metric):
         return _macro_f1(outputs.labels, outputs.predictions)
 
     def interval(self, outputs: Outputs) -> Interval:
-        """Of resampled examples."""
+        """The interval over resampled examples."""
         labels, predictions = outputs.labels, outputs.predictions
         return by_bootstrap(lambda drawn: _macro_f1(labels[drawn], predictions[drawn]), len(labels))
 

@@ -25,7 +25,7 @@ class Perplexity(Metric):
             return float(np.exp(Loss().compute(outputs)))
 
     def interval(self, outputs: Outputs) -> Interval:
-        """exp of the ends of the loss's."""
+        """The exponentials of the ends of the loss's interval."""
         low, high, by = Loss().interval(outputs)
         with np.errstate(over="ignore"):
             return Interval(float(np.exp(low)), float(np.exp(high)), by)

@@ -141,12 +141,13 @@ def _require_names_of_layers(base: Base, targets: Sequence[str]) -> None:
     """
     from transformers import conversion_mapping
 
-    kind = base.model.config.model_type
-    converted = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: "qwen2_moe"})
+    family = base.model.config.model_type
+    # A release without this table is taken to convert every family so.
+    converted = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {family: "qwen2_moe"})
     shared = sorted({name for name in targets if name.rsplit(".", 1)[-1] in names_of_experts(base)})
-    if shared and converted.get(kind) == "qwen2_moe":
+    if shared and converted.get(family) == "qwen2_moe":
         raise UserError(
-            f"{', '.join(shared)} is also a name of the routed experts of '{kind}', and PEFT would put what was "
+            f"{', '.join(shared)} is also a name of the routed experts of '{family}', and PEFT would put what was "
             "trained there and not into these layers",
             key="method.targets", remedy="choose layers of attention, or others whose name no expert has",
         )  # fmt: skip

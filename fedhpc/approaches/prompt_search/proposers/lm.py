@@ -62,10 +62,7 @@ class LanguageModel(Proposer):
         for parent, prompt, ids in zip(chosen, prompts, drawn, strict=True):
             # A tokenizer may drop the first space of a text, so words are decoded with those before them.
             text_ids = ids if options.request is not None else np.concatenate([prompt[1:], ids])
-            text = self.base.tokenizer.decode(
-                text_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            instruction = (text.strip().splitlines() or [""])[0].strip()
+            instruction = (self.base.decoded(text_ids).strip().splitlines() or [""])[0].strip()
             if instruction:
                 candidates.append(replace(parent, instruction=instruction))
         return candidates
