@@ -9,7 +9,6 @@ version of transformers passes its cache on, and a row's text is the same alone 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedhpc import kernels
@@ -29,9 +26,10 @@ from fedhpc.config import Model
 from fedhpc.data.tokens import prompt_ids
 from fedhpc.errors import UserError
 from fedhpc.methods import adapter as bottleneck
+from fedhpc.methods._peft import adapter_config, adapter_tensors, read_json, without_wrappers
 from fedhpc.methods.base import Method, Tensors, as_one_client
 from fedhpc.methods.ia3 import IA3
-from fedhpc.methods.lora import Lora
+from fedhpc.methods.lora import Lora, options_of
 from fedhpc.methods.prefix import PREFIX, Prefix
 from fedhpc.methods.prompt import Prompt
 from fedhpc.models.base import Attached, Base, padded
@@ -121,20 +119,17 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
     folder = Path(adapter)
     config = _config(folder)
     # Older exports have no such file: no prompt is cut then, and the base is loaded in float32.
-    facts = {"max_length": 10**9, "precision": "float32", **_json(folder / FACTS, missing_ok=True)}
+    facts = {"max_length": 10**9, "precision": "float32", **read_json(folder / FACTS, missing_ok=True)}
     tuned = "base_model_name_or_path" not in config  # the weights of a base, not an adapter
     name = base or (str(folder) if tuned else config["base_model_name_or_path"])
     options = {key: facts[key] for key in ("task", "dtype", "quantize") if key in facts}
     revision = config.get("revision") if base is None else None
     model = Model.model_validate({"name": name, "revision": revision, **options})
-    names = _json(folder / "config.json", missing_ok=True).get("id2label", {})
+    names = read_json(folder / "config.json", missing_ok=True).get("id2label", {})
     ready = load_base(model, torch.device(device), [names[number] for number in sorted(names, key=int)])
     if tuned:
         return Customized(ready, None, {}, facts["max_length"], facts["precision"])
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"'{folder}': adapter_model.safetensors cannot be read: {error}") from None
+    tensors = adapter_tensors(folder)
     _put_head(ready, tensors, folder)
     if config.get("format") == bottleneck.FORMAT:
         bottleneck.load(ready.model, folder)
@@ -150,35 +145,13 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
 
 def _config(folder: Path) -> dict[str, Any]:
     """The adapter_config.json, or config.json, of an export. UserError, with what is there instead, for another."""
-    remedy = "give the adapter/ of a complete run"
-    if (folder / "adapter").is_dir():
-        raise UserError(f"'{folder}' is no export of a run", remedy=f"give '{folder / 'adapter'}'")
-    if not folder.is_dir():
-        raise UserError(f"there is no folder '{folder}'", remedy=remedy)
-    clients = sorted(file.parent.name for file in folder.glob("*/adapter_config.json"))
-    if clients:
-        raise UserError(f"'{folder}' has an adapter for each client", remedy=f"give one, like '{folder / clients[0]}'")
-    if (folder / "prompt.json").is_file():
-        raise UserError(f"'{folder}' holds a prompt in words: prompt.json is all that the run made")
-    config = _json(folder / "adapter_config.json", missing_ok=True)
-    if not config and (folder / "config.json").is_file():
-        return _json(folder / "config.json")
-    if config.get("format") != bottleneck.FORMAT and config.get("peft_type") not in _METHODS:
-        what = config.get("peft_type") or config.get("format")
-        raise UserError(f"'{folder}' is no adapter that fedhpc loads" + (f" ({what})" if what else ""), remedy=remedy)
+    config = adapter_config(folder)
+    what = config.get("peft_type") or config.get("format")
+    if what is not None and what not in (bottleneck.FORMAT, *_METHODS):
+        raise UserError(
+            f"'{folder}' is no adapter that fedhpc loads ({what})", remedy="give the adapter/ of a complete run"
+        )
     return config
-
-
-def _json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
-    if missing_ok and not file.exists():
-        return {}
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"'{file}' is not a JSON object")
-    return tree
 
 
 def _put_head(base: Base, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -213,23 +186,17 @@ def _prompt(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
 
 
 def _lora(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
-    options = {"rank": config["r"], "alpha": config["lora_alpha"], "targets": config["target_modules"]}
-    return Lora(Lora.Options.model_validate(options), base, 0), _bare(tensors)
+    return Lora(Lora.Options.model_validate(options_of(config)), base, 0), without_wrappers(tensors)
 
 
 def _ia3(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
     inputs = config["feedforward_modules"]
     outputs = [name for name in config["target_modules"] if name not in inputs]
-    return IA3(IA3.Options(outputs=outputs, inputs=inputs), base, 0), _bare(tensors)
+    return IA3(IA3.Options(outputs=outputs, inputs=inputs), base, 0), without_wrappers(tensors)
 
 
 def _virtual(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_virtual_tokens": config["num_virtual_tokens"]}
-
-
-def _bare(tensors: Tensors) -> Tensors:
-    """The tensors by the names that the base's own parameters have, without PEFT's two wrappers."""
-    return {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
 
 
 _METHODS: dict[str, Callable[[Base, Mapping[str, Any], Tensors], _Loaded]] = {

@@ -32,7 +32,7 @@ def run_round(
     approach: AnyApproach, transport: Transport, server_state: ServerState | None, round_: int
 ) -> RoundRecord | None:
     """One round; its record on rank 0. FedAvg's are lines 3 to 8 of algorithm 1 of McMahan et al. 2017."""
-    wire_bytes, fitted, clock = transport.wire_bytes, approach.clients_that_fit, Clock()
+    wire_bytes, fitted, clock = transport.wire_bytes, approach.fits, Clock()
     with clock("broadcast"):
         plan = approach.plan(round_)
         transport.progress.begin(round_, len(plan.training))
@@ -77,7 +77,7 @@ def run(
     with ExitStack() as stack:
         round_, server = _begin(approach, transport, fresh, on_round, writing or nullcontext(), stack)
         server_state = server.state if server else None
-        while round_ < approach.rounds:
+        while round_ < approach.rounds and not approach.ends_early(transport, server_state):
             round_ += 1
             record = run_round(approach, transport, server_state, round_)
             if round_ % approach.config.evaluation.every == 0 or round_ == approach.rounds:
@@ -127,8 +127,9 @@ def _evaluated(
     began = time.perf_counter()
     transport.progress.activity = "evaluation"
     outcome = approach.evaluate(transport, server_state, round_)
-    if record is None or outcome is None:
+    if record is None or outcome is None or server_state is None:
         return record
+    approach.judge(server_state, round_, outcome.metrics)
     seconds = time.perf_counter() - began if round_ else 0.0
     seconds_so_far = record.seconds + seconds
     return replace(

@@ -127,8 +127,8 @@ def test_collectives_and_bytes_of_a_round(tmp_path: Path) -> None:
         assert many - few <= 2 * 5
         assert (columns["bytes_down"] == 4 * payload * cohort).all()
         assert (columns["bytes_up"] == 4 * payload * cohort).all()
-        # Each rank: 4 bytes a parameter down, 8 up; 8 and 72 a client; one exponent; 40 for the report of each rank.
-        each = 12 * payload + 80 * cohort + 8 + 40 * ranks
+        # Each rank: 4 bytes a parameter down, 8 up; 8 and 72 a client; one exponent; 48 for the report of each rank.
+        each = 12 * payload + 80 * cohort + 8 + 48 * ranks
         assert (columns["wire_bytes"] <= ranks * each).all(), columns["wire_bytes"]
 
 

@@ -203,6 +203,55 @@ def test_client_evaluation(count: int) -> None:
         np.testing.assert_array_equal(again[name], column)
 
 
+def part_of(examples: Examples, indices: Sequence[int]) -> Examples:
+    """Some examples of a split, as a split of their own."""
+    rows = [examples.tokens(i) for i in indices]
+    lengths = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+    assert examples.labels is not None and examples.prompts is not None and examples.targets is not None
+    return examples_from(
+        Tokens(np.concatenate(rows), lengths, examples.prompt_lengths[indices]),
+        labels=examples.labels[indices],
+        label_names=examples.label_names,
+        prompts=[examples.prompts[i] for i in indices],
+        targets=[examples.targets[i] for i in indices],
+    )
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_every_metric_of_a_client_is_that_of_its_examples_alone(count: int) -> None:
+    base, examples = text_base(), text_examples(30)
+    method = make(base)
+    payloads, metrics = some_payloads(method, count), [*METRICS, "exact_match", "f1"]
+    held_out = [np.array([3, 7, 8, 9, 21]), np.array([], np.int64), np.array([1]), np.arange(10, 16)]
+
+    def on(transport: Transport) -> dict[str, Any] | None:
+        measure = evaluator(base, transport, config.Evaluation(batch_size=4, max_new_tokens=6))
+        return measure.by_client(method, payloads, examples, [5, 6, 9, 40], held_out, metrics)
+
+    columns = on(LoopbackTransport())
+    assert columns is not None
+    assert set(columns) == {"client_id", "num_examples", "tokens"} | {
+        f"{name}{end}" for name in metrics for end in ("", "_low", "_high")
+    }
+    for i, held in enumerate(held_out):
+        if not len(held):
+            assert all(np.isnan(columns[name][i]) for name in metrics)
+            continue
+        payload = payloads[i % count].unsqueeze(0)
+        alone = run(base, method, payload, part_of(examples, held.tolist()), metrics, intervals=True)
+        for name in metrics:
+            assert columns[name][i] == pytest.approx(alone.metrics[name], rel=1e-9), name
+            if name not in ("loss", "perplexity"):  # whose examples count one by one here
+                ends = [columns[f"{name}_{end}"][i] for end in ("low", "high")]
+                assert ends == pytest.approx([alone.sampling[name].low, alone.sampling[name].high], nan_ok=True), name
+    given: list[list[Tensor]] = []
+    assert [on(Replayed(rank, 3, given)) for rank in (2, 1)] == [None, None]
+    again = on(Replayed(0, 3, given))
+    assert again is not None
+    for name, column in columns.items():
+        np.testing.assert_array_equal(again[name], column)
+
+
 def test_subset_is_fixed_sorted_and_complete_where_it_can_be() -> None:
     assert subset(5, 5).tolist() == subset(5, 9).tolist() == [0, 1, 2, 3, 4]
     chosen = subset(1000, 50)

@@ -816,7 +816,7 @@ def test_a_block_without_memory_is_halved_for_good(
 
 def test_a_client_that_fits_nowhere_is_named(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crowded(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"client \d+ alone takes more memory .* client.batch_size"):
+    with pytest.raises(UserError, match=r"one example of client \d+ takes more memory .* data.max_length"):
         federate(settings(tmp_path, tree(texts)))
 
 

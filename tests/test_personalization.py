@@ -125,6 +125,26 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path) -> None:
     assert (np.abs(rows["loss_personal"] - rows["loss"]) > 1e-3).all()
 
 
+def test_texts_of_clients_are_measured_too(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The data of the run, and so its fingerprint, are those of a run without."""
+    raw = personal(texts)
+    raw["evaluation"] = {**raw["evaluation"], "metrics": ["loss"], "test_metrics": ["macro_f1", "rouge_l"]}
+    raw["data"] = {**raw["data"], "target": " {label}"}
+    config = settings(tmp_path / "run", raw)
+    federate(config, ranks=2)
+    rows = table(tmp_path / "run", "client_eval")
+    out = capsys.readouterr().out
+    for name in ("macro_f1", "macro_f1_personal", "rouge_l", "rouge_l_personal"):
+        assert ((rows[f"{name}_low"] <= rows[name]) & (rows[name] <= rows[f"{name}_high"])).any(), name
+        assert f"clients' {name.replace('_', ' ')}: mean {rows[name].mean():.4f}" in out
+    results = Results.read(tmp_path / "run" / "results.h5")
+    assert "rouge_l_personal/worst_10_percent" in results.groups["client_summary"]
+    described = results.image(complete=True)
+    assert b"high end of the 95 % interval of the macro_f1 with the client's own part" in described
+    raw["evaluation"]["test_metrics"] = ["loss"]
+    assert prepared(config).data.fingerprint == prepared(settings(tmp_path / "other", raw)).data.fingerprint
+
+
 def test_only_the_shared_part_travels(tmp_path: Path, texts: Path) -> None:
     config = settings(tmp_path, personal(texts))
     task = prepared(config)
@@ -217,7 +237,7 @@ def test_the_summary_over_clients() -> None:
         "client_id": np.arange(26), "num_examples": examples, "tokens": examples,
         "loss": np.where(examples > 0, rng.normal(size=26), np.nan), "accuracy_personal": rng.random(26),
     }  # fmt: skip
-    found = over_clients(columns)
+    found = over_clients(columns, ["accuracy"])
     counted = {name: np.sort(columns[name][examples > 0]) for name in ("loss", "accuracy_personal")}
     assert len(counted["loss"]) == 24
     assert found == pytest.approx(
@@ -230,9 +250,9 @@ def test_the_summary_over_clients() -> None:
             "accuracy_personal/std": counted["accuracy_personal"].std(),
         }
     )
-    one = over_clients({"num_examples": np.array([2, 1]), "loss": np.array([1.0, 3.0])})
+    one = over_clients({"num_examples": np.array([2, 1]), "loss": np.array([1.0, 3.0])}, [])
     assert one == {"loss/mean": 2.0, "loss/worst_10_percent": 3.0, "loss/std": 1.0}
-    diverged = over_clients({"num_examples": np.array([2, 1]), "loss": np.array([1.0, np.nan])})
+    diverged = over_clients({"num_examples": np.array([2, 1]), "loss": np.array([1.0, np.nan])}, [])
     assert all(np.isnan(value) for value in diverged.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def train(
     **more: Any,
 ) -> Trained:
     """`train_block` as a configuration asks for it."""
-    local = LocalTraining.of(config, round_, rounds)
+    local = replace(LocalTraining.of(config, round_, rounds), packing=config.client.packing)
     return train_block(base, method, objective, starts, works, examples, local, **more)
 
 

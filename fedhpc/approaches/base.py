@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -85,6 +85,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     #: What metrics can need beside the answers of the base model.
     answers: ClassVar[frozenset[str]] = frozenset()
 
+    #: Whether clients train in steps whose examples can be in several forwards (`examples_that_fit`).
+    trains_in_steps: ClassVar[bool] = False
+
     #: Whether the server trains a model, which on a CPU beside workers on GPUs would crawl.
     server_trains: ClassVar[bool] = False
 
@@ -101,6 +104,8 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         self.placement = inputs.placement
         #: How many clients this rank has memory for at a time; None while no block was too large.
         self.clients_that_fit: int | None = None
+        #: How many examples of a client this rank has memory for in one forward; None while there was enough for all.
+        self.examples_that_fit: int | None = None
         #: How far a round has come; the round loop puts that of its transport here.
         self.progress = RoundProgress()
 
@@ -133,6 +138,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def most_together(self) -> int:
         """How many clients of one worker train in one forward at most, once its blocks are joined."""
         return most_together(self.config, self.block_size, self.placement.trains_on)
+
+    @property
+    def fits(self) -> tuple[int, int]:
+        """How many clients, and examples of a client, this rank has memory for at a time; 0: as many as there are."""
+        return self.clients_that_fit or 0, self.examples_that_fit or 0
 
     @property
     def moves_server(self) -> bool:
@@ -186,24 +196,39 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def local_in_parts(self, plan: Plan, clients: Sequence[int], download: DownloadT) -> list[BlockResult[UploadT]]:
         """`local` of a block; in halves, from now on, where the block takes more memory than the GPU has.
 
-        A block that failed has changed nothing: what clients keep is a file of this round, written again.
+        Where a client alone does not fit, its steps go on with half as many examples in a forward. A block that failed
+        has changed nothing: what clients keep is a file of this round, written again.
         """
         if self.clients_that_fit is None or len(clients) <= self.clients_that_fit:
             try:
                 return [self.local(plan, clients, download)]
             except torch.OutOfMemoryError as error:
-                if len(clients) == 1:
+                if len(clients) == 1 and not self._can_halve_forwards:
                     client = self.data.population.title(clients[0])
+                    one = f"one example of {client}" if self.trains_in_steps else f"{client} alone"
                     raise UserError(
-                        f"{client} alone takes more memory than the GPU has: lower client.batch_size or "
-                        "data.max_length, or set model.gradient_checkpointing"
+                        f"{one} takes more memory than the GPU has: lower client.batch_size or data.max_length, or set "
+                        "model.gradient_checkpointing"
                     ) from error
             torch.cuda.empty_cache()  # not above, where the exception still holds the tensors
             self.clients_that_fit = math.ceil(len(clients) / 2)
+            if len(clients) == 1:
+                self.examples_that_fit = math.ceil(self._examples_at_once / 2)
+                return self.local_in_parts(plan, clients, download)
         half = math.ceil(len(clients) / 2)
         return [
             result for part in (clients[:half], clients[half:]) for result in self.local_in_parts(plan, part, download)
         ]
+
+    @property
+    def _examples_at_once(self) -> int:
+        """How many examples of a client are in one forward now."""
+        client = self.config.client
+        return self.examples_that_fit or client.micro_batch or int(client.batch_size)
+
+    @property
+    def _can_halve_forwards(self) -> bool:
+        return self.trains_in_steps and self._examples_at_once > 1 and not self.objective.needs_full_steps
 
     @abstractmethod
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[UploadT]]) -> CombinedT:
@@ -236,6 +261,13 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     @abstractmethod
     def evaluate(self, transport: Transport, server_state: StateT | None, round_: int) -> Outcome | None:
         """Validation after `round_`; the outcome on rank 0. Collective."""
+
+    def judge(self, server_state: StateT, round_: int, metrics: Mapping[str, float]) -> None:
+        """Note on rank 0 what the validation after `round_` says of the state."""
+
+    def ends_early(self, transport: Transport, server_state: StateT | None) -> bool:
+        """Whether no more rounds are wanted. Collective."""
+        return False
 
     @abstractmethod
     def finish(self, transport: Transport, server_state: StateT | None) -> FinalResults | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedhpc import objectives, registry
 from fedhpc.config import Config
+from fedhpc.config.schema import Client
 from fedhpc.data import Data
 from fedhpc.data.encoding import encode
 from fedhpc.data.load import template
@@ -48,6 +49,8 @@ def load_inputs(
     model = model_class(config.model)
     objective = objectives.for_model(model, config.objective)
     objective.check(config, model)
+    if objective.needs_full_steps:
+        _refuse_split_steps(config.client)
     data = read(config, load_tokenizer(config.model), model, write_cache)
     base = load_base(config.model, device_of(launch), data.train.label_names, config.run.seed)
     check_length(base, config.data.max_length, virtual=0)
@@ -68,6 +71,17 @@ def load_inputs(
         label_targets=_label_targets(config, model, data, base.tokenizer),
         placement=launch.placement,
     )
+
+
+def _refuse_split_steps(client: Client) -> None:
+    """UserError where a step would be cut into several forwards, for an objective that compares all its examples."""
+    keys = {"micro_batch": client.micro_batch, "gradient_accumulation_steps": client.gradient_accumulation_steps > 1}
+    for key, cut in keys.items():
+        if cut:
+            raise UserError(
+                f"client.{key} cuts a step into several forwards, and this objective compares all examples of a step "
+                "with each other", key=f"client.{key}", remedy="take it out",
+            )  # fmt: skip
 
 
 def _label_targets(config: Config, model: type[Base], data: Data, tokenizer: Any) -> list[str] | None:

@@ -15,7 +15,7 @@ ALWAYS = frozenset(
         *("evaluation.max_examples", "evaluation.test_max_examples"),
         *("evaluation.samples", "evaluation.max_new_tokens"),
         # Where blocks are placed follows from the steps that their clients would take.
-        *("client.batch_size", "client.steps", "client.epochs"),
+        *("client.batch_size", "client.gradient_accumulation_steps", "client.steps", "client.epochs"),
     }
 )
 

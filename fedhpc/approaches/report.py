@@ -56,6 +56,7 @@ class RankReport:
     peak_memory_bytes: float
     wire_bytes: float
     clients_that_fit: float  # 0: as many as before
+    examples_that_fit: float  # of a client; 0: as many as before
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,27 @@ class Reports:
 
 
 def collect(
-    transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]], approach: AnyApproach, fitted: int | None,
-    seconds_local: float, wire_bytes_before: int,
+    transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]], approach: AnyApproach,
+    fitted: tuple[int, int], seconds_local: float, wire_bytes_before: int,
 ) -> Reports | None:  # fmt: skip
     """The reports of all ranks on rank 0, None elsewhere. Collective: one sum of float64.
 
-    fitted: `approach.clients_that_fit` before the round. wire_bytes_before: the transport's count at its beginning.
+    fitted: `approach.fits` before the round. wire_bytes_before: the transport's count at its beginning.
     """
     clients = np.zeros((len(plan.cohort), 1 + len(BlockResult.COLUMNS)))
     for result in results:
         rows = [plan.index[client] for client in result.clients]
         clients[rows] = np.column_stack([np.ones(len(rows)), *(getattr(result, n) for n in BlockResult.COLUMNS)])
     ranks = np.zeros((transport.world_size, len(fields(RankReport))))
+    clients_fit, examples_fit = (now if now != then else 0 for now, then in zip(approach.fits, fitted, strict=True))
     wire_bytes = transport.wire_bytes - wire_bytes_before + clients.nbytes + ranks.nbytes
     of_this_rank = RankReport(
         padded_tokens=sum(result.padded_tokens for result in results),
         seconds_local=seconds_local,
         peak_memory_bytes=peak_memory(approach.base.device),
         wire_bytes=wire_bytes if transport.world_size > 1 else 0,
-        clients_that_fit=approach.clients_that_fit or 0 if approach.clients_that_fit != fitted else 0,
+        clients_that_fit=clients_fit,
+        examples_that_fit=examples_fit,
     )
     ranks[transport.rank] = [getattr(of_this_rank, field.name) for field in fields(of_this_rank)]
     both = torch.from_numpy(np.concatenate([clients.ravel(), ranks.ravel()]))
@@ -180,10 +183,12 @@ def _rejections(approach: AnyApproach, plan: Plan, column: dict[str, np.ndarray]
 
 def _memory_events(ranks: dict[str, np.ndarray]) -> list[Event]:
     return [
-        Event(
-            "memory", f"rank {rank}: its memory is enough for {fit:.0f} clients at a time; larger blocks train in parts"
+        Event("memory", f"rank {rank}: its memory is enough for {fit:.0f} {what} train in parts")
+        for column, what in (
+            ("clients_that_fit", "clients at a time; larger blocks"),
+            ("examples_that_fit", "examples of a client at a time; larger batches"),
         )
-        for rank, fit in enumerate(ranks["clients_that_fit"])
+        for rank, fit in enumerate(ranks[column])
         if fit
     ]
 

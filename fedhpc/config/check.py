@@ -106,6 +106,7 @@ def conflicts(config: Config) -> None:
                 f"partition.name {config.partition.name} skews labels and needs data.label (a column); "
                 "without labels set partition.name to iid or quantity_skew (dirichlet is the default)"
             )
+    _check_steps(config)
     aggregator, optimizer = config.server.aggregator, config.client.optimizer
     needs_movements = registry.choice("aggregators", aggregator).needs_movements
     if needs_movements and not registry.choice("client_optimizers", optimizer).sums_gradients:
@@ -122,6 +123,10 @@ def conflicts(config: Config) -> None:
                 f"{pulls[0] if pulls else 'optimizer ' + config.client.optimizer} does not: use client.optimizer sgd "
                 "without momentum, weight_decay, proximal and scaffold"
             )
+    if config.method.goes_on_from is not None and registry.is_approach(config.method.name):
+        raise UserError(
+            f"method.name {config.method.name} has no adapter to go on from", key="method.from", remedy="take it out"
+        )
     if config.model.quantize != "none" and config.model.dtype == "float64":
         raise UserError(f"model.quantize {config.model.quantize} cannot go with model.dtype float64")
     if config.data.label_noise and config.data.label is None:
@@ -129,6 +134,18 @@ def conflicts(config: Config) -> None:
     fewest, most = (getattr(config.partition, key, None) for key in ("min_examples", "max_examples"))
     if fewest is not None and most is not None and fewest > most:
         raise UserError(f"partition.min_examples {fewest} is more than partition.max_examples {most}")
+    if config.mode == "local" and (config.evaluation.keep != "last" or config.evaluation.patience is not None):
+        key = "evaluation.keep" if config.evaluation.keep != "last" else "evaluation.patience"
+        raise UserError(
+            "with mode local every client has a state of its own, and they are evaluated together",
+            key=key,
+            remedy="take it out",
+        )
+    if config.evaluation.keep == "best" and config.personalization.parts:
+        raise UserError(
+            "personalization.parts stay on the clients, which have those of their last round alone",
+            key="evaluation.keep", remedy="use last",
+        )  # fmt: skip
     if config.client.scaffold:
         _check_scaffold(config)
     problem = config.method.conflict(config)
@@ -138,6 +155,28 @@ def conflicts(config: Config) -> None:
         _check_personalization(config)
     if config.runtime.precision != "float32" and config.model.dtype == "float64":
         raise UserError(f"runtime.precision {config.runtime.precision} cannot go with model.dtype float64")
+
+
+def _check_steps(config: Config) -> None:
+    client = config.client
+    for key, changed in (("lr_min", client.lr_min > 0), ("schedule_per", client.schedule_per != "step")):
+        if changed and client.schedule == "constant":
+            raise UserError(
+                f"client.{key} is of a learning rate that goes down, and client.schedule is constant",
+                key=f"client.{key}", remedy="choose linear or cosine, or take it out",
+            )  # fmt: skip
+    if client.lr_min > client.lr:
+        raise UserError(f"client.lr_min {client.lr_min} is more than client.lr {client.lr}", key="client.lr_min")
+    if client.schedule_per == "round" and client.warmup:
+        raise UserError(
+            "client.warmup begins with a rate of 0, at which the clients of round 1 would learn nothing",
+            key="client.schedule_per", remedy="use step, or take client.warmup out",
+        )  # fmt: skip
+    if client.micro_batch is not None and client.micro_batch > client.batch_size:
+        raise UserError(
+            f"client.micro_batch {client.micro_batch} is more than client.batch_size {client.batch_size}, all examples "
+            "of a client that are in one forward", key="client.micro_batch",
+        )  # fmt: skip
 
 
 def _check_scaffold(config: Config) -> None:

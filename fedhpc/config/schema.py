@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, create_model
 
 from fedhpc.config.yaml import to_yaml
 from fedhpc.registry import Choice, Chosen, Open, Section
@@ -92,6 +92,15 @@ class Client(Open):
     )
     lr: float = Field(0.01, ge=0, description="learning rate of the clients")
     batch_size: int = Field(8, ge=1, description="examples per local step")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="batches whose gradients make one local step: as one batch of all their examples"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="examples of a client in one forward at most, for less memory; default batch_size"
+    )
+    packing: bool = Field(
+        False, description="several short examples of a client in one row, apart from each other (decoders)"
+    )
     epochs: int | None = Field(None, ge=1, description="passes over the client's data per round; default 1")
     steps: int | None = Field(None, ge=1, description="local steps per round, instead of epochs")
     weight_decay: float = Field(0.0, ge=0, description="L2 (sgd) or decoupled (adamw) weight decay")
@@ -99,8 +108,12 @@ class Client(Open):
     proximal: float = Field(0.0, ge=0, description="mu of FedProx: pull towards the state the round began with")
     scaffold: bool = Field(False, description="correct the clients' drift by control variates (federated, plain sgd)")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="course of the learning rate over the whole run, down to 0"
+        "constant", description="course of the learning rate over the whole run, down to lr_min"
     )
+    schedule_per: Literal["step", "round"] = Field(
+        "step", description="whether the learning rate changes with every local step, or once a round"
+    )
+    lr_min: float = Field(0.0, ge=0, description="learning rate at which a linear or cosine schedule ends")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the run in which the learning rate rises from 0")
 
 
@@ -132,6 +145,12 @@ class Evaluation(Section):
     samples: int = Field(8, ge=0, description="generated texts kept in /samples")
     max_clients: int = Field(100, ge=1, description="clients of the per-client evaluation, a seeded sample")
     client_fraction: float = Field(0.0, ge=0, lt=1, description="share of each client's data held out of training")
+    keep: Literal["last", "best"] = Field(
+        "last", description="the state that is tested and exported: the last, or that with the best first metric"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="evaluations in a row without a better first metric after which the run ends"
+    )
 
     @property
     def metrics_of_test(self) -> list[str]:
@@ -182,6 +201,20 @@ class Partition(Open):
 
 class Customization(Open):
     name: Annotated[str, Choice("methods")] = Field("prefix", description="what is customized, and how")
+
+    @property
+    def goes_on_from(self) -> str | None:
+        """The folder of the adapter from which training goes on, `method.from`; no attribute can be called so."""
+        folder: str | None = getattr(self, "from")
+        return folder
+
+
+#: The section `method`: a `Customization` with a key that is a word of Python.
+_CUSTOMIZATION: type[Customization] = create_model(  # type: ignore[call-overload]  # of keys that mypy cannot read
+    "Customization",
+    __base__=Customization,
+    **{"from": (str | None, Field(None, min_length=1, description="adapter/ of a run, or of PEFT, to go on from"))},
+)
 
 
 class Transformation(Open):
@@ -241,7 +274,7 @@ SECTIONS: dict[str, type[Section]] = {
     "local": Local,
     "objective": ObjectiveChoice,
     "partition": Partition,
-    "method": Customization,
+    "method": _CUSTOMIZATION,
     "client": Client,
     "server": Server,
     "transforms": Transformation,

@@ -145,6 +145,8 @@ def load_data(
             targets=targets if split in ("validation", "test") else None,
             answers=answers.get(split),
         )
+        if train and _clients_write(settings.evaluation):  # no part of the fingerprint
+            examples[split] = replace(examples[split], prompts=prompts, targets=targets)
     make = Population.single if settings.mode == "centralized" else Population.divided
     return Data(
         examples["train"],
@@ -155,6 +157,12 @@ def load_data(
         hashlib.sha256("".join(e.fingerprint for e in examples.values()).encode()).hexdigest(),
         examples.get("public"),
     )
+
+
+def _clients_write(evaluation: config.Evaluation) -> bool:
+    """Whether texts are generated for what is held out of the clients' training data."""
+    needs = {registry.choice("metrics", name).needs for name in evaluation.metrics_of_test}
+    return evaluation.client_fraction > 0 and "texts" in needs
 
 
 def template(written: str, key: str, tokenizer: PreTrainedTokenizerBase) -> Template:

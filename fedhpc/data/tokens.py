@@ -96,7 +96,7 @@ class Examples:
     """The examples of one split.
 
     labels index label_names and owners index owner_names; prompts and targets are the rendered texts, marked, kept
-    for validation and test only.
+    where texts are evaluated.
     """
 
     ids: Int32  # [total]
@@ -213,16 +213,17 @@ def examples_from(
     )
 
 
-def group_references(examples: Examples) -> list[tuple[int, list[str]]]:
+def group_references(examples: Examples, indices: Int64 | None = None) -> list[tuple[int, list[str]]]:
     """(first example, targets) per distinct rendered prompt, in order of first appearance.
 
-    For splits that keep their texts: validation and test.
+    Of some examples, or of all. For splits that keep their texts: validation and test, and train where clients are
+    evaluated on texts.
     """
     if examples.prompts is None or examples.targets is None:
         raise ValueError("these examples keep no texts")
     groups: dict[str, tuple[int, list[str]]] = {}
-    for number, (prompt, target) in enumerate(zip(examples.prompts, examples.targets, strict=True)):
-        groups.setdefault(prompt, (number, []))[1].append(target)
+    for number in range(len(examples)) if indices is None else indices.tolist():
+        groups.setdefault(examples.prompts[number], (number, []))[1].append(examples.targets[number])
     return list(groups.values())
 
 

@@ -9,7 +9,7 @@ ever added to zeros, so the result has the same bits on any number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +21,9 @@ from fedhpc import registry
 from fedhpc.config import Evaluation
 from fedhpc.data.encoding import unmarked
 from fedhpc.data.tokens import Examples, group_references, ranges
-from fedhpc.evaluation.metrics._intervals import Interval, of_mean, of_ratio
+from fedhpc.evaluation.metrics._intervals import Interval, of_ratio
 from fedhpc.evaluation.metrics.base import Metric, Outputs
+from fedhpc.evaluation.metrics.loss import Loss
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods.base import Attached, Method, PerClient
 from fedhpc.models.base import Base, Predictor
@@ -157,14 +158,14 @@ class Evaluator:
         examples: Examples,
         clients: Sequence[int],
         held_out: Sequence[Int64],
-        labels: bool = False,
+        metrics: Sequence[str] = (),
     ) -> dict[str, NDArray[Any]] | None:
-        """The loss of every client on examples held out of its own training; on rank 0, None elsewhere. Collective.
+        """Metrics of every client on examples held out of its own training; on rank 0, None elsewhere. Collective.
 
         payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i].
         Columns, one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without
-        any), and with `labels` accuracy, where the examples have them; of both the 95 % interval over the drawing of
-        the client's examples, loss_low and loss_high; NaN where it is not known, as that of the loss of one example.
+        any) and `metrics`, NaN without examples; of each the 95 % interval over the drawing of the client's examples,
+        loss_low and loss_high; NaN where it is not known, as that of the loss of one example.
         """
         if len(payloads) not in (1, len(clients)):
             raise ValueError(f"{len(payloads)} payloads for {len(clients)} clients")
@@ -173,10 +174,8 @@ class Evaluator:
         owner = np.repeat(np.arange(len(clients)), sizes)
         shares = _Shares(self, method, payloads)
         nll = shares.losses(examples, indices, owner % len(payloads))
-        right = None
-        if labels and self.label_targets is not None and examples.labels is not None:
-            scores = shares.label_scores(examples, indices, owner % len(payloads))
-            right = scores.argmax(axis=1) == examples.labels[indices]
+        chosen: dict[str, Metric] = {registry.short_name(name): registry.choice("metrics", name)() for name in metrics}
+        outputs = self._of_clients(shares, examples, held_out, nll, {metric.needs for metric in chosen.values()})
         if self.transport.rank != 0:
             return None
         supervised = self.objective.num_supervised(examples, indices)
@@ -194,11 +193,50 @@ class Evaluator:
         ends = np.cumsum(sizes)[:-1]
         columns["loss"] = per(nll, tokens)
         of_each = zip(np.split(nll, ends), np.split(supervised, ends), strict=True)
-        columns |= _ends("loss", [of_ratio(sums, counts) for sums, counts in of_each])
-        if right is not None:
-            columns["accuracy"] = per(right, sizes)
-            columns |= _ends("accuracy", [of_mean(part) for part in np.split(right.astype(np.float64), ends)])
+        columns |= _ends("loss", Loss(), [of_ratio(sums, counts) for sums, counts in of_each])
+        for name, metric in chosen.items():
+            if name != "loss":
+                measured = [metric.compute(one) if size else math.nan for one, size in zip(outputs, sizes, strict=True)]
+                intervals = [
+                    metric.interval(one) if size else Interval() for one, size in zip(outputs, sizes, strict=True)
+                ]
+                columns[name] = np.array(measured, np.float64)
+                columns |= _ends(name, metric, intervals)
         return columns
+
+    def _of_clients(
+        self, shares: _Shares, examples: Examples, held_out: Sequence[Int64], nll: Float64, needs: Collection[str]
+    ) -> list[Outputs]:
+        """What the model of each client did with the client's examples, as far as metrics need it; of use on rank 0.
+
+        nll: of all examples, one client's after the other's. Collective.
+        """
+        sizes = np.array([len(part) for part in held_out], np.int64)
+        indices, ends = np.concatenate([np.empty(0, np.int64), *held_out]), np.cumsum(sizes)[:-1]
+        model = np.arange(len(held_out)) % len(shares.payloads)  # of each client
+        parts: list[dict[str, Any]] = [{} for _ in held_out]
+        if "losses" in needs:
+            supervised = self.objective.num_supervised(examples, indices)
+            for part, losses, tokens in zip(parts, np.split(nll, ends), np.split(supervised, ends), strict=True):
+                part |= {"nll_sum": float(losses.sum()), "tokens": int(tokens.sum())}
+                part |= {"prompt_nll": losses, "prompt_tokens": tokens}
+        if "labels" in needs:
+            if self.label_targets is None or examples.labels is None:
+                raise ValueError("metrics on labels need the examples' labels and a target for each of them")
+            predictions = shares.label_scores(examples, indices, np.repeat(model, sizes)).argmax(axis=1)
+            labels = examples.labels[indices].astype(np.int64)
+            for part, right, predicted in zip(parts, np.split(labels, ends), np.split(predictions, ends), strict=True):
+                part |= {"labels": right, "predictions": predicted}
+        if "texts" in needs:
+            groups = [group_references(examples, of_client) for of_client in held_out]
+            counts = [len(group) for group in groups]
+            firsts = np.array([first for group in groups for first, _ in group], np.int64)
+            generated = shares.texts(examples, firsts, np.repeat(model, counts))
+            for part, group, rows in zip(parts, groups, np.split(generated, np.cumsum(counts)[:-1]), strict=True):
+                assert isinstance(self.base, Generative)
+                part["texts"] = [self.base.text(row) for row in rows] if self.transport.rank == 0 else []
+                part["references"] = [[unmarked(target).strip() for target in targets] for _, targets in group]
+        return [Outputs(**part) for part in parts]
 
     def mixed_probabilities(
         self,
@@ -236,11 +274,10 @@ def sampling(metric: Metric, outputs: Outputs, n: int, of: int, unit: str, inter
     return Sampling(n, of, unit, float(low), float(high), by)
 
 
-def _ends(metric: str, intervals: Sequence[Interval]) -> dict[str, Float64]:
+def _ends(name: str, metric: Metric, intervals: Sequence[Interval]) -> dict[str, Float64]:
     """Two columns: the lower and upper ends of the intervals of a metric, within what it can be."""
-    cls: type[Metric] = registry.choice("metrics", metric)
-    low, high = np.clip(np.array([one[:2] for one in intervals]).reshape(-1, 2).T, cls.lowest, cls.highest)
-    return {f"{metric}_low": low, f"{metric}_high": high}
+    low, high = np.clip(np.array([one[:2] for one in intervals]).reshape(-1, 2).T, metric.lowest, metric.highest)
+    return {f"{name}_low": low, f"{name}_high": high}
 
 
 def _prompts(examples: Examples, indices: Int64) -> Int64:
@@ -251,22 +288,26 @@ def _prompts(examples: Examples, indices: Int64) -> Int64:
     return np.array([numbers.setdefault(examples.prompts[i], len(numbers)) for i in indices], np.int64)
 
 
-def over_clients(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+def over_clients(columns: Mapping[str, NDArray[Any]], metrics: Sequence[str]) -> dict[str, float]:
     """Mean, mean of the worst tenth and standard deviation over clients: `<metric>/mean`, `/worst_10_percent`, `/std`.
 
-    columns: of `Evaluator.by_client`, and others of the same metrics, as `loss_personal`. Every client with held-out
+    columns: of `Evaluator.by_client`, and others of the same metrics, as `loss_personal`; metrics: their names in the
+    configuration, beside the loss. Every client with held-out
     examples counts once. The worst tenth is rounded up to whole clients: those with the highest loss or the lowest
     accuracy. All NaN where nobody has held-out examples.
     """
     summary: dict[str, float] = {}
+    higher_is_better = {
+        registry.short_name(m): registry.choice("metrics", m).higher_is_better for m in ("loss", *metrics)
+    }
     for name in columns:
         metric = name.removesuffix("_personal")
-        if metric not in registry.names("metrics"):
+        if metric not in higher_is_better:
             continue
         values = columns[name][columns["num_examples"] > 0]
         if not len(values):
             values = np.array([np.nan])
-        worst_first = np.sort(values) if registry.choice("metrics", metric).higher_is_better else -np.sort(-values)
+        worst_first = np.sort(values) if higher_is_better[metric] else -np.sort(-values)
         if np.isnan(values).any():
             worst_first = np.full(len(values), np.nan)  # a client whose fine-tuning diverged is not left out
         worst = worst_first[: math.ceil(len(values) / 10)]

@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.methods._peft import add_modules
+from fedhpc.methods._peft import add_modules, as_payload, without_wrappers
 from fedhpc.methods._weights import holders, swapped
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.updates.layout import Layout
@@ -112,6 +113,23 @@ class WithHead(Method):
         if (path / "adapter_config.json").exists():
             add_modules(path, head, self.base)
             self.base.model.config.save_pretrained(path)
+
+    def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        bare, parameters = without_wrappers(tensors), dict(self.base.model.named_parameters())
+        # PEFT saves a head whole, with what is not trained in it.
+        frozen = {n for n, t in bare.items() if n in parameters and n not in self._head.shapes}
+        for name in frozen:
+            if not torch.equal(bare[name].to(parameters[name]), parameters[name]):
+                raise UserError(
+                    f"the adapter trained {name}, which this method does not", key="method.from",
+                    remedy="take it out",
+                )  # fmt: skip
+        head = as_payload({n: bare[n] for n in self._head.shapes if n in bare}, self._head.shapes)
+        others = {
+            name: tensor for (name, tensor), plain in zip(tensors.items(), bare, strict=True)
+            if plain not in frozen and plain not in head
+        }  # fmt: skip
+        return {**self.method.imported(config, others), **head}
 
     def write_adapter(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
         self.method.write_adapter(path, config, tensors)

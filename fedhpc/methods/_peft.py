@@ -1,4 +1,4 @@
-"""Writing adapters that peft.PeftModel.from_pretrained loads."""
+"""Adapters in the format of PEFT: written so that peft.PeftModel.from_pretrained loads them, and read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedhpc.errors import UserError
 from fedhpc.methods._linear import ends_with
 
 if TYPE_CHECKING:
@@ -33,6 +34,92 @@ def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     full = {"task_type": base.task_type, **config, **where, "inference_mode": True}
     (path / "adapter_config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     _save(path, tensors)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of an export, or the config.json of an exported model.
+
+    UserError, with what is there instead, for another folder.
+    """
+    remedy = "give the adapter/ of a complete run"
+    if (folder / "adapter").is_dir():
+        raise UserError(f"'{folder}' is no export of a run", remedy=f"give '{folder / 'adapter'}'")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder '{folder}'", remedy=remedy)
+    clients = sorted(file.parent.name for file in folder.glob("*/adapter_config.json"))
+    if clients:
+        raise UserError(f"'{folder}' has an adapter for each client", remedy=f"give one, like '{folder / clients[0]}'")
+    if (folder / "prompt.json").is_file():
+        raise UserError(f"'{folder}' holds a prompt in words: prompt.json is all that the run made")
+    config = read_json(folder / "adapter_config.json", missing_ok=True)
+    if not config and (folder / "config.json").is_file():
+        return read_json(folder / "config.json")
+    if not config.keys() & {"peft_type", "format"}:
+        raise UserError(f"'{folder}' is no adapter that fedhpc loads", remedy=remedy)
+    return config
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter_model.safetensors of an export. UserError where it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{folder}': adapter_model.safetensors cannot be read: {error}") from None
+    return tensors
+
+
+def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; none where it is missing and may be. UserError where it cannot be read."""
+    if missing_ok and not file.exists():
+        return {}
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"'{file}' is not a JSON object")
+    return tree
+
+
+def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that the base's own parameters have, without PEFT's one or two wrappers."""
+    return {
+        name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def require(options: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """UserError where the options of a method are not those that an adapter needs, with all of these."""
+    if any(options[key] != value for key, value in wanted.items()):
+        shown = ", ".join(f"{key} {options[key]}" for key, value in wanted.items() if options[key] != value)
+        keys = " ".join(f"method.{key}={json.dumps(value, separators=(',', ':'))}" for key, value in wanted.items())
+        raise UserError(f"the adapter has other options than {shown}", key="method.from", remedy=f"give {keys}")
+
+
+def expect_kind(config: Mapping[str, Any], *types: str) -> None:
+    """UserError where an adapter is of another method than those that PEFT calls so."""
+    kind = config.get("peft_type", config.get("format"))
+    if kind not in types:
+        raise UserError(
+            f"the adapter is {kind or 'a whole model'}, and this method's are {types[0]}", key="method.from",
+            remedy="choose the method of the adapter" if kind else "give the folder as model.name",
+        )  # fmt: skip
+
+
+def as_payload(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of an adapter, which must have the names and shapes of a payload. UserError where they do not."""
+    for name in sorted({*tensors, *shapes}):
+        there, wanted = (tuple(tensors[name].shape) if name in tensors else None), shapes.get(name)
+        if there != wanted:
+            raise UserError(
+                f"the adapter's {name} is {there or 'missing'}, and {wanted or 'nothing'} fits this base and method",
+                key="method.from", remedy="choose the base and the layers of the adapter",
+            )  # fmt: skip
+    return {name: tensors[name] for name in shapes}
 
 
 def add_modules(path: Path, tensors: Mapping[str, Tensor], base: Base) -> None:

@@ -130,6 +130,14 @@ class Adapter(Method):
         }
         self.write_adapter(path, config, values)
 
+    def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        from fedhpc.methods._peft import as_payload, expect_kind, require
+
+        expect_kind(config, FORMAT)
+        options = ("bottleneck", "activation", "placement")
+        require({key: getattr(self.options, key) for key in options}, {key: config[key] for key in options})
+        return as_payload(tensors, self.payload.shapes)
+
 
 def load(model: Any, path: str | Path) -> Any:
     """Attach the adapters in the folder `path` to a transformers model of the same shape, in place; returns it.

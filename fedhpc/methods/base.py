@@ -50,6 +50,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor
 from fedhpc.models.base import Attached as Attached
 from fedhpc.registry import Section
@@ -147,6 +148,14 @@ class Method(ABC):
     @abstractmethod
     def export(self, values: Tensors, path: Path) -> None:
         """Write a payload to the folder `path` in the format of its own library (PEFT, transformers)."""
+
+    def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        """The payload that an exported adapter stands for: training goes on from it (`method.from`).
+
+        config, tensors: what its adapter_config.json and adapter_model.safetensors hold. UserError where it is of
+        another method, other options or another base.
+        """
+        raise UserError("this method cannot go on from an adapter", key="method.from", remedy="take it out")
 
     def write_adapter(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` to the folder `path`, for `export`.

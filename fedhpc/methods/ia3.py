@@ -6,7 +6,7 @@ feed-forward's second layer. Payload and export are named and shaped as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +90,12 @@ class IA3(Method):
             "fan_in_fan_out": any(is_conv1d(layer) for layer, _ in self._layers.values()),
         }
         self.write_adapter(path, config, {f"base_model.model.{n}": t for n, t in values.items()})
+
+    def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        from fedhpc.methods._peft import as_payload, expect_kind, without_wrappers
+
+        expect_kind(config, "IA3")
+        return as_payload(without_wrappers(tensors), self.payload.shapes)
 
 
 def _scaled(x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:

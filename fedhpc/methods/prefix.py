@@ -16,14 +16,15 @@ In an encoder-decoder the prefix is in front of the decoder's self-attention, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._text import INIT_TEXT, first_tokens
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
@@ -105,6 +106,19 @@ class Prefix(Method):
             "prefix_projection": False,
         }
         self.write_adapter(path, config, {PREFIX: prefix})
+
+    def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        from fedhpc.methods._peft import as_payload, expect_kind, require
+
+        expect_kind(config, "PREFIX_TUNING")
+        require({"num_virtual_tokens": self.virtual_tokens}, {"num_virtual_tokens": config["num_virtual_tokens"]})
+        if PREFIX not in self.payload.shapes:
+            raise UserError(
+                f"method.exchange {self.options.exchange} exchanges a network, and an adapter has what it made",
+                key="method.from", remedy="use exchange raw or materialised",
+            )  # fmt: skip
+        prefix = {name: self.base.from_peft_prefix(tensor) for name, tensor in tensors.items() if name == PREFIX}
+        return as_payload({**tensors, **prefix}, self.payload.shapes)
 
     # ---- what the exchanges are made of
 

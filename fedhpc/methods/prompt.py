@@ -6,7 +6,7 @@ embeddings of real words, the paper's "sampled vocabulary / class label" initial
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,3 +78,10 @@ class Prompt(Method):
             **virtual_tokens(values[PROMPT], self.base),
         }
         self.write_adapter(path, config, {PROMPT: values[PROMPT]})
+
+    def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        from fedhpc.methods._peft import as_payload, expect_kind, require
+
+        expect_kind(config, "PROMPT_TUNING", "P_TUNING")
+        require({"num_virtual_tokens": self.virtual_tokens}, {"num_virtual_tokens": config["num_virtual_tokens"]})
+        return as_payload(tensors, self.payload.shapes)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhpc.data.tokens import Examples, Join, Row
+from fedhpc.data.tokens import Examples, Join, Row, Tokens, examples_from, ranges
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import (
@@ -30,6 +30,7 @@ from fedhpc.models.base import (
 )
 from fedhpc.models.call import backbone, takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
+from fedhpc.models.packing import PackedBatch, pack, packed_mask
 from fedhpc.models.trial import agree, same_rows, succeeds
 
 if TYPE_CHECKING:
@@ -118,6 +119,31 @@ class CausalLM(Generative):
             supervised=np.bincount(row, minlength=len(indices)),
             tokens=int(ids.size),
             real_tokens=int((lengths - 1).sum()),
+        )
+
+    def packed(self, examples: Examples, indices: Int64, groups: Int64) -> PackedBatch:
+        """`batch` with several examples in one row, of those of one group (E,)."""
+        starts, sizes, device = examples.offsets[indices], examples.lengths_of(indices) - 1, self.device
+        row_of, first = pack(sizes, groups)
+        shape = int(row_of.max()) + 1, int(sizes.max(initial=1))
+        begin = row_of * shape[1] + first
+        cells = ranges(begin, begin + sizes)
+        ids, columns, texts = np.full(shape, self.pad_id), np.zeros(shape, np.int64), np.full(shape, -1)
+        ids.flat[cells] = examples.ids[ranges(starts, starts + sizes)]
+        columns.flat[cells] = ranges(np.zeros_like(sizes), sizes)
+        texts.flat[cells] = np.repeat(np.arange(len(indices)), sizes)
+        example, position = examples.supervised(indices)
+        return PackedBatch(
+            ids=kernels.on_device(ids, device),
+            positions=kernels.on_device(begin[example] + position - 1, device),
+            targets=kernels.on_device(examples.ids[starts[example] + position].astype(np.int64), device),
+            row=kernels.on_device(row_of[example], device),
+            supervised=np.bincount(example, minlength=len(indices)),
+            tokens=int(ids.size),
+            real_tokens=int(sizes.sum()),
+            example=np.unique(row_of, return_index=True)[1],
+            columns=kernels.on_device(columns, device),
+            texts=kernels.on_device(texts, device),
         )
 
     def with_answers(
@@ -223,6 +249,20 @@ class CausalLM(Generative):
 
         cache = prefix_cache(attached.past, self.num_layers) if self.keys_and_values else None
         return self.hidden(ids, attached.embeddings, cache)
+
+    def _read_packed(self, attached: Attached, batch: PackedBatch) -> Tensor:
+        """The last hidden states (B, T, D) of packed texts, each behind the keys and values that are attached."""
+        from fedhpc.models.prefix_cache import prefix_cache
+
+        if attached.embeddings is not None:
+            raise ValueError("embeddings stand in front of a row, not of each text in it")
+        layers, n = backbone(self.model), attached.virtual_length
+        if not takes(layers, "position_ids"):
+            raise ValueError("the positions of a row cannot be told")
+        takes_booleans = layers.config._attn_implementation == "sdpa"
+        seen = packed_mask(batch, n, None if takes_booleans else self.model.get_input_embeddings().weight)
+        cache = prefix_cache(attached.past, self.num_layers) if self.keys_and_values else None
+        return self.hidden(batch.ids, None, cache, seen, batch.columns + n)
 
     def logits(self, states: Tensor) -> Tensor:
         return self._plain_logits(states) if self.plain_head else self._full_logits(states)
@@ -338,6 +378,31 @@ class CausalLM(Generative):
             key="method.name", remedy="choose a method that is trained, such as prompt or lora, or another model",
         )  # fmt: skip
 
+    def check_packing(self, longest: int) -> None:
+        """UserError where texts of up to `longest` tokens are not computed in one row as each is by itself."""
+        what = f"'{self.name}' ({self.model.config.model_type})"
+        window = narrowest_window(self.model.config.get_text_config(decoder=True))
+        if window is not None and window < longest:
+            reason = f"looks at the last {window} tokens alone, and a text has up to {longest}"
+        elif not succeeds(self._packs):
+            reason = "does not read several texts in one row as it reads each by itself"
+        else:
+            return
+        raise UserError(f"{what} {reason}", key="client.packing", remedy="take it out")
+
+    def _packs(self) -> bool:
+        ids, sizes = self.some_ids(1, 13)[0].cpu().numpy().astype(np.int32), np.array([6, 4, 3])
+        tokens = Tokens(ids, np.concatenate([[0], np.cumsum(sizes)]), np.ones(len(sizes), np.int32))
+        examples, indices = examples_from(tokens), np.arange(len(sizes))
+        with torch.no_grad():
+            past: tuple[tuple[Tensor, Tensor], ...] = ()
+            if self.keys_and_values:  # as a prefix has them
+                past = tuple((k.repeat(3, 1, 1, 1), v.repeat(3, 1, 1, 1)) for k, v in self.keys_and_values)
+            apart = self.states(Attached(past), self.batch(examples, indices))
+            batch = self.packed(examples, indices, np.zeros_like(indices))
+            together = self.states(Attached(tuple((k[: len(batch.ids)], v[: len(batch.ids)]) for k, v in past)), batch)
+        return len(batch.ids) == 2 and agree(together, apart)
+
     def _goes_on(self) -> bool:
         from fedhpc.models.continuation import Anew, Cached
 
@@ -362,6 +427,8 @@ class CausalLM(Generative):
     def states(self, attached: Attached, batch: TokenBatch) -> Tensor:
         from fedhpc.models.llama import hidden_at, written_out
 
+        if isinstance(batch, PackedBatch):
+            return at(self._read_packed(attached, batch), batch.positions)
         rows, length = batch.row, batch.ids.shape[1]
         # Positions of a row of inputs: behind virtual embeddings.
         before = 0 if attached.embeddings is None else attached.embeddings.shape[1]

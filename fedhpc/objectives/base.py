@@ -40,6 +40,9 @@ class Objective(ABC):
     #: The loss of a row depends on the other rows of its client's step, so they are computed together.
     needs_full_steps: ClassVar[bool] = False
 
+    #: Whether the loss of an example is the same where it shares a row with others (`packed`).
+    can_pack: ClassVar[bool] = False
+
     def __init__(self, options: Open | None = None) -> None:
         """options: the section `objective` of the configuration, which has the keys."""
         self.options = options
@@ -70,6 +73,10 @@ class Objective(ABC):
 
         clients (E,): whose each is, counted from 0; None: all of one.
         """
+
+    def packed(self, base: Any, examples: Examples, indices: Int64, clients: Int64) -> Batch:
+        """`batch` with several examples of a client in one row; of those with `can_pack`."""
+        raise NotImplementedError(f"{type(self).__name__} has a row for every example")
 
     @abstractmethod
     def losses(self, base: Any, attached: Attached, batch: Any) -> Tensor:

@@ -15,7 +15,7 @@ from fedhpc.config import Config
 from fedhpc.data.population import Population
 from fedhpc.data.tokens import Examples
 from fedhpc.participation.plan import Block
-from fedhpc.training.schedule import num_steps
+from fedhpc.training.schedule import examples_per_step, num_steps
 
 _AUTO_BLOCK = {"cpu": 8, "cuda": 32}  # most clients in one forward with block_size auto
 _UNEVEN = 1.1  # how much more than its least possible load the busiest worker may have
@@ -110,5 +110,5 @@ def client_cost(config: Config, population: Population, examples: Examples, clie
     """Tokens that a client sees in a round: its mean example times the rows of its local steps."""
     indices = population.indices(client)
     tokens = float(examples.lengths_of(indices).sum())
-    rows = num_steps(len(indices), config.client) * config.client.batch_size
+    rows = num_steps(len(indices), config.client) * examples_per_step(config.client)
     return tokens / len(indices) * rows

@@ -109,6 +109,7 @@ class FinalResults:
     client_summary: Mapping[str, float] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)  # /tables/<name>/<column>
     lines: Sequence[str] = ()  # to print
+    attributes: Mapping[str, Scalar] = field(default_factory=dict)  # more root attributes of results.h5
 
 
 class Observer(Protocol):

@@ -71,9 +71,10 @@ class Recorder:
             file.set_client_eval(results.client_eval, results.client_summary)
         file.set_final(results.tensors)
         file.set_tables(results.tables)
+        file.attributes |= results.attributes
         with self._writing:
-            self._save(self.run.rounds, complete=True)
-            write_status(self.run.directory, "complete", self.run.rounds)
+            self._save(file.num_rounds, complete=True)
+            write_status(self.run.directory, "complete", file.num_rounds)
 
     def close(self) -> None:
         """Nothing is open between two writes."""

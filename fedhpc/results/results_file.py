@@ -268,9 +268,9 @@ class Results:
     def set_client_eval(self, columns: Mapping[str, Any], summary: Mapping[str, float] | None = None) -> None:
         """Per-client results on the clients' held-out examples; one value per client in each column.
 
-        /client_eval has client_id, num_examples, tokens, loss (and accuracy) of the final state; loss_personal (and
-        accuracy_personal) with the client's own part of the payload and after its fine-tuning, where a run has them;
-        loss_low, loss_high and so on, the ends of 95 % intervals over the drawing of a client's examples.
+        /client_eval has client_id, num_examples, tokens, loss and the metrics of the test, of the final state;
+        loss_personal and so on with the client's own part of the payload and after its fine-tuning, where a run has
+        them; loss_low, loss_high and so on, the ends of 95 % intervals over the drawing of a client's examples.
         summary, in /client_summary: for each of these metrics `loss/mean`, `loss/worst_10_percent` and `loss/std` over
         the clients, each client counted once (fedhpc.evaluation.evaluate.over_clients).
         """
@@ -471,12 +471,14 @@ def _description(group: str, name: str) -> str:
     if group not in ("client_eval", "client_summary") or f"{group}/{name}" in DESCRIPTIONS:
         return DESCRIPTIONS.get(f"{group}/{name}", "")
     column, _, statistic = name.partition("/")
-    metric, *ends = column.split("_")
-    of = "with the client's own part and after its fine-tuning" if "personal" in ends else "of the final state"
+    end = next((end for end in ("low", "high") if column.endswith(f"_{end}")), "")
+    metric = column.removesuffix(f"_{end}").removesuffix("_personal")
+    personal = column.removesuffix(f"_{end}").endswith("_personal")
+    of = "with the client's own part and after its fine-tuning" if personal else "of the final state"
     if group == "client_summary":
         return f"{_STATISTICS.get(statistic, statistic)}: {metric} {of}, each client counted once"
-    end = next((f"{side} end of the 95 % interval of the " for side in ("low", "high") if side in ends), "")
-    return f"{end}{metric} {of} on the client's held-out examples; NaN: not known"
+    bound = f"{end} end of the 95 % interval of the " if end else ""
+    return f"{bound}{metric} {of} on the client's held-out examples; NaN: not known"
 
 
 def _note(item: Any, attributes: Mapping[str, Scalar]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedhpc.server.optimizers.base import ServerOptimizer
+from fedhpc.server.selection import Selection
 
 
 class ServerState:
@@ -61,6 +62,14 @@ class ParameterState(ServerState):
         self.control = torch.zeros_like(theta) if control else None
         #: What transforms keep from round to round (fedhpc.updates.pipeline), by name.
         self.transforms = dict(transforms or {})
+        #: Which of the evaluated states was best, and theta (P,) after that round, where it is wanted at the end.
+        self.selection = Selection()
+        self.best: Tensor | None = None
+
+    @property
+    def chosen(self) -> Tensor:
+        """theta (P,) that the run ends with: the last, or the best one."""
+        return self.theta if self.best is None else self.best
 
     def step(self, gradient: Tensor) -> float:
         """Move by the aggregated pseudo-gradient (P,) float64; returns the L2 norm of the move."""
@@ -85,6 +94,9 @@ class ParameterState(ServerState):
         if self.control is not None:
             tensors["control"] = self.control.numpy()
         tensors |= {name: tensor.numpy() for name, tensor in self.transforms.items()}
+        if self.best is not None:
+            tensors["best"] = self.best.numpy()
+        tensors |= self.selection.tensors()
         return {"theta": self.theta.numpy(), **tensors, **super().tensors()}
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -95,3 +107,5 @@ class ParameterState(ServerState):
         self.transforms = {name: torch.from_numpy(tensors[name].copy()) for name in self.transforms}
         if self.control is not None:
             self.control = torch.from_numpy(tensors["control"].copy())
+        self.best = torch.from_numpy(tensors["best"].copy()) if "best" in tensors else None
+        self.selection.load(tensors)

@@ -93,7 +93,10 @@ def train_block(
     for number in range(clients.most_steps):
         rows = clients.rows(number)
         active = len(rows)  # clients that take this step: the first of the block
-        step = make_step(base, objective, examples, rows, number, model.client_keys, parameters.dtype)
+        step = make_step(
+            base, objective, examples, rows, number, model.client_keys, parameters.dtype, local.examples_at_once,
+            local.packing,
+        )  # fmt: skip
         losses.add(step, model.differentiate(step), model.passes)
         with torch.no_grad():
             for rule in local_rules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,11 +47,14 @@ def make_step(
     number: int,
     client_keys: Tensor,
     dtype: torch.dtype,
+    at_once: int,
+    packing: bool = False,
 ) -> Step:
     """Put the rows of a step on the device, as forward passes.
 
     rows: the examples of each of the k clients. client_keys: int64 (K,), a key of random draws for each client of the
-    block. dtype: of the weights.
+    block. dtype: of the weights. at_once: how many examples of each client a forward has at most, on average.
+    packing: several examples of a client may share a row.
     """
     all_rows = np.concatenate(rows)
     owners = np.repeat(np.arange(len(rows)), [len(of_client) for of_client in rows])  # int64 (B,)
@@ -63,11 +67,15 @@ def make_step(
     by_length = np.argsort(lengths, kind="stable")
     # A contrastive loss compares the rows of a batch with each other, so they stay together.
     cost = _FORWARD_COST_TOKENS[base.device.type]
-    cuts = [0, len(all_rows)] if objective.needs_full_steps else cut_by_length(lengths[by_length], cost)
+    # Packed rows are all as long as the longest example.
+    together = objective.needs_full_steps or packing
+    cuts = [0, len(all_rows)] if together else cut_by_length(lengths[by_length], cost)
+    cuts = cut_further(cuts, at_once * len(rows))
     forwards = []
     for begin, end in pairwise(cuts):
         chosen = by_length[begin:end]
-        batch = objective.batch(base, examples, all_rows[chosen], owners[chosen])
+        make = objective.packed if packing else objective.batch
+        batch = make(base, examples, all_rows[chosen], owners[chosen])
         owners_of_rows, within_step = batch.per_row(owners[chosen]), batch.per_row(within[chosen])
         clients = kernels.on_device(owners_of_rows, base.device)
         # A row's draws follow from its client, the step and its example's index in the client's step alone.
@@ -96,3 +104,12 @@ def cut_by_length(lengths: np.ndarray, forward_cost: int) -> list[int]:
     while cuts[-1] > 0:
         cuts.append(int(came_from[cuts[-1]]))
     return bounds[cuts[::-1]].tolist()
+
+
+def cut_further(bounds: Sequence[int], most: int) -> list[int]:
+    """Bounds between which there are at most `most` rows: longer pieces are cut into equal ones."""
+    further = [0]
+    for begin, end in pairwise(bounds):
+        parts = math.ceil((end - begin) / most)
+        further += [begin + (end - begin) * part // parts for part in range(1, parts + 1)]
+    return further

@@ -24,7 +24,12 @@ class LocalTraining:
     batch_size: int
     epochs: int | None = None  # passes over a client's data in the round; this or `steps` is given
     steps: int | None = None  # local steps in the round
+    gradient_accumulation_steps: int = 1
+    micro_batch: int | None = None  # None: batch_size
+    packing: bool = False  # whether examples may share rows
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_per: Literal["step", "round"] = "step"
+    lr_min: float = 0.0
     warmup: float = 0.0
     clip_norm: float | None = None
     proximal: float = 0.0
@@ -34,9 +39,17 @@ class LocalTraining:
     rounds: int = 1  # of the whole run, for the schedule of the learning rate
     precision: str = "float32"  # autocast of the forward passes
 
+    @property
+    def examples_at_once(self) -> int:
+        """How many examples of a client are in one forward at most."""
+        return self.micro_batch or self.batch_size
+
     @classmethod
-    def of(cls, config: Config, round_: int, rounds: int) -> LocalTraining:
-        """What a configuration asks of its clients in round `round_` (from 1) of `rounds`."""
+    def of(cls, config: Config, round_: int, rounds: int, fit: int | None = None) -> LocalTraining:
+        """What a configuration asks of its clients in round `round_` (from 1) of `rounds`.
+
+        fit: for how many examples of a client in one forward there is memory; None: for all that are asked for.
+        """
         client = config.client
         return cls(
             optimizer=registry.choice("client_optimizers", client.optimizer)(client),
@@ -44,7 +57,11 @@ class LocalTraining:
             batch_size=client.batch_size,
             epochs=client.epochs,
             steps=client.steps,
+            gradient_accumulation_steps=client.gradient_accumulation_steps,
+            micro_batch=client.micro_batch if fit is None else fit,
             schedule=client.schedule,
+            schedule_per=client.schedule_per,
+            lr_min=client.lr_min,
             warmup=client.warmup,
             clip_norm=client.clip_norm,
             proximal=client.proximal,

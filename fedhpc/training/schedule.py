@@ -19,7 +19,11 @@ class Pace(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Examples per step."""
+        """Examples per batch."""
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Batches per step."""
 
     @property
     def epochs(self) -> int | None:
@@ -38,8 +42,21 @@ class Pace(Protocol):
         """How the learning rate goes down over the whole run."""
 
     @property
+    def schedule_per(self) -> Literal["step", "round"]:
+        """When it changes."""
+
+    @property
+    def lr_min(self) -> float:
+        """The learning rate with which the schedule ends."""
+
+    @property
     def warmup(self) -> float:
         """Share of the whole run in which it rises from 0."""
+
+
+def examples_per_step(pace: Pace) -> int:
+    """How many examples a local step is on."""
+    return pace.batch_size * pace.gradient_accumulation_steps
 
 
 def num_steps(num_examples: int, pace: Pace) -> int:
@@ -49,32 +66,37 @@ def num_steps(num_examples: int, pace: Pace) -> int:
     if pace.steps is not None:
         return pace.steps
     assert pace.epochs is not None  # the configuration gives one of the two
-    return pace.epochs * math.ceil(num_examples / pace.batch_size)
+    return pace.epochs * math.ceil(num_examples / examples_per_step(pace))
 
 
 def batches(num_examples: int, pace: Pace, seed: int, round_: int, client_id: int) -> list[np.ndarray]:
     """Which of its examples a client takes in each step of the round: indices (int64) below `num_examples`."""
-    per_epoch = math.ceil(num_examples / pace.batch_size)
-    count = num_steps(num_examples, pace)
+    size, count = examples_per_step(pace), num_steps(num_examples, pace)
+    per_epoch = math.ceil(num_examples / size)
     steps: list[np.ndarray] = []
     for epoch in range(math.ceil(count / per_epoch) if count else 0):
         order = generator(seed, "batches", round_, client_id, epoch).permutation(num_examples)
-        steps += [order[s * pace.batch_size : (s + 1) * pace.batch_size] for s in range(per_epoch)]
+        steps += [order[s * size : (s + 1) * size] for s in range(per_epoch)]
     return steps[:count]
 
 
 def learning_rate(pace: Pace, progress: float) -> float:
-    """The client learning rate when the share `progress` (0 to 1) of the whole run is done."""
+    """The client learning rate when the share `progress` (0 to 1) of the whole run is done.
+
+    Behind the warm-up a cosine is that of SGDR without restarts (Loshchilov and Hutter 2017, arXiv 1608.03983,
+    equation 5).
+    """
     if progress < pace.warmup:
         return float(pace.lr * progress / pace.warmup)
     after_warmup = (progress - pace.warmup) / (1 - pace.warmup)
-    if pace.schedule == "linear":
-        return float(pace.lr * (1 - after_warmup))
-    if pace.schedule == "cosine":
-        return float(pace.lr * 0.5 * (1 + math.cos(math.pi * after_warmup)))
-    return float(pace.lr)
+    if pace.schedule == "constant":
+        return float(pace.lr)
+    left = 1 - after_warmup if pace.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * after_warmup))
+    return float(pace.lr_min + (pace.lr - pace.lr_min) * left)
 
 
 def learning_rates(pace: Pace, round_: int, rounds: int, steps: int) -> list[float]:
     """The learning rate of each of the `steps` of a client in round `round_` (from 1) of `rounds`."""
+    if pace.schedule_per == "round":
+        return [learning_rate(pace, (round_ - 1) / rounds)] * steps
     return [learning_rate(pace, (round_ - 1 + s / steps) / rounds) for s in range(steps)]

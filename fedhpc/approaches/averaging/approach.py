@@ -10,7 +10,7 @@ personalization.parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,7 +22,9 @@ from torch import Tensor
 from fedhpc import registry
 from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines
 from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload
+from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
+from fedhpc.approaches.averaging.warm_start import WarmStart
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
 from fedhpc.approaches.export import export, write_client_names
 from fedhpc.approaches.inputs import Inputs
@@ -54,20 +56,29 @@ class Combined:
 class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     """Federated averaging of a payload, whose tensors the method defines; S is the size of its shared part."""
 
+    trains_in_steps = True
+
     def __init__(self, inputs: Inputs, method: Method | None = None) -> None:
         """method: instead of the one that the configuration names."""
         super().__init__(inputs)
         config = self.config
         seed, max_length = config.run.seed, config.data.max_length
         self.method = method or make_method(config.method, self.base, seed, max_length)
+        source = config.method.goes_on_from
+        #: The adapter from which training goes on.
+        self._adapter = None if source is None else WarmStart.of(self.method, source)
         if config.client.scaffold and self.method.trainable.shapes != self.method.payload.shapes:
             raise UserError(
                 f"client.scaffold: {config.method.name} with these options trains other parameters than it exchanges, "
                 "so there is no control variate for them; exchange what is trained (prefix: exchange raw or mlp; lora: "
                 "aggregation average or ffa)"
             )
+        if config.client.packing:
+            require_packing(self.objective, self.method, max_length)
         #: What stays on the client.
-        self.personal = PersonalPart(config, self.method, self.payload_dtype)
+        self.personal = PersonalPart(
+            config, self.method, self.payload_dtype, self._adapter.payload if self._adapter else None
+        )
         #: The payload in two: what is exchanged, and what stays on the client.
         self.split = self.personal.split
         self.training = BlockTraining(
@@ -89,7 +100,12 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     @property
     def messages(self) -> list[str]:
-        return [*super().messages, *self.method.messages]
+        return [*super().messages, *self.method.messages, *(self._adapter.messages if self._adapter else ())]
+
+    @property
+    def fingerprint(self) -> str:
+        weights = super().fingerprint
+        return weights if self._adapter is None else f"{weights} {self._adapter.digest[:16]}"
 
     @property
     def moves_server(self) -> bool:
@@ -133,7 +149,14 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     def _theta(self, transport: Transport, state: ParameterState | None) -> Tensor:
         """theta_t (S,) on the CPU of every rank."""
-        theta = state.theta if state else torch.empty(self.split.shared.size, dtype=self.payload_dtype)
+        return self._on_every_rank(transport, state.theta if state else None)
+
+    def _chosen(self, transport: Transport, state: ParameterState | None) -> Tensor:
+        """The theta (S,) that the run ends with, on the CPU of every rank."""
+        return self._on_every_rank(transport, state.chosen if state else None)
+
+    def _on_every_rank(self, transport: Transport, theta: Tensor | None) -> Tensor:
+        theta = torch.empty(self.split.shared.size, dtype=self.payload_dtype) if theta is None else theta
         transport.broadcast(theta)
         return theta
 
@@ -142,7 +165,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return broadcast_versions(transport, state, clients) if self.keeps_client_state else {}
 
     def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
-        return self.training.train(plan.round, clients, down, self.progress.add)
+        return self.training.train(plan.round, clients, down, self.progress.add, self.examples_that_fit)
 
     def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Upload]]) -> Combined | None:
         """Aggregate the accepted updates of all ranks: server.aggregator on a `Cohort`, where FedAvg's sum is."""
@@ -211,14 +234,17 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     # ---- results
 
-    def _payloads(self, transport: Transport, state: ParameterState | None, round_: int) -> Tensor:
+    def _payloads(
+        self, transport: Transport, state: ParameterState | None, round_: int, at_the_end: bool = False
+    ) -> Tensor:
         """What an evaluation after `round_` is of: (1, P), or in local mode (M, P), one row per client.
 
-        Personal parts are the initial ones, those of a client that was never sampled.
+        at_the_end: of the state that the run ends with. Personal parts are the initial ones, those of a client that was
+        never sampled.
         """
         if self.config.mode != "local" or round_ == 0:
-            theta = self._theta(transport, state).unsqueeze(0)
-            return self.split.join(theta, self.personal.initial_part).to(self.base.device)
+            theta = self._chosen(transport, state) if at_the_end else self._theta(transport, state)
+            return self.split.join(theta.unsqueeze(0), self.personal.initial_part).to(self.base.device)
         transport.barrier()  # another rank may have written the client's file
         clients = self.plan(round_).training
         rows = [client_state.load(self.config.run_dir, c, round_)["theta"] for c in clients]
@@ -227,15 +253,51 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def evaluate(self, transport: Transport, state: ParameterState | None, round_: int) -> Outcome | None:
         return self.evaluation.validation(transport, self._payloads(transport, state, round_))
 
+    def judge(self, server_state: ParameterState, round_: int, metrics: Mapping[str, float]) -> None:
+        options = self.config.evaluation
+        if options.keep == "best" or options.patience is not None:
+            higher_is_better = registry.choice("metrics", options.metrics[0]).higher_is_better
+            better = server_state.selection.see(round_, metrics[self._judged_by], higher_is_better)
+            if better and options.keep == "best":
+                server_state.best = server_state.theta.clone()
+
+    def ends_early(self, transport: Transport, server_state: ParameterState | None) -> bool:
+        patience = self.config.evaluation.patience
+        if patience is None:
+            return False
+        waited = torch.tensor([server_state.selection.waited if server_state else 0])
+        transport.broadcast(waited)
+        return int(waited) >= patience
+
+    @property
+    def _judged_by(self) -> str:
+        """The metric that says which state is better, as in eval_<metric>."""
+        return registry.short_name(self.config.evaluation.metrics[0])
+
+    def _selection_lines(self, state: ParameterState) -> list[str]:
+        """What to print of the choice between states."""
+        best, options, lines = state.selection, self.config.evaluation, []
+        if options.patience is not None and best.waited >= options.patience:
+            lines.append(
+                f"ended: eval_{self._judged_by} was best after round {best.round}, {best.waited} evaluations ago"
+            )
+        if state.best is not None:
+            lines.append(
+                f"test, /final and the adapter: the state after round {best.round}, whose eval_{self._judged_by} "
+                f"{best.value:.4f} was the best"
+            )
+        return lines
+
     def finish(self, transport: Transport, state: ParameterState | None) -> FinalResults | None:
         """Test, per-client evaluation, final payload, export."""
         config = self.config
-        payloads = self._payloads(transport, state, self.rounds)
+        payloads = self._payloads(transport, state, self.rounds, at_the_end=True)
         tested = self.evaluation.test(transport, payloads)
         per_client = self._per_client(transport, state, payloads) if config.evaluation.client_fraction > 0 else None
         if state is None or tested is None:
             return None
         untouched, final = tested
+        summary = over_clients(per_client, config.evaluation.metrics_of_test) if per_client else {}
         layout, folder = self.method.payload, config.run_dir / "adapter"
         if config.mode == "local":
             views = layout.views(payloads.cpu())
@@ -243,7 +305,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
                 export(self.method, {name: view[i] for name, view in views.items()}, folder / str(client), config)
             write_client_names(folder, self.data.population.names)
         else:
-            views = layout.views(self.split.join(state.theta, self.personal.initial_part))
+            views = layout.views(self.split.join(state.chosen, self.personal.initial_part))
             export(self.method, views, folder, config)
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
         return FinalResults(
@@ -253,12 +315,14 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             base_sampling=untouched.sampling,
             samples=final.samples,
             client_eval=per_client,
-            client_summary=over_clients(per_client) if per_client else {},
+            client_summary=summary,
             tensors={name: view.numpy() for name, view in views.items()},
             lines=[
-                *(client_lines(over_clients(per_client)) if per_client else []),
+                *client_lines(summary),
                 *([apart] if self.split.personal.shapes else []),
+                *self._selection_lines(state),
             ],
+            attributes={} if state.best is None else {"best_round": state.selection.round},
         )
 
     def _per_client(
@@ -269,7 +333,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         clients = self.plan(self.rounds).training if local else self.evaluation.clients_evaluated()
         results = self.evaluation.of_clients(transport, payloads, clients)
         if config.personalization.parts or config.personalization.finetune_steps:
-            theta = self._theta(transport, state)
+            theta = self._chosen(transport, state)
             versions = self._versions(transport, state, clients)
 
             def personalize(block: Sequence[int]) -> Tensor:

@@ -14,7 +14,10 @@ from fedhpc.data import Data
 from fedhpc.evaluation.evaluate import Evaluator, Outcome, subset
 from fedhpc.methods.base import Method
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
+from fedhpc.registry import short_name
 from fedhpc.rng import generator
+
+_ENDS = ("", "_low", "_high")  # behind the name of a metric: its value, and the ends of its interval
 
 
 class Evaluation:
@@ -56,7 +59,7 @@ class Evaluation:
             self.data.train,
             clients,
             [self.data.population.held_out(c) for c in clients],
-            labels="accuracy" in self.config.evaluation.metrics_of_test,
+            self.config.evaluation.metrics_of_test,
         )
 
     def personalized(
@@ -70,8 +73,8 @@ class Evaluation:
 
         Of meaning on rank 0 alone.
         """
-        measured = ["loss", *(["accuracy"] if "accuracy" in self.config.evaluation.metrics_of_test else [])]
-        names = [f"{metric}{end}" for metric in measured for end in ("", "_low", "_high")]
+        measured = dict.fromkeys(["loss", *map(short_name, self.config.evaluation.metrics_of_test)])
+        names = [f"{metric}{end}" for metric in measured for end in _ENDS]
         # Blocks do not depend on the number of ranks, and each entry is filled by one of them.
         results = torch.zeros(len(names), len(clients), dtype=torch.float64)
         for number, begin in enumerate(range(0, len(clients), block_size)):
@@ -81,13 +84,8 @@ class Evaluation:
                 assert columns is not None
                 results[:, begin : begin + block_size] = torch.from_numpy(np.stack([columns[name] for name in names]))
         transport.reduce_sum(results)
-        return {_personal(name): result.numpy() for name, result in zip(names, results, strict=True)}
-
-
-def _personal(column: str) -> str:
-    """loss_personal of loss, loss_personal_low of loss_low."""
-    metric, *end = column.split("_")
-    return "_".join([metric, "personal", *end])
+        personal = [f"{metric}_personal{end}" for metric in measured for end in _ENDS]
+        return {name: result.numpy() for name, result in zip(personal, results, strict=True)}
 
 
 def client_lines(summary: Mapping[str, Any]) -> list[str]:

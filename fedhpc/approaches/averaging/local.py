@@ -25,6 +25,7 @@ from fedhpc.training.local import LocalTraining
 from fedhpc.training.memory import Memory, OptimizerMemory
 from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.rules import scaffold
+from fedhpc.training.schedule import examples_per_step
 from fedhpc.updates.pipeline import Pipeline
 
 
@@ -82,9 +83,17 @@ class BlockTraining:
         return self.personal.dtype.itemsize * np.array(numbers, dtype=np.int64)
 
     def train(
-        self, round_: int, clients: Sequence[int], down: Download, on_step: Callable[[float], None]
+        self,
+        round_: int,
+        clients: Sequence[int],
+        down: Download,
+        on_step: Callable[[float], None],
+        fit: int | None = None,
     ) -> BlockResult[Upload]:
-        """Train `clients` together and write what they keep. UserError where a client on its own diverged."""
+        """Train `clients` together and write what they keep. UserError where a client on its own diverged.
+
+        fit: as in `LocalTraining.of`.
+        """
         config = self.config
         tensors = client_state.read(config.run_dir, clients, down.versions, self.keepers)
         starts = self._starts(down, tensors)
@@ -95,7 +104,7 @@ class BlockTraining:
             starts,
             [Work(c, self.data.population.indices(c)) for c in clients],
             self.data.train,
-            LocalTraining.of(config, round_, self.rounds),
+            replace(LocalTraining.of(config, round_, self.rounds, fit), packing=config.client.packing),
             None if self._memory is None else Memory.of(tensors),
             None if down.control is None else scaffold.corrections(tensors, down.control),
             on_step,
@@ -136,12 +145,13 @@ class BlockTraining:
 
     def rehearse(self, clients: Sequence[int]) -> None:
         """Take one local step of a block on the longest rows that its clients have, and forget what it gave."""
-        local = replace(LocalTraining.of(self.config, 1, self.rounds), steps=1, epochs=None)
+        local = LocalTraining.of(self.config, 1, self.rounds)
+        local = replace(local, steps=1, epochs=None, packing=self.config.client.packing)
         works = []
         for client in clients:
             indices = self.data.population.indices(client)
             by_length = np.argsort(-self.data.train.lengths_of(indices), kind="stable")
-            works.append(Work(client, indices[by_length[: local.batch_size]]))
+            works.append(Work(client, indices[by_length[: examples_per_step(local)]]))
         start = self.personal.initial_payload().unsqueeze(0)
         train_block(self.base, self.method, self.objective, start, works, self.data.train, local)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.errors import UserError
-from fedhpc.methods.base import Method
+from fedhpc.methods.base import Method, Tensors
 from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
 from fedhpc.training.block import Work, train_block
@@ -25,14 +25,15 @@ from fedhpc.updates.layout import Layout, Split
 class PersonalPart:
     """Which tensors of the payload stay on each client (personalization.parts), and their first values."""
 
-    def __init__(self, config: Config, method: Method, dtype: torch.dtype) -> None:
-        self._method, self.dtype = method, dtype
+    def __init__(self, config: Config, method: Method, dtype: torch.dtype, adapter: Tensors | None = None) -> None:
+        """adapter: the payload before the first round, where it is another than the method's own."""
+        self._method, self.dtype, self._adapter = method, dtype, adapter
         #: The payload in two: what is exchanged, and what stays on the client.
         self.split = _split(config, method)
 
     def initial_payload(self) -> Tensor:
         """The payload before the first round (P,), on the CPU."""
-        tensors = self._method.initial()
+        tensors = self._method.initial() if self._adapter is None else self._adapter
         return self._method.payload.flatten({name: t.to(self.dtype) for name, t in tensors.items()})
 
     @cached_property
@@ -89,7 +90,8 @@ def fine_tuned(
     if not steps or not rows:
         return payloads
     after = rounds + 1  # so its draws are none that a round has made
-    local = replace(LocalTraining.of(config, after, after), steps=steps, epochs=None, schedule="constant", warmup=0.0)
+    local = LocalTraining.of(config, after, after)
+    local = replace(local, steps=steps, epochs=None, schedule="constant", warmup=0.0, packing=config.client.packing)
     tuned = payloads.clone()
     chosen = [works[i] for i in rows]
     tuned[rows] -= train_block(base, method, objective, payloads[rows], chosen, data.train, local).updates

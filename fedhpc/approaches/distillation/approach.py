@@ -100,6 +100,7 @@ class StudentState(ServerState):
 class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
     """Clients and a student on the server teach each other by their predictions on a public set."""
 
+    trains_in_steps = True
     server_trains = True  # its student
 
     base: Predictor
@@ -205,18 +206,18 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         reason, tokens, steps = (np.zeros(count, np.int64) for _ in range(3))
         loss_sum, first, last, norms = (np.zeros(count) for _ in range(4))
         upload = torch.zeros(count, len(self._targets), self._up.record_bytes, dtype=torch.uint8)
-        padded_tokens = 0
+        padded_tokens, fit = 0, self.examples_that_fit
         for group, indices in self._parts(clients):
             members = [clients[i] for i in indices]
             start = self._client_payloads(group, members, down.versions)
             payloads, options = start, self.config.method
             if down.knowledge is not None:
                 knowledge = group.from_server(down.knowledge)
-                learnt = group.learn(payloads, members, knowledge, options.digest, plan.round, self.rounds)
+                learnt = group.learn(payloads, members, knowledge, options.digest, plan.round, self.rounds, fit)
                 payloads = payloads - learnt.updates
                 padded_tokens += learnt.padded_tokens
             works = [Work(c, self.data.population.indices(c)) for c in members]
-            local = LocalTraining.of(self.config, plan.round, self.rounds)
+            local = LocalTraining.of(self.config, plan.round, self.rounds, fit)
             trained = train_block(group.base, group.method, group.objective, payloads, works, group.data.train, local)
             payloads = payloads - trained.updates
             finite = torch.isfinite(payloads).all(dim=1).tolist()

@@ -72,11 +72,12 @@ class Learner:
         learning: Any,
         round_: int,
         rounds: int,
+        fit: int | None = None,
     ) -> Trained:
         """Train K models from `payloads` (K, P) on the public set, to predict `knowledge`, or its targets if None.
 
         learning: the section `distil` or `digest` of the method's options. clients: the clients whose random draws the
-        models use.
+        models use. fit: as in `LocalTraining.of`.
         """
         options, examples = self.config.method, self.public
         objective: PredictedObjective = self.objective
@@ -89,11 +90,12 @@ class Learner:
                 options.temperature,
                 options.hard_weight,
             )
-        local = LocalTraining.of(self.config, round_, rounds)
+        local = LocalTraining.of(self.config, round_, rounds, fit)
         local = replace(
             local,
             lr=local.lr if learning.lr is None else learning.lr,
             batch_size=learning.batch_size or local.batch_size,
+            gradient_accumulation_steps=1,
             epochs=learning.epochs,
             steps=None,
             seed=torch_seed(self.config.run.seed, "public set"),  # other draws than those on private data

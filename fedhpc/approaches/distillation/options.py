@@ -44,7 +44,8 @@ class Options(Section):
         ALWAYS
         | SPLITS
         | {"client.optimizer", "client.lr", "client.weight_decay", "client.clip_norm", "client.proximal"}
-        | {"client.schedule", "client.warmup", "server.weighting", "evaluation.max_clients"}
+        | {"client.schedule", "client.schedule_per", "client.lr_min", "client.warmup"}
+        | {"client.micro_batch", "server.weighting", "evaluation.max_clients"}
     )
 
     student: Annotated[Chosen, Choice("methods", "lora")] = Field(
@@ -74,6 +75,9 @@ class Options(Section):
                 f"mode {config.mode} has no ensemble to distil: give method the name of what is trained, such as "
                 f"{self.student.name}"
             )
+        for key, learning in (("distil", self.distil), ("digest", self.digest)):
+            if learning.lr is not None and learning.lr < config.client.lr_min:
+                return f"method.{key}.lr {learning.lr} is less than client.lr_min {config.client.lr_min}"
         methods = {"student": self.student, **{f"groups[{i}].method": g.method for i, g in enumerate(self.groups)}}
         for key, method in methods.items():
             if registry.is_approach(method.name):

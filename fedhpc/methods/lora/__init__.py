@@ -7,7 +7,7 @@ option `aggregation`; each rule is a file of this folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,7 @@ from fedhpc.methods._linear import find_layers, is_conv1d, names_of_experts, unr
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.methods.lora.average import Average
 from fedhpc.methods.lora.exact import Exact
-from fedhpc.methods.lora.factors import Factors
+from fedhpc.methods.lora.factors import Factors, is_a
 from fedhpc.methods.lora.ffa import FrozenA
 from fedhpc.methods.lora.stack import Stack
 from fedhpc.methods.lora.term import Dropout, adds_term
@@ -31,6 +31,15 @@ from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     from fedhpc.models.base import Base
+
+# Keys of PEFT's LoraConfig with which a layer computes something else than W x + s B A x with one s for all.
+_OTHER_LAYERS = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+    "monteclora_config", "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
+# Where A and B began, if the weights of the base stayed what they were.
+_BASE_UNTOUCHED = ("gaussian", "eva", "orthogonal")
 
 _RULES: dict[str, type[Average]] = {"average": Average, "ffa": FrozenA, "exact": Exact, "stack": Stack}
 
@@ -130,6 +139,40 @@ class Lora(Method):
             "fan_in_fan_out": any(is_conv1d(layer) for layer in self._layers.values()),
         }
         self.write_adapter(path, config, {f"base_model.model.{name}": t for name, t in tensors.items()})
+
+    def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        from fedhpc.methods._peft import as_payload, expect_kind, require, without_wrappers
+
+        expect_kind(config, "LORA")
+        wanted = options_of(config)
+        if not self._rule.takes_any_rank:
+            require({"rank": self.options.rank, "alpha": self.options.alpha}, {k: wanted[k] for k in ("rank", "alpha")})
+        sizes = {path: widths(layer) for path, layer in self._layers.items()}
+        factors = Factors(sizes, wanted["rank"], wanted["alpha"] / wanted["rank"], self.seed)
+        bare = without_wrappers(tensors)
+        if {name for name in bare if is_a(name)} != {name for name in factors.layout.shapes if is_a(name)}:
+            there = sorted({name.split(".")[-3] for name in bare if is_a(name)})
+            listed = wanted["targets"] if isinstance(wanted["targets"], list) else there
+            require({"targets": sorted(self.targets)}, {"targets": sorted(listed)})  # PEFT has a set of them
+        return self._rule.imported(factors, as_payload(bare, factors.layout.shapes))
+
+
+def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with which this method computes what an adapter of PEFT does. UserError where there are none.
+
+    config: its adapter_config.json.
+    """
+    start = config.get("init_lora_weights", True)
+    changed = [key for key in _OTHER_LAYERS if config.get(key)]
+    if isinstance(start, str) and start not in _BASE_UNTOUCHED:
+        changed.append("init_lora_weights")
+    if changed:
+        raise UserError(
+            f"the adapter was made with {changed[0]} of PEFT, which fedhpc does not compute", key="method.from"
+        )
+    rank = int(config["r"])
+    alpha = float(config["lora_alpha"]) * (rank**0.5 if config.get("use_rslora") else 1.0)
+    return {"rank": rank, "alpha": alpha, "targets": config["target_modules"]}
 
 
 def _require_names_of_layers(base: Base, targets: Sequence[str]) -> None:

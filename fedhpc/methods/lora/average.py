@@ -6,7 +6,7 @@ As in FedIT (Zhang et al. 2023, arXiv 2305.05644). The product of the means is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedhpc.lazy import Tensor
 from fedhpc.methods.base import PerClient, Tensors
@@ -60,6 +60,13 @@ class Average:
     def gained(self, path: str, received: PerClient) -> Tensor | None:
         """What a layer's weight has gained beside the trained term: (1 or K, out, in), or None."""
         return None
+
+    #: Whether training can go on from an adapter of another rank or scale.
+    takes_any_rank: ClassVar[bool] = False
+
+    def imported(self, factors: Factors, values: Tensors) -> Tensors:
+        """The payload that stands for the A and B of an adapter, `values`, whose shapes and scale `factors` has."""
+        return values
 
     def exported(self, values: Tensors) -> tuple[Tensors, float]:
         """A and B of every layer as PEFT takes them, and alpha."""

@@ -17,7 +17,7 @@ from functools import cached_property
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods.base import PerClient, Tensors
 from fedhpc.methods.lora.average import Average
-from fedhpc.methods.lora.factors import name_a, name_b, name_sum
+from fedhpc.methods.lora.factors import Factors, name_a, name_b, name_sum
 from fedhpc.updates.layout import Layout
 
 
@@ -49,6 +49,13 @@ class Exact(Average):
 
     def gained(self, path: str, received: PerClient) -> Tensor:
         return received[name_sum(path)] - self.factors.product(path, received)
+
+    takes_any_rank = True
+
+    def imported(self, factors: Factors, values: Tensors) -> Tensors:
+        """The adapter's products are D; A and B begin afresh."""
+        sums = {name_sum(path): factors.product(path, values) for path in factors.widths}
+        return {**self.initial(), **sums}
 
     def exported(self, values: Tensors) -> tuple[Tensors, float]:
         """A and B of D, which is a LoRA of higher rank."""

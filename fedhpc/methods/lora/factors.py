@@ -23,6 +23,11 @@ def name_b(path: str) -> str:
     return f"{path}.lora_B.weight"
 
 
+def is_a(name: str) -> bool:
+    """Whether a tensor of this name is the A of a layer."""
+    return name.endswith(_A)
+
+
 def name_sum(path: str) -> str:
     """The name of D, all that the weight of the layer at `path` has gained."""
     return f"{path}.lora_delta.weight"
@@ -51,9 +56,7 @@ class Factors:
         drawing = torch.Generator().manual_seed(torch_seed(self.seed, "lora", *keys))
         # The uniform bound that torch.nn.Linear and PEFT use for A.
         return {
-            name: (torch.rand(shape, generator=drawing) * 2 - 1) / shape[1] ** 0.5
-            if name.endswith(_A)
-            else torch.zeros(shape)
+            name: (torch.rand(shape, generator=drawing) * 2 - 1) / shape[1] ** 0.5 if is_a(name) else torch.zeros(shape)
             for name, shape in self.layout.shapes.items()
         }
 

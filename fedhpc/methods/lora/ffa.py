@@ -11,7 +11,7 @@ from functools import cached_property
 from fedhpc.lazy import Tensor
 from fedhpc.methods.base import PerClient, Tensors
 from fedhpc.methods.lora.average import Average
-from fedhpc.methods.lora.factors import name_a, name_b
+from fedhpc.methods.lora.factors import Factors, is_a, name_a, name_b
 from fedhpc.updates.layout import Layout
 
 
@@ -35,6 +35,12 @@ class FrozenA(Average):
 
     def term(self, path: str, trained: PerClient) -> tuple[Tensor, Tensor]:
         return self._frozen[name_a(path)], trained[name_b(path)]
+
+    def imported(self, factors: Factors, values: Tensors) -> Tensors:
+        """B; A stays from here on as the adapter has it."""
+        device, dtype = self.base.device, self.base.payload_dtype
+        self._frozen = {n: t.to(device, dtype).unsqueeze(0) for n, t in values.items() if is_a(n)}
+        return {name: values[name] for name in self.trainable.shapes}
 
     def exported(self, values: Tensors) -> tuple[Tensors, float]:
         return {**{name: a[0] for name, a in self._frozen.items()}, **values}, self.options.alpha

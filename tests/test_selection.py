@@ -1,0 +1,117 @@
+"""The state that a run ends with (evaluation.keep), and when it ends (evaluation.patience)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from fedhpc.approaches.prepare import is_finished
+from fedhpc.errors import UserError
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.results.status import read_status
+from fedhpc.server.selection import Selection
+from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
+from tests.test_federation import same_results
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def raw(texts: Path, rounds: int = 8, **evaluation: Any) -> dict[str, Any]:
+    """A run whose validation loss falls at first and rises later."""
+    small = tree(
+        texts,
+        federation={"rounds": rounds, "cohort_size": 3},
+        client={"optimizer": "adamw", "lr": 0.3, "steps": 2},
+        evaluation={"samples": 0, "max_examples": 4, "test_max_examples": 4, **evaluation},
+    )
+    return {**small, "method": {"name": "lora"}}
+
+
+@pytest.fixture(scope="module")
+def losses(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    folder = tmp_path_factory.mktemp("last")
+    federate(settings(folder, raw(texts)))
+    measured: np.ndarray = table(folder, "rounds")["eval_loss"]
+    assert 0 < measured.argmin() < 6, measured
+    return measured
+
+
+def test_the_best_state_is_tested_and_exported(texts: Path, tmp_path: Path, losses: np.ndarray) -> None:
+    best = int(losses.argmin())
+    federate(settings(tmp_path / "best", raw(texts, keep="best")), ranks=2)
+    federate(settings(tmp_path / "until", raw(texts, rounds=best)))
+    np.testing.assert_array_equal(table(tmp_path / "best", "rounds")["eval_loss"], losses)
+    kept, wanted = final(tmp_path / "best"), final(tmp_path / "until")
+    for name in wanted:
+        np.testing.assert_array_equal(kept[name], wanted[name])
+    assert table(tmp_path / "best", "test")["loss"] == table(tmp_path / "until", "test")["loss"]
+    with h5py.File(tmp_path / "best" / "results.h5") as file:
+        assert file.attrs["best_round"] == best
+
+
+def test_a_run_ends_when_nothing_gets_better(
+    texts: Path, tmp_path: Path, losses: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, raw(texts, keep="best", patience=2))
+    federate(config, ranks=3)
+    best = next(i for i in range(len(losses)) if (losses[i + 1 : i + 3] >= losses[: i + 1].min()).all())
+    best = int(losses[: best + 1].argmin())
+    np.testing.assert_array_equal(table(tmp_path, "rounds")["eval_loss"], losses[: best + 3])
+    assert f"ended: eval_loss was best after round {best}, 2 evaluations ago" in capsys.readouterr().out
+    status = read_status(tmp_path)
+    assert status is not None and (status.state, status.round) == ("complete", best + 2)
+    assert is_finished(config, LoopbackTransport(), False)
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_the_best_state_survives_a_stop(texts: Path, tmp_path: Path, losses: np.ndarray, patience: int | None) -> None:
+    """On any number of ranks, at collectives spread over the run, with fewer checkpoints than rounds."""
+    tree_ = {**raw(texts, keep="best", patience=patience), "checkpoint": {"every": 2}}
+    collectives = federate(settings(tmp_path / "whole", tree_), ranks=2)
+    config = settings(tmp_path / "stopped", tree_)
+    for share, ranks in ((0.6, 2), (0.35, 3), (0.3, 1)):
+        with pytest.raises(Interrupted):
+            federate(config, ranks, stop_at=int(share * collectives))
+    federate(config, ranks=3)
+    same_results(tmp_path / "whole", tmp_path / "stopped", ("rounds", "clients"))
+
+
+def test_a_longer_run_goes_on_from_the_last_state(texts: Path, tmp_path: Path, losses: np.ndarray) -> None:
+    federate(settings(tmp_path / "run", raw(texts, rounds=6, keep="best")))
+    federate(settings(tmp_path / "run", raw(texts, keep="best")), ranks=2)
+    np.testing.assert_array_equal(table(tmp_path / "run", "rounds")["eval_loss"], losses)
+
+
+def test_what_is_better_follows_from_the_metric() -> None:
+    loss, accuracy = Selection(), Selection()
+    values = [math.nan, 3.0, 2.0, 2.0, math.nan, 1.0]
+    assert [loss.see(i, value, False) for i, value in enumerate(values)] == [False, True, True, False, False, True]
+    assert [accuracy.see(i, value, True) for i, value in enumerate(values)] == [False, True, False, False, False, False]
+    again = Selection()
+    again.load(accuracy.tensors())
+    assert vars(again) == vars(accuracy) and accuracy.waited == 4 and accuracy.round == 1
+    assert Selection().tensors() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "local", "evaluation": {"keep": "best"}}, "evaluation.keep: with mode local"),
+        ({"mode": "local", "evaluation": {"patience": 2}}, "evaluation.patience: with mode local"),
+        (
+            {"personalization": {"parts": ["prompt*"]}, "evaluation": {"keep": "best", "client_fraction": 0.2}},
+            r"personalization\.parts stay on the clients",
+        ),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(texts: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings(tmp_path, {**tree(texts), **changes})
