@@ -120,14 +120,9 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
     config = _config(folder)
     # Older exports have no such file: no prompt is cut then, and the base is loaded in float32.
     facts = {"max_length": 10**9, "precision": "float32", **read_json(folder / FACTS, missing_ok=True)}
-    tuned = "base_model_name_or_path" not in config  # the weights of a base, not an adapter
-    name = base or (str(folder) if tuned else config["base_model_name_or_path"])
-    options = {key: facts[key] for key in ("task", "dtype", "quantize") if key in facts}
-    revision = config.get("revision") if base is None else None
-    model = Model.model_validate({"name": name, "revision": revision, **options})
-    names = read_json(folder / "config.json", missing_ok=True).get("id2label", {})
-    ready = load_base(model, torch.device(device), [names[number] for number in sorted(names, key=int)])
-    if tuned:
+    model = model_of(folder, base)
+    ready = load_base(model, torch.device(device), classes_of(folder))
+    if "base_model_name_or_path" not in config:
         return Customized(ready, None, {}, facts["max_length"], facts["precision"])
     tensors = adapter_tensors(folder)
     _put_head(ready, tensors, folder)
@@ -137,10 +132,25 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
     method, payload = _METHODS[config["peft_type"]](ready, config, tensors)
     shapes = {name: tuple(t.shape) for name, t in payload.items()}
     if shapes != dict(method.payload.shapes):
-        raise UserError(f"'{folder}' belongs to another base than '{name}': its tensors do not fit")
+        raise UserError(f"'{folder}' belongs to another base than '{model.name}': its tensors do not fit")
     return Customized(
         ready, method, {n: t.to(ready.device) for n, t in payload.items()}, facts["max_length"], facts["precision"]
     )
+
+
+def model_of(folder: Path, base: str | None = None) -> Model:
+    """The base of an export as the configuration names it, or another one; of a whole model, the folder itself."""
+    config, facts = _config(folder), read_json(folder / FACTS, missing_ok=True)
+    name = base or config.get("base_model_name_or_path") or str(folder)
+    options = {key: facts[key] for key in ("task", "dtype", "quantize") if key in facts}
+    revision = config.get("revision") if base is None else None
+    return Model.model_validate({"name": name, "revision": revision, **options})
+
+
+def classes_of(folder: Path) -> list[str]:
+    """The classes of an exported classifier, in the order of its head; none of other models."""
+    names = read_json(folder / "config.json", missing_ok=True).get("id2label", {})
+    return [names[number] for number in sorted(names, key=int)]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -133,7 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Cell]]:
     """Read a sweep and validate all its runs. A UserError names the run and the key that are wrong."""
     given = configuration.parse_overrides(overrides)
-    sweep_keys = {key.removeprefix("sweep."): value for key, value in given if key.startswith("sweep.")}
+    sweep_keys = {
+        key.removeprefix("sweep."): configuration.parse_yaml(value, f"command line: {key}")
+        for key, value in given
+        if key.startswith("sweep.")
+    }
     common = [(key, value) for key, value in given if not key.startswith("sweep.")]
     sweep: Sweep = configuration.section(Sweep, {**configuration.read_yaml(path), **sweep_keys}, "sweep", str(path))
     if "=" in (sweep.dir or ""):

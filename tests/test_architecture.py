@@ -115,7 +115,7 @@ LAYERS = [
     {"approaches"},
     {"federation"},
     {"main", "bench", "sweep", "api", "customized"},
-    {"console"},
+    {"console", "evaluate"},
     {"__main__"},
 ]
 

@@ -129,7 +129,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a rate that is not a number": (["client.lr=.nan"], ("client.lr", "finite", "nan")),
     "an infinite rate": (["client.lr=.inf"], ("client.lr", "finite", "inf")),
     "a text for a number": (["client.lr=fast"], ("client.lr", "number", "'fast'")),
-    "a number for a text": (["run.name=3"], ("run.name", "string", "3")),
+    "a list for a text": (["run.name=[3]"], ("run.name", "only letters, digits", "[3]")),
     "an empty value": (["client.lr="], ("client.lr", "number", "None")),
     "a broken value": (["data.where={name: [x"], ("command line: data.where", "not valid YAML")),
     "yes is not true": (["runtime.deterministic=yes"], ("runtime.deterministic", "boolean", "'yes'")),
@@ -176,7 +176,8 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a transform that is a word": (["transforms=[clip]"], ("transforms[0] must be a mapping", "'clip'")),
     "a huge seed": (["run.seed=99999999999999999999"], ("run.seed",)),
     "a filter that is a word": (["data.where={name: x}"], ("data.where.name", "list", "'x'")),
-    "a lone brace": (["data.prompt='{mr'"], ("data.prompt", "lone '{'", "'{mr'", "{{")),
+    "a lone brace": (["data.prompt={mr"], ("data.prompt", "lone '{'", "'{mr'", "{{")),
+    "another source, with the demo's skew": (["data.source=texts"], ("dirichlet skews labels and needs data.label",)),
     "fednova with adamw": (["server.aggregator=fednova"], ("server.aggregator fednova", "client.optimizer", "use sgd")),
     "scaffold with adamw": (["client.scaffold=true"], ("client.scaffold", "client.optimizer sgd without momentum")),
     "scaffold with momentum": (
@@ -228,6 +229,7 @@ FILES: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
     "broken YAML": ("client: {lr: 1.0\nserver: {}\n", ("config.yaml:2", "not valid YAML")),
     "a tab": ("client:\n\tlr: 1.0\n", ("config.yaml:2", "not valid YAML")),
     "an object": ("run: !!python/object/apply:os.getcwd []\n", ("config.yaml", "not valid YAML")),
+    "a number for a text": ({"run": {"name": 3}}, ("config.yaml:", "run.name", "string", "3")),
     "a list": ("- mode: local\n", ("config.yaml: must be a mapping of sections", "list")),
     "a section as a list": ({"client": [1]}, ("client must be a mapping", "[1]")),
     "a key that is a number": ({3: {}}, ("unknown key '3'",)),
@@ -350,10 +352,10 @@ DATA: dict[str, tuple[Callable[[], None] | None, dict[str, Any], tuple[str, ...]
         {},
         ("train.jsonl:2", "data.prompt", "'mr'", "write null"),
     ),
-    "a list of answers": (
-        lambda: put("texts/train.jsonl", ROW + ROW.replace('"r"', '["r", "s"]')),
+    "a list of questions": (
+        lambda: put("texts/train.jsonl", ROW + ROW.replace('"m"', '["m", "n"]')),
         {},
-        ("train.jsonl:2", "data.target", "a list of 2", "each its own row"),
+        ("train.jsonl:2", "data.prompt", "a list of 2", "each its own row"),
     ),
     "a label that is missing": (
         lambda: put("texts/train.jsonl", ROW + ROW.replace('"a"', "null")),
@@ -380,8 +382,13 @@ DATA: dict[str, tuple[Callable[[], None] | None, dict[str, Any], tuple[str, ...]
     ),
     "a long target": (
         lambda: put("texts/train.jsonl", ROW.replace('"r"', '"' + "word " * 99 + '"')),
+        {"data": {"max_length": 32, "overlong": "error"}},
+        ("train.jsonl:1", "the target has", "data.max_length 32", "data.overlong"),
+    ),
+    "long targets in all rows": (
+        lambda: put("texts/train.jsonl", ROW.replace('"r"', '"' + "word " * 99 + '"')),
         {"data": {"max_length": 32}},
-        ("train.jsonl:1", "the target has", "data.max_length 32"),
+        ("train.jsonl:1", "does not fit in data.max_length 32", "nor does that of any other"),
     ),
     "more clients than examples": (
         None,

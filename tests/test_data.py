@@ -379,6 +379,30 @@ def test_long_examples_lose_the_front_of_the_prompt():
         one("abcdef", marked(tokenizer.eos_token, tokenizer), 8, tokenizer)  # "{ref}</s>" where ref is empty
 
 
+def test_targets_that_do_not_fit_lose_their_end():
+    """By the rule: half of what the bos leaves is for the end of the prompt, all others are for the target."""
+    target = "uvwxyz0123"
+    for bos, prompt, max_length in [
+        ("<s>", "abcdef", 9), ("<s>", "abcdef", 8), ("<s>", "ab", 8), ("<s>", "", 4), ("<s>", "abc", 11),
+        (None, "abcdef", 6), (None, "abcdef", 11),
+    ]:  # fmt: skip
+        tokenizer, start = words(bos=bos), [bos] * bool(bos)
+        texts = [[prompt], [target], ["f:1"]]
+        tokens = tokenize(*texts, tokenizer, max_length, CausalLM, overlong="truncate")
+        front = list(prompt)[-min(len(prompt), (max_length - len(start)) // 2) :] if prompt else []
+        left = list(target)[: max_length - len(start) - len(front)]
+        assert tokenizer.convert_ids_to_tokens(tokens.ids.tolist()) == [*start, *front, *left]
+        assert (tokens.lost.item(), tokens.cut.item()) == (len(prompt) - len(front), len(target) + 1 - len(left))
+        assert len(tokenize(*texts, tokenizer, max_length, CausalLM, overlong="drop").prompt_lengths) == 0
+    fits = [["abcdef"], [target], ["f:1"], words(), 12, CausalLM]
+    plain, *others = (tokenize(*fits, overlong=overlong) for overlong in ("error", "drop", "truncate"))
+    assert all(np.array_equal(a, b) for other in others for a, b in zip(plain, other, strict=True))
+    with pytest.raises(
+        UserError, match=r"f:1: the target has 10 tokens .* use at least 12, or set data\.overlong to drop$"
+    ):
+        tokenize(*texts, words(), 11, CausalLM, room=2, overlong="truncate")
+
+
 def test_tokenizers_without_a_start_or_end():
     no_bos = words(bos=None)
     assert one("abcdef", "xyz", 6, no_bos) == ("efxyz</s>", 2)
@@ -688,6 +712,65 @@ def test_cut_prompts_are_counted_for_each_split(tmp_path):
     encoder = load_data(settings(tmp_path, max_length=13, label="a"), words(), Classifier)
     assert encoder.messages[0] == "data.label: 1 of 2 rows of test have a label that no training row has, like 'xyz'"
     assert encoder.messages[1].startswith("data: 39 of 40 rows of train lose 312 tokens of their prompts")
+
+
+def overlong_rows(folder: Path) -> list[dict[str, str]]:
+    """Rows of three splits of which some do not fit in 8 tokens; those of train that do."""
+    table = [{"q": "ab", "a": "xyz" * (1 + 2 * (i % 4 == 1)), "k": "pq"[i == 1]} for i in range(9)]
+    write_jsonl(folder / "train.jsonl", table)
+    write_jsonl(folder / "validation.jsonl", table[:3])
+    write_jsonl(folder / "test.jsonl", [{**row, "q": "abcdef"} for row in table[4:8]])
+    return [row for row in table if len(row["a"]) == 3]
+
+
+def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path):
+    for name in ("all", "fit"):
+        (tmp_path / name).mkdir()
+    fit = overlong_rows(tmp_path / "all")
+    write_jsonl(tmp_path / "fit" / "train.jsonl", fit)
+    write_jsonl(tmp_path / "fit" / "validation.jsonl", [fit[0], fit[1]])
+    write_jsonl(tmp_path / "fit" / "test.jsonl", [{**row, "q": "abcdef"} for row in fit[3:6]])
+    data, fitting = load(tmp_path / "all", max_length=8), load(tmp_path / "fit", max_length=8)
+    assert data.fingerprint == fitting.fingerprint
+    assert [line for line in data.messages if "overlong" in line] == [
+        f"data.overlong: {left} of {of} rows of {split} are left out, like {tmp_path}/all/{split}.jsonl:2, because "
+        "their targets do not fit in data.max_length 8; 11 is enough for all of them"
+        for split, left, of in (("train", 2, 9), ("validation", 1, 3), ("test", 1, 4))
+    ]
+    assert [line for line in data.messages if "lose" in line] == fitting.messages
+    with pytest.raises(
+        UserError, match=r"all/train\.jsonl:2: the target has 9 tokens .* or set data\.overlong to drop or"
+    ):
+        load(tmp_path / "all", max_length=8, overlong="error")
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1: the target does not fit in data\.max_length 4, .* 11 is enough"
+    ):
+        load(tmp_path / "all", max_length=4)
+    cut = load(tmp_path / "all", max_length=8, overlong="truncate")
+    assert len(cut.train) == 9 and cut.train.lengths.max() == 8
+    assert cut.messages[0] == "data.overlong: 2 of 9 rows of train lose 12 tokens at the ends of their targets"
+    assert cut.validation.targets[1] == " xyzxyzxyz"
+
+
+def test_owners_and_labels_of_rows_that_do_not_fit(tmp_path):
+    """The owner q has one row, which is too long: a client without data, or none with partition.min_examples 1."""
+    overlong_rows(tmp_path)
+    for minimum, names in ((0, ["p", "q"]), (1, ["p"]), (7, ["p"])):
+        natural = {"name": "natural", "min_examples": minimum}
+        data = load(tmp_path, max_length=8, client="k", label="k", partition=natural)
+        assert data.population.names == names and data.population.sizes().tolist() == [7, 0][: len(names)]
+        assert data.train.labels.tolist() == [0] * 7 and data.train.label_names == ["p", "q"]
+        assert len(data.train.owners) == 7
+    (tmp_path / "mixed").mkdir()
+    table = [{"q": "ab", "a": "xyz" * (1 + 2 * (i < 2)), "k": "pqr"[i % 3]} for i in range(9)]
+    write_jsonl(tmp_path / "mixed" / "train.jsonl", [*table, {"q": "cd", "a": "v", "k": "r"}])
+    rare = load(
+        tmp_path / "mixed", max_length=8, client="k", partition={"name": "natural", "min_examples": 3},
+        validation="../test.jsonl", test="../test.jsonl",
+    )  # fmt: skip
+    assert rare.population.names == ["r"] and rare.population.sizes().tolist() == [4]
+    decoded = [words().decode(rare.train.tokens(i)).replace(" ", "") for i in range(4)]
+    assert decoded == ["<s>ab:xyz</s>"] * 3 + ["<s>cd:v</s>"]
 
 
 def test_a_row_loses_as_much_for_every_label(tmp_path):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from fedhpc.data import group_references
 from fedhpc.errors import UserError
 from tests.test_data import load, rows, write_jsonl
 
@@ -25,10 +29,19 @@ def _parts(folder: Path, names: Sequence[str], table: Sequence[dict[str, str]] =
     size = -(-len(table) // len(names))
     for number, name in enumerate(names):
         part = table[number * size : (number + 1) * size]
+        arrow = pa.Table.from_pylist(part)
         if ".parquet" in name:
-            pq.write_table(pa.Table.from_pylist(part), folder / name)
-        elif ".csv" in name:
-            pandas.DataFrame(part).to_csv(folder / name, index=False)
+            pq.write_table(arrow, folder / name)
+        elif ".arrow" in name:
+            new = pa.ipc.new_stream if "stream" in str(folder) else pa.ipc.new_file
+            with new(folder / name, arrow.schema) as writer:
+                writer.write_table(arrow, max_chunksize=7)
+        elif ".feather" in name:
+            pyarrow.feather.write_feather(arrow, folder / name)
+        elif ".csv" in name or ".tsv" in name:
+            text = pandas.DataFrame(part).to_csv(index=False, sep="\t" if ".tsv" in name else ",")
+            with pa.output_stream(folder / name, compression="detect") as file:
+                file.write(text.encode())
         elif ".jsonl" in name:
             write_jsonl(folder / name, part)
         else:
@@ -63,6 +76,12 @@ LAYOUTS: dict[str, tuple[str, Sequence[str], str]] = {
     "an array": ("d", ["train.json"], "d"),
     "an array, named": ("d", ["alpaca.json"], "d/alpaca.json"),
     "arrays": ("d", ["train-0-of-2.json", "train-1-of-2.json"], "d"),
+    "tabs": ("d", ["train.tsv"], "d"),
+    "tabs, compressed": ("d", ["train-1-of-2.tsv.gz", "train-2-of-2.tsv.zst"], "d"),
+    "zst": ("d", ["train.csv.zst"], "d/train.csv.zst"),
+    "Arrow": ("d", ["train.arrow"], "d"),
+    "a stream of Arrow": ("stream", ["train-00000-of-00002.arrow", "train-00001-of-00002.arrow"], "stream"),
+    "Feather": ("d", ["train.feather"], "d/train.feather"),
 }
 
 
@@ -163,8 +182,11 @@ def test_partitions_in_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.tsv", "q\ta\n", r"nothing that is read, but train\.tsv; a data file ends in .*sep='\\t'"),
-        ("train.jsonl.zst", "", r"nothing that is read, but train\.jsonl\.zst; a data file ends in"),
+        ("train.xlsx", "", r"nothing that is read, but train\.xlsx; a data file ends in .*read_excel"),
+        ("train.jsonl.xz", "", r"nothing that is read, but train\.jsonl\.xz; a data file ends in"),
+        ("train.tsv", "q\ta\nx\ty\tz\n", r"train\.tsv:2: 3 cells, but 2 columns in the header"),
+        ("train.arrow", "ARROW1", r"train\.arrow row 1: not valid Arrow"),
+        ("train.jsonl.zst", "{}", r"train\.jsonl\.zst: cannot be read"),
         (
             "train.json",
             '{"version": 1, "data": []}',
@@ -180,9 +202,150 @@ def test_other_files_are_refused_with_a_way_on(tmp_path: Path, name: str, conten
     with pytest.raises(UserError, match=message) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
-    if name == "train.tsv":
-        with pytest.raises(UserError, match=r"train\.tsv: a data file ends in"):
+    if name == "train.xlsx":
+        with pytest.raises(UserError, match=r"train\.xlsx: a data file ends in"):
             load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train.jsonl.gz", r"train\.jsonl\.gz: cannot be read behind line (\d+): Compressed file ended before"),
+        ("train.tsv.zst", r"train\.tsv\.zst: cannot be read behind line (\d+): Truncated compressed stream"),
+        ("train.arrow", r"train\.arrow row (\d+): not valid Arrow: Expected to be able to read"),
+    ],
+)
+def test_streams_that_end_name_the_last_row(tmp_path: Path, name: str, message: str) -> None:
+    numbers = np.random.default_rng(0).integers(10**9, size=40_000)  # more than one block of zst
+    table = [{"q": f"q{number}", "a": "x"} for number in numbers]
+    path = _parts(tmp_path / "stream", [name], table) / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path / "stream")
+    assert "\n" not in str(error.value)
+    row = int(re.search(message, str(error.value))[1])  # type: ignore[index]
+    assert 0.2 < row / len(table) < 0.7
+
+
+BY_CLIENT: dict[str, tuple[str, dict[str, str], str]] = {
+    "files": ("file", {"north": "train/north.jsonl", "south": "train/south.csv"}, "test.jsonl"),
+    "files alone": ("file", {"north": "north.parquet", "south": "south.jsonl.gz"}, "test.tsv"),
+    "folders of splits": ("folder", {"north": "north/train.jsonl", "south": "south/train.csv"}, "south/test.csv"),
+    "folders in a split": (
+        "folder",
+        {"north": "train/north/a.jsonl", "south": "train/south/b.csv"},
+        "test/north/a.csv",
+    ),
+    "folders alone": ("folder", {"north": "north/a.jsonl", "south": "south/b.arrow"}, "test/all.jsonl"),
+    "one test": ("folder", {"north": "north/a.jsonl", "south": "south/b.jsonl"}, "test.jsonl"),
+}
+NATURAL = {"client": "k", "partition": {"name": "natural"}}
+
+
+@pytest.mark.parametrize("name", BY_CLIENT)
+def test_the_name_of_a_file_or_folder_is_the_client(tmp_path: Path, name: str) -> None:
+    layout, files, test = BY_CLIENT[name]
+    plain = [{"q": row["q"], "a": row["a"]} for row in WHOLE]
+    parts = {"north": plain[:11], "south": plain[11:]}
+    for client, file in files.items():
+        _parts((tmp_path / "d" / file).parent, [Path(file).name], parts[client])
+    _parts((tmp_path / "d" / test).parent, [Path(test).name], plain[:4])
+    owned = [{**row, "k": client} for client in parts for row in parts[client]]
+    _parts(tmp_path / "one", ["train.jsonl", "test.jsonl"], owned)
+    write_jsonl(tmp_path / "one" / "train.jsonl", owned)
+    write_jsonl(tmp_path / "one" / "test.jsonl", plain[:4])
+    data, expected = load(tmp_path / "d", client_from=layout, **NATURAL), load(tmp_path / "one", **NATURAL)
+    assert data.fingerprint == expected.fingerprint
+    assert data.population.names == ["north", "south"]
+
+
+WRONG_CLIENTS: dict[str, tuple[str, dict[str, list[dict[str, str]]], str]] = {
+    "empty": ("file", {"train/a.jsonl": WHOLE, "train/b.jsonl": []}, r"train/b\.jsonl: no row is in this file of the"),
+    "one name": ("file", {"a.jsonl": WHOLE, "a.csv": WHOLE}, r"a\.csv and a\.jsonl would be one client, 'a'; join"),
+    "no train": ("folder", {"a/train.csv": WHOLE, "b/test.csv": WHOLE}, r"d/b: has no data for the split 'train'"),
+    "no folders": ("folder", {"a.csv": WHOLE}, r"data\.train: .* has no split or file 'train'"),
+    "a column": ("file", {"a.jsonl": WHOLE}, r"a\.jsonl:1: data\.client: there is a column 'k' already; name another"),
+    "folders in it": ("file", {"train/a/x.csv": WHOLE}, r"data\.train: .* has no split or file 'train'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_CLIENTS)
+def test_files_of_clients_that_are_wrong(tmp_path: Path, name: str) -> None:
+    layout, files, message = WRONG_CLIENTS[name]
+    for file, table in files.items():
+        rows_ = table if name == "a column" else [{"q": row["q"], "a": row["a"]} for row in table]
+        _parts((tmp_path / "d" / file).parent, [Path(file).name], rows_)
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path / "d", client_from=layout, **NATURAL)
+    assert "\n" not in str(error.value)
+
+
+def test_one_file_is_no_folder_of_clients(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", WHOLE)
+    with pytest.raises(UserError, match=r"data\.client_from file is for a folder of data files, which data\.source"):
+        load(tmp_path / "train.jsonl", client_from="file", client="c")
+    with pytest.raises(
+        UserError, match=r"data\.client_from file makes a column of the clients' names: say with data\.cl"
+    ):
+        load(tmp_path, client_from="file")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.json"])
+def test_nested_columns_and_lists_of_references(tmp_path: Path, name: str) -> None:
+    """As SQuAD has them: the same as a row for each reference."""
+    nested: list[dict[str, Any]] = [
+        {"q": f"q{i}", "x": {"a": {"text": [f"a{i}", "b"][: 1 + i % 2], "start": [1]}, "k": "pq"[i % 2]}}
+        for i in range(20)
+    ]
+    flat = [
+        {"q": row["q"], "a": text, "k": row["x"]["k"]} for row in nested for text in row["x"]["a"]["text"]
+    ]  # fmt: skip
+    for folder, table in (("nested", nested), ("flat", flat)):
+        _parts(tmp_path / folder, [name], table)
+        write_jsonl(tmp_path / folder / "test.jsonl", table[:6])
+    data = load(tmp_path / "nested", target=" {x.a.text}", label="x.k", where={"x.k": ["p", "q"]})
+    flattened = load(tmp_path / "flat", target=" {a}", label="k")
+    assert (data.train.fingerprint, data.validation.fingerprint) == (
+        flattened.train.fingerprint, flattened.validation.fingerprint,
+    )  # fmt: skip
+    assert group_references(data.test)[1] == (1, [" a1", " b"])
+
+
+def test_lists_of_dicts_and_missing_dicts(tmp_path: Path) -> None:
+    table = [{"q": "x", "a": [{"text": "u"}, {"text": "v"}]}, {"q": "y", "a": [{"text": "w"}]}, {"q": "z", "a": None}]
+    write_jsonl(tmp_path / "train.jsonl", table * 4)
+    with pytest.raises(UserError, match=r"train\.jsonl:3: data\.target is empty here; leave the row out with"):
+        load(tmp_path, target="{a.text}")
+    data = load(tmp_path, target="{a.text}", where_not={"a.text": [""]}, validation="train", test="train")
+    assert data.test.targets == ["u", "v", "w"] * 4
+    with pytest.raises(UserError, match=r"train\.jsonl:1: .* 'a\.txt', which is not there; did you mean 'a\.text'\?"):
+        load(_parts(tmp_path / "b", ["train.jsonl"], [{"q": "x", "a": {"text": "u"}}]), target="{a.txt}")  # type: ignore[list-item]
+    uneven = [{"q": ["x", "y"], "a": ["x"], "b": ["y", "z"]}]
+    write_jsonl(tmp_path / "train.jsonl", uneven)
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1: data\.target: the lists in its columns a, b differ in length"
+    ):
+        load(tmp_path, prompt="x", target="{a} {b}")
+
+
+def test_keys_that_rows_lack_are_empty_where_that_is_said(tmp_path: Path) -> None:
+    lacking = [{"q": f"q{i}", "a": "x", **({"more": "m"} if i % 3 else {}), "k": "c"} for i in range(12)]
+    write_jsonl(tmp_path / "train.jsonl", lacking)
+    (tmp_path / "null").mkdir()
+    write_jsonl(tmp_path / "null" / "train.jsonl", [{"more": None, **row} for row in lacking])
+    data = load(tmp_path, prompt="{q} {more}", missing="empty")
+    nulls = load(tmp_path / "null", prompt="{q} {more}")
+    assert data.fingerprint == nulls.fingerprint
+    assert [line.replace("/null", "") for line in nulls.messages] == data.messages
+    assert any("data.prompt" in line and "2 more of 10 rows have no 'more'" in line for line in data.messages)
+    with pytest.raises(UserError, match=r"train\.jsonl:1: data\.prompt names the column 'mroe', which is not there"):
+        load(tmp_path, prompt="{q} {mroe}", missing="empty")
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1: data\.label: the column 'more' has no value here, nor in 2 more"
+    ):
+        load(tmp_path, label="more", missing="empty")
+    with pytest.raises(UserError, match=r"or set data\.missing to empty"):
+        load(_parts(tmp_path / "b", ["train.jsonl"], lacking[1:]), prompt="{q} {more}")
 
 
 def test_optional_keys_and_lists_say_what_to_do(tmp_path: Path) -> None:
@@ -191,13 +354,11 @@ def test_optional_keys_and_lists_say_what_to_do(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", table * 9)
     with pytest.raises(UserError, match=r"train\.jsonl:2: data\.prompt .* 'more', which is not there; .* write null"):
         load(tmp_path, prompt="{q} {more}", target="x")
-    with pytest.raises(
-        UserError, match=r"train\.jsonl:2: data\.target: .* a list of 2: give each its own row, or join"
-    ):
-        load(tmp_path)
+    with pytest.raises(UserError, match=r"train\.jsonl:2: data\.label: .* a list of 2: give each its own row, or join"):
+        load(tmp_path, label="a")
     chat = [{"q": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "a": {"text": ["x"]}}]
     write_jsonl(tmp_path / "train.jsonl", chat * 9)
     with pytest.raises(UserError, match=r"data\.prompt: the column 'q' holds a chat of 2 turns: write it as a text"):
         load(tmp_path, target="x")
-    with pytest.raises(UserError, match=r"data\.target: .* a dict of 1 \(text\): put what is used into columns"):
+    with pytest.raises(UserError, match=r"data\.target: .* a dict of 1 \(text\): name what is used of it with a dot"):
         load(tmp_path, prompt="x")

@@ -392,21 +392,21 @@ class Characters:
 @pytest.mark.parametrize(
     ("model", "key"),
     [
-        (CausalLM, "8e5c28db8326eb25a7b23b643a696e22a0ce3f720967b57bc2f24bf4cdbf61a1"),
-        (Classifier, "224617340164684b2d46af059a949caf1f7ceca98c177fb8729d684bd9db9b8d"),
-        (Seq2Seq, "6bc93f076feed18e030948ca4e8562abf46b7952fdc2d680f92a62ab4b02965d"),
-        (SentenceEncoder, "8022268b667b1f68f7719f88d3f68f86973138b537846971ff869098b2cfdd94"),
+        (CausalLM, "7236255431fcae8744cf714d74fcb509ce52b5b52c723e485e19042f907925a3"),
+        (Classifier, "69140266d61cb64fc36ff3f9e3ecc9eb210c2b637879d580e4db98ce42effee6"),
+        (Seq2Seq, "9cd26a76fcefb9f5d8ad3a71f08d6169acaf0ed0e46b950a764c9348e3ca4752"),
+        (SentenceEncoder, "5d37d98ccf2daf8bb87369299e2df30e01e1c1dca0971f991238e188ae94dc8c"),
     ],
 )
 def test_keys_of_the_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, key: str) -> None:
-    """They follow from "fedhpc-tokens-2", the model's task, the length limits, the tokenizer and the texts."""
+    """They follow from "fedhpc-tokens-3", the model's task, the limits, the tokenizer and the texts."""
     monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path))
     tokenizer: Any = Characters()
     _, message = cached_tokens(["ab", "c"], ["d", "ef"], ["1", "2"], tokenizer, 16, model)
     assert message is None
     (folder,) = (tmp_path / "tokens").iterdir()
     assert folder.name == key
-    names = {"ids", "offsets", "prompt_lengths", "lost", "needed", "apart", "spelled"}
+    names = {"ids", "offsets", "prompt_lengths", "lost", "needed", "apart", "spelled", "cut", "overlong"}
     assert {file.name for file in folder.iterdir()} == {f"{name}.npy" for name in names}
 
 

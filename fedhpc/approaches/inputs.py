@@ -68,7 +68,7 @@ def load_inputs(
         data=data,
         rounds=num_rounds(config, data.population),
         topology=Topology.of(world_size),
-        label_targets=_label_targets(config, model, data, base.tokenizer),
+        label_targets=label_targets(config, model, data, base.tokenizer),
         placement=launch.placement,
     )
 
@@ -84,7 +84,7 @@ def _refuse_split_steps(client: Client) -> None:
             )  # fmt: skip
 
 
-def _label_targets(config: Config, model: type[Base], data: Data, tokenizer: Any) -> list[str] | None:
+def label_targets(config: Config, model: type[Base], data: Data, tokenizer: Any) -> list[str] | None:
     """The rendered target of every label, between which accuracy decides; a head has the labels themselves."""
     evaluation = config.evaluation
     metrics = {*evaluation.metrics, *evaluation.metrics_of_test}

@@ -10,7 +10,8 @@ ALWAYS = frozenset(
     {
         *("mode", "run", "model", "objective", "partition", "method", "federation", "runtime", "checkpoint"),
         *("data.source", "data.subset", "data.train", "data.test", "data.where", "data.where_not"),
-        *("data.prompt", "data.target", "data.label", "data.client", "data.max_length"),
+        *("data.prompt", "data.target", "data.label", "data.client", "data.client_from"),
+        *("data.missing", "data.max_length", "data.overlong"),
         *("evaluation.every", "evaluation.metrics", "evaluation.test_metrics", "evaluation.batch_size"),
         *("evaluation.max_examples", "evaluation.test_max_examples"),
         *("evaluation.samples", "evaluation.max_new_tokens"),

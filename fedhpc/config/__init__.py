@@ -15,13 +15,15 @@ from fedhpc import registry
 from fedhpc.config import check
 from fedhpc.config.choices import build, chosen
 from fedhpc.config.nearest import section_hint
-from fedhpc.config.overrides import PLACE, override, parse_overrides
+from fedhpc.config.overrides import PLACE, override, parse_overrides, typed
 from fedhpc.config.schema import ALTERNATIVES, EMBEDDED, KEYS, LISTS, SECTIONS
 from fedhpc.config.schema import Config as Config
 from fedhpc.config.schema import Data as Data
 from fedhpc.config.schema import Evaluation as Evaluation
 from fedhpc.config.schema import Join as Join
+from fedhpc.config.schema import Missing as Missing
 from fedhpc.config.schema import Model as Model
+from fedhpc.config.schema import Overlong as Overlong
 from fedhpc.config.yaml import key_lines, parse_yaml, read_yaml
 from fedhpc.errors import UserError, nearest
 from fedhpc.registry import Section
@@ -29,9 +31,9 @@ from fedhpc.registry import Section
 S = TypeVar("S", bound=Section)
 
 __all__ = [
-    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Model", "changed", "load", "load_changed", "override",
-    "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore", "restore_stated", "section",
-    "stated", "unread",
+    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Missing", "Model", "Overlong", "changed", "load",
+    "load_changed", "override", "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore",
+    "restore_stated", "section", "stated", "unread",
 ]  # fmt: skip
 
 
@@ -48,13 +50,16 @@ def load_changed(path: str | Path | None, changes: Sequence[tuple[str, Any]], ch
     source = Path(path) if path is not None else EMBEDDED
     where = (str(path) if path else "embedded default") + (f" and {changed_where}" if changes else "")
     tree = read_yaml(source)
+    changes = typed(tree, changes, changed_where)
     given = {key: f"{source}:{line}" for key, line in key_lines(source).items()} if path is not None else {}
     return resolve(override(tree, changes, changed_where), where, given | _given(changes, changed_where))
 
 
 def changed(config: Config, changes: Sequence[tuple[str, Any]], changed_where: str) -> Config:
     """A resolved configuration with some keys changed; keys that a new method does not read are left out."""
-    raw = override(config.model_dump(mode="json"), changes, changed_where)
+    tree = config.model_dump(mode="json")
+    changes = typed(tree, changes, changed_where)
+    raw = override(tree, changes, changed_where)
     return resolve(raw, "configuration", _given(changes, changed_where))
 
 

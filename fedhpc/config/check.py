@@ -106,6 +106,11 @@ def conflicts(config: Config) -> None:
                 f"partition.name {config.partition.name} skews labels and needs data.label (a column); "
                 "without labels set partition.name to iid or quantity_skew (dirichlet is the default)"
             )
+    if config.data.client_from != "column" and config.data.client is None:
+        raise UserError(
+            f"data.client_from {config.data.client_from} makes a column of the clients' names: say with data.client "
+            "what it is called"
+        )
     _check_steps(config)
     aggregator, optimizer = config.server.aggregator, config.client.optimizer
     needs_movements = registry.choice("aggregators", aggregator).needs_movements

@@ -78,7 +78,7 @@ def _of_classes(model: type[Any], options: tuple[type[Section], ...]) -> type[An
 
 
 @cache
-def _named(choice: Choice) -> type[Named]:
+def named(choice: Choice) -> type[Named]:
     """The section {name: ...} of a family."""
     made: type[Named] = create_model(
         choice.family, __base__=Named, name=(Annotated[str, Choice(choice.family)], choice.default or ...)
@@ -97,9 +97,9 @@ def _inner(field: FieldInfo, key: str, values: Mapping[str, Any], label: str) ->
         if value is not None and not isinstance(value, list):
             raise UserError(f"{label} must be a list of {{name: ...}}, got {value!r}", key=label)
         items = [{}] if value is None else value
-        return {key: [build(_named(choice), one, f"{label}[{i}]") for i, one in enumerate(items)]}
+        return {key: [build(named(choice), one, f"{label}[{i}]") for i, one in enumerate(items)]}
     elif choice is not None and annotation is not str:
-        return {key: build(_named(choice), {} if value is None else value, label)}
+        return {key: build(named(choice), {} if value is None else value, label)}
     elif is_section(item) and isinstance(value, list):
         return {key: [build(item, one, f"{label}[{i}]") for i, one in enumerate(value)]}
     elif annotation is not None and is_section(annotation):

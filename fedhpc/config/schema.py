@@ -16,6 +16,14 @@ from fedhpc.registry import Choice, Chosen, Open, Section
 
 EMBEDDED = Path(__file__).parents[1] / "default.yaml"
 
+#: What becomes of a row whose supervised tokens have no room in `data.max_length`.
+Overlong = Literal["error", "drop", "truncate"]
+#: What becomes of a row that lacks a column which other rows have.
+Missing = Literal["error", "empty"]
+
+#: Keys of the section `data` that name columns of its source.
+COLUMNS = ("prompt", "target", "label", "client", "join", "where", "where_not")
+
 #: Keys of which at most one can be given: one replaces the other.
 ALTERNATIVES = {"client": ("epochs", "steps"), "federation": ("cohort_size", "cohort_fraction")}
 
@@ -74,7 +82,14 @@ class Data(Section):
         0.0, ge=0, le=1, description="probability that a training example has another class, drawn uniformly"
     )
     client: str | None = Field(None, description="column with the owner of an example, for natural partitions")
+    client_from: Literal["column", "file", "folder"] = Field(
+        "column", description="where the column client is: in the rows, or made of the names of files or folders"
+    )
+    missing: Missing = Field("error", description="a row without a column that others have: an error, or empty there")
     max_length: int = Field(256, ge=4, description="tokens; a longer prompt loses its front (encoders: its end)")
+    overlong: Overlong = Field(
+        "drop", description="rows whose target does not fit in max_length are an error, left out, or lose its end"
+    )
 
 
 class Federation(Section):

@@ -1,6 +1,6 @@
-"""Reads data files: JSON, JSON lines, CSV and Parquet, each also compressed with gzip; and finds those of a split.
+"""Reads data files: JSON, JSON lines, CSV, TSV, Parquet and Arrow, each also compressed; and finds those of a split.
 
-Columns of Parquet become Python values when they are first asked for, so what no template uses may hold anything.
+Columns of Parquet and Arrow become Python values when they are first asked for, so the others may hold anything.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ import numpy as np
 from fedhpc.data.values import is_written_text, of_cells
 from fedhpc.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+COMPRESSED = (".gz", ".zst")
 INSTALL = "pip install 'fedhpc[data]'"
 REWRITE = (
-    f"a data file ends in {', '.join(SUFFIXES)}, each with or without .gz: write yours as one of them, for instance "
-    "with pandas: pandas.read_csv('train.tsv', sep='\\t').to_json('train.jsonl', orient='records', lines=True)"
+    f"a data file ends in {', '.join(SUFFIXES)}, each with or without .gz or .zst: write yours as one of them, for "
+    "instance with pandas: pandas.read_excel('train.xlsx').to_json('train.jsonl', orient='records', lines=True)"
 )
 _OF_MANY = re.compile(r"(?P<name>.+?)[-_.](?P<number>\d+)[-_]of[-_](?P<total>\d+)(-[0-9a-f]+)?")  # as the hub has them
 _NUMBERED = re.compile(r"(?P<name>.*[^\d._-])[-_.](?P<number>\d+)")  # train-0, train_00001
 _PART = re.compile(r"(?P<name>part)[-_.](?P<number>\d+).*")  # of Spark, Dask, pyarrow
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_WITH_LINES = (".jsonl", ".json", *_DELIMITERS)
+_AT_ONCE = 2**12  # bytes that are uncompressed at once: of a stream that ends too early the last may be lost
 _FIELD_LIMIT = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
 
 # Where a row was read ("train.csv:7", "builtin:dining train row 7") and its values by column.
@@ -41,13 +45,18 @@ LocatedRows = Iterator[tuple[str, Mapping[str, Any]]]
 
 def is_data_file(path: Path) -> bool:
     """Whether a path has the ending of a file that can be read."""
-    return path.name.removesuffix(".gz").endswith(SUFFIXES)
+    return _uncompressed(path).endswith(SUFFIXES)
 
 
 def stem(path: Path) -> str:
     """The name of a file without its endings: that of its split."""
-    name = path.name.removesuffix(".gz")
+    name = _uncompressed(path)
     return name.removesuffix(Path(name).suffix)
+
+
+def _uncompressed(path: Path) -> str:
+    """The name of a file without the ending of its compression."""
+    return path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
 
 
 # ---- which files a split has
@@ -111,7 +120,7 @@ class Folder:
         if len(folders) > 1:
             names = ", ".join(path.name for path in folders)
             raise UserError(f"{self.path}: several folders for the split '{split}': {names}; name one as data.source")
-        return _of_folder(folders[0]) if folders else []
+        return all_of(folders[0]) if folders else []
 
     def _is_series(self, name: str) -> bool:
         """Whether the numbers of files are those of a series: years, for instance, are not."""
@@ -132,7 +141,12 @@ def is_shard(path: Path) -> bool:
 def parts_of(path: Path) -> list[Path]:
     """The files of a folder that is one split itself, as Spark leaves it: part-00000.snappy.parquet, ...; else none."""
     names = [entry for entry in _entries(path) if is_data_file(entry)]
-    return _of_folder(path) if names and all(_PART.fullmatch(stem(name)) for name in names) else []
+    return all_of(path) if names and all(_PART.fullmatch(stem(name)) for name in names) else []
+
+
+def folders_in(path: Path) -> list[Path]:
+    """The folders in a folder, by name."""
+    return [entry for entry in _entries(path) if entry.is_dir()]
 
 
 def _entries(path: Path) -> list[Path]:
@@ -148,11 +162,11 @@ def _number_of(path: Path) -> re.Match[str] | None:
     return _OF_MANY.fullmatch(name) or _PART.fullmatch(name) or _NUMBERED.fullmatch(name)
 
 
-def _of_folder(folder: Path) -> list[Path]:
-    """All data files of a folder, in order. UserError where that may not be all of it."""
+def all_of(folder: Path, besides: Sequence[str] = ()) -> list[Path]:
+    """All data files of a folder, in order, but those called as in `besides`. UserError where that may not be all."""
     if (folder / "_temporary").exists():
         raise UserError(f"{folder}: holds _temporary: the job that writes it has not ended; run it to its end")
-    entries = _entries(folder)
+    entries = [entry for entry in _entries(folder) if stem(entry) not in besides]
     within = [entry.name for entry in entries if entry.is_dir()]
     if within:
         raise UserError(
@@ -165,7 +179,7 @@ def _of_folder(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: holds {', '.join(strange[:3])} beside data files; {REWRITE}")
     complete = (folder / "_SUCCESS").exists()  # Spark writes no file for a part without rows
     numbered = all((match := _number_of(path)) and match.re is not _NUMBERED for path in files)
-    return _in_order(files) if numbered and not complete else files
+    return _in_order(files) if files and numbered and not complete else files
 
 
 def _in_order(files: Sequence[Path]) -> list[Path]:
@@ -208,39 +222,53 @@ def _renumbered(path: Path, number: int) -> str:
 # ---- what is in a file
 
 
-def read_files(paths: Iterable[Path], together: Together | None = None) -> LocatedRows:
-    """The rows of data files, one after the other."""
-    for path in paths:
-        yield from read_file(path, together)
-
-
 def read_file(path: Path, together: Together | None = None) -> LocatedRows:
     """The rows of a data file. UserError with file and row.
 
     together: the files among which a column of CSV has values of one kind.
     """
-    content, suffix = _content(path)
-    if suffix == ".csv":
+    content, suffix = _content(path), _suffix(path)
+    if suffix in _DELIMITERS:
         return _read_csv(path, content, together)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    return readers[suffix](path, content)
+    return readers.get(suffix, _read_arrow)(path, content)
 
 
-def _content(path: Path) -> tuple[bytes, str]:
-    """What is in a data file, and its suffix without .gz."""
+def _content(path: Path) -> bytes:
+    """What is in a data file, uncompressed. UserError where it ends too early, with the last line that it has."""
     if not is_data_file(path):
         raise UserError(f"{path}: {REWRITE}")
+    content = bytearray()
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return content, _suffix(path)
+        if path.suffix not in COMPRESSED:
+            return path.read_bytes()
+        with _uncompressing(path) as stream:
+            while part := stream.read1(_AT_ONCE):
+                content += part
+    except (EOFError, OSError, zlib.error) as error:
+        lines = content.count(10) if _suffix(path) in _WITH_LINES else 0  # 10 is the line feed
+        behind = f" behind line {lines}" if lines else ""
+        raise UserError(f"{path}: cannot be read{behind}: {error}", remedy="copy or write the file again") from None
+    return bytes(content)
+
+
+def _uncompressing(path: Path) -> Any:
+    """A compressed file as a stream of what is in it."""
+    return gzip.open(path) if path.suffix == ".gz" else _arrow(path).input_stream(str(path), compression="zstd")
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
+    return Path(_uncompressed(path)).suffix
+
+
+def _arrow(path: Path) -> Any:
+    """The library pyarrow. UserError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading {path.suffix} needs the library pyarrow: {INSTALL}") from None
+    return pyarrow
 
 
 def _read_jsonl(path: Path, content: bytes) -> LocatedRows:
@@ -299,7 +327,7 @@ class Together:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self.paths = [path for path in paths if _suffix(path) == ".csv"]
+        self.paths = [path for path in paths if _suffix(path) in _DELIMITERS]
 
     def cells(self, name: str) -> set[str]:
         """The distinct cells of a column in all files; of one that has texts, one of these."""
@@ -312,7 +340,7 @@ class Together:
             return columns
         texts: set[str] = set()  # the columns that have one
         for path in self.paths:
-            header, rows, _ = _parsed_csv(path, _content(path)[0])
+            header, rows, _ = _parsed_csv(path, _content(path))
             for number, name in enumerate(header):
                 distinct = set() if name in texts else {cells[number] for cells in rows}
                 if (text := next(filter(is_written_text, distinct), None)) is not None:
@@ -331,7 +359,7 @@ def _parsed_csv(path: Path, content: bytes) -> tuple[list[str], list[list[str]],
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
     csv.field_size_limit(_FIELD_LIMIT)
-    reader = csv.reader(io.StringIO(decoded, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(decoded, newline=""), strict=True, delimiter=_DELIMITERS[_suffix(path)])
     locations, rows = [], []
     try:
         header = next(reader, [])
@@ -351,11 +379,7 @@ def _parsed_csv(path: Path, content: bytes) -> tuple[list[str], list[list[str]],
 
 
 def _read_parquet(path: Path, content: bytes) -> LocatedRows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs the library pyarrow: {INSTALL}") from None
+    pyarrow = _arrow(path)
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
         names, count = file.schema_arrow.names, file.metadata.num_rows
@@ -363,8 +387,7 @@ def _read_parquet(path: Path, content: bytes) -> LocatedRows:
         raise UserError(f"{path}: not a valid parquet file: {error}") from None
 
     def values(name: str) -> list[Any]:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: {names.count(name)} columns are called '{name}'; rename them")
+        _refuse_twice(path, names, name)
         try:
             column = file.read(columns=[name]).column(name)
         except (pyarrow.ArrowException, OSError) as error:
@@ -372,6 +395,36 @@ def _read_parquet(path: Path, content: bytes) -> LocatedRows:
         return python_values(column)
 
     yield from Columns(names, values).rows(f"{path} row {number + 1}" for number in range(count))
+
+
+def _read_arrow(path: Path, content: bytes) -> LocatedRows:
+    """Arrow's own file format, which Feather is too, or a stream of it, as `datasets` writes."""
+    pyarrow = _arrow(path)
+    batches: list[Any] = []
+    try:
+        if content.startswith(b"ARROW1"):
+            file = pyarrow.ipc.open_file(content)
+            schema = file.schema
+            batches += (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            stream = pyarrow.ipc.open_stream(content)
+            schema = stream.schema
+            batches.extend(stream)
+    except (pyarrow.ArrowException, OSError) as error:
+        row = sum(batch.num_rows for batch in batches) + 1
+        raise UserError(f"{path} row {row}: not valid Arrow: {error}", remedy="copy or write the file again") from None
+    table, names = pyarrow.Table.from_batches(batches, schema), schema.names
+
+    def values(name: str) -> list[Any]:
+        _refuse_twice(path, names, name)
+        return python_values(table.column(name))
+
+    yield from Columns(names, values).rows(f"{path} row {number + 1}" for number in range(table.num_rows))
+
+
+def _refuse_twice(path: Path, names: Sequence[str], name: str) -> None:
+    if names.count(name) > 1:
+        raise UserError(f"{path}: {names.count(name)} columns are called '{name}'; rename them")
 
 
 # ---- columns, read where they are used

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from fedhpc.data import sources
 from fedhpc.data.encoding import marked
 from fedhpc.data.files import is_shard
 from fedhpc.data.labels import UNLABELLED, class_order, is_number, no_class
-from fedhpc.data.partitioners.base import Int32
+from fedhpc.data.partitioners.base import Int32, Int64
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Table
@@ -28,6 +28,10 @@ from fedhpc.rng import EVALUATION, generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: What the data are for. test: nothing is trained, and rows have no owners. clients: nothing is trained, but clients
+#: are evaluated on the training split.
+Purpose = Literal["training", "test", "clients"]
 
 HELD_OUT_SHARE = 0.05
 HELD_OUT_MAX = 1000
@@ -74,8 +78,12 @@ def load_data(
     write_cache: bool = True,
     public: Public | None = None,
     head: Sequence[str] = (),
+    purpose: Purpose = "training",
 ) -> Data:
     """Read, tokenise and divide the data of a run.
+
+    Where nothing is trained (`purpose`), no rows are held out: of train and test one stands for the other that is not
+    there, and validation is the test.
 
     writing: how an example is written; data.target is used only where it has a target. write_cache: whether tokens are
     cached for the next run (`--check` writes nothing). public: the public set to read beside the splits. head: the
@@ -86,11 +94,13 @@ def load_data(
     prompt = template(data.prompt, "data.prompt", tokenizer)
     target = template(data.target if writing.has_target else "", "data.target", tokenizer)
     messages: list[str] = []
-    tables, labelled, owner_names = _read_splits(settings, prompt, target, public, messages, not writing.has_target)
+    tables, labelled, owner_names = _read_splits(
+        settings, prompt, target, public, messages, not writing.has_target, purpose
+    )
     label_names: list[str] = []
     if data.label is not None:
         names = {row[data.label] for split in tables if split in labelled for row in tables[split].rows}
-        label_names = class_order(names, head)
+        label_names = list(head) if purpose != "training" and names <= set(head) else class_order(names, head)
         amounts = [name for name in label_names if "." in name and is_number(name)]
         if amounts and not writing.has_target:
             messages.append(
@@ -129,28 +139,41 @@ def load_data(
     for split, table in tables.items():
         prompts, targets = texts.pop(split)
         tokens, message = cached_tokens(
-            prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room
+            prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room, data.overlong
         )
         if message is not None and message not in messages:
             messages.append(message)
-        messages += what_became_of(tokens, split, data.max_length)
-        train = split == "train"
+        messages += what_became_of(tokens, table, split, data.max_length)
+        train, of_split = split == "train", answers.get(split)
+        rows = rows_that_fit(tokens, table, data.max_length)
+        if len(rows) < len(table.rows):
+            if train and _is_natural(settings):
+                owner_names = owners_with_enough(settings, table.select(rows), owner_names, messages)[1]
+                stays = np.isin([table.rows[row][str(data.client)] for row in rows], owner_names)
+                rows, tokens = rows[stays], tokens.select(np.flatnonzero(stays))
+            table = table.select(rows)
+            prompts, targets = [prompts[row] for row in rows], [targets[row] for row in rows]
+            if of_split is not None:
+                of_split = of_split._replace(variant=of_split.variant[rows])
+            if train and true_labels is not None:
+                true_labels = true_labels[rows]
         examples[split] = examples_from(
             tokens,
             labels=ids_of(table, data.label if split in labelled else None, label_names),
             label_names=label_names,
-            owners=ids_of(table, data.client, owner_names) if train else None,
+            owners=ids_of(table, data.client, owner_names) if train and purpose != "test" else None,
             owner_names=owner_names if train else [],
             prompts=prompts if split in ("validation", "test") else None,
             targets=targets if split in ("validation", "test") else None,
-            answers=answers.get(split),
+            answers=of_split,
         )
-        if train and _clients_write(settings.evaluation):  # no part of the fingerprint
+        if train and _clients_write(settings.evaluation, purpose):  # no part of the fingerprint
             examples[split] = replace(examples[split], prompts=prompts, targets=targets)
-    make = Population.single if settings.mode == "centralized" else Population.divided
+    single = settings.mode == "centralized" or purpose == "test"
+    make = Population.single if single else Population.divided
     return Data(
         examples["train"],
-        examples["validation"],
+        examples.get("validation", examples["test"]),
         examples["test"],
         make(settings, replace(examples["train"], labels=true_labels)),  # noise does not move examples
         messages,
@@ -159,10 +182,11 @@ def load_data(
     )
 
 
-def _clients_write(evaluation: config.Evaluation) -> bool:
-    """Whether texts are generated for what is held out of the clients' training data."""
+def _clients_write(evaluation: config.Evaluation, purpose: Purpose) -> bool:
+    """Whether texts are generated for the clients' own examples, or what is held out of them."""
     needs = {registry.choice("metrics", name).needs for name in evaluation.metrics_of_test}
-    return evaluation.client_fraction > 0 and "texts" in needs
+    evaluated = purpose == "clients" or (purpose == "training" and evaluation.client_fraction > 0)
+    return evaluated and "texts" in needs
 
 
 def template(written: str, key: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -170,9 +194,34 @@ def template(written: str, key: str, tokenizer: PreTrainedTokenizerBase) -> Temp
     return parse(written, key).with_texts(lambda words: marked(words, tokenizer))
 
 
-def what_became_of(tokens: Tokens, split: str, max_length: int) -> list[str]:
-    """For the log: how many texts of a split were cut, tokenised in two pieces, or look like special tokens."""
+def rows_that_fit(tokens: Tokens, table: Table, max_length: int) -> Int64:
+    """Which rows of a table have become examples, int64 (n,). UserError where none has."""
+    if tokens.overlong is None or not tokens.overlong.any():
+        return np.arange(len(table.rows))
+    rows = np.flatnonzero(tokens.overlong == 0)
+    if not len(rows):
+        raise UserError(
+            f"{table.locations[0]}: the target does not fit in data.max_length {max_length}, nor does that of any "
+            f"other of {len(table.rows)} rows; {tokens.overlong.max()} is enough for all of them, "
+            f"{tokens.overlong.min()} for the shortest"
+        )
+    return rows
+
+
+def what_became_of(tokens: Tokens, table: Table, split: str, max_length: int) -> list[str]:
+    """For the log: how many texts of a split do not fit, were tokenised in two pieces, or look like special tokens."""
     count, messages = len(tokens.prompt_lengths), []
+    if tokens.overlong is not None and (left_out := np.flatnonzero(tokens.overlong)).size:
+        messages.append(
+            f"data.overlong: {len(left_out)} of {len(tokens.overlong)} rows of {split} are left out, like "
+            f"{table.locations[left_out[0]]}, because their targets do not fit in data.max_length {max_length}; "
+            f"{tokens.overlong.max()} is enough for all of them"
+        )
+    if tokens.cut is not None and tokens.cut.any():
+        messages.append(
+            f"data.overlong: {np.count_nonzero(tokens.cut)} of {count} rows of {split} lose "
+            f"{tokens.cut.sum(dtype=np.int64)} tokens at the ends of their targets"
+        )
     if tokens.lost is not None and tokens.needed is not None and tokens.lost.any():
         messages.append(
             f"data: {np.count_nonzero(tokens.lost)} of {count} rows of {split} lose {tokens.lost.sum(dtype=np.int64)} "
@@ -198,6 +247,7 @@ def _read_splits(
     public: Public | None,
     messages: list[str],
     is_classifier: bool,
+    purpose: Purpose,
 ) -> tuple[dict[str, Table], set[str], list[str]]:
     """The rows of train, validation, test and the public set, which of these have labels, and the owners' names.
 
@@ -205,7 +255,7 @@ def _read_splits(
     """
     data = settings.data
     answers = data.label if is_classifier or data.label in target.columns else None  # the column that they are in
-    natural = issubclass(registry.choice("partitioners", settings.partition.name), Natural)
+    natural = _is_natural(settings) and purpose != "test"
     source = sources.with_join(sources.open_source(data), data.join)
     templates = {
         **dict.fromkeys(target.columns, "data.target"),
@@ -216,7 +266,8 @@ def _read_splits(
         columns[data.label] = "data.label"
     shared = dict(columns)
     columns |= {**dict.fromkeys(data.where_not, "data.where_not"), **dict.fromkeys(data.where, "data.where")}
-    owner = {} if data.client is None else {data.client: "data.client"}
+    owner = {} if data.client is None or purpose == "test" else {data.client: "data.client"}
+    references = [column for column in target.columns if column != data.label]  # a class is no list
     tables: dict[str, Table] = {}
     unseen = [
         (key, column, value)
@@ -230,6 +281,9 @@ def _read_splits(
     owner_names: list[str] = []
     # All are found before one is read: a column of CSV is of one kind in all of them.
     in_source = {split: sources.find_split(source, getattr(data, split)) for split in ("train", "validation", "test")}
+    trains = purpose == "training"
+    if not trains:
+        in_source = _without_training(in_source, data)
     if public is not None and public.source is None:
         sources.find_split(source, public.split or "train")
     for split, name_in_source in in_source.items():
@@ -239,24 +293,25 @@ def _read_splits(
                 f"data.{split}: '{data.source}' has no split or file '{name}'; it has: {sources.contents(source)}"
             )
         # `train: dev` must not make dev the default validation split too.
-        is_train = split != "train" and name == split and name_in_source == tables["train"].name
+        is_train = trains and split != "train" and name == split and name_in_source == tables["train"].name
         if name_in_source is None or is_train:
             absent[split] = f"no {split} split of its own"
             continue
         # Those whose labels are hidden may have no column for them.
         optional = data.label if split != "train" else None
         wanted = {**columns, **(owner if split == "train" else {})}
-        table = sources.read_table(source, name_in_source, wanted, optional)
-        if split == "train" and data.client is not None:
+        table = sources.read_table(source, name_in_source, wanted, optional, references, data.missing)
+        if split == "train" and owner:
             # Owners whose rows are all filtered out stay clients, without data.
-            owner_names = sorted({row[data.client] for row in table.rows if row[data.client] or not natural})
+            names_ = {row[str(data.client)] for row in table.rows}
+            owner_names = sorted(name for name in names_ if name or not natural)
         unseen = [one for one in unseen if not any(row[one[1]] == one[2] for row in table.rows)]
         tables[split] = sources.filtered(table, data)
         reason = "" if split == "train" or data.label is None else _hidden(tables, split, data.label)
         if reason and answers is None:
             unlabelled.add(split)
         elif reason:
-            if name != split:
+            if name != split or not trains:
                 raise UserError(f"data.{split}: {reason}; name a split that has labels, or leave data.{split} out")
             others = split == "test" and "validation" in tables
             way_out = f"data.{split}=validation tests on that" if others else f"data.{split} can name another split"
@@ -286,6 +341,20 @@ def _read_splits(
         tables["train"], owner_names = owners_with_enough(settings, tables["train"], owner_names, messages)
     tables = {split: tables[split] for split in ("train", "validation", "test", "public") if split in tables}
     return tables, labelled, owner_names
+
+
+def _without_training(in_source: dict[str, str | None], data: config.Data) -> dict[str, str | None]:
+    """Which splits are read where nothing is trained: the test, and the data of clients, which may be the same."""
+    train, test = in_source["train"], in_source["test"]
+    return {
+        "train": test if train is None and data.train == "train" else train,
+        "test": train if test is None and data.test == "test" else test,
+    }
+
+
+def _is_natural(settings: config.Config) -> bool:
+    """Whether the clients are the owners that the data names."""
+    return issubclass(registry.choice("partitioners", settings.partition.name), Natural)
 
 
 def _hidden(tables: Mapping[str, Table], split: str, label: str) -> str:
@@ -368,7 +437,10 @@ def _public_rows(
         return parts[1], parts[0]
     public_filters = {"where": public.where, "where_not": public.where_not}
     data = settings.data.model_copy(
-        update={**public_filters, **({"source": public.source, "subset": None} if public.source is not None else {})}
+        update={
+            **public_filters,
+            **({"source": public.source, "subset": None, "client_from": "column"} if public.source is not None else {}),
+        }
     )
     if public.source is not None:
         try:
@@ -382,7 +454,9 @@ def _public_rows(
             f"method.public.split: '{data.source}' has no split or file '{name}'; it has: {sources.contents(source)}"
         )
     filters = {column: f"method.public.{key}" for key, columns in public_filters.items() for column in columns}
-    table = sources.read_table(source, name_in_source, {**columns, **filters})
+    references = [column for column, key in columns.items() if key == "data.target" and column != data.label]
+    wanted = {**columns, **filters}
+    table = sources.read_table(source, name_in_source, wanted, references=references, missing=data.missing)
     table = sources.filtered(table, data, "method.public")
     for split, other in tables.items():
         both = set(table.locations) & set(other.locations)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import logging
 import os
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedhpc import builtin, config
+from fedhpc.config import Missing
 from fedhpc.data import files
+from fedhpc.data.client_files import Layout, files_by_client
 from fedhpc.data.files import INSTALL, LocatedRows
 from fedhpc.data.values import is_missing, text
 from fedhpc.errors import UserError, nearest
 
 VALIDATION = ("validation", "dev", "valid", "val")
+SPLITS = ("train", *VALIDATION, "test")
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Table:
     locations: list[str]  # of each row, like "train.csv:7"
     nulls: list[frozenset[str]] = field(default_factory=list)  # of each row, the columns that have no value
 
-    def select(self, keep: list[int]) -> Table:
+    def select(self, keep: Iterable[int]) -> Table:
         """The table of the rows with these indices."""
+        keep = list(keep)
         return replace(
             self,
             rows=[self.rows[i] for i in keep],
@@ -66,11 +71,16 @@ class Source(Protocol):
 def open_source(data: config.Data) -> Source:
     """Open the source that `data.source` names, without reading any rows yet."""
     path = Path(os.path.expanduser(data.source))
+    if data.client_from != "column" and (not path.is_dir() or _is_saved(path)):
+        raise UserError(
+            f"data.client_from {data.client_from} is for a folder of data files, which data.source '{data.source}' is "
+            "not; give the folder, or name a column with the owner as data.client"
+        )
     if data.source.startswith("builtin:"):
         source: Source = _Builtin(data.source.removeprefix("builtin:"))
     elif path.exists():
-        saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
-        source = _Hub.saved(path) if saved else _Files(path)
+        by = None if data.client_from == "column" else ByClient(data.client_from, str(data.client))
+        source = _Hub.saved(path) if _is_saved(path) else _Files(path, by)
     elif data.source.startswith((".", "/", "~")) or files.is_data_file(path):
         raise UserError(f"there is no file or folder '{data.source}'", key="data.source")
     else:
@@ -78,6 +88,11 @@ def open_source(data: config.Data) -> Source:
     if data.subset is not None:
         raise UserError("data.subset is for data sets of the hub, which data.source is not: remove data.subset")
     return source
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a folder is one that `datasets` has saved."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def find_split(source: Source, split: str) -> str | None:
@@ -89,28 +104,66 @@ def find_split(source: Source, split: str) -> str | None:
     return None
 
 
-def read_table(source: Source, split: str, columns: Mapping[str, str], optional: str | None = None) -> Table:
+def read_table(
+    source: Source,
+    split: str,
+    columns: Mapping[str, str],
+    optional: str | None = None,
+    references: Collection[str] = (),
+    missing: Missing = "error",
+) -> Table:
     """Read all rows of a split, as `find_split` named it.
 
-    columns: the columns to keep, each with the configuration key that asks for it, like {"mr": "data.prompt"}.
-    optional: one that need not be there; then it has no value.
+    columns: the columns to keep, each with the configuration key that asks for it, like {"mr": "data.prompt"}; see
+    `lookup` for "a.b". optional: one that need not be there; then it has no value. references: the columns of a target,
+    in which a list stands for as many rows with one reference each. missing: what becomes of a row without a column
+    that others have, as in `data.missing`.
     """
     table = Table(split, [], [])
     none = frozenset[str]()
+    lacking: dict[str, tuple[Mapping[str, Any], str]] = {}  # the first row without a column, and where it is
+    seen: set[str] = set()
     for location, values in source.read(split):
-        row, nulls = {}, none
+        picked: dict[str, Any] = {}
         for column, key in columns.items():
-            there = column != optional or column in values
-            value = _value(values, column, key, location, is_first=not table.rows) if there else None
-            row[column] = _text(value, column, key, location)
-            if not row[column] and is_missing(value):
-                nulls |= {column}
-        table.rows.append(row)
-        table.locations.append(location)
-        table.nulls.append(nulls)
+            if (missing == "empty" or column == optional) and not _has(values, column):
+                lacking.setdefault(column, (values, location))
+                picked[column] = None
+            else:
+                picked[column] = _value(values, column, key, location, is_first=not table.rows)
+                if column in values or picked[column] is not None:
+                    seen.add(column)
+        for one in _each_reference(picked, references, location):
+            row, nulls = {}, none
+            for column, value in one.items():
+                row[column] = _text(value, column, columns[column], location)
+                if not row[column] and is_missing(value):
+                    nulls |= {column}
+            table.rows.append(row)
+            table.locations.append(location)
+            table.nulls.append(nulls)
+    for column, (values, location) in lacking.items():
+        if column not in seen and column != optional:  # no row has it: rather a mistake than a value that is missing
+            _value(values, column, columns[column], location)
     if not table.rows:
         raise UserError(f"{split}: the split has no rows")
     return table
+
+
+def _each_reference(values: dict[str, Any], columns: Collection[str], location: str) -> Iterable[Mapping[str, Any]]:
+    """The values of a row for each item of the lists in these columns; of one without lists as they are."""
+    lists = {
+        column: values[column]
+        for column in columns
+        if isinstance(values.get(column), list) and not any(isinstance(item, Mapping) for item in values[column])
+    }
+    if not lists:
+        return [values]
+    if len({len(items) for items in lists.values()}) > 1:
+        raise UserError(f"{location}: data.target: the lists in its columns {', '.join(lists)} differ in length")
+    # An empty list gives a row with an empty target, for which there is an error already.
+    items = zip(*lists.values(), strict=True) if all(lists.values()) else [("",) * len(lists)]
+    return ({**values, **dict(zip(lists, chosen, strict=True))} for chosen in items)
 
 
 def contents(source: Source) -> str:
@@ -167,15 +220,56 @@ def refuse(table: Table, rows: list[int], column: str, key: str) -> None:
 
 def _value(values: Mapping[str, Any], column: str, key: str, location: str, is_first: bool = True) -> Any:
     """The value of a row in a column. UserError where it has none, or one that Python cannot hold."""
-    if column not in values:
-        remedy = nearest(column, [str(name) for name in values])
-        if not is_first:
-            remedy = f"rows before it have one: write null, or an empty text, where a row has no value; {remedy}"
-        raise UserError(f"{location}: {key} names the column '{column}', which is not there; {remedy}")
     try:
-        return values[column]
+        return lookup(values, column)
+    except KeyError:
+        outer = column.partition(".")[0]
+        within = values.get(outer)
+        names = (
+            [f"{outer}.{name}" for name in within] if isinstance(within, Mapping) else [str(name) for name in values]
+        )
+        remedy = nearest(column, names)
+        if not is_first:
+            remedy = (
+                "rows before it have one: write null, or an empty text, where a row has no value, or set data.missing "
+                f"to empty; {remedy}"
+            )
+        raise UserError(f"{location}: {key} names the column '{column}', which is not there; {remedy}") from None
     except UserError as error:
         raise error.but(key=key) from None
+
+
+def lookup(values: Mapping[str, Any], column: str) -> Any:
+    """The value of a row in a column, or of "a.b", where there is no such column, the value b of the dict in a.
+
+    Of a list of dicts it is the list of their values; of a dict that is missing, null. KeyError where there is none.
+    """
+    if column in values:
+        return values[column]
+    parts = column.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        outer, inner = ".".join(parts[:count]), ".".join(parts[count:])
+        if outer in values:
+            value = values[outer]
+            if is_missing(value):
+                return None
+            if isinstance(value, Mapping):
+                return lookup(value, inner)
+            if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+                return [lookup(item, inner) for item in value]
+    raise KeyError(column)
+
+
+def _has(values: Mapping[str, Any], column: str) -> bool:
+    if column in values or "." not in column:
+        return column in values
+    try:
+        lookup(values, column)
+    except KeyError:
+        return False
+    except UserError:  # there is a value, which Python cannot hold
+        return True
+    return True
 
 
 def _text(value: Any, column: str, key: str, location: str) -> str:
@@ -227,13 +321,23 @@ class _Builtin:
             yield f"builtin:{self.task} {split} row {number}", row
 
 
-class _Files:
-    """A folder of data files, or one file."""
+@dataclass(frozen=True)
+class ByClient:
+    """Each client has a file or a folder of its own, whose name stands in a column that is made of it."""
 
-    def __init__(self, path: Path) -> None:
+    layout: Layout
+    column: str
+
+
+class _Files:
+    """A folder of data files, or one file. by_client: of a folder, where each client has its own."""
+
+    def __init__(self, path: Path, by_client: ByClient | None = None) -> None:
         self.path = path
         self.folder = files.Folder.open(path) if path.is_dir() else None
+        self.by_client = by_client
         self._paths: dict[str, list[Path]] = {}  # the files of each split, as `find` named it
+        self._client: dict[Path, str] = {}  # whose file it is
         self._together = files.Together([])
 
     def splits(self) -> list[str]:
@@ -256,6 +360,11 @@ class _Files:
             # A file by itself is the training data whatever it is called, and never the evaluation data too.
             is_train = split == "train" or (split == files.stem(self.path) and split not in (*VALIDATION, "test"))
             return [self.path] if is_train else []
+        if self.by_client is not None:
+            clients = files_by_client(self.path, split, SPLITS, self.by_client.layout)
+            self._client |= {path: client for client, paths in clients.items() for path in paths}
+            if clients or split == "train":  # one file can be the test of all
+                return list(chain.from_iterable(clients.values()))
         # So is a folder of parts without a split's name.
         return self.folder.files_of(split) or (files.parts_of(self.path) if split == "train" else [])
 
@@ -263,7 +372,23 @@ class _Files:
         together = files.Together(dict.fromkeys(path for paths in self._paths.values() for path in paths))
         if together.paths != self._together.paths:
             self._together = together
-        return files.read_files(self._paths[split], self._together)
+        for path in self._paths[split]:
+            rows = files.read_file(path, self._together)
+            yield from rows if self.by_client is None else self._of_client(path, rows, self.by_client.column)
+
+    def _of_client(self, path: Path, rows: LocatedRows, column: str) -> LocatedRows:
+        """The rows of a client's file, with its name. UserError where there are none."""
+        client, is_empty = self._client.get(path, files.stem(path)), True
+        for location, values in rows:
+            is_empty = False
+            if column in values:
+                raise UserError(
+                    f"{location}: data.client: there is a column '{column}' already; name another for the clients of "
+                    "data.client_from, or leave data.client_from out"
+                )
+            yield location, ChainMap({column: client}, values)  # type: ignore[arg-type]  # nobody writes to it
+        if is_empty:
+            raise UserError(f"{path}: no row is in this file of the client '{client}'; take it away, or give it rows")
 
 
 @dataclass(frozen=True)

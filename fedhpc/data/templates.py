@@ -1,7 +1,7 @@
 """Templates build a text from the columns of a row: with mr = "Aromi is a bar", "{mr} :" gives "Aromi is a bar :".
 
-`{{` and `}}` stand for braces. Between braces there is a column name and nothing else, taken literally: no attributes,
-indices, conversions or formats.
+`{{` and `}}` stand for braces. Between braces there is a column name and nothing else, taken literally: no indices,
+conversions or formats. {a.b} is the column of that name or, where there is none, the value b of the dict in column a.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhpc.config import Overlong
 from fedhpc.data.encoding import behind, behind_each, encode, marked, unmarked
 from fedhpc.data.partitioners.base import Int32, Int64
 from fedhpc.errors import UserError
@@ -35,7 +36,7 @@ Bool = NDArray[np.bool_]
 
 _CHUNK = 8192  # examples tokenised at once: bounds the Python lists
 _FORMAT = "fedhpc-tokens-1"  # of the fingerprint
-_CACHED = "fedhpc-tokens-2"  # counts up with the rules by which texts become tokens
+_CACHED = "fedhpc-tokens-3"  # counts up with the rules by which texts become tokens
 
 
 class Row(NamedTuple):
@@ -45,6 +46,25 @@ class Row(NamedTuple):
     supervised: list[int]
     lost: int  # tokens of the texts that are left out, because there is no room for them
     needed: int  # the data.max_length with which none would be
+    cut: int = 0  # supervised tokens that are left out (`data.overlong: truncate`), the end of the text among them
+
+
+class OverlongError(UserError):
+    """A row whose supervised tokens have no room in `data.max_length`; with `needed` they would."""
+
+    def __init__(self, message: str, needed: int = 0, **where: str) -> None:
+        super().__init__(message, **where)
+        self.needed = needed
+
+    @classmethod
+    def target(cls, where: str, tokens: int, max_length: int, needed: int, is_label: bool) -> OverlongError:
+        """The error of a target with this number of tokens; one that is a label alone is never cut."""
+        others = "set data.overlong to drop" + ("" if is_label else " or truncate")
+        return cls(
+            f"{where}: the target has {tokens} tokens and does not fit in data.max_length {max_length}; use at least "
+            f"{needed}, or {others}",
+            needed=needed,
+        )
 
 
 # (ids of the prompt, ids of the target, where the row is) -> the example. UserError, with the place, if there is none.
@@ -60,7 +80,9 @@ class Writing(Protocol):
     def has_target(self) -> bool: ...
     @property
     def one_text(self) -> bool: ...  # whether a target is read behind its prompt, as one text
-    def join(self, tokenizer: Any, max_length: int, room: int = 0) -> Join: ...  # room: see `tokenize`
+    def join(self, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
+        """How ids of texts become an example. OverlongError where `max_length` has no room for a target, unless
+        `truncate` says that it loses its end. room: see `tokenize`."""
 
 
 class Spans(NamedTuple):
@@ -78,10 +100,20 @@ class Tokens(NamedTuple):
     offsets: Int64  # [n + 1]; example e is ids[offsets[e]:offsets[e + 1]]
     prompt_lengths: Int32  # [n]; tokens in front of the first span, special ones included; 0 where there are none
     # What became of each text, for those who want to know; no part of the content.
+    # Where rows are left out there are fewer examples than texts.
     lost: Int32 | None = None  # [n]; as in `Row`
     needed: Int32 | None = None  # [n]; as in `Row`
     apart: Bool | None = None  # [n]; whether a token would reach over the end of the prompt
     spelled: Bool | None = None  # [n]; whether it has the characters of a special token as text
+    cut: Int32 | None = None  # [n]; as in `Row`
+    overlong: Int32 | None = None  # [texts]; the data.max_length that a row needs which is left out; 0: it is not
+
+    def select(self, examples: Int64) -> Tokens:
+        """The tokens of some of the examples alone, in this order."""
+        starts, ends = self.offsets[examples], self.offsets[examples + 1]
+        offsets = np.concatenate([[0], np.cumsum(ends - starts)])
+        of_each = [array if array is None else array[examples] for array in self[2:-1]]
+        return Tokens(self.ids[ranges(starts, ends)], offsets, *of_each)  # type: ignore[arg-type]
 
 
 class Answers(NamedTuple):
@@ -235,16 +267,18 @@ def tokenize(
     max_length: int,
     writing: Writing,
     room: int = 0,
+    overlong: Overlong = "error",
 ) -> Tokens:
     """Tokenise rendered texts, which are marked; an example has at most `max_length` tokens.
 
     locations: where each row was read ("train.csv:7"), for the UserError about an empty target or texts that make no
-    example. room: as many tokens as a prompt leaves free for a target, even where its own is shorter.
+    example. room: as many tokens as a prompt leaves free for a target, even where its own is shorter. overlong: what
+    becomes of a row whose target does not fit, as in `data.overlong`.
     """
-    join = writing.join(tokenizer, max_length, room)
+    join = writing.join(tokenizer, max_length, room, truncate=overlong == "truncate")
     ids: list[Int32] = []
-    lengths = np.empty(len(prompts), np.int64)
-    prompt_lengths, lost, needed = (np.empty(len(prompts), np.int32) for _ in range(3))
+    lengths = np.zeros(len(prompts), np.int64)
+    prompt_lengths, lost, needed, cut, too_long = (np.zeros(len(prompts), np.int32) for _ in range(5))
     apart, spelled = (np.zeros(len(prompts), bool) for _ in range(2))
     for start in range(0, len(prompts), _CHUNK):
         chunk = slice(start, min(start + _CHUNK, len(prompts)))
@@ -266,14 +300,31 @@ def tokenize(
                 raise UserError(
                     f"{locations[number]}: data.target is empty here; leave the row out with data.where_not"
                 )
-            row = join(of_prompt, of_target, locations[number])
+            try:
+                row = join(of_prompt, of_target, locations[number])
+            except OverlongError as error:
+                if overlong != "drop":
+                    raise
+                too_long[number] = error.needed
+                continue
             pieces += row[:2]
             prompt_lengths[number], lost[number], needed[number] = len(row.front), row.lost, row.needed
+            cut[number] = row.cut
             lengths[number] = len(row.front) + len(row.supervised)
         ids.append(np.fromiter(chain.from_iterable(pieces), np.int32))
-    offsets = np.zeros(len(prompts) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return Tokens(np.concatenate(ids), offsets, prompt_lengths, lost, needed, apart, spelled)
+    fits = too_long == 0
+    offsets = np.concatenate([[0], np.cumsum(lengths[fits])])
+    return Tokens(
+        np.concatenate(ids),
+        offsets,
+        prompt_lengths[fits],
+        lost=lost[fits],
+        needed=needed[fits],
+        apart=apart[fits],
+        spelled=spelled[fits],
+        cut=cut[fits],
+        overlong=too_long,
+    )
 
 
 def answers_behind(
@@ -312,23 +363,24 @@ def cached_tokens(
     writing: Writing,
     write: bool = True,
     room: int = 0,
+    overlong: Overlong = "error",
 ) -> tuple[Tokens, str | None]:
     """`tokenize`, or read the tokens from the cache; also a message if they could not be cached.
 
     write: whether to put tokens into the cache that are not in it.
     """
-    content = f"{_CACHED} {writing.task} {max_length} {room} {tokenizer_content(tokenizer)}"
+    content = f"{_CACHED} {writing.task} {max_length} {room} {overlong} {tokenizer_content(tokenizer)}"
     digest = hashlib.sha256(content.encode())
     _update(digest, prompts)
     _update(digest, targets)
     try:
         folder = cache_dir() / digest.hexdigest()
     except RuntimeError as error:  # a user without a home directory
-        tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room)
+        tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room, overlong)
         return tokens, f"tokens are not cached: {error}"
     if (cached := _load(folder, len(prompts))) is not None:
         return cached, None
-    tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room)
+    tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room, overlong)
     if not write:
         return tokens, None
     try:
@@ -376,22 +428,26 @@ def _load(folder: Path, count: int) -> Tokens | None:
     except (OSError, ValueError, EOFError):
         return None
     tokens = Tokens(*arrays)
-    if len(tokens.offsets) != count + 1 or any(len(of_each) != count for of_each in arrays[2:]):
+    examples = len(tokens.offsets) - 1
+    if len(arrays[-1]) != count or np.count_nonzero(arrays[-1] == 0) != examples:
+        return None
+    if any(len(of_each) != examples for of_each in arrays[2:-1]):
         return None
     return tokens if tokens.offsets[-1] == len(tokens.ids) else None
 
 
 def save_tokens(folder: Path, tokens: Tokens) -> None:
     """Write all files beside `folder`, then rename: a reader finds them whole or not at all."""
+    arrays = tokens._asdict()
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix="writing-", dir=folder.parent))
     try:
-        for name in Tokens._fields:
+        for name, array in arrays.items():
             with open(written / f"{name}.npy", "wb") as file:
-                np.save(file, getattr(tokens, name), allow_pickle=False)
+                np.save(file, array, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        if folder.is_dir() and _load(folder, len(tokens.prompt_lengths)) is None:
+        if folder.is_dir() and _load(folder, len(arrays["overlong"])) is None:
             shutil.rmtree(folder)  # damaged; a sound one is never removed, others may have it mapped
         try:
             written.rename(folder)

@@ -37,7 +37,7 @@ def text(value: Any) -> str:
         raise ValueError(f"a list of {len(value)}: give each its own row, or join them to one text")
     if isinstance(value, dict):
         keys = ", ".join(map(str, list(value)[:5]))
-        raise ValueError(f"a dict of {len(value)} ({keys}): put what is used into columns of their own")
+        raise ValueError(f"a dict of {len(value)} ({keys}): name what is used of it with a dot, as in column.key")
     if isinstance(value, bytes):
         raise ValueError(f"a bytes of {len(value)}: use one text or number")
     result = str(value)

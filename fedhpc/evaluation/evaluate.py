@@ -153,7 +153,7 @@ class Evaluator:
 
     def by_client(
         self,
-        method: Method,
+        method: Method | None,
         payloads: Tensor,
         examples: Examples,
         clients: Sequence[int],
@@ -162,7 +162,8 @@ class Evaluator:
     ) -> dict[str, NDArray[Any]] | None:
         """Metrics of every client on examples held out of its own training; on rank 0, None elsewhere. Collective.
 
-        payloads (1, P), the same for all clients, or one row per client. held_out[i]: the examples of clients[i].
+        method None: of the base as it is. payloads (1, P), the same for all clients, or one row per client.
+        held_out[i]: the examples of clients[i].
         Columns, one row per client: client_id, num_examples, tokens (supervised), loss (mean over them, NaN without
         any) and `metrics`, NaN without examples; of each the 95 % interval over the drawing of the client's examples,
         loss_low and loss_high; NaN where it is not known, as that of the loss of one example.

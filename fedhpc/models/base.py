@@ -183,7 +183,7 @@ class Base(ABC):
 
     @classmethod
     @abstractmethod
-    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
         """How the token ids of a prompt and of its target become those of an example (data/tokens.py)."""
 
     @classmethod

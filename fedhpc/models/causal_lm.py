@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhpc.data.tokens import Examples, Join, Row, Tokens, examples_from, ranges
+from fedhpc.data.tokens import Examples, Join, OverlongError, Row, Tokens, examples_from, ranges
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import (
@@ -72,21 +72,26 @@ class CausalLM(Generative):
     # ---- data
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
-        """`[bos] prompt target [eos]`; an over-long example loses the front of its prompt, never of its target."""
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
+        """`[bos] prompt target [eos]`; an over-long example loses the front of its prompt.
+
+        With `truncate` a target that does not fit loses its end, and the eos with it. Its prompt keeps at most half of
+        the row.
+        """
         eos = require_eos(tokenizer)
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
         def join(prompt: list[int], target: list[int], where: str) -> Row:
             prompt, target = bare(prompt, bos, ()), bare(target, (), [eos])
-            left = max_length - len(bos) - len(target) - 1
-            if left < 0 or (left == 0 and not bos):
-                raise UserError(
-                    f"{where}: the target has {len(target)} tokens and does not fit in "
-                    f"data.max_length {max_length}; use at least {max_length - left + (not bos)}, "
-                    "or leave the row out"
-                )
-            left = max(left - max(room - len(target), 0), 0 if bos else 1)
+            supervised = [*target, eos]
+            left = max_length - len(bos) - len(supervised)
+            if left >= (0 if bos else 1):
+                left = max(left - max(room - len(target), 0), 0 if bos else 1)
+            elif truncate and not room:
+                left = (max_length - len(bos)) // 2
+            else:
+                needed = max_length - left + (not bos)
+                raise OverlongError.target(where, len(target), max_length, needed, is_label=room > 0)
             lost = max(len(prompt) - left, 0)
             prompt = prompt[lost:]
             if not bos and not prompt:
@@ -95,7 +100,8 @@ class CausalLM(Generative):
                     "data.prompt a text, so that something comes before the target"
                 )
             needed = len(bos) + lost + len(prompt) + max(len(target), room) + 1
-            return Row(bos + prompt, [*target, eos], lost, needed)
+            fitting = supervised[: max_length - len(bos) - len(prompt)]
+            return Row(bos + prompt, fitting, lost, needed, len(supervised) - len(fitting))
 
         return join
 

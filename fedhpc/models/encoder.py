@@ -145,7 +145,7 @@ class Classifier(Encoder, Predictor):
     # ---- before it is loaded
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
         """The prompt between the tokenizer's special tokens, cut at its end; no target."""
         text = text_of(tokenizer, max_length)
 
@@ -325,7 +325,7 @@ class SentenceEncoder(Encoder):
     task_type = "FEATURE_EXTRACTION"
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
         """Both texts between the tokenizer's special tokens, each cut at its end."""
         text = text_of(tokenizer, max_length)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fedhpc.data.tokens import Examples, Join, Row
+from fedhpc.data.tokens import Examples, Join, OverlongError, Row
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import (
@@ -85,21 +85,22 @@ class Seq2Seq(Generative):
     # ---- data
 
     @classmethod
-    def join(cls, tokenizer: Any, max_length: int, room: int = 0) -> Join:
-        """The prompt, cut at its end, and the whole target, each with what the tokenizer puts around a text."""
+    def join(cls, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
+        """The prompt, cut at its end, and the target, each with what the tokenizer puts around a text.
+
+        With `truncate` a target that does not fit loses its end, and the eos with it.
+        """
         text = text_of(tokenizer, max_length)
 
         def join(prompt: list[int], target: list[int], where: str) -> Row:
             answer = cls.answer_ids(tokenizer, target)
-            if len(answer) > max_length:
-                raise UserError(
-                    f"{where}: the target has {len(target)} tokens and does not fit in data.max_length {max_length}; "
-                    f"use at least {len(answer)}, or leave the row out"
-                )
+            if len(answer) > max_length and (not truncate or room):
+                raise OverlongError.target(where, len(target), max_length, len(answer), is_label=room > 0)
             source = text(prompt)
             if not source.front:
                 raise UserError(f"{where}: the prompt is empty; leave the row out with data.where_not")
-            return Row(source.front, answer, source.lost, max(source.needed, len(answer)))
+            cut = max(len(answer) - max_length, 0)
+            return Row(source.front, answer[:max_length], source.lost, max(source.needed, len(answer)), cut)
 
         return join
 

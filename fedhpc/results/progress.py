@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 from rich import progress
@@ -15,7 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from fedhpc.results.record import FinalResults, RoundRecord
+from fedhpc.results.record import FinalResults, RoundRecord, Sampling
 
 
 class UnderWay(Protocol):
@@ -93,13 +94,7 @@ class Progress:
     def finish(self, results: FinalResults) -> None:
         """Print the results of the whole run, beside those of the untouched base."""
         self.close()
-        for name, value in results.test.items():
-            details = [f"untouched base {results.base[name]:.4f}"] if name in results.base else []
-            if (one := results.test_sampling.get(name)) is not None:
-                interval = f"95 % interval {one.low:.4f} to {one.high:.4f} " if one.known else ""
-                details.append(f"{interval}over {one.items}")
-            print(f"test {name} {value:.4f}" + (f" ({'; '.join(details)})" if details else ""))
-        for text in results.lines:
+        for text in [*lines_of_test(results.test, results.test_sampling, results.base), *results.lines]:
             print(text)
 
     def close(self) -> None:
@@ -142,6 +137,21 @@ def line(record: RoundRecord, rounds: int) -> str:
     if record.seconds:
         parts.append(duration(record.seconds))
     return "  ".join(parts)
+
+
+def lines_of_test(test: Mapping[str, float], sampling: Mapping[str, Sampling], base: Mapping[str, float]) -> list[str]:
+    """A line for each metric of a test: `test loss 1.2034 (untouched base 2.0; 95 % interval ... over 9 examples)`.
+
+    base: the same metrics of the untouched base, where they are known.
+    """
+    lines = []
+    for name, value in test.items():
+        details = [f"untouched base {base[name]:.4f}"] if name in base else []
+        if (one := sampling.get(name)) is not None:
+            interval = f"95 % interval {one.low:.4f} to {one.high:.4f} " if one.known else ""
+            details.append(f"{interval}over {one.items}")
+        lines.append(f"test {name} {value:.4f}" + (f" ({'; '.join(details)})" if details else ""))
+    return lines
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedhpc.config import Config
 from fedhpc.data import Data
+from fedhpc.data.population import Population
 from fedhpc.evaluation.evaluate import Evaluator, Outcome, subset
 from fedhpc.methods.base import Method
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
@@ -43,11 +44,7 @@ class Evaluation:
 
     def clients_evaluated(self) -> list[int]:
         """Clients of the per-client evaluation: all, or a seeded sample of a large population."""
-        n, limit = self.data.population.num_clients, self.config.evaluation.max_clients
-        if n <= limit:
-            return list(range(n))
-        chosen = generator(self.config.run.seed, "evaluated clients").choice(n, limit, replace=False)
-        return sorted(int(c) for c in chosen)
+        return evaluated_clients(self.config, self.data.population)
 
     def of_clients(
         self, transport: Transport, payloads: Tensor, clients: Sequence[int]
@@ -86,6 +83,15 @@ class Evaluation:
         transport.reduce_sum(results)
         personal = [f"{metric}_personal{end}" for metric in measured for end in _ENDS]
         return {name: result.numpy() for name, result in zip(personal, results, strict=True)}
+
+
+def evaluated_clients(config: Config, population: Population) -> list[int]:
+    """The clients that are evaluated each by itself: all, or a seeded sample of `evaluation.max_clients`."""
+    n, limit = population.num_clients, config.evaluation.max_clients
+    if n <= limit:
+        return list(range(n))
+    chosen = generator(config.run.seed, "evaluated clients").choice(n, limit, replace=False)
+    return sorted(int(c) for c in chosen)
 
 
 def client_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -595,8 +595,10 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     def _examples(self, prompts: list[str], targets: list[str], name: str) -> Examples:
         locations = [f"{name} {i}" for i in range(len(prompts))]
-        max_length = self.config.data.max_length
-        tokens = tokenize(prompts, targets, locations, self.base.tokenizer, max_length, type(self.base))
+        data, base = self.config.data, self.base
+        # Of questions whose answers do not fit none is left but those that lose their ends.
+        overlong: configuration.Overlong = "truncate" if data.overlong == "truncate" else "error"
+        tokens = tokenize(prompts, targets, locations, base.tokenizer, data.max_length, type(base), overlong=overlong)
         return examples_from(tokens, prompts=prompts, targets=targets)
 
     def answered(self, transport: Transport, contexts: Sequence[str], arm: str) -> Outcome | None:

@@ -7,16 +7,14 @@ among the questions. A question whose target column holds a list has one referen
 from __future__ import annotations
 
 import hashlib
-from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedhpc import config, registry
 from fedhpc.data import sources
-from fedhpc.data.files import LocatedRows
 from fedhpc.data.labels import class_order
-from fedhpc.data.load import Data, ids_of, owners_with_enough, template, what_became_of
+from fedhpc.data.load import Data, ids_of, owners_with_enough, rows_that_fit, template, what_became_of
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
 from fedhpc.data.sources import Source, Table
@@ -67,7 +65,7 @@ def load_passages(
     named = {columns.passage_id: "method.passage_id"} if columns.gold is not None else {}
     label = {} if data.label is None else {data.label: "data.label"}
     wanted = {**dict.fromkeys(render.columns, "method.passage"), **named, **label, **owner}
-    table = sources.read_table(source, _name_of(source, data, "train"), wanted)
+    table = sources.read_table(source, _name_of(source, data, "train"), wanted, missing=data.missing)
     natural = issubclass(registry.choice("partitioners", settings.partition.name), Natural)
     if natural:
         sources.refuse(table, table.without(str(data.client)), str(data.client), "data.client")
@@ -102,8 +100,9 @@ def load_passages(
         **({} if columns.gold is None else {columns.gold: "method.gold"}),
     }
     name = _name_of(source, data, "test")
-    questions = sources.filtered(sources.read_table(_OneReference(source, target.columns), name, asked), data)
-    test, lines = _examples(questions, prompt, target, tokenizer, data.max_length, writing, write_cache)
+    read = sources.read_table(source, name, asked, references=target.columns, missing=data.missing)
+    questions = sources.filtered(read, data)
+    questions, test, lines = _examples(questions, prompt, target, tokenizer, data, writing, write_cache)
     messages += [line for line in lines if line not in messages]
     make = Population.single if settings.mode == "centralized" else Population.divided
     return Corpus(
@@ -153,12 +152,17 @@ def _gold(questions: Table, row: int, column: str, numbers: Mapping[str, int]) -
 
 
 def _examples(
-    table: Table, prompt: Template, target: Template, tokenizer: Any, max_length: int, writing: Writing, write: bool
-) -> tuple[Examples, list[str]]:
+    table: Table, prompt: Template, target: Template, tokenizer: Any, data: config.Data, writing: Writing, write: bool
+) -> tuple[Table, Examples, list[str]]:
+    """The questions that fit, their examples, and what to say about them."""
     prompts, targets = ([one.render(row) for row in table.rows] for one in (prompt, target))
-    tokens, message = cached_tokens(prompts, targets, table.locations, tokenizer, max_length, writing, write)
-    lines = [message] if message else []
-    return examples_from(tokens, prompts=prompts, targets=targets), lines + what_became_of(tokens, "test", max_length)
+    tokens, message = cached_tokens(
+        prompts, targets, table.locations, tokenizer, data.max_length, writing, write, overlong=data.overlong
+    )
+    lines = ([message] if message else []) + what_became_of(tokens, table, "test", data.max_length)
+    rows = rows_that_fit(tokens, table, data.max_length)
+    prompts, targets = [prompts[row] for row in rows], [targets[row] for row in rows]
+    return table.select(rows), examples_from(tokens, prompts=prompts, targets=targets), lines
 
 
 @dataclass(frozen=True)
@@ -169,33 +173,5 @@ class _Passage:
     has_target: bool = False
     one_text: bool = False
 
-    def join(self, tokenizer: Any, max_length: int, room: int = 0) -> Join:
+    def join(self, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
         return lambda prompt, target, location: Row(prompt, [], 0, len(prompt))
-
-
-@dataclass(frozen=True)
-class _OneReference:
-    """Splits rows with several references into rows with one each: {answers: ["a", "b"]} gives two rows."""
-
-    source: Source
-    columns: tuple[str, ...]  # those that may hold lists
-
-    def find(self, split: str) -> str | None:
-        return self.source.find(split)
-
-    def splits(self) -> list[str]:
-        return self.source.splits()
-
-    def read(self, split: str) -> LocatedRows:
-        for location, values in self.source.read(split):
-            lists = {c: values[c] for c in self.columns if isinstance(values.get(c), list)}
-            if not lists:
-                yield location, values
-                continue
-            if len({len(items) for items in lists.values()}) > 1:
-                raise UserError(
-                    f"{location}: data.target: the lists in its columns {', '.join(lists)} differ in length"
-                )
-            # An empty list gives a row with an empty target, for which there is an error already.
-            for chosen in zip(*lists.values(), strict=True) if all(lists.values()) else [("",) * len(lists)]:
-                yield location, ChainMap(dict(zip(lists, chosen, strict=True)), values)  # type: ignore[arg-type]
