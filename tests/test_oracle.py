@@ -73,6 +73,12 @@ def test_layers_that_are_given_tokens_before_rows_are_refused(tmp_path: Path) ->
     assert "is not given the tokens row by row" in verdict.refused and not verdict.wrong
 
 
+def test_layers_of_its_own_making_are_refused(tmp_path: Path) -> None:
+    """I-BERT's layers compute with whole numbers."""
+    verdict = oracle.judge(Case("classification", "ibert"), tmp_path)
+    assert "no linear layers that can be adapted" in verdict.refused and not verdict.wrong
+
+
 def test_a_cache_that_no_prefix_fits_is_refused(tmp_path: Path) -> None:
     verdict = oracle.judge(Case("classification", "xlm"), tmp_path)
     assert verdict.works and "prefix" in verdict.refusals

@@ -25,6 +25,11 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
     nothing, and where a layer does not see the tokens of each row, so that no row could have factors of its own.
     """
     linear = {path: module for path, module in base.model.named_modules() if features(module) and path not in base.head}
+    if not linear:
+        raise UserError(
+            f"'{base.name}' ({base.model.config.model_type}) has no linear layers that can be adapted",
+            key=key, remedy="choose another method or model",
+        )  # fmt: skip
     for name in names:
         if not any(ends_with(path, name) for path in linear):
             output = getattr(base.model, "get_output_embeddings", lambda: None)()

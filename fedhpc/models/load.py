@@ -33,7 +33,10 @@ BUILTIN = Path(__file__).parents[1] / "builtin" / "base"
 _SAMPLE = 65_536  # elements per tensor that go into the fingerprint
 #: What `model.task` can name; auto takes the first that fits the model.
 MODELS: dict[str, type[Base]] = {model.task: model for model in (CausalLM, Classifier, SentenceEncoder, Seq2Seq)}
-_UNTRAINABLE = {"reformer": "has reversible layers, which train in train mode alone, where they draw at random"}
+_UNTRAINABLE = {
+    "perceiver": "turns a text into latents, which its layers see in place of the tokens",
+    "reformer": "has reversible layers, which train in train mode alone, where they draw at random",
+}
 # What transformers imports where it is installed: for the losses of object detection, assisted generation, templates
 # of chats.
 _UNASKED = ("scipy", "sklearn", "jinja2")
