@@ -13,6 +13,8 @@ import pytest
 from fedhpc.approaches.prepare import is_finished
 from fedhpc.errors import UserError
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.report.runs import load_run
+from fedhpc.report.single import _facts
 from fedhpc.results.status import read_status
 from fedhpc.server.selection import Selection
 from tests.federations import Interrupted, federate, final, settings, table, tree, write_texts
@@ -55,6 +57,7 @@ def test_the_best_state_is_tested_and_exported(texts: Path, tmp_path: Path, loss
     assert table(tmp_path / "best", "test")["loss"] == table(tmp_path / "until", "test")["loss"]
     with h5py.File(tmp_path / "best" / "results.h5") as file:
         assert file.attrs["best_round"] == best
+    assert ["best round", str(best)] in _facts(load_run(tmp_path / "best")).rows
 
 
 def test_a_run_ends_when_nothing_gets_better(

@@ -13,8 +13,11 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from fedhpc import config as configuration
 from fedhpc import registry
 from fedhpc.approaches.inputs import _refuse_split_steps
+from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.forwards import cut_further
 from fedhpc.training.schedule import batches, learning_rates
@@ -175,3 +178,17 @@ def test_a_client_without_memory_goes_on_with_smaller_forwards(
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
     for name in whole:
         np.testing.assert_allclose(parts[name], whole[name], rtol=0, atol=1e-6)
+
+
+def test_check_says_that_steps_will_be_cut(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"client": {"batch_size": 8}, "federation": {"cohort_size": 2}, "runtime": {"block_size": 2}}
+    approach = prepare(settings(tmp_path, tree(texts, **changes)), LoopbackTransport(), Launch(), False)
+    plan = approach.plan(1)
+    approach.rehearse(plan)
+    assert not [line for line in approach.details(plan) if "in parts" in line]
+    tried = crowded(monkeypatch, 3)
+    approach.rehearse(plan)
+    assert tried == [(2, 8), (1, 8), (1, 4), (1, 2), (1, 2)]
+    assert approach.details(plan)[-1] == (
+        "memory is enough for 1 clients, and 2 examples of a client at a time: larger blocks train in parts"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -39,6 +39,7 @@ StateT = TypeVar("StateT", bound=ServerState)  # the server's state
 DownloadT = TypeVar("DownloadT")  # what clients know of it in a round
 UploadT = TypeVar("UploadT")  # what a block of clients sends back
 CombinedT = TypeVar("CombinedT")  # all contributions of a round in one
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -194,14 +195,20 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """What a block of clients does. No collectives, no files but the clients' own."""
 
     def local_in_parts(self, plan: Plan, clients: Sequence[int], download: DownloadT) -> list[BlockResult[UploadT]]:
-        """`local` of a block; in halves, from now on, where the block takes more memory than the GPU has.
+        """`local` of a block, as `in_parts` does it.
 
-        Where a client alone does not fit, its steps go on with half as many examples in a forward. A block that failed
-        has changed nothing: what clients keep is a file of this round, written again.
+        A block that failed has changed nothing: what clients keep is a file of this round, written again.
+        """
+        return self.in_parts(clients, lambda part: self.local(plan, part, download))
+
+    def in_parts(self, clients: Sequence[int], work: Callable[[Sequence[int]], Result]) -> list[Result]:
+        """`work` of a block of clients; of its halves, from now on, where it takes more memory than the GPU has.
+
+        Where a client alone does not fit, its steps go on with half as many examples in a forward.
         """
         if self.clients_that_fit is None or len(clients) <= self.clients_that_fit:
             try:
-                return [self.local(plan, clients, download)]
+                return [work(clients)]
             except torch.OutOfMemoryError as error:
                 if len(clients) == 1 and not self._can_halve_forwards:
                     client = self.data.population.title(clients[0])
@@ -214,11 +221,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
             self.clients_that_fit = math.ceil(len(clients) / 2)
             if len(clients) == 1:
                 self.examples_that_fit = math.ceil(self._examples_at_once / 2)
-                return self.local_in_parts(plan, clients, download)
+                return self.in_parts(clients, work)
         half = math.ceil(len(clients) / 2)
-        return [
-            result for part in (clients[:half], clients[half:]) for result in self.local_in_parts(plan, part, download)
-        ]
+        return [result for part in (clients[:half], clients[half:]) for result in self.in_parts(part, work)]
 
     @property
     def _examples_at_once(self) -> int:

@@ -106,7 +106,7 @@ def _facts(run: LoadedRun) -> Grid:
         ]
     rows += [[key.replace("_", " "), str(a[key])] for key in ("mode", "method", "model", "seed") if key in a]
     rows += [["trainable parameters", as_count(run.parameters)]]
-    for key in ("world_size", "transport", "device", "block_size", "created_utc", "fedhpc_version"):
+    for key in ("best_round", "world_size", "transport", "device", "block_size", "created_utc", "fedhpc_version"):
         if key in a:
             rows.append([key.replace("_", " "), str(a[key])])
     return Grid(f"Run {run.name}", ["", "value"], rows, text=True)

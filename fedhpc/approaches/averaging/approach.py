@@ -368,7 +368,11 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         trains_here = self.base.device.type == self.placement.trains_on
         if blocks and trains_here:
             largest = max(blocks, key=lambda block: (len(block.clients), block.cost))
-            self.training.rehearse(largest.clients)
+
+            def step(part: Sequence[int]) -> None:
+                self.training.rehearse(part, self.examples_that_fit)
+
+            self.in_parts(largest.clients, step)
             if self.config.evaluation.samples and isinstance(self.base, Generative):
                 views = self.method.payload.views(self.initial_payload().unsqueeze(0).to(self.base.device))
                 rows = torch.zeros(1, dtype=torch.int64, device=self.base.device)
@@ -398,11 +402,14 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
                 f"memory per worker: {most / 2**20:,.0f} MiB, as a step of the largest block on its longest rows took: "
                 f"{parts}, the rest activations and the program"
             )
+        clients, examples = self.fits
+        fewer = f"{clients} clients, and {examples} examples of a client" if examples else f"{clients} clients"
         return [
             f"payload: {payload.size:,} parameters in {len(payload.shapes)} tensors, "
             f"{payload.size * item / 2**20:.2f} MiB",
             *([stays] if personal.shapes else []),
             memory,
+            *([f"memory is enough for {fewer} at a time: larger blocks train in parts"] if clients else []),
         ]
 
 

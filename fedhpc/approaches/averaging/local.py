@@ -143,9 +143,12 @@ class BlockTraining:
             padded_tokens=trained.padded_tokens,
         )
 
-    def rehearse(self, clients: Sequence[int]) -> None:
-        """Take one local step of a block on the longest rows that its clients have, and forget what it gave."""
-        local = LocalTraining.of(self.config, 1, self.rounds)
+    def rehearse(self, clients: Sequence[int], fit: int | None = None) -> None:
+        """Take one local step of a block on the longest rows that its clients have, and forget what it gave.
+
+        fit: as in `LocalTraining.of`.
+        """
+        local = LocalTraining.of(self.config, 1, self.rounds, fit)
         local = replace(local, steps=1, epochs=None, packing=self.config.client.packing)
         works = []
         for client in clients:
