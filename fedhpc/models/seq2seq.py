@@ -245,9 +245,7 @@ class Seq2Seq(Generative):
 
     # ---- answers
 
-    def generate(
-        self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int, ends: Sequence[int] = ()
-    ) -> Tensor:
+    def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
         """The most likely next token, again and again (see Generative).
 
         All rows start in the same column of the decoder, so only the encoder needs a mask.
@@ -264,8 +262,7 @@ class Seq2Seq(Generative):
         for step in range(steps):
             hidden = self._decode(ids, states, mask, cache)[:, -1]
             chosen = self.logits(hidden).argmax(dim=-1)
-            for end in {self.tokenizer.eos_token_id, *ends}:
-                ended |= chosen == end
+            ended |= chosen == self.tokenizer.eos_token_id
             generated[:, step] = torch.where(ended, -1, chosen)
             if bool(ended.all()):
                 break
