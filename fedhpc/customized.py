@@ -18,11 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedhpc import kernels
-from fedhpc.approaches.export import FACTS
+from fedhpc.approaches.export import FACTS, TEMPLATE
 from fedhpc.config import Model
+from fedhpc.data import chats
+from fedhpc.data.chat_template import ChatTemplate
+from fedhpc.data.chat_tokens import Writer
 from fedhpc.data.tokens import prompt_ids
 from fedhpc.errors import UserError
 from fedhpc.methods import adapter as bottleneck
@@ -47,6 +51,7 @@ class Customized:
     payload: Tensors
     max_length: int  # tokens of a prompt, special ones included; a longer one is cut as in the run
     precision: str  # as in `runtime.precision`
+    chat_template: str | None = None  # of the run; None: the tokenizer's own
 
     @property
     def model(self) -> Any:
@@ -58,19 +63,32 @@ class Customized:
         """The tokenizer of the base."""
         return self.base.tokenizer
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[Mapping[str, object]]],
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+    ) -> list[str]:
         """The text that the model writes behind each prompt: the likeliest token, again and again, up to its end.
 
-        prompts: rendered as the run's `data.prompt`; special tokens are added here. batch_size: how many are written at
-        once, which changes no text. UserError for a model that writes none.
+        prompts: texts, rendered as the run's `data.prompt`, to which special tokens are added here; or chats, lists of
+        {role, content}, to which the assistant's next turn is written. batch_size: how many are written at once, which
+        changes no text. UserError for a model that writes none.
         """
         base = self.base
         if not isinstance(base, Generative):
             raise UserError(f"'{base.name}' is used for {base.task} and writes no texts; use logits")
         texts: list[str] = []
-        for part in self._parts(prompts, batch_size):
+        ends: tuple[int, ...] = ()
+        if prompts and not any(isinstance(prompt, str) for prompt in [prompts, *prompts]):
+            writer = self._writer()
+            ids, ends = self._questions(writer, prompts), writer.ends
+        else:
+            ids = self._ids(prompts)
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
             with self._attached(len(part)) as attached:
-                generated = base.generate(attached, part, max_new_tokens)
+                generated = base.generate(attached, part, max_new_tokens, ends)
             texts += [base.text(row) for row in generated.cpu().numpy()]
         return texts
 
@@ -83,19 +101,33 @@ class Customized:
         if not isinstance(base, Classifier):
             raise UserError(f"'{base.name}' is used for {base.task} and has no logits of classes; use generate")
         rows = [torch.empty(0, base.num_classes)]
-        for part in self._parts(texts, batch_size):
+        of_texts = self._ids(texts)
+        for start in range(0, len(of_texts), batch_size):
+            part = of_texts[start : start + batch_size]
             ids, mask = (kernels.on_device(array, base.device) for array in padded(part, base.pad_id))
             with self._attached(len(part)) as attached:
                 rows.append(base.class_logits(attached, ids, mask).cpu())
         return torch.cat(rows)
 
-    def _parts(self, texts: Sequence[str], size: int) -> Iterator[list[np.ndarray]]:
-        """The token ids of the texts, `size` texts at a time."""
+    def _ids(self, texts: Sequence[object]) -> list[NDArray[np.int32]]:
+        """The token ids of texts."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"a list of texts is needed, got {type(texts).__name__}")
-        ids = prompt_ids(list(texts), self.base.tokenizer, self.max_length, self.base)
-        for start in range(0, len(ids), size):
-            yield ids[start : start + size]
+        return prompt_ids([str(text) for text in texts], self.base.tokenizer, self.max_length, self.base)
+
+    def _writer(self) -> Writer:
+        """How chats become tokens."""
+        template = ChatTemplate.load(self.base.tokenizer, None) if self.chat_template is None else None
+        template = template or ChatTemplate(self.base.tokenizer, self.chat_template, TEMPLATE)
+        return Writer(self.base.tokenizer, template, "assistant", self.max_length, "error")
+
+    def _questions(self, writer: Writer, prompts: Sequence[object]) -> list[NDArray[np.int32]]:
+        """The token ids of chats, with the prompt for generation."""
+        texts = [
+            writer.template.question(chats.messages(prompt, "prompts", f"chat {number}"), None, f"chat {number}")
+            for number, prompt in enumerate(prompts, 1)
+        ]
+        return [np.array(one, np.int32) for one in writer.question_ids(texts)]
 
     @contextmanager
     def _attached(self, rows: int) -> Iterator[Attached]:
@@ -122,20 +154,21 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
     facts = {"max_length": 10**9, "precision": "float32", **read_json(folder / FACTS, missing_ok=True)}
     model = model_of(folder, base)
     ready = load_base(model, torch.device(device), classes_of(folder))
+    template = folder / TEMPLATE
+    chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+    of_run = (facts["max_length"], facts["precision"], chat_template)
     if "base_model_name_or_path" not in config:
-        return Customized(ready, None, {}, facts["max_length"], facts["precision"])
+        return Customized(ready, None, {}, *of_run)
     tensors = adapter_tensors(folder)
     _put_head(ready, tensors, folder)
     if config.get("format") == bottleneck.FORMAT:
         bottleneck.load(ready.model, folder)
-        return Customized(ready, None, {}, facts["max_length"], facts["precision"])
+        return Customized(ready, None, {}, *of_run)
     method, payload = _METHODS[config["peft_type"]](ready, config, tensors)
     shapes = {name: tuple(t.shape) for name, t in payload.items()}
     if shapes != dict(method.payload.shapes):
         raise UserError(f"'{folder}' belongs to another base than '{model.name}': its tensors do not fit")
-    return Customized(
-        ready, method, {n: t.to(ready.device) for n, t in payload.items()}, facts["max_length"], facts["precision"]
-    )
+    return Customized(ready, method, {n: t.to(ready.device) for n, t in payload.items()}, *of_run)
 
 
 def model_of(folder: Path, base: str | None = None) -> Model:

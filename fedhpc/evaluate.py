@@ -146,7 +146,7 @@ def _imports() -> None:
 
 def _work(options: argparse.Namespace, subject: Subject, rank: Rank) -> None:
     """What the ranks do together: load, evaluate, print."""
-    from fedhpc.approaches.averaging.evaluation import client_lines
+    from fedhpc.approaches.averaging.evaluation import client_lines, turn_lines
     from fedhpc.evaluation.evaluate import over_clients
     from fedhpc.results.progress import lines_of_test
 
@@ -156,6 +156,7 @@ def _work(options: argparse.Namespace, subject: Subject, rank: Rank) -> None:
         return
     lines = [*loaded.evaluator.base.messages, *loaded.data.messages]
     lines += lines_of_test(measured.outcome.metrics, measured.outcome.sampling, base={})
+    lines += turn_lines(measured.outcome.turns)
     if measured.clients is not None:
         lines += client_lines(over_clients(measured.clients, rank.config.evaluation.metrics_of_test))
     print("\n".join(lines))

@@ -18,6 +18,7 @@ from fedhpc.errors import UserError
 
 COLUMNS = {
     "dining": {"mr", "ref", "name", "client", "label"},
+    "chats": {"messages", "label", "client"},
     "topics": {"text", "label", "client"},
     "passages": {"id", "title", "text", "client"},
     "questions": {"question", "answer", "passage_id", "passage", "client"},
@@ -86,6 +87,14 @@ def test_dining_sizes_clients_and_labels():
     assert max(sizes.values()) >= 5 * min(sizes.values())
     assert set(Counter(row["label"] for row in train)) == {"pub", "cafe", "restaurant", "bakery"}
     assert {row["client"] for row in rows("dining", "test")} == set(sizes)
+
+
+def test_chats_are_the_rows_of_dining_in_turns():
+    chats = [json.loads(row["messages"]) for row in rows("chats", "train")]
+    pairs = [(a["content"], b["content"]) for chat in chats for a, b in zip(chat[::2], chat[1::2], strict=True)]
+    assert sorted(pairs) == sorted((row["mr"], row["ref"]) for row in rows("dining", "train"))
+    assert {len(chat) for chat in chats} == {2, 4, 6}
+    assert {tuple(m["role"] for m in chat[:2]) for chat in chats} == {("user", "assistant")}
 
 
 def test_dining_splits_share_no_list_and_test_has_several_references():

@@ -19,14 +19,15 @@ def test_resolves(path: Path) -> None:
     assert config.run.name != "demo", "a committed configuration has a run name of its own"
 
 
-@pytest.mark.parametrize("name", ["classification", "skewed", "reparametrised", "million"])
+@pytest.mark.parametrize("name", ["chats", "classification", "skewed", "reparametrised", "million"])
 def test_check_passes_and_writes_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(CONFIGS / f"{name}.yaml"), "--check"]) == 0
     out = capsys.readouterr().out
-    assert "payload:" in out and "at the end all 300 test examples" in out
+    assert "payload:" in out and f"at the end all {161 if name == 'chats' else 300} test examples" in out
+    assert (":>>>News from the kitchens. The Blue Barrel" in out) == (name == "chats")
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ import torch
 from fedhpc import data, registry
 from fedhpc.approaches.base import AnyApproach
 from fedhpc.config import plugins
+from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.participation import forecast
 from fedhpc.participation.plan import Plan
@@ -21,6 +22,8 @@ from fedhpc.ranks.verdict import on_server
 from fedhpc.results.record import RunDescription, Scalar
 from fedhpc.results.results_file import Results
 from fedhpc.results.resume import decide
+
+_SHOWN = 400  # characters of a turn that --check shows
 
 
 def headline(approach: AnyApproach, transport: Transport) -> str:
@@ -53,6 +56,7 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         *approach.messages,
         *data.describe(splits.population, splits.train),
         f"examples: {len(splits.train):,} training, {len(splits.validation):,} validation, {len(splits.test):,} test",
+        *([] if splits.train.spans is None else [first_chat(approach.base.tokenizer, splits.train)]),
         evaluated(approach),
         f"rounds: {approach.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most "
         f"{largest}, {approach.work(plan)} each",
@@ -61,6 +65,20 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         f"bytes per round: {approach.bytes_down(plan):,} down, {approach.bytes_up(plan):,} up (protocol)",
         *rest,
     ]
+
+
+def first_chat(tokenizer: Any, examples: Examples) -> str:
+    """The first example in one line, with the tokens that are learned between >>> and <<<."""
+    ids, positions = examples.tokens(0), examples.supervised(np.array([0]))[1]
+    is_learned = np.isin(np.arange(len(ids)), positions)
+    pieces = []
+    for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_learned)) + 1):
+        text = tokenizer.decode(ids[part].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = text.replace("\n", "\\n")
+        if len(text) > _SHOWN:
+            text = f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
+        pieces.append(f">>>{text}<<<" if is_learned[part[0]] else text)
+    return f"first training example, {len(positions)} of {len(ids)} tokens learned (>>> <<<): {''.join(pieces)}"
 
 
 def _rehearse(approach: AnyApproach, plan: Plan) -> None:

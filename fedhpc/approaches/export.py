@@ -13,10 +13,12 @@ from typing import Any
 
 from fedhpc import __version__
 from fedhpc.config import Config
+from fedhpc.data.chat_template import ChatTemplate
 from fedhpc.methods.base import Method, Tensors
 from fedhpc.models.base import Base
 
 FACTS = "fedhpc.json"
+TEMPLATE = "chat_template.jinja"  # as transformers calls it
 CLIENTS = "clients.json"  # names of the clients, beside their adapters' folders, which are numbers
 # What loads a base and its adapter at once, by PEFT's type of task.
 _IN_PEFT = {
@@ -85,6 +87,9 @@ def export(method: Method, values: Tensors, folder: Path, config: Config) -> Non
         "precision": config.runtime.precision,
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if config.data.messages is not None and config.data.chat_template is not None:
+        program = ChatTemplate.load(base.tokenizer, config.data.chat_template).program()
+        (folder / TEMPLATE).write_text(program, encoding="utf-8")
     (folder / "README.md").write_text(_card(base, adapter, config), encoding="utf-8")
 
 
@@ -97,22 +102,24 @@ def _card(base: Base, adapter: dict[str, Any], config: Config) -> str:
         f"# {config.run.name}",
         f"Made by fedhpc {__version__}: {config.mode}, method {config.method.name}, {config.federation.rounds} rounds, "
         f"on `{base.source}` in {dtype}. In this folder:",
-        _use(base, config.data.prompt),
+        _use(base, config),
     ]
     if library == "peft" and base.task_type in _IN_PEFT:
         parts += ["The same with PEFT:", _code("python", _IN_PEFT[base.task_type].format(dtype=dtype))]
         parts.append(_VERSIONS.get((adapter["peft_type"], base.task_type), _RIGHT.get(base.task_type, "")))
     elif library == "transformers":
         parts.append("It is a whole model: transformers loads the folder like any other.")
-    parts.append(_rows(base, int(adapter.get("num_virtual_tokens", 0))))
+    parts.append(_rows(base, config, int(adapter.get("num_virtual_tokens", 0))))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _use(base: Base, prompt: str) -> str:
+def _use(base: Base, config: Config) -> str:
     """The lines that use an export."""
     if base.task == "embedding":
         return _code("yaml", "method: {name: rag, retriever: .}  # in the configuration of a search")
-    text = json.dumps(prompt, ensure_ascii=False)
+    text = json.dumps(config.data.prompt, ensure_ascii=False)
+    if config.data.messages is not None:
+        text = '[{"role": "user", "content": "Hello"}]'
     call = f"generate([{text}], max_new_tokens=64)" if "texts" in base.answers else f"logits([{text}])"
     return _code("python", f'import fedhpc\n\nmodel = fedhpc.load(".")\nprint(model.{call})')
 
@@ -121,10 +128,14 @@ def _code(language: str, lines: str) -> str:
     return f"```{language}\n{lines}\n```"
 
 
-def _rows(base: Base, virtual: int) -> str:
+def _rows(base: Base, config: Config, virtual: int) -> str:
     """The special tokens and positions of the rows that it was trained on."""
     tokenizer = base.tokenizer
-    if base.task != "causal_lm":
+    if config.data.messages is not None:
+        text = (
+            f"A row was a chat as {'`' + TEMPLATE + '`' if config.data.chat_template else 'the chat template'} has it"
+        )
+    elif base.task != "causal_lm":
         text = "Texts were tokenised as `tokenizer(text)` does"
     elif tokenizer.bos_token_id is None:
         text = f"A row was prompt, target and `{tokenizer.eos_token}`; the tokenizer has no bos"

@@ -9,6 +9,8 @@ the language of every task but none of the tasks:
 - ``dining``: data-to-text in the manner of the E2E NLG task (Novikova, Dusek, Rieser, 2017,
   arXiv:1706.09254): a list of values `mr` and a description `ref` of it by one of 30 papers (the clients);
   columns mr, ref, name, client, label (the type of venue). Validation and test have several references for a list.
+- ``chats``: one to three lists of values of dining, each answered by its description; columns messages (JSON text),
+  client, label (the type of the first venue).
 - ``topics``: classification of three sentences, six labels; columns text, label, client.
 - ``passages`` and ``questions``: lives of invented people, and questions that one of the lives answers;
   columns id, title, text, client and question, answer, passage_id, passage (its text), client.
@@ -301,6 +303,25 @@ def _dining(split: str) -> list[Row]:
     raise AssertionError(split)
 
 
+def _chats(split: str) -> list[Row]:
+    """The rows of dining as chats of one, two and three questions in turn, each with one paper."""
+    of_papers: dict[str, dict[str, Row]] = {}
+    for row in _dining(split):  # one description of each list
+        of_papers.setdefault(row["client"], {}).setdefault(row["mr"], row)
+    written: list[Row] = []
+    for paper, of_lists in of_papers.items():
+        left = list(of_lists.values())
+        while left:
+            turns, left = left[: len(written) % 3 + 1], left[len(written) % 3 + 1 :]
+            messages = [
+                {"role": role, "content": row[column]}
+                for row in turns
+                for role, column in (("user", "mr"), ("assistant", "ref"))
+            ]
+            written.append({"messages": json.dumps(messages), "client": paper, "label": turns[0]["label"]})
+    return written
+
+
 def _fill(template: str, draw: _Draw) -> str:
     p, q = draw.sample(FIRST_NAMES, 2)
     t, u = draw.sample(TOWNS, 2)
@@ -551,6 +572,7 @@ def _general(split: str) -> list[Row]:
 
 _WRITERS: dict[str, Callable[[str], list[Row]]] = {
     "dining": _dining,
+    "chats": _chats,
     "topics": _topics,
     "passages": _passages,
     "questions": _questions,
@@ -559,6 +581,7 @@ _WRITERS: dict[str, Callable[[str], list[Row]]] = {
 }
 SPLITS: dict[str, tuple[str, ...]] = {
     "dining": tuple(_DINING_ROWS),
+    "chats": tuple(_DINING_ROWS),
     "topics": tuple(_TOPIC_ROWS),
     "passages": ("train",),
     "questions": ("train", "validation", "test"),

@@ -24,6 +24,7 @@ from fedhpc.config.schema import Join as Join
 from fedhpc.config.schema import Missing as Missing
 from fedhpc.config.schema import Model as Model
 from fedhpc.config.schema import Overlong as Overlong
+from fedhpc.config.schema import TrainOn as TrainOn
 from fedhpc.config.yaml import key_lines, parse_yaml, read_yaml
 from fedhpc.errors import UserError, nearest
 from fedhpc.registry import Section
@@ -31,8 +32,8 @@ from fedhpc.registry import Section
 S = TypeVar("S", bound=Section)
 
 __all__ = [
-    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Missing", "Model", "Overlong", "changed", "load",
-    "load_changed", "override", "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore",
+    "EMBEDDED", "KEYS", "Config", "Data", "Evaluation", "Join", "Missing", "Model", "Overlong", "TrainOn", "changed",
+    "load", "load_changed", "override", "parse_overrides", "parse_yaml", "plugins", "read_yaml", "resolve", "restore",
     "restore_stated", "section", "stated", "unread",
 ]  # fmt: skip
 

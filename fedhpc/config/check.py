@@ -95,6 +95,7 @@ def conflicts(config: Config) -> None:
         of_labels = [name for name in metrics if registry.choice("metrics", name).needs == "labels"]
         if of_labels and config.data.label is None:
             raise UserError(f"evaluation.{key} has {of_labels[0]}, which needs data.label (a column)")
+    _check_chats(config)
     if config.mode != "centralized":  # one owner of all data needs no partition
         partitioner = registry.choice("partitioners", config.partition.name)
         if partitioner.needs_owners and config.data.client is None:
@@ -182,6 +183,23 @@ def _check_steps(config: Config) -> None:
             f"client.micro_batch {client.micro_batch} is more than client.batch_size {client.batch_size}, all examples "
             "of a client that are in one forward", key="client.micro_batch",
         )  # fmt: skip
+
+
+def _check_chats(config: Config) -> None:
+    data, defaults = config.data, type(config.data).model_fields
+    if data.messages is None:
+        for key in ("tools", "chat_template", "train_on"):
+            if getattr(data, key) != defaults[key].default:
+                raise UserError(f"data.{key} is of chats and needs data.messages (a column)")
+        return
+    for key in ("prompt", "target"):
+        if getattr(data, key) != defaults[key].default:
+            raise UserError(f"data.messages and data.{key} are two ways to write an example: give one")
+    for name in {*config.evaluation.metrics, *config.evaluation.metrics_of_test}:
+        if registry.choice("metrics", name).needs == "labels":
+            raise UserError(
+                f"evaluation.metrics: {name} chooses between labels, and the answers of chats (data.messages) are texts"
+            )
 
 
 def _check_scaffold(config: Config) -> None:

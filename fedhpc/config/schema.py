@@ -21,8 +21,11 @@ Overlong = Literal["error", "drop", "truncate"]
 #: What becomes of a row that lacks a column which other rows have.
 Missing = Literal["error", "empty"]
 
+#: Which tokens of a chat are supervised: those of all the assistant's turns, of its last one, or all tokens.
+TrainOn = Literal["assistant", "last_assistant", "all"]
+
 #: Keys of the section `data` that name columns of its source.
-COLUMNS = ("prompt", "target", "label", "client", "join", "where", "where_not")
+COLUMNS = ("prompt", "target", "messages", "tools", "label", "client", "join", "where", "where_not")
 
 #: Keys of which at most one can be given: one replaces the other.
 ALTERNATIVES = {"client": ("epochs", "steps"), "federation": ("cohort_size", "cohort_fraction")}
@@ -77,6 +80,12 @@ class Data(Section):
     target: str = Field(
         " {ref}", min_length=1, description="template over columns; the loss is on it (a classifier has none)"
     )
+    messages: str | None = Field(
+        None, description="column of chats (lists of {role, content}), in place of prompt and target"
+    )
+    tools: str | None = Field(None, description="column with the tools of a chat, as JSON schemas")
+    chat_template: str | None = Field(None, description="file of a chat template (Jinja); default the tokenizer's own")
+    train_on: TrainOn = Field("assistant", description="turns of a chat that the loss is on, with their end tokens")
     label: str | None = Field(None, description="column with the class of an example")
     label_noise: float = Field(
         0.0, ge=0, le=1, description="probability that a training example has another class, drawn uniformly"

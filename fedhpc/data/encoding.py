@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PAIRS = 65536  # of prompt and target that are joined at once: bounds the Python lists
-_MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
+#: A special token in a marked text.
+MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
+#: Within the name of a special token, which stays text.
+AS_TEXT = "\ufdd2"
 #: The end of a prompt from the last space between two words on, and the beginning of a target up to the first.
 #: In front of the space is a letter, digit or mark of punctuation: none that tokenizers leave out or take for a space.
 _LAST_WORD = re.compile("(?s).*[\\w!-~\u2010-\u2027\u3001-\u301f\uff01-\uff60]( \\w.*)")
@@ -76,11 +79,17 @@ def marked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return specials.pattern.sub(lambda name: f"\ufdd0{specials.ids[name[0]]}\ufdd1", text)
 
 
+def as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text in which `marked` finds no special tokens: AS_TEXT stands within their names. Take it out afterwards."""
+    pattern = _specials(tokenizer).pattern
+    return text if pattern is None else pattern.sub(lambda name: name[0][0] + AS_TEXT + name[0][1:], text)
+
+
 def unmarked(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """A marked text for a reader: special tokens by their names, or left out where no tokenizer is given."""
     if "\ufdd0" not in text:
         return text
-    return _MARK.sub("" if tokenizer is None else lambda mark: _name(tokenizer, int(mark[1])), text)
+    return MARK.sub("" if tokenizer is None else lambda mark: _name(tokenizer, int(mark[1])), text)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -99,26 +108,87 @@ def encode(
     if specials.pattern is None:
         return _ids(tokenizer, texts), [False] * len(texts)
     ids = _ids(tokenizer, [unmarked(text, tokenizer) for text in texts])
-    spelled = [False] * len(texts)
-    if specials.pattern.search("\n".join(texts)):
-        spelled = [specials.pattern.search(text) is not None for text in texts]
-    for row in _taken_for_special(specials, texts, ids):
-        spelled[row] = True  # by another way of writing the same characters, or in a text around it
-    rows = [row for row, is_spelled in enumerate(spelled) if is_spelled]
+    rows = _spelled(specials, texts, ids)
     if rows:
         again = [texts[row] for row in rows]
-        as_text = _ids_of_text(tokenizer, again)
-        wrong = _taken_for_special(specials, again, as_text)
-        if wrong:
-            one = next(i for i in as_text[wrong[0]] if i in specials.only_marked)
-            where = f"{locations[rows[wrong[0]]]}: " if locations else ""
-            raise UserError(
-                f"{where}the text has {_name(tokenizer, one)!r}, which the model's tokenizer takes for its special "
-                "token; take it out of the text, or leave the row out with data.where_not"
-            )
-        for row, its_ids in zip(rows, as_text, strict=True):
+        of_text = _ids_of_text(tokenizer, again)
+        _refuse_taken(tokenizer, again, of_text, [locations[row] for row in rows] if locations else None)
+        for row, its_ids in zip(rows, of_text, strict=True):
             ids[row] = its_ids
-    return ids, spelled
+    return ids, _at(rows, len(texts))
+
+
+def encode_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    parts: Sequence[Sequence[tuple[int, int]]],
+    locations: Sequence[str],
+) -> tuple[list[list[int]], list[NDArray[np.int64]], list[bool], list[bool]]:
+    """`encode` of marked texts, and which tokens some parts of each have: (parts, 2), begin and end.
+
+    parts: begin and end of each in characters of the marked text. A token that reaches over the beginning of a part
+    belongs to it; the third result says which texts have one, the fourth which have the characters of a special token
+    as text. For fast tokenizers.
+    """
+    encodings = list(_batch(tokenizer, [unmarked(text, tokenizer) for text in texts]).encodings)
+    specials = _specials(tokenizer)
+    rows = [] if specials.pattern is None else _spelled(specials, texts, [one.ids for one in encodings])
+    if rows:
+        again = [texts[row] for row in rows]
+        of_text = _renamed(tokenizer).encode_batch(again, add_special_tokens=False)
+        _refuse_taken(tokenizer, again, [one.ids for one in of_text], [locations[row] for row in rows])
+        for row, its_tokens in zip(rows, of_text, strict=True):
+            encodings[row] = its_tokens
+    spelled, tokens, apart = _at(rows, len(texts)), [], []
+    for text, its_parts, encoding, is_spelled in zip(texts, parts, encodings, spelled, strict=True):
+        bounds = np.array(its_parts, np.int64).reshape(-1, 2)
+        if not is_spelled:  # then names of special tokens stood in place of their marks
+            bounds = _in_unmarked(text, bounds, tokenizer)
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        first = np.searchsorted(np.maximum.accumulate(ends), bounds[:, 0], side="right")
+        last = np.searchsorted(np.maximum.accumulate(begins), bounds[:, 1], side="left")
+        tokens.append(np.stack([first, last], axis=1))
+        apart.append(bool((begins[first] < bounds[:, 0]).any()))
+    return [list(one.ids) for one in encodings], tokens, apart, spelled
+
+
+def _in_unmarked(text: str, positions: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """Positions in a marked text, none of them within a mark, as positions in its `unmarked` text."""
+    marks = list(MARK.finditer(text))
+    grown = np.cumsum([0, *(len(_name(tokenizer, int(mark[1]))) - len(mark[0]) for mark in marks)])
+    moved: NDArray[np.int64] = positions + grown[np.searchsorted([mark.end() for mark in marks], positions, "right")]
+    return moved
+
+
+def _at(rows: Sequence[int], count: int) -> list[bool]:
+    """For each of `count` rows whether it is one of these."""
+    return np.isin(np.arange(count), np.array(rows, np.int64)).tolist()
+
+
+def _spelled(specials: _Specials, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int]:
+    """The texts that have the characters of a special token as text: by themselves, or by what became of them."""
+    rows = set(_taken_for_special(specials, texts, ids))  # by another way of writing the same, or in a text around it
+    if specials.pattern is not None and specials.pattern.search("\n".join(texts)):
+        rows |= {row for row, text in enumerate(texts) if specials.pattern.search(text)}
+    return sorted(rows)
+
+
+def _refuse_taken(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    locations: Sequence[str] | None,
+) -> None:
+    """UserError where the tokenizer has taken text for a special token, though it was given marks for those."""
+    specials = _specials(tokenizer)
+    wrong = _taken_for_special(specials, texts, ids)
+    if wrong:
+        one = next(i for i in ids[wrong[0]] if i in specials.only_marked)
+        where = f"{locations[wrong[0]]}: " if locations else ""
+        raise UserError(
+            f"{where}the text has {_name(tokenizer, one)!r}, which the model's tokenizer takes for its special "
+            "token; take it out of the text, or leave the row out with data.where_not"
+        )
 
 
 def _taken_for_special(specials: _Specials, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int]:
@@ -133,14 +203,18 @@ def _taken_for_special(specials: _Specials, texts: Sequence[str], ids: Sequence[
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(
+    encoded: list[list[int]] = _batch(tokenizer, texts)["input_ids"]
+    return encoded
+
+
+def _batch(tokenizer: Any, texts: Sequence[str]) -> Any:
+    return tokenizer(
         list(texts),
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-    )["input_ids"]
-    return encoded
+    )
 
 
 def _ids_of_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -152,7 +226,7 @@ def _ids_of_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows = []
     for text in texts:
         row: list[int] = []
-        for number, piece in enumerate(_MARK.split(text)):
+        for number, piece in enumerate(MARK.split(text)):
             if number % 2:
                 row.append(int(piece))
             elif piece:

@@ -13,6 +13,8 @@ import numpy as np
 
 from fedhpc import config, registry
 from fedhpc.data import sources
+from fedhpc.data.chat_template import ChatTemplate
+from fedhpc.data.chat_tokens import Chat, Writer, cached_chats, chats_of
 from fedhpc.data.encoding import marked
 from fedhpc.data.files import is_shard
 from fedhpc.data.labels import UNLABELLED, class_order, is_number, no_class
@@ -91,8 +93,9 @@ def load_data(
     with the data, and in which file and line.
     """
     data = settings.data
-    prompt = template(data.prompt, "data.prompt", tokenizer)
-    target = template(data.target if writing.has_target else "", "data.target", tokenizer)
+    writer = _chat_writer(settings, tokenizer, writing)
+    prompt = template(data.prompt if writer is None else "", "data.prompt", tokenizer)
+    target = template(data.target if writer is None and writing.has_target else "", "data.target", tokenizer)
     messages: list[str] = []
     tables, labelled, owner_names = _read_splits(
         settings, prompt, target, public, messages, not writing.has_target, purpose
@@ -123,9 +126,10 @@ def load_data(
             raise UserError(f"data.label_noise: data.target must have {{{data.label}}}, or the noise changes no target")
         tables["train"] = _mislabelled(tables["train"], data.label, label_names, data.label_noise, settings.run.seed)
 
-    texts = {
+    texts: dict[str, tuple[list[str], list[str]]] = {
         split: ([prompt.render(row) for row in table.rows], [target.render(row) for row in table.rows])
         for split, table in tables.items()
+        if writer is None
     }
     answers: dict[str, Answers | None] = {}
     room = 0  # for the longest answer: a row loses as much of its prompt for each label that it is asked about
@@ -137,14 +141,19 @@ def load_data(
 
     examples: dict[str, Examples] = {}
     for split, table in tables.items():
-        prompts, targets = texts.pop(split)
-        tokens, message = cached_tokens(
-            prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room, data.overlong
-        )
+        train, is_tested = split == "train", split in ("validation", "test")
+        asks = is_tested or (train and _clients_write(settings.evaluation, purpose))
+        prompts, targets = texts.pop(split, ([], []))
+        if writer is None:
+            tokens, message = cached_tokens(
+                prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room, data.overlong
+            )
+        else:
+            tokens, message = cached_chats(_chats(table, data), writer, asks, write_cache)
         if message is not None and message not in messages:
             messages.append(message)
         messages += what_became_of(tokens, table, split, data.max_length)
-        train, of_split = split == "train", answers.get(split)
+        of_split = answers.get(split)
         rows = rows_that_fit(tokens, table, data.max_length)
         if len(rows) < len(table.rows):
             if train and _is_natural(settings):
@@ -152,22 +161,27 @@ def load_data(
                 stays = np.isin([table.rows[row][str(data.client)] for row in rows], owner_names)
                 rows, tokens = rows[stays], tokens.select(np.flatnonzero(stays))
             table = table.select(rows)
-            prompts, targets = [prompts[row] for row in rows], [targets[row] for row in rows]
+            if writer is None:
+                prompts, targets = [prompts[row] for row in rows], [targets[row] for row in rows]
             if of_split is not None:
                 of_split = of_split._replace(variant=of_split.variant[rows])
             if train and true_labels is not None:
                 true_labels = true_labels[rows]
+        if writer is not None and asks:
+            prompts, targets = writer.question_texts(_chats(table, data)), writer.answers(tokens)
         examples[split] = examples_from(
             tokens,
             labels=ids_of(table, data.label if split in labelled else None, label_names),
             label_names=label_names,
             owners=ids_of(table, data.client, owner_names) if train and purpose != "test" else None,
             owner_names=owner_names if train else [],
-            prompts=prompts if split in ("validation", "test") else None,
-            targets=targets if split in ("validation", "test") else None,
+            prompts=prompts if is_tested else None,
+            targets=targets if is_tested else None,
             answers=of_split,
+            spans=tokens.spans,
+            ends=() if writer is None else writer.ends,
         )
-        if train and _clients_write(settings.evaluation, purpose):  # no part of the fingerprint
+        if train and asks:  # no part of the fingerprint
             examples[split] = replace(examples[split], prompts=prompts, targets=targets)
     single = settings.mode == "centralized" or purpose == "test"
     make = Population.single if single else Population.divided
@@ -189,6 +203,24 @@ def _clients_write(evaluation: config.Evaluation, purpose: Purpose) -> bool:
     return evaluated and "texts" in needs
 
 
+def _chat_writer(settings: config.Config, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> Writer | None:
+    """How the chats of a run become tokens; None where its examples are prompts and targets."""
+    data = settings.data
+    if data.messages is None:
+        return None
+    if writing.task != "causal_lm":
+        raise UserError(
+            f"data.messages: chats are for decoder-only language models, and '{settings.model.name}' is used for "
+            f"{writing.task}", remedy="write data.prompt and data.target, or choose another model",
+        )  # fmt: skip
+    chat_template = ChatTemplate.load(tokenizer, data.chat_template)
+    return Writer(tokenizer, chat_template, data.train_on, data.max_length, data.overlong)
+
+
+def _chats(table: Table, data: config.Data) -> list[Chat]:
+    return chats_of(table, str(data.messages), data.tools)
+
+
 def template(written: str, key: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """Parse a template whose own words may name special tokens; what stands in columns never does."""
     return parse(written, key).with_texts(lambda words: marked(words, tokenizer))
@@ -200,8 +232,10 @@ def rows_that_fit(tokens: Tokens, table: Table, max_length: int) -> Int64:
         return np.arange(len(table.rows))
     rows = np.flatnonzero(tokens.overlong == 0)
     if not len(rows):
+        of_chats = tokens.spans is not None
+        what, nor = ("the turns to learn do", "nor do those") if of_chats else ("the target does", "nor does that")
         raise UserError(
-            f"{table.locations[0]}: the target does not fit in data.max_length {max_length}, nor does that of any "
+            f"{table.locations[0]}: {what} not fit in data.max_length {max_length}, {nor} of any "
             f"other of {len(table.rows)} rows; {tokens.overlong.max()} is enough for all of them, "
             f"{tokens.overlong.min()} for the shortest"
         )
@@ -211,23 +245,30 @@ def rows_that_fit(tokens: Tokens, table: Table, max_length: int) -> Int64:
 def what_became_of(tokens: Tokens, table: Table, split: str, max_length: int) -> list[str]:
     """For the log: how many texts of a split do not fit, were tokenised in two pieces, or look like special tokens."""
     count, messages = len(tokens.prompt_lengths), []
+    of_chats = tokens.spans is not None
+    targets, templates = ("turns", "the template") if of_chats else ("targets", "data.prompt and data.target")
     if tokens.overlong is not None and (left_out := np.flatnonzero(tokens.overlong)).size:
         messages.append(
             f"data.overlong: {len(left_out)} of {len(tokens.overlong)} rows of {split} are left out, like "
-            f"{table.locations[left_out[0]]}, because their targets do not fit in data.max_length {max_length}; "
+            f"{table.locations[left_out[0]]}, because their {targets} do not fit in data.max_length {max_length}; "
             f"{tokens.overlong.max()} is enough for all of them"
         )
     if tokens.cut is not None and tokens.cut.any():
         messages.append(
             f"data.overlong: {np.count_nonzero(tokens.cut)} of {count} rows of {split} lose "
-            f"{tokens.cut.sum(dtype=np.int64)} tokens at the ends of their targets"
+            f"{tokens.cut.sum(dtype=np.int64)} tokens at the ends of their {targets}"
         )
     if tokens.lost is not None and tokens.needed is not None and tokens.lost.any():
         messages.append(
             f"data: {np.count_nonzero(tokens.lost)} of {count} rows of {split} lose {tokens.lost.sum(dtype=np.int64)} "
             f"tokens of their prompts; the longest has {tokens.needed.max()} tokens, data.max_length is {max_length}"
         )
-    if tokens.apart is not None and tokens.apart.any():
+    if tokens.apart is not None and tokens.apart.any() and of_chats:
+        messages.append(
+            f"data: in {tokens.apart.sum()} of {count} rows of {split} a token reaches over the beginning of an "
+            "assistant's turn; it counts as a part of the turn"
+        )
+    elif tokens.apart is not None and tokens.apart.any():
         messages.append(
             f"data: in {tokens.apart.sum()} of {count} rows of {split} prompt and target are tokenised apart, because "
             "in one text a token would reach over the end of the prompt; a space between them belongs to data.target"
@@ -235,7 +276,7 @@ def what_became_of(tokens: Tokens, table: Table, split: str, max_length: int) ->
     if tokens.spelled is not None and tokens.spelled.any():
         messages.append(
             f"data: {tokens.spelled.sum()} of {count} rows of {split} have the name of a special token, which is "
-            "text there; only data.prompt and data.target can name special tokens"
+            f"text there; only {templates} can name special tokens"
         )
     return messages
 
@@ -268,6 +309,9 @@ def _read_splits(
     columns |= {**dict.fromkeys(data.where_not, "data.where_not"), **dict.fromkeys(data.where, "data.where")}
     owner = {} if data.client is None or purpose == "test" else {data.client: "data.client"}
     references = [column for column in target.columns if column != data.label]  # a class is no list
+    structured = {} if data.messages is None else {data.messages: "data.messages"}
+    if structured and data.tools is not None:
+        structured[data.tools] = "data.tools"
     tables: dict[str, Table] = {}
     unseen = [
         (key, column, value)
@@ -300,7 +344,9 @@ def _read_splits(
         # Those whose labels are hidden may have no column for them.
         optional = data.label if split != "train" else None
         wanted = {**columns, **(owner if split == "train" else {})}
-        table = sources.read_table(source, name_in_source, wanted, optional, references, data.missing)
+        table = sources.read_table(
+            source, name_in_source, {**wanted, **structured}, optional, references, data.missing, structured
+        )
         if split == "train" and owner:
             # Owners whose rows are all filtered out stay clients, without data.
             names_ = {row[str(data.client)] for row in table.rows}

@@ -1,7 +1,7 @@
 """Reads the rows of a split from built-in data, a local folder or file, or a data set of the Hugging Face hub.
 
-A split is named (`train`) or given as a file (`other.csv`). Every value that is used becomes a text as it is read. A
-row remembers where it was read (`data/train.csv:7`), so that an error can name it.
+A split is named (`train`) or given as a file (`other.csv`). Every value that is used becomes a text as it is read,
+but for chats, which are lists. A row remembers where it was read (`data/train.csv:7`), so that an error can name it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ SPLITS = ("train", *VALIDATION, "test")
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one split: the columns that were asked for, as texts, and where each row was read."""
+    """The rows of one split: the columns that were asked for, and where each row was read."""
 
     name: str
-    rows: list[dict[str, str]]
+    rows: list[dict[str, str]]  # of each row, the texts of its columns
     locations: list[str]  # of each row, like "train.csv:7"
     nulls: list[frozenset[str]] = field(default_factory=list)  # of each row, the columns that have no value
+    values: dict[str, list[object]] = field(default_factory=dict)  # columns that are no texts, as they were read
 
     def select(self, keep: Iterable[int]) -> Table:
         """The table of the rows with these indices."""
@@ -44,6 +45,7 @@ class Table:
             rows=[self.rows[i] for i in keep],
             locations=[self.locations[i] for i in keep],
             nulls=[self.nulls[i] for i in keep],
+            values={column: [values[i] for i in keep] for column, values in self.values.items()},
         )
 
     def missing(self, column: str) -> list[int]:
@@ -111,15 +113,17 @@ def read_table(
     optional: str | None = None,
     references: Collection[str] = (),
     missing: Missing = "error",
+    structured: Collection[str] = (),
 ) -> Table:
     """Read all rows of a split, as `find_split` named it.
 
     columns: the columns to keep, each with the configuration key that asks for it, like {"mr": "data.prompt"}; see
     `lookup` for "a.b". optional: one that need not be there; then it has no value. references: the columns of a target,
     in which a list stands for as many rows with one reference each. missing: what becomes of a row without a column
-    that others have, as in `data.missing`.
+    that others have, as in `data.missing`. structured: those of lists and objects, such as chats, which are kept as
+    they are read (`Table.values`).
     """
-    table = Table(split, [], [])
+    table = Table(split, [], [], values={column: [] for column in structured})
     none = frozenset[str]()
     lacking: dict[str, tuple[Mapping[str, Any], str]] = {}  # the first row without a column, and where it is
     seen: set[str] = set()
@@ -136,6 +140,9 @@ def read_table(
         for one in _each_reference(picked, references, location):
             row, nulls = {}, none
             for column, value in one.items():
+                if column in structured:
+                    table.values[column].append(value)
+                    continue
                 row[column] = _text(value, column, columns[column], location)
                 if not row[column] and is_missing(value):
                     nulls |= {column}

@@ -1,7 +1,7 @@
 """Tokenised examples: tokens of prompt and target (fedhpc.data.encoding), joined as the model (fedhpc.models) does it.
 
 The tokens that a model is trained to predict are the *supervised* ones. They lie in spans, stretches of a row: the
-target, or each assistant turn of a chat.
+target, or each assistant turn of a chat (fedhpc.data.chat_tokens).
 
 The tokens of a split lie in memory-mapped files under `$FEDHPC_CACHE` (default `~/.cache/fedhpc`), named by a
 hash of all they follow from: texts, `model.task`, tokenizer, length limit. Where nothing can be written they stay in
@@ -93,6 +93,13 @@ class Spans(NamedTuple):
     ends: Int32  # [spans]: one behind its last
 
 
+class Questions(NamedTuple):
+    """Ragged token ids of what a model is asked where an example is a chat, up to the assistant's last turn."""
+
+    ids: Int32  # [total]
+    offsets: Int64  # [n + 1]; [1] where nothing is asked
+
+
 class Tokens(NamedTuple):
     """Ragged token ids; the arrays may be memory maps."""
 
@@ -107,13 +114,21 @@ class Tokens(NamedTuple):
     spelled: Bool | None = None  # [n]; whether it has the characters of a special token as text
     cut: Int32 | None = None  # [n]; as in `Row`
     overlong: Int32 | None = None  # [texts]; the data.max_length that a row needs which is left out; 0: it is not
+    spans: Spans | None = None  # of chats, as in `Examples`
+    questions: Questions | None = None  # of chats
 
     def select(self, examples: Int64) -> Tokens:
         """The tokens of some of the examples alone, in this order."""
-        starts, ends = self.offsets[examples], self.offsets[examples + 1]
-        offsets = np.concatenate([[0], np.cumsum(ends - starts)])
-        of_each = [array if array is None else array[examples] for array in self[2:-1]]
-        return Tokens(self.ids[ranges(starts, ends)], offsets, *of_each)  # type: ignore[arg-type]
+        ids, offsets = _ragged(self.ids, self.offsets, examples)
+        of_each = [array if array is None else array[examples] for array in self[2:8]]
+        spans, questions = self.spans, self.questions
+        if spans is not None:
+            starts, of_spans = _ragged(spans.starts, spans.offsets, examples)
+            spans = Spans(of_spans, starts, _ragged(spans.ends, spans.offsets, examples)[0])
+        if questions is not None and len(questions.offsets) > 1:
+            questions = Questions(*_ragged(*questions, examples))
+        tokens = Tokens(ids, offsets, *of_each)  # type: ignore[arg-type]
+        return tokens._replace(spans=spans, questions=questions)
 
 
 class Answers(NamedTuple):
@@ -144,6 +159,8 @@ class Examples:
     fingerprint: str  # of all of the above
     lost: Int32 | None = None  # [n]; tokens of each text that are left out; None: not known
     answers: Answers | None = None  # where a label's target is not the same tokens behind a prompt as by itself
+    questions: Questions | None = None  # of chats of validation and test
+    ends: tuple[int, ...] = ()  # tokens that end an answer beside eos: in a chat a turn may end with another one
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -165,6 +182,16 @@ class Examples:
         """The token ids in front of the first span of one example."""
         return self.tokens(example)[: self.prompt_lengths[example]]
 
+    def question(self, example: int) -> Int32:
+        """The token ids that an answer to one example goes on from: its prompt, or of a chat all before the last turn.
+
+        A template may write these otherwise where it asks for that turn than where it is there.
+        """
+        if self.questions is None:
+            return self.prompt(example)
+        offsets = self.questions.offsets
+        return self.questions.ids[offsets[example] : offsets[example + 1]]
+
     def target(self, example: int) -> Int32:
         """The token ids from the first span of one example to its end."""
         return self.tokens(example)[self.prompt_lengths[example] :]
@@ -183,6 +210,16 @@ class Examples:
         """
         starts, ends, row = self._spans_of(indices)
         return np.repeat(row, ends - starts), ranges(starts, ends)
+
+    def turns(self, indices: Int64) -> Int64:
+        """The supervised stretches of these examples, in order, (n, 2): which of its example, from 0, and its tokens.
+
+        Stretches without tokens are left out.
+        """
+        starts, ends, row = self._spans_of(indices)
+        first = np.searchsorted(row, row)
+        there = ends > starts
+        return np.stack([np.arange(len(row)) - first, ends - starts], axis=1)[there]
 
     def _first(self, indices: Int64) -> Int64:
         """int64 (len(indices),): where the first span starts.
@@ -210,6 +247,12 @@ def ranges(starts: Int64, ends: Int64) -> Int64:
     return numbers
 
 
+def _ragged(values: Int32, offsets: Int64, chosen: Int64) -> tuple[Int32, Int64]:
+    """The values of some rows of a ragged array, one behind the other, and their offsets."""
+    starts, ends = offsets[chosen], offsets[chosen + 1]
+    return values[ranges(starts, ends)], np.concatenate([[0], np.cumsum(ends - starts)])
+
+
 def examples_from(
     tokens: Tokens,
     *,
@@ -221,13 +264,14 @@ def examples_from(
     prompts: list[str] | None = None,
     targets: list[str] | None = None,
     answers: Answers | None = None,
+    ends: tuple[int, ...] = (),
 ) -> Examples:
     """Examples with the fingerprint of their content. spans: where an example has another number of them than one."""
     digest = hashlib.sha256(_FORMAT.encode())
     for array in (tokens.ids, tokens.offsets, tokens.prompt_lengths, *(spans or ()), labels, owners):
         digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
     for texts in (label_names, owner_names, prompts or (), targets or ()):
-        _update(digest, texts)
+        update_digest(digest, texts)
     return Examples(
         ids=tokens.ids,
         offsets=tokens.offsets,
@@ -242,6 +286,8 @@ def examples_from(
         fingerprint=digest.hexdigest(),
         lost=tokens.lost,
         answers=answers,
+        questions=tokens.questions if tokens.questions is not None and len(tokens.questions.offsets) > 1 else None,
+        ends=ends,
     )
 
 
@@ -371,16 +417,29 @@ def cached_tokens(
     """
     content = f"{_CACHED} {writing.task} {max_length} {room} {overlong} {tokenizer_content(tokenizer)}"
     digest = hashlib.sha256(content.encode())
-    _update(digest, prompts)
-    _update(digest, targets)
+    update_digest(digest, prompts)
+    update_digest(digest, targets)
+
+    def make() -> Tokens:
+        return tokenize(prompts, targets, locations, tokenizer, max_length, writing, room, overlong)
+
+    return cached(digest, len(prompts), make, write)
+
+
+def cached(
+    digest: hashlib._Hash, count: int, make: Callable[[], Tokens], write: bool, chats: bool = False
+) -> tuple[Tokens, str | None]:
+    """The tokens of `count` texts that the cache has under a digest, or those that `make` makes.
+
+    Also a message if they could not be cached. write: whether to put tokens into the cache that are not in it.
+    """
     try:
         folder = cache_dir() / digest.hexdigest()
     except RuntimeError as error:  # a user without a home directory
-        tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room, overlong)
-        return tokens, f"tokens are not cached: {error}"
-    if (cached := _load(folder, len(prompts))) is not None:
-        return cached, None
-    tokens = tokenize(prompts, targets, locations, tokenizer, max_length, writing, room, overlong)
+        return make(), f"tokens are not cached: {error}"
+    if (loaded := _load(folder, count, chats)) is not None:
+        return loaded, None
+    tokens = make()
     if not write:
         return tokens, None
     try:
@@ -388,7 +447,7 @@ def cached_tokens(
     except OSError as error:
         return tokens, f"tokens are not cached in {folder.parent}: {error.strerror or error}"
     # What was made here is dropped for the files, which the processes of a machine share.
-    return _load(folder, len(prompts)) or tokens, None
+    return _load(folder, count, chats) or tokens, None
 
 
 def cache_dir() -> Path:
@@ -414,31 +473,58 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _update(digest: hashlib._Hash, texts: Iterable[str]) -> None:
+def update_digest(digest: hashlib._Hash, texts: Iterable[str]) -> None:
+    """Add texts to a digest."""
     # Lengths first: ["ab", "c"] and ["a", "bc"] differ.
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     digest.update(np.array([len(encoded), *map(len, encoded)], np.int64).tobytes())
     digest.update(b"".join(encoded))
 
 
-def _load(folder: Path, count: int) -> Tokens | None:
+def _load(folder: Path, count: int, chats: bool = False) -> Tokens | None:
     """The tokens in a cache folder; None where it is absent or damaged."""
+
+    def read(*names: str) -> list[Any]:
+        return [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
+
     try:
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Tokens._fields]
+        tokens = Tokens(*read(*_FLAT))
+        if chats:
+            spans, questions = Spans(*read(*_files("spans", Spans))), Questions(*read(*_files("questions", Questions)))
+            tokens = tokens._replace(spans=spans, questions=questions)
     except (OSError, ValueError, EOFError):
         return None
-    tokens = Tokens(*arrays)
     examples = len(tokens.offsets) - 1
-    if len(arrays[-1]) != count or np.count_nonzero(arrays[-1] == 0) != examples:
+    if tokens.overlong is None or len(tokens.overlong) != count:
         return None
-    if any(len(of_each) != examples for of_each in arrays[2:-1]):
+    of_each = (tokens.prompt_lengths, tokens.lost, tokens.needed, tokens.apart, tokens.spelled, tokens.cut)
+    if np.count_nonzero(tokens.overlong == 0) != examples or any(a is None or len(a) != examples for a in of_each):
+        return None
+    if chats and not (
+        len(spans.offsets) == examples + 1
+        and spans.offsets[-1] == len(spans.starts) == len(spans.ends)
+        and len(questions.offsets) in (1, examples + 1)
+        and questions.offsets[-1] == len(questions.ids)
+    ):
         return None
     return tokens if tokens.offsets[-1] == len(tokens.ids) else None
 
 
+#: The files of a cache folder, but for those of spans and questions.
+_FLAT = Tokens._fields[:9]
+
+
+def _files(name: str, nested: type[Spans | Questions]) -> list[str]:
+    """The files of a part of Tokens that has several arrays."""
+    return [f"{name}.{field}" for field in nested._fields]
+
+
 def save_tokens(folder: Path, tokens: Tokens) -> None:
     """Write all files beside `folder`, then rename: a reader finds them whole or not at all."""
-    arrays = tokens._asdict()
+    arrays: dict[str, Any] = {name: getattr(tokens, name) for name in _FLAT}
+    for name, part in (("spans", tokens.spans), ("questions", tokens.questions)):
+        if part is not None:
+            arrays |= dict(zip(_files(name, type(part)), part, strict=True))
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix="writing-", dir=folder.parent))
     try:
@@ -447,7 +533,7 @@ def save_tokens(folder: Path, tokens: Tokens) -> None:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        if folder.is_dir() and _load(folder, len(arrays["overlong"])) is None:
+        if folder.is_dir() and _load(folder, len(arrays["overlong"]), tokens.spans is not None) is None:
             shutil.rmtree(folder)  # damaged; a sound one is never removed, others may have it mapped
         try:
             written.rename(folder)

@@ -46,6 +46,7 @@ class Outcome:
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # prompt, references, text
     sampling: dict[str, Sampling]  # of the metrics
+    turns: dict[str, NDArray[Any]] | None = None  # of chats: `by_turn` of the losses, where metrics need these
 
 
 def subset(n: int, limit: int | None) -> Int64:
@@ -97,10 +98,18 @@ class Evaluator:
         measured = {"losses": (len(indices), len(examples), "examples")}  # n, of, unit
         measured["labels"] = measured["losses"]
         shown: list[dict[str, Any]] = []
+        turns = None
 
         if "losses" in needs:
             pairs = np.tile(indices, count)
-            nll = shares.losses(examples, pairs, np.repeat(np.arange(count), len(indices)))
+            of_pair = np.repeat(np.arange(count), len(indices))
+            if examples.spans is None:
+                nll = shares.losses(examples, pairs, of_pair)
+            else:
+                losses = shares.token_losses(examples, pairs, of_pair)
+                nll = np.zeros(len(pairs))
+                np.add.at(nll, examples.supervised(pairs)[0], losses)
+                turns = by_turn(examples.turns(pairs), losses)
             nll = nll.reshape(count, -1)
             supervised = count * self.objective.num_supervised(examples, indices)
             outputs |= {"nll_sum": float(nll.sum(axis=1).sum()), "tokens": int(supervised.sum())}
@@ -143,6 +152,7 @@ class Evaluator:
                 name: sampling(metric, all_outputs, *measured[metric.needs], interval=intervals)
                 for name, metric in chosen.items()
             },
+            turns,
         )
 
     def likelihoods(self, method: Method | None, payloads: Tensor, examples: Examples) -> Float64 | None:
@@ -289,6 +299,25 @@ def _prompts(examples: Examples, indices: Int64) -> Int64:
     return np.array([numbers.setdefault(examples.prompts[i], len(numbers)) for i in indices], np.int64)
 
 
+def by_turn(spans: Int64, losses: Float64) -> dict[str, NDArray[Any]]:
+    """The loss of the first, second, ... turn of chats, over those that have one.
+
+    spans (n, 2): of each turn its number, counted from 0, and its tokens; losses: of all of these tokens in order.
+    Columns: turn (from 1), num_examples, tokens, loss (mean over these) and its 95 % interval over the drawing of the
+    chats, loss_low and loss_high.
+    """
+    number, counts = spans.T
+    sums = np.add.reduceat(losses, np.cumsum(counts) - counts)
+    of_turns = [(sums[number == turn], counts[number == turn]) for turn in range(int(number.max()) + 1)]
+    return {
+        "turn": np.arange(1, len(of_turns) + 1),
+        "num_examples": np.array([len(part) for part, _ in of_turns], np.int64),
+        "tokens": np.array([part.sum() for _, part in of_turns], np.int64),
+        "loss": np.array([part.sum() / tokens.sum() for part, tokens in of_turns]),
+        **_ends("loss", Loss(), [of_ratio(part, tokens) for part, tokens in of_turns]),
+    }
+
+
 def over_clients(columns: Mapping[str, NDArray[Any]], metrics: Sequence[str]) -> dict[str, float]:
     """Mean, mean of the worst tenth and standard deviation over clients: `<metric>/mean`, `/worst_10_percent`, `/std`.
 
@@ -366,11 +395,12 @@ class _Shares:
         base, max_new_tokens = self.base, self.options.max_new_tokens
         assert isinstance(base, Generative)
         results = torch.zeros(len(indices), max_new_tokens, dtype=torch.int32)
-        for rows in self._batches(payload, examples.prompt_lengths[indices]):
-            prompts = [examples.prompt(int(i)) for i in indices[rows]]
+        questions = [examples.question(int(i)) for i in indices]
+        for rows in self._batches(payload, np.array([len(question) for question in questions])):
+            prompts = [questions[row] for row in rows]
             with self._attach(payload[rows]) as attached, torch.no_grad(), autocast(base, self.precision):
                 # Plus one: 0 stands for nothing yet.
-                generated = base.generate(attached, prompts, max_new_tokens)
+                generated = base.generate(attached, prompts, max_new_tokens, examples.ends)
                 results[rows] = generated.to("cpu", torch.int32) + 1
         return self._sum(results).astype(np.int64) - 1
 
@@ -424,4 +454,4 @@ def _read(base: Generative, examples: Examples, example: int) -> str:
     if examples.lost is None or not examples.lost[example]:
         assert examples.prompts is not None
         return unmarked(examples.prompts[example], base.tokenizer)
-    return base.decoded(examples.prompt(example))
+    return base.decoded(examples.question(example))

@@ -454,7 +454,9 @@ class CausalLM(Generative):
 
         return (Cached if self.goes_on else Anew)(self, attached, prompts)
 
-    def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
+    def generate(
+        self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> Tensor:
         """The most likely next token, again and again (see Generative).
 
         The first token of a row has position n, behind its n virtual ones, as in training, and a row's text does not
@@ -467,7 +469,8 @@ class CausalLM(Generative):
         written = self.continuation(attached, prompts)
         for step in range(max_new_tokens):
             chosen = self.logits(written.states).argmax(dim=-1)
-            ended |= chosen == self.tokenizer.eos_token_id
+            for end in {self.tokenizer.eos_token_id, *ends}:
+                ended |= chosen == end
             generated[:, step] = torch.where(ended, -1, chosen)
             if limit is not None:
                 ended |= attached.virtual_length + lengths + step >= limit

@@ -43,11 +43,13 @@ class Generative(Predictor):
         """Each prompt with its answer as an example that fits behind what is attached."""
 
     @abstractmethod
-    def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
+    def generate(
+        self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> Tensor:
         """The most likely next token, again and again: int64 (B, max_new_tokens), -1 after the end.
 
-        prompts: B non-empty arrays of token ids. A row ends at eos, which is left out, or when the model has no
-        positions left. Call it without gradients and with the method attached.
+        prompts: B non-empty arrays of token ids. A row ends at eos or one of the tokens `ends`, which is left out, or
+        when the model has no positions left. Call it without gradients and with the method attached.
         """
 
     def text(self, ids: NDArray[Any]) -> str:

@@ -245,7 +245,9 @@ class Seq2Seq(Generative):
 
     # ---- answers
 
-    def generate(self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Tensor:
+    def generate(
+        self, attached: Attached, prompts: Sequence[np.ndarray], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> Tensor:
         """The most likely next token, again and again (see Generative).
 
         All rows start in the same column of the decoder, so only the encoder needs a mask.
@@ -262,7 +264,8 @@ class Seq2Seq(Generative):
         for step in range(steps):
             hidden = self._decode(ids, states, mask, cache)[:, -1]
             chosen = self.logits(hidden).argmax(dim=-1)
-            ended |= chosen == self.tokenizer.eos_token_id
+            for end in {self.tokenizer.eos_token_id, *ends}:
+                ended |= chosen == end
             generated[:, step] = torch.where(ended, -1, chosen)
             if bool(ended.all()):
                 break

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedhpc import registry
-from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines
+from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines, turn_lines
 from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload
 from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
@@ -317,7 +317,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             client_eval=per_client,
             client_summary=summary,
             tensors={name: view.numpy() for name, view in views.items()},
+            tables={} if final.turns is None else {"turns": final.turns},
             lines=[
+                *turn_lines(final.turns),
                 *client_lines(summary),
                 *([apart] if self.split.personal.shapes else []),
                 *self._selection_lines(state),

@@ -94,6 +94,14 @@ def evaluated_clients(config: Config, population: Population) -> list[int]:
     return sorted(int(c) for c in chosen)
 
 
+def turn_lines(turns: Mapping[str, Any] | None) -> list[str]:
+    """A line for the losses of the turns of chats: of the first ten, where there are more."""
+    if turns is None:
+        return []
+    shown = [f"{turn}: {loss:.4f}" for turn, loss in list(zip(turns["turn"], turns["loss"], strict=True))[:10]]
+    return [f"test loss by turn of the assistant: {', '.join(shown)}{', ...' * (len(turns['turn']) > 10)}"]
+
+
 def client_lines(summary: Mapping[str, Any]) -> list[str]:
     """A line for each per-client result."""
     columns = dict.fromkeys(name.partition("/")[0] for name in summary)
