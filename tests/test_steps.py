@@ -154,7 +154,8 @@ def crowded(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[tuple[int, int]]
             raise torch.OutOfMemoryError("CUDA out of memory")
         return train_block(base, method, objective, start, works, examples, local, *rest)
 
-    monkeypatch.setattr("fedhpc.approaches.averaging.local.train_block", train)
+    for file in ("local", "personal"):
+        monkeypatch.setattr(f"fedhpc.approaches.averaging.{file}.train_block", train)
     return tried
 
 
@@ -192,3 +193,19 @@ def test_check_says_that_steps_will_be_cut(texts: Path, tmp_path: Path, monkeypa
     assert approach.details(plan)[-1] == (
         "memory is enough for 1 clients, and 2 examples of a client at a time: larger blocks train in parts"
     )
+
+
+def test_fine_tuning_goes_on_with_what_fits(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {
+        "client": {"batch_size": 8},
+        "federation": {"cohort_size": 2},
+        "runtime": {"block_size": 2},
+        "personalization": {"finetune_steps": 1},
+        "evaluation": {"client_fraction": 0.2, "max_clients": 3},
+    }
+    federate(settings(tmp_path / "whole", tree(texts, **changes)))
+    tried = crowded(monkeypatch, 3)
+    federate(settings(tmp_path / "parts", tree(texts, **changes)))
+    assert tried == [(2, 8), (1, 8), (1, 4), *[(1, 2)] * 5]
+    whole, parts = (table(tmp_path / name, "client_eval")["loss_personal"] for name in ("whole", "parts"))
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)

@@ -338,10 +338,14 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             theta = self._chosen(transport, state)
             versions = self._versions(transport, state, clients)
 
+            def of_part(part: Sequence[int]) -> Tensor:
+                tensors = client_state.read(config.run_dir, part, versions, [self.personal])
+                start = self.split.join(theta.unsqueeze(0), self.personal.of_clients(tensors)).expand(len(part), -1)
+                learnt = self.base, self.method, self.objective, self.data, self.rounds
+                return fine_tuned(config, *learnt, start, part, self.examples_that_fit)
+
             def personalize(block: Sequence[int]) -> Tensor:
-                tensors = client_state.read(config.run_dir, block, versions, [self.personal])
-                start = self.split.join(theta.unsqueeze(0), self.personal.of_clients(tensors)).expand(len(block), -1)
-                return fine_tuned(config, self.base, self.method, self.objective, self.data, self.rounds, start, block)
+                return torch.cat(self.in_parts(block, of_part))
 
             personal = self.evaluation.personalized(transport, personalize, clients, self.block_size)
             if results is not None:

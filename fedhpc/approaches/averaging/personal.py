@@ -79,10 +79,12 @@ def fine_tuned(
     rounds: int,
     payloads: Tensor,
     clients: Sequence[int],
+    fit: int | None = None,
 ) -> Tensor:
     """(K, P) after personalization.finetune_steps local steps of each client from its row of `payloads` (K, P).
 
-    The optimizer is fresh and the learning rate constant. A client without training examples stays where it is.
+    The optimizer is fresh and the learning rate constant. A client without training examples stays where it is. fit: as
+    in `LocalTraining.of`.
     """
     steps = config.personalization.finetune_steps
     works = [Work(c, data.population.indices(c)) for c in clients]
@@ -90,7 +92,7 @@ def fine_tuned(
     if not steps or not rows:
         return payloads
     after = rounds + 1  # so its draws are none that a round has made
-    local = LocalTraining.of(config, after, after)
+    local = LocalTraining.of(config, after, after, fit)
     local = replace(local, steps=steps, epochs=None, schedule="constant", warmup=0.0, packing=config.client.packing)
     tuned = payloads.clone()
     chosen = [works[i] for i in rows]
