@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -202,3 +205,43 @@ def test_the_command(run: Path, other: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "test loss " in done.stdout and "over 12 examples" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("lm_eval") is None, reason="lm_eval is not installed")
+def test_the_harness_says_of_the_adapter_what_the_run_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files and the command of docs/evaluation.md: log-likelihoods to 1e-4, and the very texts."""
+    page = (Path(evaluate.__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my_data", "tasks"):
+        Path(folder).mkdir()
+    for file, text in re.findall(r"^`(tasks/\w+\.yaml)`\n```yaml\n(.*?)```$", page, re.MULTILINE | re.DOTALL):
+        Path(file).write_text(text)
+    for split, count in (("train", 120), ("validation", 5), ("test", 12)):
+        lines = [json.dumps({"question": row["mr"], "answer": row["ref"]}) for row in rows("dining", split)[:count]]
+        Path(f"my_data/{split}.jsonl").write_text("\n".join(lines) + "\n")
+    raw = {
+        "data": {"source": "my_data", "prompt": "{question} :", "target": " {answer}"},
+        "partition": {"name": "iid", "num_clients": 2},
+        "method": {"name": "lora", "rank": 4},
+        "federation": {"rounds": 1, "cohort_size": 2},
+        "client": {"lr": 0.01, "steps": 10},
+        "evaluation": {"metrics": ["loss", "bleu"], "samples": 2},
+    }
+    run_dir = Path("runs/mine")
+    federate(settings(run_dir, raw))
+    (command,) = re.findall(r"^```\n(BASE=.*?)```$", page, re.MULTILINE | re.DOTALL)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(["bash", "-ec", command], check=True, capture_output=True, env=environment)
+    of_rows, of_texts = (
+        [json.loads(line) for line in next(Path("lm_eval").rglob(f"samples_{task}_2*.jsonl")).read_text().splitlines()]
+        for task in ("mine", "mine_texts")
+    )
+    measured = results(tmp_path, str(run_dir), "--per-client", "data.train=test")
+    tokens = sum(measured["clients"]["tokens"])
+    assert -sum(row["perplexity"] for row in of_rows) == pytest.approx(
+        float(table(run_dir, "test")["loss"]) * tokens, abs=1e-4 * tokens
+    )
+    written = {row["arguments"]["gen_args_0"]["arg_0"]: row["resps"][0][0].strip() for row in of_texts}
+    samples = table(run_dir, "samples")
+    assert [written[f"<bos>{prompt}"] for prompt in samples["prompt"]] == samples["text"].tolist()
