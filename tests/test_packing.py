@@ -13,6 +13,7 @@ import transformers as tf
 from fedhpc import config as configuration
 from fedhpc import registry
 from fedhpc.approaches.averaging.packing import require_packing
+from fedhpc.data.tokens import Spans, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.methods.base import Attached, Method
 from fedhpc.models.causal_lm import CausalLM
@@ -126,6 +127,20 @@ def test_packed_texts_are_read_as_by_themselves(attention: str) -> None:
     apart = base.states(Attached(), base.batch(data, chosen))
     torch.testing.assert_close(base.states(Attached(), batch), apart, rtol=0, atol=1e-10)
     assert batch.tokens < base.batch(data, chosen).tokens
+
+
+def test_several_spans_of_a_text_are_packed() -> None:
+    """As the assistant turns of a chat are."""
+    base, data = tiny.base("llama"), tiny.examples()
+    starts = np.stack([data.prompt_lengths, data.lengths - 2], axis=1)
+    ends = np.minimum(starts + 2, data.lengths[:, None])
+    spans = Spans(np.arange(len(data) + 1) * 2, *(one.ravel().astype(np.int32) for one in (starts, ends)))
+    tokens = Tokens(data.ids, data.offsets, data.prompt_lengths)
+    chats, chosen = examples_from(tokens, spans=spans), np.arange(60)
+    packed, apart = base.packed(chats, chosen, chosen % 2), base.batch(chats, chosen)
+    assert torch.equal(packed.targets, apart.targets) and np.array_equal(packed.supervised, apart.supervised)
+    states = [base.states(Attached(), batch) for batch in (packed, apart)]
+    torch.testing.assert_close(*states, rtol=0, atol=1e-10)
 
 
 def test_a_run_on_any_ranks(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
