@@ -24,7 +24,7 @@ PUBLISHED = ROOT / "configs" / "published"
 PAGE = (PUBLISHED / "README.md").read_text(encoding="utf-8")
 # Facts are the instruction and a sentence about them the response; the shortest, since time goes with their tokens.
 VENUES = sorted(rows("dining", "train"), key=lambda row: len(row["mr"] + row["ref"]))[:240]
-QUICK = ["flowertune_general", "fed_chatbot_it", "fedpetuning_glue"]
+QUICK = ["flowertune_general", "fed_wildchat_multi", "fedpetuning_glue"]  # an instruction, chats, a classifier
 CATEGORIES = ["brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "open_qa"]
 
 Row = Mapping[str, Any]
@@ -106,6 +106,11 @@ def answer(venue: Row) -> Row:
     return {"instruction": venue["mr"], "response": venue["ref"]}
 
 
+def chat(venue: Row) -> Row:
+    turns = [venue["mr"], venue["ref"], "And the prices?", "They are low."]
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
+
+
 def natural_instructions(folder: Path) -> None:
     archive = folder.parent / "natural-instructions-2.8"
     (archive / "tasks").mkdir(parents=True)
@@ -156,6 +161,10 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "fed_aya": (by_client("Fed-Aya/aya_38c_25k.json", 6, answer), []),
     "fed_chatbot_it": (by_client("Fed-ChatbotIT/chatbotIT_237c_6k.json", 11, answer), []),
     "fed_wildchat": (by_client("Fed-WildChat/single_turn/wildchat_100c_53k.json", 6, answer), []),
+    "fed_wildchat_multi": (
+        by_client("Fed-WildChat/multi_turn/wildchat_50c.json", 4, chat),
+        [f"data.chat_template={PUBLISHED / 'vicuna.jinja'}"],
+    ),
     "fedkseed_ni": (natural_instructions, ["client.steps=40"]),  # every step draws all weights three times
     "fedkseed_dolly": (dolly, ["partition.num_clients=10", "client.steps=40"]),
     "fedpetuning_glue": (rte, []),
