@@ -189,8 +189,7 @@ def load(config: Config, subject: Subject, per_client: bool, transport: Transpor
     from fedhpc.models.load import check_length, check_tokens, load_base, load_tokenizer, model_class, stored_classes
 
     model, export = model_class(config.model), subject.export
-    objective = objectives.for_model(model, config.objective)
-    objective.check(config, model)
+    objective = objectives.of_config(config, model)
     head = customized.classes_of(export) if export is not None else stored_classes(config.model)
     data = load_data(
         config, load_tokenizer(config.model), model, head=head, purpose="clients" if per_client else "test"
@@ -211,7 +210,7 @@ def load(config: Config, subject: Subject, per_client: bool, transport: Transpor
         if method is not None:
             payloads = method.payload.flatten(customized_base.payload).unsqueeze(0)
     for name in config.evaluation.metrics_of_test:
-        if (needed := registry.choice("metrics", name).needs) not in base.answers:
+        if (needed := registry.choice("metrics", name).needs) not in base.answers | objective.answers:
             raise UserError(f"evaluation.metrics: {name} is of {needed}, which '{base.name}' does not give")
     check_length(base, config.data.max_length, 0 if method is None else method.virtual_tokens)
     for split, examples in data.splits.items():

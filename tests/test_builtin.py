@@ -19,6 +19,7 @@ from fedhpc.errors import UserError
 COLUMNS = {
     "dining": {"mr", "ref", "name", "client", "label"},
     "chats": {"messages", "label", "client"},
+    "preferences": {"mr", "chosen", "rejected", "client", "label"},
     "topics": {"text", "label", "client"},
     "passages": {"id", "title", "text", "client"},
     "questions": {"question", "answer", "passage_id", "passage", "client"},

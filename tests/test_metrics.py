@@ -21,6 +21,7 @@ EVERY = Outputs(
     texts=["a cat sat", ""],
     references=[["a cat sat", "the cat"], ["something else"]],
     ranks=np.array([1, 0]),
+    margins=np.array([[0.5, -1.0]]),
 )
 
 
@@ -31,7 +32,7 @@ def compute(name: str, outputs: Outputs) -> float:
 @pytest.mark.parametrize("name", registry.names(FAMILY))
 def test_every_metric_says_what_it_needs(name: str) -> None:
     metric = registry.choice(FAMILY, name)
-    assert metric.needs in ("losses", "labels", "texts", "rankings")
+    assert metric.needs in ("losses", "labels", "texts", "rankings", "preferences")
     assert isinstance(metric.higher_is_better, bool)
     assert math.isfinite(compute(name, EVERY))
 

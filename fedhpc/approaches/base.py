@@ -96,7 +96,7 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         self.config, self.base, self.objective, self.data = inputs.config, inputs.base, inputs.objective, inputs.data
         for name in (*self.config.evaluation.metrics, *self.config.evaluation.metrics_of_test):
             needed = registry.choice("metrics", name).needs
-            if needed not in self.base.answers | self.answers:
+            if needed not in self.base.answers | self.answers | self.objective.answers:
                 raise UserError(
                     f"evaluation.metrics: {name} is of {needed}, which method.name {self.config.method.name} of "
                     f"'{self.base.name}' does not give"

@@ -47,8 +47,7 @@ def load_inputs(
 ) -> Inputs:
     """Load and check the model and the data, which `read` reads. UserError where one of them is wrong."""
     model = model_class(config.model)
-    objective = objectives.for_model(model, config.objective)
-    objective.check(config, model)
+    objective = objectives.of_config(config, model)
     if objective.needs_full_steps:
         _refuse_split_steps(config.client)
     data = read(config, load_tokenizer(config.model), model, write_cache)

@@ -11,6 +11,8 @@ the language of every task but none of the tasks:
   columns mr, ref, name, client, label (the type of venue). Validation and test have several references for a list.
 - ``chats``: one to three lists of values of dining, each answered by its description; columns messages (JSON text),
   client, label (the type of the first venue).
+- ``preferences``: a list of values like those of dining, its description (`chosen`) and one by the same paper in which
+  two values are other ones (`rejected`); columns mr, chosen, rejected, client, label (the type of venue).
 - ``topics``: classification of three sentences, six labels; columns text, label, client.
 - ``passages`` and ``questions``: lives of invented people, and questions that one of the lives answers;
   columns id, title, text, client and question, answer, passage_id, passage (its text), client.
@@ -322,6 +324,52 @@ def _chats(split: str) -> list[Row]:
     return written
 
 
+_PREFERENCE_ROWS = {"train": 1200, "validation": 150, "test": 300}
+
+
+def _preferences(split: str) -> list[Row]:
+    papers = _papers()
+    seen: set[str] = set()
+    written: list[Row] = []
+    for current, total in _PREFERENCE_ROWS.items():
+        draw = _Draw("preferences", list(_PREFERENCE_ROWS).index(current))
+        shares = _shares(papers, total) if current == "train" else [total // len(papers)] * len(papers)
+        written = []
+        for paper in (paper for paper, share in zip(papers, shares, strict=True) for _ in range(share)):
+            mr = ""
+            while not mr or mr in seen:
+                venue = _venue(draw, paper.types, paper.areas)
+                mr = _value_list(venue)
+            seen.add(mr)
+            habits = _habit_today(paper.habits, draw)
+            written.append(
+                {
+                    "mr": mr,
+                    "chosen": _describe(venue, habits),
+                    "rejected": _describe(_mistaken(venue, draw), habits),
+                    "client": paper.name,
+                    "label": venue["type"],
+                }
+            )
+        if current == split:
+            break
+    return written
+
+
+def _mistaken(venue: Venue, draw: _Draw) -> Venue:
+    """The venue with two other values, each of which the venue could have had."""
+    values = {
+        "food": FOODS[venue["type"]],
+        "price": list(PRICES),
+        "rating": list(RATINGS),
+        "area": list(AREAS),
+        "children": list(CHILDREN),
+        "near": LANDMARKS,
+    }
+    wrong = draw.sample([field for field in values if field in venue], 2)
+    return venue | {field: draw.pick([value for value in values[field] if value != venue[field]]) for field in wrong}
+
+
 def _fill(template: str, draw: _Draw) -> str:
     p, q = draw.sample(FIRST_NAMES, 2)
     t, u = draw.sample(TOWNS, 2)
@@ -573,6 +621,7 @@ def _general(split: str) -> list[Row]:
 _WRITERS: dict[str, Callable[[str], list[Row]]] = {
     "dining": _dining,
     "chats": _chats,
+    "preferences": _preferences,
     "topics": _topics,
     "passages": _passages,
     "questions": _questions,
@@ -582,6 +631,7 @@ _WRITERS: dict[str, Callable[[str], list[Row]]] = {
 SPLITS: dict[str, tuple[str, ...]] = {
     "dining": tuple(_DINING_ROWS),
     "chats": tuple(_DINING_ROWS),
+    "preferences": tuple(_PREFERENCE_ROWS),
     "topics": tuple(_TOPIC_ROWS),
     "passages": ("train",),
     "questions": ("train", "validation", "test"),

@@ -60,6 +60,8 @@ def refuse_unread(config: Config, given: Mapping[str, str]) -> None:
             changed = bool(section) if name in LISTS else _changed(name, section, key.partition(".")[2])
             if key in given and changed:
                 raise UserError(f"method.name {config.method.name} does not read it", key=key, remedy="take it out")
+    if config.data.chosen is not None and "data.target" in given and _changed("data", config.data, "target"):
+        raise UserError("the answers are data.chosen and data.rejected", key="data.target", remedy="take it out")
 
 
 def _changed(name: str, section: Section, key: str) -> bool:

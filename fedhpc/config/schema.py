@@ -86,6 +86,13 @@ class Data(Section):
     tools: str | None = Field(None, description="column with the tools of a chat, as JSON schemas")
     chat_template: str | None = Field(None, description="file of a chat template (Jinja); default the tokenizer's own")
     train_on: TrainOn = Field("assistant", description="turns of a chat that the loss is on, with their end tokens")
+    chosen: str | None = Field(
+        None, min_length=1, description="the better of two answers to data.prompt: a column, or a template over columns"
+    )
+    rejected: str | None = Field(None, min_length=1, description="the worse one")
+    desirable: str | None = Field(
+        None, min_length=1, description="column that says whether data.target is an answer that people want"
+    )
     label: str | None = Field(None, description="column with the class of an example")
     label_noise: float = Field(
         0.0, ge=0, le=1, description="probability that a training example has another class, drawn uniformly"

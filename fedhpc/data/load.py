@@ -18,6 +18,7 @@ from fedhpc.data.chat_tokens import Chat, Writer, cached_chats, chats_of
 from fedhpc.data.encoding import marked
 from fedhpc.data.files import is_shard
 from fedhpc.data.labels import UNLABELLED, class_order, is_number, no_class
+from fedhpc.data.pairs import common_beginnings, desirable_of, interleaved, with_a_preference
 from fedhpc.data.partitioners.base import Int32, Int64
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
@@ -95,11 +96,10 @@ def load_data(
     data = settings.data
     writer = _chat_writer(settings, tokenizer, writing)
     prompt = template(data.prompt if writer is None else "", "data.prompt", tokenizer)
-    target = template(data.target if writer is None and writing.has_target else "", "data.target", tokenizer)
+    of_answers = _answers(data, tokenizer, writing) if writer is None else {"data.target": parse("", "data.target")}
+    target, written = next(iter(of_answers.values())), of_answers | {"data.prompt": prompt}
     messages: list[str] = []
-    tables, labelled, owner_names = _read_splits(
-        settings, prompt, target, public, messages, not writing.has_target, purpose
-    )
+    tables, labelled, owner_names = _read_splits(settings, written, public, messages, not writing.has_target, purpose)
     label_names: list[str] = []
     if data.label is not None:
         names = {row[data.label] for split in tables if split in labelled for row in tables[split].rows}
@@ -126,16 +126,12 @@ def load_data(
             raise UserError(f"data.label_noise: data.target must have {{{data.label}}}, or the noise changes no target")
         tables["train"] = _mislabelled(tables["train"], data.label, label_names, data.label_noise, settings.run.seed)
 
-    texts: dict[str, tuple[list[str], list[str]]] = {
-        split: ([prompt.render(row) for row in table.rows], [target.render(row) for row in table.rows])
-        for split, table in tables.items()
-        if writer is None
-    }
+    texts = {split: _texts(table, written) for split, table in tables.items() if writer is None}
     answers: dict[str, Answers | None] = {}
     room = 0  # for the longest answer: a row loses as much of its prompt for each label that it is asked about
     if label_names and target.columns == (data.label,):
         of_labels = [target.render({str(data.label): name}) for name in label_names]
-        for split, (prompts, _) in texts.items():
+        for split, (prompts, *_) in texts.items():
             answers[split], longest = answers_behind(prompts, of_labels, tokenizer, writing)
             room = max(room, longest)
 
@@ -143,7 +139,7 @@ def load_data(
     for split, table in tables.items():
         train, is_tested = split == "train", split in ("validation", "test")
         asks = is_tested or (train and _clients_write(settings.evaluation, purpose))
-        prompts, targets = texts.pop(split, ([], []))
+        prompts, targets, *worse = texts.pop(split, [[], []])
         if writer is None:
             tokens, message = cached_tokens(
                 prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room, data.overlong
@@ -153,13 +149,21 @@ def load_data(
         if message is not None and message not in messages:
             messages.append(message)
         messages += what_became_of(tokens, table, split, data.max_length)
+        if worse:
+            rejected, _ = cached_tokens(
+                prompts, worse[0], table.locations, tokenizer, data.max_length, writing, write_cache, room,
+                data.overlong,
+            )  # fmt: skip
+            messages += what_became_of(rejected, table, f"{split} (data.rejected)", data.max_length)
+            tokens = interleaved(tokens, rejected, tokenizer.bos_token_id is not None)
         of_split = answers.get(split)
         rows = rows_that_fit(tokens, table, data.max_length)
         if len(rows) < len(table.rows):
             if train and _is_natural(settings):
                 owner_names = owners_with_enough(settings, table.select(rows), owner_names, messages)[1]
                 stays = np.isin([table.rows[row][str(data.client)] for row in rows], owner_names)
-                rows, tokens = rows[stays], tokens.select(np.flatnonzero(stays))
+                of_each = np.repeat(stays, 1 + len(worse))
+                rows, tokens = rows[stays], tokens.select(np.flatnonzero(of_each))
             table = table.select(rows)
             if writer is None:
                 prompts, targets = [prompts[row] for row in rows], [targets[row] for row in rows]
@@ -180,6 +184,8 @@ def load_data(
             answers=of_split,
             spans=tokens.spans,
             ends=() if writer is None else writer.ends,
+            paired=bool(worse),
+            desirable=None if data.desirable is None else desirable_of(table, data.desirable),
         )
         if train and asks:  # no part of the fingerprint
             examples[split] = replace(examples[split], prompts=prompts, targets=targets)
@@ -208,6 +214,8 @@ def _chat_writer(settings: config.Config, tokenizer: PreTrainedTokenizerBase, wr
     data = settings.data
     if data.messages is None:
         return None
+    if data.chosen is not None:
+        raise UserError("data.chosen: the answers of pairs are texts, which go on from data.prompt, not data.messages")
     if writing.task != "causal_lm":
         raise UserError(
             f"data.messages: chats are for decoder-only language models, and '{settings.model.name}' is used for "
@@ -219,6 +227,25 @@ def _chat_writer(settings: config.Config, tokenizer: PreTrainedTokenizerBase, wr
 
 def _chats(table: Table, data: config.Data) -> list[Chat]:
     return chats_of(table, str(data.messages), data.tools)
+
+
+def _answers(data: config.Data, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> dict[str, Template]:
+    """The templates of what a model is to write, by their keys: the target, or the better and the worse of two."""
+    if data.chosen is None or data.rejected is None:
+        return {"data.target": template(data.target if writing.has_target else "", "data.target", tokenizer)}
+    columns_or_templates = {"data.chosen": data.chosen, "data.rejected": data.rejected}
+    return {
+        key: template(one if "{" in one else f"{{{one}}}", key, tokenizer) for key, one in columns_or_templates.items()
+    }
+
+
+def _texts(table: Table, written: Mapping[str, Template]) -> list[list[str]]:
+    """The prompts of a table, its targets, and of pairs the worse answers too. written: the templates by their keys."""
+    prompts = [written["data.prompt"].render(row) for row in table.rows]
+    answers = [[one.render(row) for row in table.rows] for key, one in written.items() if key != "data.prompt"]
+    if len(answers) == 2 and written["data.prompt"].texts == ("",):
+        return common_beginnings(table, *answers)
+    return [prompts, *answers]
 
 
 def template(written: str, key: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -283,8 +310,7 @@ def what_became_of(tokens: Tokens, table: Table, split: str, max_length: int) ->
 
 def _read_splits(
     settings: config.Config,
-    prompt: Template,
-    target: Template,
+    written: Mapping[str, Template],
     public: Public | None,
     messages: list[str],
     is_classifier: bool,
@@ -292,23 +318,25 @@ def _read_splits(
 ) -> tuple[dict[str, Table], set[str], list[str]]:
     """The rows of train, validation, test and the public set, which of these have labels, and the owners' names.
 
-    Owners are those of training rows.
+    Owners are those of training rows. written: all templates, by their keys.
     """
     data = settings.data
-    answers = data.label if is_classifier or data.label in target.columns else None  # the column that they are in
+    of_answers = {key: one for key, one in written.items() if key != "data.prompt"}
+    has_label = any(data.label in one.columns for one in of_answers.values())
+    answers = data.label if is_classifier or has_label else None  # the column that they are in
     natural = _is_natural(settings) and purpose != "test"
     source = sources.with_join(sources.open_source(data), data.join)
-    templates = {
-        **dict.fromkeys(target.columns, "data.target"),
-        **dict.fromkeys(prompt.columns, "data.prompt"),
-    }
+    templates = {column: key for key, one in written.items() for column in one.columns}
     columns = dict(templates)
+    if data.desirable is not None:
+        columns[data.desirable] = "data.desirable"
     if data.label is not None:
         columns[data.label] = "data.label"
     shared = dict(columns)
     columns |= {**dict.fromkeys(data.where_not, "data.where_not"), **dict.fromkeys(data.where, "data.where")}
     owner = {} if data.client is None or purpose == "test" else {data.client: "data.client"}
-    references = [column for column in target.columns if column != data.label]  # a class is no list
+    of_target = written["data.target"].columns if "data.target" in written else ()
+    references = [column for column in of_target if column != data.label]  # a class is no list
     structured = {} if data.messages is None else {data.messages: "data.messages"}
     if structured and data.tools is not None:
         structured[data.tools] = "data.tools"
@@ -353,6 +381,9 @@ def _read_splits(
             owner_names = sorted(name for name in names_ if name or not natural)
         unseen = [one for one in unseen if not any(row[one[1]] == one[2] for row in table.rows)]
         tables[split] = sources.filtered(table, data)
+        if "data.rejected" in written:
+            tables[split], line = with_a_preference(tables[split], of_answers)
+            messages += [] if line is None else [line]
         reason = "" if split == "train" or data.label is None else _hidden(tables, split, data.label)
         if reason and answers is None:
             unlabelled.add(split)

@@ -161,6 +161,8 @@ class Examples:
     answers: Answers | None = None  # where a label's target is not the same tokens behind a prompt as by itself
     questions: Questions | None = None  # of chats of validation and test
     ends: tuple[int, ...] = ()  # tokens that end an answer beside eos: in a chat a turn may end with another one
+    pairs: Examples | None = None  # of preferences: 2n rows; 2e has the better answer of example e, 2e + 1 the worse
+    desirable: Bool | None = None  # [n]; of single answers: whether people want them
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -265,18 +267,29 @@ def examples_from(
     targets: list[str] | None = None,
     answers: Answers | None = None,
     ends: tuple[int, ...] = (),
+    paired: bool = False,
+    desirable: Bool | None = None,
 ) -> Examples:
-    """Examples with the fingerprint of their content. spans: where an example has another number of them than one."""
+    """Examples with the fingerprint of their content. spans: where an example has another number of them than one.
+
+    paired: tokens (and spans) are of two rows for each example, the better and the worse answer to its prompt. By
+    itself, such an example is both rows, one behind the other.
+    """
+    pairs, each = (examples_from(tokens, spans=spans), 2) if paired else (None, 1)
     digest = hashlib.sha256(_FORMAT.encode())
     for array in (tokens.ids, tokens.offsets, tokens.prompt_lengths, *(spans or ()), labels, owners):
         digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
+    if desirable is not None:
+        digest.update(desirable.tobytes())
+    if paired:
+        digest.update(b"pairs")
     for texts in (label_names, owner_names, prompts or (), targets or ()):
         update_digest(digest, texts)
     return Examples(
         ids=tokens.ids,
-        offsets=tokens.offsets,
-        prompt_lengths=tokens.prompt_lengths,
-        spans=spans,
+        offsets=tokens.offsets[::each],
+        prompt_lengths=tokens.prompt_lengths[::each],
+        spans=None if paired else spans,
         labels=labels,
         label_names=list(label_names),
         owners=owners,
@@ -284,10 +297,12 @@ def examples_from(
         prompts=prompts,
         targets=targets,
         fingerprint=digest.hexdigest(),
-        lost=tokens.lost,
+        lost=None if tokens.lost is None else tokens.lost[::each],
         answers=answers,
         questions=tokens.questions if tokens.questions is not None and len(tokens.questions.offsets) > 1 else None,
         ends=ends,
+        pairs=pairs,
+        desirable=desirable,
     )
 
 

@@ -29,6 +29,7 @@ from fedhpc.methods.base import Attached, Method, PerClient
 from fedhpc.models.base import Base, Predictor
 from fedhpc.models.generative import Generative
 from fedhpc.models.load import autocast
+from fedhpc.objectives._preference import Preference
 from fedhpc.objectives.base import Objective
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.results.record import Sampling
@@ -96,14 +97,17 @@ class Evaluator:
         shares = _Shares(self, method, payloads)
         outputs: dict[str, Any] = {}
         measured = {"losses": (len(indices), len(examples), "examples")}  # n, of, unit
-        measured["labels"] = measured["losses"]
+        measured["labels"] = measured["preferences"] = measured["losses"]
         shown: list[dict[str, Any]] = []
         turns = None
 
-        if "losses" in needs:
+        if needs & {"losses", "preferences"}:
             pairs = np.tile(indices, count)
             of_pair = np.repeat(np.arange(count), len(indices))
-            if examples.spans is None:
+            if isinstance(self.objective, Preference):
+                nll, margins = shares.preferences(examples, pairs, of_pair)
+                outputs["margins"] = margins.reshape(count, -1)
+            elif examples.spans is None:
                 nll = shares.losses(examples, pairs, of_pair)
             else:
                 losses = shares.token_losses(examples, pairs, of_pair)
@@ -184,9 +188,13 @@ class Evaluator:
         indices = np.concatenate([np.empty(0, np.int64), *held_out])
         owner = np.repeat(np.arange(len(clients)), sizes)
         shares = _Shares(self, method, payloads)
-        nll = shares.losses(examples, indices, owner % len(payloads))
         chosen: dict[str, Metric] = {registry.short_name(name): registry.choice("metrics", name)() for name in metrics}
-        outputs = self._of_clients(shares, examples, held_out, nll, {metric.needs for metric in chosen.values()})
+        needs, margins = {metric.needs for metric in chosen.values()}, np.empty(0)
+        if "preferences" in needs:
+            nll, margins = shares.preferences(examples, indices, owner % len(payloads))
+        else:
+            nll = shares.losses(examples, indices, owner % len(payloads))
+        outputs = self._of_clients(shares, examples, held_out, nll, margins, needs)
         if self.transport.rank != 0:
             return None
         supervised = self.objective.num_supervised(examples, indices)
@@ -216,11 +224,18 @@ class Evaluator:
         return columns
 
     def _of_clients(
-        self, shares: _Shares, examples: Examples, held_out: Sequence[Int64], nll: Float64, needs: Collection[str]
+        self,
+        shares: _Shares,
+        examples: Examples,
+        held_out: Sequence[Int64],
+        nll: Float64,
+        margins: Float64,
+        needs: Collection[str],
     ) -> list[Outputs]:
         """What the model of each client did with the client's examples, as far as metrics need it; of use on rank 0.
 
-        nll: of all examples, one client's after the other's. Collective.
+        nll, margins: of all examples, one client's after the other's; margins are there if metrics need preferences.
+        Collective.
         """
         sizes = np.array([len(part) for part in held_out], np.int64)
         indices, ends = np.concatenate([np.empty(0, np.int64), *held_out]), np.cumsum(sizes)[:-1]
@@ -231,6 +246,9 @@ class Evaluator:
             for part, losses, tokens in zip(parts, np.split(nll, ends), np.split(supervised, ends), strict=True):
                 part |= {"nll_sum": float(losses.sum()), "tokens": int(tokens.sum())}
                 part |= {"prompt_nll": losses, "prompt_tokens": tokens}
+        if "preferences" in needs:
+            for part, of_client in zip(parts, np.split(margins, ends), strict=True):
+                part["margins"] = of_client[None]
         if "labels" in needs:
             if self.label_targets is None or examples.labels is None:
                 raise ValueError("metrics on labels need the examples' labels and a target for each of them")
@@ -367,6 +385,18 @@ class _Shares:
             example, losses = self._losses(examples, indices[rows], payload[rows])
             results[rows] = torch.from_numpy(np.bincount(example, weights=losses, minlength=len(rows)))
         return self._sum(results)
+
+    def preferences(self, examples: Examples, indices: Int64, payload: Int64) -> tuple[Float64, Float64]:
+        """Loss and margin (n,) of every example, in one forward pass."""
+        assert isinstance(self.objective, Preference) and isinstance(self.base, Predictor)
+        results = torch.zeros(2, len(indices), dtype=torch.float64)
+        for rows in self._batches(payload, examples.lengths[indices]):
+            batch = self.objective.batch(self.base, examples, indices[rows], payload[rows])
+            attach = self._attach(batch.per_row(payload[rows]))
+            with attach as attached, torch.no_grad(), autocast(self.base, self.precision):
+                results[:, rows] = torch.stack(self.objective.measured(self.base, attached, batch)).to(results)
+        losses, margins = self._sum(results)
+        return losses, margins
 
     def token_losses(self, examples: Examples, indices: Int64, payload: Int64) -> Float64:
         """Negative log-likelihood of every supervised token of the examples, one after the other: (S,)."""

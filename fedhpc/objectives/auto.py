@@ -12,6 +12,6 @@ class Auto(Objective):
     """Chooses by the model: targets for language models, labels for classifiers, passages for sentence encoders."""
 
     @classmethod
-    def for_model(cls, options: Open, model: type[Base]) -> Objective:
-        chosen: Objective = registry.choice("objectives", model.objective)(options)
+    def for_model(cls, options: Open, model: type[Base], precision: str = "float32") -> Objective:
+        chosen: Objective = registry.choice("objectives", model.objective)(options, precision)
         return chosen

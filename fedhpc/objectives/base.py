@@ -6,6 +6,7 @@ Shapes: E examples, B rows of a forward, S supervised tokens (or pairs) of a bat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,12 +44,21 @@ class Objective(ABC):
     #: Whether the loss of an example is the same where it shares a row with others (`packed`).
     can_pack: ClassVar[bool] = False
 
-    def __init__(self, options: Open | None = None) -> None:
-        """options: the section `objective` of the configuration, which has the keys."""
-        self.options = options
+    #: Which of data.chosen, data.rejected and data.desirable it needs; the others nobody reads.
+    data_keys: ClassVar[frozenset[str]] = frozenset()
+
+    #: What metrics can need beside the answers of the base model.
+    answers: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: Open | None = None, precision: str = "float32") -> None:
+        """Where options is the section `objective` of the configuration, which has the keys.
+
+        precision: of the run's forward passes, for what is computed once per example (`runtime.precision`).
+        """
+        self.options, self.precision = options, precision
 
     @classmethod
-    def for_model(cls, options: Open, model: type[Base]) -> Objective:
+    def for_model(cls, options: Open, model: type[Base], precision: str = "float32") -> Objective:
         """The objective of models of this class. UserError where it is for others."""
         if model.task not in cls.tasks:
             suits = f"model.task {' or '.join(sorted(cls.tasks))}" if cls.tasks else "no model.task by itself"
@@ -56,7 +66,7 @@ class Objective(ABC):
                 f"objective.name: {options.name} is for {suits}, not {model.task}", key="objective.name",
                 remedy="leave objective out, or choose another model.task",
             )  # fmt: skip
-        return cls(options)
+        return cls(options, precision)
 
     def check(self, config: Config, model: type[Base]) -> None:  # noqa: B027  most have nothing to refuse
         """UserError where the configuration asks for what this objective cannot do with such models."""
@@ -122,21 +132,9 @@ class PredictedObjective(Objective):
         return self._through(base, self.states(base, attached, batch), batch, row_weights, scale)
 
     def _through(self, base: Predictor, states: Tensor, batch: Batch, row_weights: Tensor, scale: float) -> Tensor:
-        """Backpropagate through the logits, piece by piece, and then through `states`."""
+        """Backpropagate through the logits and then through `states`."""
         weights = row_weights.index_select(0, batch.row) * scale
-        pieces = base.pieces(len(states))
-        if len(pieces) == 1:
-            losses = self.losses_of(base.exact_logits(states), batch, pieces[0])
-            (losses * weights).sum().backward()
-            return losses.detach()
-        leaf = states.detach().requires_grad_()
-        done = []
-        for piece in pieces:
-            losses = self.losses_of(base.exact_logits(leaf[piece]), batch, piece)
-            (losses * weights[piece]).sum().backward()
-            done.append(losses.detach())
-        states.backward(leaf.grad)
-        return torch.cat(done)
+        return through_logits(base, states, lambda logits, piece: self.losses_of(logits, batch, piece), weights)
 
 
 class CrossEntropy(PredictedObjective):
@@ -159,6 +157,28 @@ class CrossEntropy(PredictedObjective):
         losses, gradient = through_frozen_head(states.detach(), head, batch.targets, weights)
         states.backward(gradient)
         return losses
+
+
+def through_logits(
+    base: Predictor, states: Tensor, losses_of: Callable[[Tensor, slice], Tensor], weights: Tensor
+) -> Tensor:
+    """Backpropagate sum_s weights[s] * loss_s through the logits, piece by piece, and then through `states` (S, D).
+
+    losses_of: the losses (s,) of a piece of the tokens, by their logits (s, V). Returns all of them (S,), detached.
+    """
+    pieces = base.pieces(len(states))
+    if len(pieces) == 1:
+        losses = losses_of(base.exact_logits(states), pieces[0])
+        (losses * weights).sum().backward()
+        return losses.detach()
+    leaf = states.detach().requires_grad_()
+    done = []
+    for piece in pieces:
+        losses = losses_of(base.exact_logits(leaf[piece]), piece)
+        (losses * weights[piece]).sum().backward()
+        done.append(losses.detach())
+    states.backward(leaf.grad)
+    return torch.cat(done)
 
 
 def through_frozen_head(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,8 @@ class Contrastive(Objective):
     tasks = frozenset({"embedding"})
     needs_full_steps = True
 
-    def __init__(self, options: Open | None = None) -> None:
-        super().__init__(options)
+    def __init__(self, options: Open | None = None, precision: str = "float32") -> None:
+        super().__init__(options, precision)
         self._cache: dict[bytes, Tensor] = {}  # token ids -> vector, on the CPU
 
     def check(self, config: Config, model: type[Base]) -> None:

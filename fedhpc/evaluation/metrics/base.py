@@ -22,6 +22,10 @@ def _nothing() -> NDArray[np.float64]:
     return np.empty(0)
 
 
+def _no_models() -> NDArray[np.float64]:
+    return np.empty((0, 0))
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What the model did with the evaluated items; the parts no metric needs are left empty."""
@@ -40,13 +44,15 @@ class Outputs:
     references: Sequence[Sequence[str]] = ()
     # rankings: one per question: the rank, from 1, of the first passage that is right; 0: none of those found is
     ranks: NDArray[np.int64] = field(default_factory=_none)
+    # preferences: (models, items), how much higher the reward of the better answer is, in nats
+    margins: NDArray[np.float64] = field(default_factory=_no_models)
 
 
 class Metric(ABC):
     """One number that says how well a model did. A file of this folder has one class derived from this."""
 
     #: The part of `Outputs` that it is computed from.
-    needs: ClassVar[Literal["losses", "labels", "texts", "rankings"]]
+    needs: ClassVar[Literal["losses", "labels", "texts", "rankings", "preferences"]]
     #: Whether the larger of two values is the better one.
     higher_is_better: ClassVar[bool]
     #: What it cannot be below and above.
