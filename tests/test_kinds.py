@@ -403,6 +403,11 @@ def test_a_row_of_an_encoder_decoder_is_written_as_its_tokenizer_writes(texts: P
     assert (cut.lost, cut.needed) == (len(whole[0]) - 5, len(whole[0]))
     with pytest.raises(UserError, match=r"f:1: the target has 4 tokens .* use at least 5"):
         Seq2Seq.join(tokenizer, 4)(*plain, "f:1")
+    truncated = Seq2Seq.join(tokenizer, 4, truncate=True)(*plain, "f:1")
+    assert truncated[:2] == ([*whole[0][:3], 1], whole[1][:4])  # the target loses its end, here the eos
+    assert (truncated.cut, truncated.needed) == (1, len(whole[0]))
+    with pytest.raises(UserError, match=r"f:1: the target has 4 tokens .* set data\.overlong to drop$"):
+        Seq2Seq.join(tokenizer, 4, room=5, truncate=True)(*plain, "f:1")  # a label
 
 
 # ---------------------------------------------------------------- loading

@@ -237,6 +237,22 @@ def test_several_references_are_one_question(world: Path, tmp_path: Path) -> Non
     assert json.loads(samples["references"][0]) == answers[samples["prompt"][0].splitlines()[-1]]
 
 
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_questions_whose_answers_do_not_fit(world: Path, tmp_path: Path, overlong: str) -> None:
+    """They are left out, and the others are searched for as if they had never been there; or they lose their ends."""
+    lines = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
+    (tmp_path / "data").mkdir()
+    _write(tmp_path / "data" / "train.jsonl", [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()])
+    _write(tmp_path / "data" / "test.jsonl", [{**lines[0], "answer": "no " * 600}, *lines])
+    directory = run(tmp_path / "data", tmp_path / "run", data={"overlong": overlong})
+    events = [message for message in table(directory, "events")["message"] if "overlong" in message]
+    if overlong == "drop":
+        same_lists(directory, run(world, tmp_path / "plain"))
+        assert len(events) == 1 and f"data.overlong: 1 of {len(lines) + 1} rows of test are left out, like" in events[0]
+    else:
+        assert len(events) == 1 and f"data.overlong: 1 of {len(lines) + 1} rows of test lose" in events[0]
+
+
 # ---------------------------------------------------------------- resume and bytes
 
 
