@@ -111,6 +111,10 @@ def chat(venue: Row) -> Row:
     return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
 
 
+def preference(venue: Row) -> Row:
+    return {"prompt": f"{venue['mr']} :", "chosen": f" {venue['ref']}", "rejected": " It is a place."}
+
+
 def natural_instructions(folder: Path) -> None:
     archive = folder.parent / "natural-instructions-2.8"
     (archive / "tasks").mkdir(parents=True)
@@ -165,6 +169,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         by_client("Fed-WildChat/multi_turn/wildchat_50c.json", 4, chat),
         [f"data.chat_template={PUBLISHED / 'vicuna.jinja'}"],
     ),
+    "fed_chatbot_pa": (by_client("Fed-ChatbotPA/chatbotPA_747c_10k.json", 11, preference), []),
     "fedkseed_ni": (natural_instructions, ["client.steps=40"]),  # every step draws all weights three times
     "fedkseed_dolly": (dolly, ["partition.num_clients=10", "client.steps=40"]),
     "fedpetuning_glue": (rte, []),
