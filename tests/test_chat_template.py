@@ -198,7 +198,7 @@ def common(one: list[int], other: list[int]) -> int:
 def test_real_rows_against_the_rendering_without_each_turn(family: str) -> None:
     one = template(family)
     found = tokens(one, real_chats())
-    ends = one.tokenizer.convert_tokens_to_ids(unmarked(one.end, one.tokenizer))
+    ends = one.tokenizer.convert_tokens_to_ids(unmarked(one.endings[0], one.tokenizer))
     for number, messages in enumerate(real_chats()):
         ids = found.ids[found.offsets[number] : found.offsets[number + 1]].tolist()
         assert ids == theirs(one, messages, tokenize=True, return_dict=False)
@@ -262,6 +262,60 @@ def test_an_assistant_who_speaks_first_and_turns_that_are_merged() -> None:
     )
     assert shown(one, twice[1:]).endswith("Q: And blue?\nA:«No</s>»")
     assert shown(one, twice[1:]).count("«") == 2 and "Yes, it is. Quite.</s>»" in shown(one, twice[1:])
+
+
+CALLS: list[Message] = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "Bonn"}}]},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "It rains."},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "messages", "written"),
+    [
+        # Asked, the model reasons; elsewhere its reasoning is written as none. What both begin with is the header.
+        (
+            "chatml",
+            ('"\\n" ~ message.content', '"\\n" ~ ("<think></think>" if message.role == "assistant") ~ message.content'),
+            CHAT[3:],
+            "<|im_start|>assistant\n<think>«</think>No<|im_end|>»\n",
+        ),
+        # Two tokens end a turn; or another one where it is the last.
+        ("zephyr", ("~ eos_token ~", '~ eos_token ~ "<pad>" ~'), CHAT[3:], "<|assistant|>\n«No</s><pad>»\n"),
+        (
+            "zephyr",
+            ("~ eos_token ~", '~ ("<pad>" if loop.last and message.role == "assistant" else eos_token) ~'),
+            CHAT[1:],
+            "Yes, it is. </s>»\n<|user|>\nAnd blue?</s>\n<|assistant|>\n«No<pad>»\n",
+        ),
+        # A call's arguments as JSON text, and its name again in front of what it answers.
+        (
+            "zephyr",
+            (
+                "message.content ~",
+                "message.content ~ (message.tool_calls[0].name + message.tool_calls[0].arguments if message.tool_calls "
+                'else messages[loop.index0 - 1].tool_calls[0].name if message.role == "tool" else "") ~',
+            ),
+            CALLS,
+            '<|assistant|>\n«weather{"city": "Bonn"}</s>»\n<|tool|>\nrainweather</s>\n<|assistant|>\n«It rains.</s>»\n',
+        ),
+    ],
+)  # fmt: skip
+def test_templates_that_write_a_turn_otherwise_than_they_ask_for_it(
+    family: str, change: tuple[str, str], messages: list[Message], written: str
+) -> None:
+    reasons = ('"<|im_start|>assistant\\n" }}{% endif', '"<|im_start|>assistant\\n<think>\\n" }}{% endif')
+    one = template(family, gpt, change)
+    if "<think>" in written:
+        one = ChatTemplate(one.tokenizer, str(one.source).replace(*reasons), one.key)
+    assert shown(one, messages).endswith(written)
+    ends = Writer(one.tokenizer, one, "assistant", 99, "error").ends
+    names = [one.tokenizer.convert_ids_to_tokens(token) for token in ends]
+    assert sorted(names) == sorted(
+        {name for name in ("<|im_end|>", "</s>", "<pad>") if f"{name}»" in written or f"{name}<pad>»" in written}
+    )
 
 
 def test_a_question_is_what_the_template_asks() -> None:

@@ -10,6 +10,7 @@ do not fit each other in this way is refused.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from bisect import bisect_left
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from fedhpc.data.chats import Json, Message
-from fedhpc.data.encoding import AS_TEXT, MARK, as_text, marked
+from fedhpc.data.encoding import AS_TEXT, MARK, as_text, find_added, marked
 from fedhpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,20 +90,41 @@ class ChatTemplate:
         return (_SAME_DATE if "strftime_now" in chosen else "") + chosen
 
     @cached_property
-    def end(self) -> str:
-        """The special token that ends an assistant's turn, marked. UserError where there is none."""
+    def endings(self) -> tuple[str, ...]:
+        """What ends an assistant's turn: special tokens, marked. UserError where the last turn of a chat has none.
+
+        Those behind the last turn and behind one that a question follows, as far as they are the same; else both.
+        """
+        user: Message = {"role": "user", "content": _EDGE.format(2)}
         chat: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER.format(1)}]
-        rest = self._render(chat, None, "").partition(_ANSWER.format(1))[2]
-        ends = MARK.search(rest)
-        if ends is None:
+        at_end = self._render(chat, None, "").partition(_ANSWER.format(1))[2]
+        if MARK.search(at_end) is None:
             raise self._refusal("ends an assistant's turn with no special token of the model's tokenizer", "")
-        return ends[0]
+        within = self._render([*chat, user], None, "").partition(_ANSWER.format(1))[2].partition(_EDGE.format(2))[0]
+        common = [*MARK.finditer(_common(at_end, within))]
+        if common:
+            return (at_end[common[0].start() : common[-1].end()],)
+        return tuple(dict.fromkeys(first[0] for first in (MARK.search(at_end), MARK.search(within)) if first))
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether arguments of calls are objects for this template; some take JSON text instead."""
+        call: Json = {"id": "a" * 9, "type": "function", "function": {"name": "a", "arguments": {"a": "a"}}}
+        chat: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            self._render(chat, None, "")
+        except UserError:
+            return False
+        return True
 
     # ---- texts
 
     def question(self, messages: Sequence[Message], tools: list[Json] | None, location: str) -> str:
         """The marked text that the assistant's next turn goes on from: the messages and the prompt for generation."""
-        text = self._render([_spelled(message, self.tokenizer) for message in messages], tools, location, asks=True)
+        text = self._render(self._ready(messages), tools, location, asks=True)
         return text.replace(AS_TEXT, "")
 
     def rendered(self, messages: Sequence[Message], tools: list[Json] | None, location: str) -> Rendered:
@@ -111,18 +133,22 @@ class ChatTemplate:
         Turns that the template merges are one. UserError where the template refuses the chat, or writes it so that the
         assistant's turns cannot be told from the rest.
         """
-        messages = [_spelled(message, self.tokenizer) for message in messages]
+        messages = self._ready(messages)
         text = self._render(messages, tools, location)
         turns = self._turns(text, messages, tools, location)
         removed = [at for at, character in enumerate(text) if character == AS_TEXT]
         moved = [(begin - bisect_left(removed, begin), end - bisect_left(removed, end)) for begin, end in turns]
         return Rendered(text.replace(AS_TEXT, ""), moved)
 
+    def _ready(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template takes them, with names of special tokens as text."""
+        called = any("tool_calls" in message for message in messages) and not self._takes_objects
+        return [_spelled(_as_json(message) if called else message, self.tokenizer) for message in messages]
+
     def _turns(
         self, text: str, messages: Sequence[Message], tools: list[Json] | None, location: str
     ) -> list[tuple[int, int]]:
         """Begin and end of the assistant's turns in the text of these messages."""
-        usual_end = self.end  # a template that has none is refused, whatever stands behind the turns of this chat
         hidden = [_hidden(message, number) for number, message in enumerate(messages)]
         second = self._render(hidden, tools, location)
         marks = _marks(second)
@@ -133,9 +159,11 @@ class ChatTemplate:
         turns, reached, cut = [], 0, 0  # in the text, and how much of the second text that is
         for turn in _groups(marks, second):
             first, last = turn[0], turn[-1]
-            begin = self._begin(first, marks, second, hidden, tools, location)
-            reached = self._shared(text, reached, second[cut:begin], first, location)
-            ends = self._end(last, marks, second, usual_end if "tool_calls" in messages[last.message] else "", location)
+            start, header, asked = self._header(first, marks, second, hidden, tools, location)
+            reached = self._shared(text, reached, second[cut:start], first, location)
+            written = text[reached : reached + len(header)]
+            reached += self._length(header, asked, written, hidden[: first.message], tools, location)
+            ends = self._end(last, marks, second, location)
             end = text.find(ends[0], reached)
             if end < 0:
                 raise self._unlike(first, location)
@@ -145,7 +173,7 @@ class ChatTemplate:
             raise self._unlike(None, location)
         return turns
 
-    def _begin(
+    def _header(
         self,
         first: _Mark,
         marks: Sequence[_Mark],
@@ -153,45 +181,78 @@ class ChatTemplate:
         hidden: Sequence[Message],
         tools: list[Json] | None,
         location: str,
-    ) -> int:
-        """Where a turn begins in the second text: behind what the template writes when it asks for that turn."""
+    ) -> tuple[int, str, str]:
+        """What stands in the second text in front of a turn, behind the last words of others, and where that begins.
+
+        Also what the template writes there when it asks for the turn.
+        """
         previous = next((mark for mark in reversed(marks) if mark.end <= first.begin), None)
         start = previous.end if previous else 0
         header = second[start : first.begin]
         if first.message == 0:
-            return self._behind_first_header(header, location)
+            return start, header, header[: self._behind_first_header(header, location)]
         asking = self._render(hidden[: first.message], tools, location, asks=True)
         latest = next(reversed(_marks(asking)), None)
         if (latest and latest.message) != (previous and previous.message):
             raise self._refusal(f"writes other messages in front of message {first.message + 1} than before", location)
-        asked = asking[latest.end if latest else 0 :]
-        if not header.startswith(asked) and not asked.startswith(header):
-            raise self._refusal(
-                f"begins message {first.message + 1} (assistant) otherwise than where it asks for it", location
-            )
-        return start + min(len(asked), len(header))
+        return start, header, _tail(asking)
+
+    def _length(
+        self,
+        header: str,
+        asked: str,
+        written: str,
+        before: Sequence[Message],
+        tools: list[Json] | None,
+        location: str,
+    ) -> int:
+        """How much of what stands in front of a turn is its header; the rest is a part of the turn.
+
+        header, written: in the second text and in the first. asked: where the template asks for the turn. The header is
+        what they have in common, and a whole header where the template does not write it when it asks. Where they go on
+        in other ways, as with reasoning or without, it must have a token of its own, and end between words.
+        """
+        common = _common(header, asked, written)
+        if common not in (header, asked):
+            of_others = _common(common, _tail(self._render(before, tools, location)))
+            beyond, goes_on = common[len(of_others) :], (header[len(common) :], asked[len(common) :])
+            if not find_added(beyond, self.tokenizer) or all(one[:1].isalnum() for one in goes_on):
+                raise self._refusal(
+                    f"begins message {len(before) + 1} (assistant) otherwise than where it asks for it", location
+                )
+        again = header.rfind(self._opening, len(common)) if self._opening else -1
+        if again >= 0 and written.startswith(header[: again + len(self._opening)]):
+            return again + len(self._opening)
+        return len(common)
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes behind a user's words only where it asks for an answer; empty for some."""
+        user: list[Message] = [{"role": "user", "content": _EDGE.format(0)}]
+        asked = _tail(self._render(user, None, "", asks=True))
+        return asked[len(_common(asked, _tail(self._render(user, None, "")))) :]
 
     def _behind_first_header(self, header: str, location: str) -> int:
         """Where the turn begins of an assistant who speaks first: behind as much of a later header as is there."""
         user: Message = {"role": "user", "content": _EDGE.format(0)}
-        asked = self._render([user], None, location, asks=True).rpartition(_EDGE.format(0))[2]
+        asked = _tail(self._render([user], None, location, asks=True))
         for start in range(len(asked)):
             at = header.rfind(asked[start:])
             if at >= 0 and any(character.isalnum() for character in asked[start:]):
                 return at + len(asked) - start
         raise self._refusal("does not say where an assistant begins who speaks first", location)
 
-    def _end(self, last: _Mark, marks: Sequence[_Mark], second: str, usual: str, location: str) -> re.Match[str]:
-        """The special token behind the assistant's last words in the second text, which ends the turn.
+    def _end(self, last: _Mark, marks: Sequence[_Mark], second: str, location: str) -> re.Match[str]:
+        """What ends a turn behind the assistant's last words in the second text.
 
-        usual: the one that it is if it is there, since a call of tools may have special tokens in front of it.
+        A call of tools may have other special tokens in front of it, or in its place.
         """
         following = next((mark.begin for mark in marks if mark.begin >= last.end), len(second))
-        candidates = [*MARK.finditer(second, last.end, following)]
-        at_best = [one for one in candidates if one[0] == usual]
-        if not candidates:
+        usual = re.compile("|".join(map(re.escape, self.endings))).search(second, last.end, following)
+        ends = usual or MARK.search(second, last.end, following)
+        if ends is None:
             raise self._refusal(f"ends message {last.message + 1} (assistant) with no special token", location)
-        return (at_best or candidates)[0]
+        return ends
 
     def _shared(self, text: str, at: int, piece: str, turn: _Mark | None, location: str) -> int:
         """Where a piece of the second text ends in the first, in which it must stand at `at`."""
@@ -235,6 +296,20 @@ def _marks(text: str) -> list[_Mark]:
     return [_Mark(*match.span(), int(match[1] or match[2]), match[2] is not None) for match in _MARKS.finditer(text)]
 
 
+def _tail(text: str) -> str:
+    """What stands behind the last mark."""
+    marks = _marks(text)
+    return text[marks[-1].end if marks else 0 :]
+
+
+def _common(*texts: str) -> str:
+    """What texts begin with, all alike; a marked special token is in it or not, but never in part."""
+    shortest, others = min(texts, key=len), texts
+    same = next((i for i, c in enumerate(shortest) if any(one[i] != c for one in others)), len(shortest))
+    start = shortest.rfind("\ufdd0", 0, same)
+    return shortest[: start if start >= 0 and "\ufdd1" not in shortest[start:same] else same]
+
+
 def _groups(marks: Sequence[_Mark], text: str) -> Iterator[list[_Mark]]:
     """The marks of each turn: those of one message, and of the next where no special token ends the first."""
     group: list[_Mark] = []
@@ -275,16 +350,37 @@ def _hidden(message: Message, number: int) -> Message:
     return hidden
 
 
+def _as_json(message: Message) -> Message:
+    """A message whose calls of tools have their arguments as JSON text."""
+
+    def written(value: Json) -> Json:
+        if isinstance(value, list):
+            return [written(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: json.dumps(one, ensure_ascii=False) if name == "arguments" and isinstance(one, dict) else written(one)
+            for name, one in value.items()
+        }
+
+    return {**message, "tool_calls": written(message["tool_calls"])} if "tool_calls" in message else message
+
+
 def _hidden_call(value: Json, answer: str) -> Json:
-    """Calls of tools with a mark in place of every text in their names and arguments."""
+    """Calls of tools with a mark in place of every text in their arguments; of their names where there is none.
+
+    Templates write a tool's name again in front of what it answers.
+    """
     if isinstance(value, list):
         return [_hidden_call(one, answer) for one in value]
     if not isinstance(value, dict):
         return value
-    return {
-        name: _replaced(one, answer) if name in ("name", "arguments") else _hidden_call(one, answer)
-        for name, one in value.items()
-    }
+    if "name" not in value:
+        return {name: _hidden_call(one, answer) for name, one in value.items()}
+    arguments = _replaced(value.get("arguments"), answer)
+    if arguments == value.get("arguments"):
+        return {**value, "name": answer}
+    return {**value, "arguments": arguments}
 
 
 def _replaced(value: Json, answer: str) -> Json:

@@ -102,8 +102,8 @@ class Writer:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The token that ends an assistant's turn."""
-        return (ended_by(self.template),)
+        """The tokens that end an assistant's turn."""
+        return tuple(dict.fromkeys(int(mark[1]) for one in self.template.endings for mark in MARK.finditer(one)))
 
     def answers(self, tokens: Tokens) -> list[str]:
         """The last turn of each chat, for a reader; special tokens are left out."""
@@ -190,13 +190,6 @@ class _Row(NamedTuple):
     lost: int  # as in fedhpc.data.tokens.Row
     needed: int
     cut: int
-
-
-def ended_by(template: ChatTemplate) -> int:
-    """The id of the special token that ends an assistant's turn."""
-    mark = MARK.fullmatch(template.end)
-    assert mark is not None
-    return int(mark[1])
 
 
 def _offsets(lengths: Sequence[int] | Int64) -> Int64:

@@ -85,6 +85,12 @@ def as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text if pattern is None else pattern.sub(lambda name: name[0][0] + AS_TEXT + name[0][1:], text)
 
 
+def find_added(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a marked text has a token beyond words: a special one, or another that was added to the vocabulary."""
+    names = (token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
+    return MARK.search(text) is not None or any(name in text for name in names if any(c.isalnum() for c in name))
+
+
 def unmarked(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """A marked text for a reader: special tokens by their names, or left out where no tokenizer is given."""
     if "\ufdd0" not in text:
