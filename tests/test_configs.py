@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedhpc import config as configuration
+from fedhpc.config.schema import COLUMNS
 from fedhpc.main import main
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -78,6 +79,22 @@ def test_texts_of_options_follow_the_choices_that_are_made_with_them() -> None:
     assert config.method.student.init_text == "{a}: 1"
     join = configuration.load(None, ["data.join.file={x}", "data.join.column=1", "data.join.key=2"])
     assert join.data.join == configuration.Join(file="{x}", column="1", key="2")
+
+
+def test_every_key_of_the_data_names_columns_or_does_not() -> None:
+    others = [
+        "source",
+        "subset",
+        "train",
+        "validation",
+        "test",
+        "chat_template",
+        "train_on",
+        "label_noise",
+        "client_from",
+        "missing",
+    ]
+    assert set(COLUMNS) == set(configuration.Data.model_fields) - {*others, "max_length", "overlong"}
 
 
 def test_another_source_drops_the_columns_of_a_built_in_task(tmp_path: Path) -> None:

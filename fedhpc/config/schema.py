@@ -25,7 +25,10 @@ Missing = Literal["error", "empty"]
 TrainOn = Literal["assistant", "last_assistant", "all"]
 
 #: Keys of the section `data` that name columns of its source.
-COLUMNS = ("prompt", "target", "messages", "tools", "label", "client", "join", "where", "where_not")
+COLUMNS = (
+    *("prompt", "target", "messages", "tools", "chosen", "rejected", "desirable"),
+    *("label", "client", "join", "where", "where_not"),
+)
 
 #: Keys of which at most one can be given: one replaces the other.
 ALTERNATIVES = {"client": ("epochs", "steps"), "federation": ("cohort_size", "cohort_fraction")}
