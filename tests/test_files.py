@@ -135,7 +135,11 @@ def test_one_shard_by_name_is_said(tmp_path: Path, source: str) -> None:
 def test_a_file_beside_numbered_ones_is_the_split(tmp_path: Path, one_file: str) -> None:
     _parts(tmp_path, ["train.jsonl"])
     _parts(tmp_path, ["train_100.jsonl", "train_1.jsonl"])  # samples of it
-    assert load(tmp_path).fingerprint == one_file
+    data = load(tmp_path)
+    assert data.fingerprint == one_file
+    said = f"data.train: {tmp_path}/train.jsonl is the split; train_1.jsonl, train_100.jsonl beside it, with a number,"
+    assert any(message == f"{said} is not read" for message in data.messages)
+    assert not any("with a number" in message for message in load(tmp_path / "train.jsonl").messages)
 
 
 REFUSED: dict[str, tuple[dict[str, Sequence[str]], str, dict[str, Any], str]] = {
@@ -148,6 +152,9 @@ REFUSED: dict[str, tuple[dict[str, Sequence[str]], str, dict[str, Any], str]] = 
     "two totals": ({"d": [HUB[0], "train-00001-of-00003.parquet"]}, "d", {}, r"files of several series"),
     "two endings": ({"d": ["train-0-of-1.csv", "train-0-of-1.jsonl"]}, "d", {}, r"two files with one number"),
     "shards and a file": ({"d": [*HUB, "train.csv"]}, "d", {}, r"several files .* 'train': train\.csv, train-0"),
+    "a file and a folder of its name": (
+        {"d": ["train.csv"], "d/train": ["x.csv"]}, "d", {}, r"'train': train\.csv, train/; name one with its ending",
+    ),
     "years": ({"d": ["train_2019.csv", "train_2020.csv"]}, "d", {}, r"it has: train_2019, train_2020"),
     "a split's shards": ({"d": [*HUB, "dev-0-of-2.csv"]}, "d", {}, r"d: dev-1-of-2\.csv missing"),
     "a file and a folder": (
@@ -344,8 +351,9 @@ def test_keys_that_rows_lack_are_empty_where_that_is_said(tmp_path: Path) -> Non
         UserError, match=r"train\.jsonl:1: data\.label: the column 'more' has no value here, nor in 2 more"
     ):
         load(tmp_path, label="more", missing="empty")
-    with pytest.raises(UserError, match=r"or set data\.missing to empty"):
-        load(_parts(tmp_path / "b", ["train.jsonl"], lacking[1:]), prompt="{q} {more}")
+    for first in (0, 1):  # a row that lacks the key, and one that has it
+        with pytest.raises(UserError, match=r"or set data\.missing to empty"):
+            load(_parts(tmp_path / f"from_{first}", ["train.jsonl"], lacking[first:]), prompt="{q} {more}")
 
 
 def test_optional_keys_and_lists_say_what_to_do(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ from transformers import AutoConfig
 
 names = AutoConfig.from_pretrained(".")  # of the classes
 model = AutoPeftModelForSequenceClassification.from_pretrained(
-    ".", dtype="{dtype}", id2label=names.id2label, label2id=names.label2id
+    ".", dtype="{dtype}", id2label=names.id2label, label2id=names.label2id,
+    ignore_mismatched_sizes=True,  # the head is the adapter's, whatever size the base's own has
 )""",
 }
 _WRITES = "PEFT's own `generate` writes the same texts (tried with transformers 5.20 to 5.24 and PEFT 0.21.2)."

@@ -106,17 +106,16 @@ class Folder:
 
     def files_of(self, split: str) -> list[Path]:
         """The files of a split in order; none where there is no such split. UserError where one is missing."""
-        files, series = self.single.get(split, []), self.series.get(split, [])
+        files, series, folders = (of.get(split, []) for of in (self.single, self.series, self.folders))
         of_many = [path for path in series if _OF_MANY.fullmatch(stem(path))]
-        several = [*files, *of_many] if files else []
+        several = [*files, *of_many, *folders] if files else []
         if len(several) > 1:
-            names = ", ".join(path.name for path in several)
-            raise UserError(f"{self.path}: several files for the split '{split}': {names}; name one")
+            names = ", ".join(path.name + "/" * path.is_dir() for path in several)
+            raise UserError(f"{self.path}: several files for the split '{split}': {names}; name one with its ending")
         if files:
             return files
         if self._is_series(split):
             return _in_order(series)
-        folders = self.folders.get(split, [])
         if len(folders) > 1:
             names = ", ".join(path.name for path in folders)
             raise UserError(f"{self.path}: several folders for the split '{split}': {names}; name one as data.source")
@@ -136,6 +135,14 @@ def is_shard(path: Path) -> bool:
     """Whether a file calls itself one of several, like train-00000-of-00002.parquet."""
     match = _OF_MANY.fullmatch(stem(path)) if is_data_file(path) else None
     return match is not None and int(match["total"]) > 1
+
+
+def numbered_beside(path: Path) -> list[str]:
+    """The numbered files beside one without a number, which may be more of it or not: train_2.csv beside train.csv."""
+    if not is_data_file(path) or not path.parent.is_dir():
+        return []
+    entries = [(entry, _number_of(entry)) for entry in _entries(path.parent) if is_data_file(entry)]
+    return [entry.name for entry, match in entries if match is not None and match["name"] == stem(path)]
 
 
 def parts_of(path: Path) -> list[Path]:

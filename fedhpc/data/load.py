@@ -16,7 +16,7 @@ from fedhpc.data import sources
 from fedhpc.data.chat_template import ChatTemplate
 from fedhpc.data.chat_tokens import Chat, Writer, cached_chats, chats_of
 from fedhpc.data.encoding import marked
-from fedhpc.data.files import is_shard
+from fedhpc.data.files import is_shard, numbered_beside
 from fedhpc.data.labels import UNLABELLED, class_order, is_number, no_class
 from fedhpc.data.pairs import common_beginnings, desirable_of, interleaved, with_a_preference
 from fedhpc.data.partitioners.base import Int32, Int64
@@ -398,6 +398,11 @@ def _read_splits(
             messages.append(
                 f"data.{split}: {name_in_source} is one of several files; the others are not read (the folder as "
                 "data.source, and the name in front of the number, read all)"
+            )
+        elif Path(data.source).is_dir() and (beside := numbered_beside(Path(name_in_source))):
+            messages.append(
+                f"data.{split}: {name_in_source} is the split; {', '.join(beside[:4])}{', ...' * (len(beside) > 4)} "
+                "beside it, with a number, is not read"
             )
     messages += [f"data.{key}: no row has '{value}' in the column '{column}'" for key, column, value in unseen]
     for split, reason in absent.items():

@@ -134,7 +134,7 @@ def read_table(
                 lacking.setdefault(column, (values, location))
                 picked[column] = None
             else:
-                picked[column] = _value(values, column, key, location, is_first=not table.rows)
+                picked[column] = _value(values, column, key, location, source.read(split))
                 if column in values or picked[column] is not None:
                     seen.add(column)
         for one in _each_reference(picked, references, location):
@@ -225,8 +225,13 @@ def refuse(table: Table, rows: list[int], column: str, key: str) -> None:
         )
 
 
-def _value(values: Mapping[str, Any], column: str, key: str, location: str, is_first: bool = True) -> Any:
-    """The value of a row in a column. UserError where it has none, or one that Python cannot hold."""
+def _value(
+    values: Mapping[str, Any], column: str, key: str, location: str, rows: Iterable[tuple[str, Mapping[str, Any]]] = ()
+) -> Any:
+    """The value of a row in a column. UserError where it has none, or one that Python cannot hold.
+
+    rows: those among which one may have the column; they are read for the error alone.
+    """
     try:
         return lookup(values, column)
     except KeyError:
@@ -236,9 +241,9 @@ def _value(values: Mapping[str, Any], column: str, key: str, location: str, is_f
             [f"{outer}.{name}" for name in within] if isinstance(within, Mapping) else [str(name) for name in values]
         )
         remedy = nearest(column, names)
-        if not is_first:
+        if any(_has(others, column) for _, others in rows):
             remedy = (
-                "rows before it have one: write null, or an empty text, where a row has no value, or set data.missing "
+                "other rows have one: write null, or an empty text, where a row has no value, or set data.missing "
                 f"to empty; {remedy}"
             )
         raise UserError(f"{location}: {key} names the column '{column}', which is not there; {remedy}") from None
