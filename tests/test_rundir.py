@@ -340,7 +340,7 @@ def test_a_run_that_began_in_another_folder(tmp_path: Path, monkeypatch: pytest.
         folder.mkdir()
     (first / "texts").mkdir()
     (first / "base").mkdir()
-    changes = ["data.source=texts", "model.name=./base"]
+    changes = ["data.source=texts", "partition.name=iid", "model.name=./base"]
     monkeypatch.chdir(first)
     meta = {"round": 5, "block_size": 4, "fingerprint_data": "d1", "fingerprint_model": "m1"}
     same = make_run(tmp_path / "run", *changes)

@@ -318,7 +318,7 @@ def test_two_sweeps_at_once_share_the_work_and_compare(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_cannot_be_done_names_its_reason(tmp_path: Path) -> None:
-    grid = [{"data": {"bad": {"data.source": str(tmp_path / "nothing")}, "good": {}}}]
+    grid = [{"data": {"bad": {"data.source": str(tmp_path / "nothing"), "data.label": "label"}, "good": {}}}]
     process = launch(write(tmp_path, set=TINY, grid=grid))
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 1
