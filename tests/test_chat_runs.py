@@ -118,6 +118,8 @@ def test_questions_and_answers(folder: Path) -> None:
     assert test.targets[0] == chat[-1]["content"] and test.prompts[0].endswith(f"{chat[-2]['content']} :")
     assert test.question(0).tolist() == test.tokens(0)[: test.spans.starts[test.spans.offsets[1] - 1]].tolist()
     assert test.ends == (2,)
+    every = loaded(tree(folder, data={"train_on": "all"})).test
+    assert every.targets == test.targets and every.questions.ids.tolist() == test.questions.ids.tolist()
 
 
 @pytest.mark.parametrize(

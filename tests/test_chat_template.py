@@ -386,6 +386,7 @@ def test_a_long_chat_loses_its_front_and_then_does_not_fit() -> None:
     assert len(cut.ids) == length - begin and cut.prompt_lengths == [left]
     assert cut.cut > 0 and cut.cut + cut.lost == begin
     assert cut.ids[1:].tolist() == whole.ids[begin - left + 1 :][: length - begin - 1].tolist()
+    assert one.tokenizer.decode(cut.replies.ids) == " No </s>", "the whole turn, though none of it fits"
     asked = tokens(one, [CHAT], "last_assistant", max_length=40)
     assert asked.questions.ids[0] == whole.ids[0] and len(asked.questions.ids) == 39
 

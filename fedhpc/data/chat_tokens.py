@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from fedhpc.data.partitioners.base import Int64
 from fedhpc.data.sources import Table
 from fedhpc.data.tokens import (
     OverlongError,
-    Questions,
+    Ragged,
     Spans,
     Tokens,
     cached,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 2048  # chats tokenised at once: bounds the Python lists
-_CACHED = "fedhpc-chats-1"  # counts up with the rules by which chats become tokens
+_CACHED = "fedhpc-chats-2"  # counts up with the rules by which chats become tokens
 
 
 class Chat(NamedTuple):
@@ -75,10 +75,11 @@ class Writer:
     overlong: Overlong
 
     def tokens(self, conversations: Sequence[Chat], asks: bool) -> Tokens:
-        """The tokens of chats, with spans. asks: also of the questions that their last turns answer.
+        """The tokens of chats, with spans. asks: also the questions that their last turns answer, and these.
 
         A chat that is too long for `max_length` loses its end behind the last turn, and then its front up to the first
-        turn. What is said of UserErrors: `ChatTemplate.rendered` and `fitted`.
+        turn. UserError as `ChatTemplate.rendered`, and for a
+        chat whose turns do not fit, unless `overlong` says what becomes of it.
         """
         rows: list[_Row | OverlongError] = []
         for at in range(0, len(conversations), _CHUNK):
@@ -97,7 +98,8 @@ class Writer:
             cut=np.array([row.cut for row in fitting], np.int32),
             overlong=np.array([row.needed if isinstance(row, OverlongError) else 0 for row in rows], np.int32),
             spans=Spans(_offsets([len(row.turns) for row in fitting]), bounds[:, 0].copy(), bounds[:, 1].copy()),
-            questions=self._questions(asked),
+            questions=_ragged(self.question_ids(self.question_texts(asked)) if asked else []),
+            replies=_ragged([row.reply for row in fitting] if asks else []),
         )
 
     @property
@@ -107,13 +109,15 @@ class Writer:
 
     def answers(self, tokens: Tokens) -> list[str]:
         """The last turn of each chat, for a reader; special tokens are left out."""
-        assert tokens.spans is not None
-        last = tokens.spans.offsets[1:] - 1
-        starts = tokens.offsets[:-1] + tokens.spans.starts[last]
-        ends = tokens.offsets[:-1] + tokens.spans.ends[last]
+        assert tokens.replies is not None
+        ids, offsets = tokens.replies
         return [
-            str(self.tokenizer.decode(tokens.ids[start:end].tolist(), skip_special_tokens=True))
-            for start, end in zip(starts, ends, strict=True)
+            str(
+                self.tokenizer.decode(
+                    ids[start:end].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+            )
+            for start, end in pairwise(offsets)
         ]
 
     def question_texts(self, conversations: Sequence[Chat]) -> list[str]:
@@ -129,10 +133,6 @@ class Writer:
             for ids in encode(self.tokenizer, texts)[0]
         ]
 
-    def _questions(self, conversations: Sequence[Chat]) -> Questions:
-        ids = self.question_ids(self.question_texts(conversations)) if conversations else []
-        return Questions(np.fromiter(chain.from_iterable(ids), np.int32), _offsets([len(one) for one in ids]))
-
     def _bos(self, ids: Sequence[int]) -> list[int]:
         """The token that a row begins with, if it is the tokenizer's bos: it stays in front of what is cut."""
         return [*ids[:1]] if list(ids[:1]) == [self.tokenizer.bos_token_id] else []
@@ -144,7 +144,8 @@ class Writer:
         encoded = encode_parts(self.tokenizer, [one.text for one in rendered], [one.turns for one in rendered], where)
         for ids, turns, is_apart, is_spelled, location in zip(*encoded, where, strict=True):
             try:
-                yield self._fitted(_Row(ids, turns, is_apart, is_spelled, 0, len(ids), 0), location)
+                reply = ids[turns[-1, 0] : turns[-1, 1]]
+                yield self._fitted(_Row(ids, turns, reply, is_apart, is_spelled, 0, len(ids), 0), location)
             except OverlongError as error:
                 if self.overlong != "drop":
                     raise
@@ -185,11 +186,16 @@ class _Row(NamedTuple):
 
     ids: list[int]
     turns: Int64  # (turns, 2): begin and end of each that is learned
+    reply: list[int]  # the assistant's last turn, in full
     is_apart: bool  # whether a token reaches over the beginning of a turn
     is_spelled: bool  # whether it has the characters of a special token as text
     lost: int  # as in fedhpc.data.tokens.Row
     needed: int
     cut: int
+
+
+def _ragged(rows: Sequence[list[int]]) -> Ragged:
+    return Ragged(np.fromiter(chain.from_iterable(rows), np.int32), _offsets([len(row) for row in rows]))
 
 
 def _offsets(lengths: Sequence[int] | Int64) -> Int64:

@@ -93,11 +93,15 @@ class Spans(NamedTuple):
     ends: Int32  # [spans]: one behind its last
 
 
-class Questions(NamedTuple):
-    """Ragged token ids of what a model is asked where an example is a chat, up to the assistant's last turn."""
+class Ragged(NamedTuple):
+    """Token ids beside those of the examples themselves."""
 
     ids: Int32  # [total]
-    offsets: Int64  # [n + 1]; [1] where nothing is asked
+    offsets: Int64  # [n + 1]; those of example e are ids[offsets[e]:offsets[e + 1]]; [1] where there are none
+
+    def select(self, examples: Int64) -> Ragged:
+        """The ids of some of the examples alone."""
+        return Ragged(*_ragged(self.ids, self.offsets, examples)) if len(self.offsets) > 1 else self
 
 
 class Tokens(NamedTuple):
@@ -115,20 +119,21 @@ class Tokens(NamedTuple):
     cut: Int32 | None = None  # [n]; as in `Row`
     overlong: Int32 | None = None  # [texts]; the data.max_length that a row needs which is left out; 0: it is not
     spans: Spans | None = None  # of chats, as in `Examples`
-    questions: Questions | None = None  # of chats
+    questions: Ragged | None = None  # of chats: all up to the assistant's last turn, as the template asks for it
+    replies: Ragged | None = None  # of chats: that turn
 
     def select(self, examples: Int64) -> Tokens:
         """The tokens of some of the examples alone, in this order."""
         ids, offsets = _ragged(self.ids, self.offsets, examples)
         of_each = [array if array is None else array[examples] for array in self[2:8]]
-        spans, questions = self.spans, self.questions
+        spans, questions, replies = self.spans, self.questions, self.replies
         if spans is not None:
             starts, of_spans = _ragged(spans.starts, spans.offsets, examples)
             spans = Spans(of_spans, starts, _ragged(spans.ends, spans.offsets, examples)[0])
-        if questions is not None and len(questions.offsets) > 1:
-            questions = Questions(*_ragged(*questions, examples))
+        if questions is not None and replies is not None:
+            questions, replies = questions.select(examples), replies.select(examples)
         tokens = Tokens(ids, offsets, *of_each)  # type: ignore[arg-type]
-        return tokens._replace(spans=spans, questions=questions)
+        return tokens._replace(spans=spans, questions=questions, replies=replies)
 
 
 class Answers(NamedTuple):
@@ -159,7 +164,7 @@ class Examples:
     fingerprint: str  # of all of the above
     lost: Int32 | None = None  # [n]; tokens of each text that are left out; None: not known
     answers: Answers | None = None  # where a label's target is not the same tokens behind a prompt as by itself
-    questions: Questions | None = None  # of chats of validation and test
+    questions: Ragged | None = None  # of chats of validation and test, as in `Tokens`
     ends: tuple[int, ...] = ()  # tokens that end an answer beside eos: in a chat a turn may end with another one
     pairs: Examples | None = None  # of preferences: 2n rows; 2e has the better answer of example e, 2e + 1 the worse
     desirable: Bool | None = None  # [n]; of single answers: whether people want them
@@ -505,8 +510,9 @@ def _load(folder: Path, count: int, chats: bool = False) -> Tokens | None:
     try:
         tokens = Tokens(*read(*_FLAT))
         if chats:
-            spans, questions = Spans(*read(*_files("spans", Spans))), Questions(*read(*_files("questions", Questions)))
-            tokens = tokens._replace(spans=spans, questions=questions)
+            spans = Spans(*read(*_files("spans", Spans)))
+            questions, replies = (Ragged(*read(*_files(name, Ragged))) for name in ("questions", "replies"))
+            tokens = tokens._replace(spans=spans, questions=questions, replies=replies)
     except (OSError, ValueError, EOFError):
         return None
     examples = len(tokens.offsets) - 1
@@ -518,18 +524,18 @@ def _load(folder: Path, count: int, chats: bool = False) -> Tokens | None:
     if chats and not (
         len(spans.offsets) == examples + 1
         and spans.offsets[-1] == len(spans.starts) == len(spans.ends)
-        and len(questions.offsets) in (1, examples + 1)
-        and questions.offsets[-1] == len(questions.ids)
+        and all(len(part.offsets) in (1, examples + 1) for part in (questions, replies))
+        and all(part.offsets[-1] == len(part.ids) for part in (questions, replies))
     ):
         return None
     return tokens if tokens.offsets[-1] == len(tokens.ids) else None
 
 
-#: The files of a cache folder, but for those of spans and questions.
+#: The files of a cache folder, but for those of chats.
 _FLAT = Tokens._fields[:9]
 
 
-def _files(name: str, nested: type[Spans | Questions]) -> list[str]:
+def _files(name: str, nested: type[Spans | Ragged]) -> list[str]:
     """The files of a part of Tokens that has several arrays."""
     return [f"{name}.{field}" for field in nested._fields]
 
@@ -537,7 +543,7 @@ def _files(name: str, nested: type[Spans | Questions]) -> list[str]:
 def save_tokens(folder: Path, tokens: Tokens) -> None:
     """Write all files beside `folder`, then rename: a reader finds them whole or not at all."""
     arrays: dict[str, Any] = {name: getattr(tokens, name) for name in _FLAT}
-    for name, part in (("spans", tokens.spans), ("questions", tokens.questions)):
+    for name, part in (("spans", tokens.spans), ("questions", tokens.questions), ("replies", tokens.replies)):
         if part is not None:
             arrays |= dict(zip(_files(name, type(part)), part, strict=True))
     folder.parent.mkdir(parents=True, exist_ok=True)
