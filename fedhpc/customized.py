@@ -198,22 +198,22 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _put_head(base: Base, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Move what was trained of the base itself, a classifier's head, from `tensors` into the base.
+    """Move what is stored of the base itself, a classifier's head, from `tensors` into the base.
 
-    UserError where a part of it is missing: the base has random numbers there.
+    Also what PEFT stores with it and no run trains, as the norm in ModernBERT's head. UserError where a part that is
+    trained is missing: the base has random numbers there.
     """
     parameters = dict(base.model.named_parameters())
-    for path in base.head:
-        for name in (f"{path}.weight", f"{path}.bias"):
-            if name not in parameters:
-                continue
-            stored = next((n for n in tensors if n.removeprefix("base_model.").removeprefix("model.") == name), None)
-            if stored is None:
-                raise UserError(f"'{folder}' lacks {name}, which every run of a classifier trains and exports")
-            value = tensors.pop(stored)
-            if value.shape != parameters[name].shape:
-                raise UserError(f"'{folder}' belongs to another base than '{base.name}': {name} does not fit")
-            parameters[name].data.copy_(value)
+    stored = {n.removeprefix("base_model.").removeprefix("model."): n for n in tensors}
+    trained = [name for path in base.head for name in (f"{path}.weight", f"{path}.bias") if name in parameters]
+    for name in trained:
+        if name not in stored:
+            raise UserError(f"'{folder}' lacks {name}, which every run of a classifier trains and exports")
+    for name in stored.keys() & parameters.keys():
+        value = tensors.pop(stored[name])
+        if value.shape != parameters[name].shape:
+            raise UserError(f"'{folder}' belongs to another base than '{base.name}': {name} does not fit")
+        parameters[name].data.copy_(value)
 
 
 _Loaded = tuple[Method, Tensors]

@@ -228,7 +228,7 @@ def test_label_noise_without_effect_is_refused(tmp_path, rows_, options, message
         ({"prompt": "{question}"}, r"train\.jsonl\.gz:1: data\.prompt names the column 'question'.* q, a, k"),
         ({"label": "kind"}, r"train\.jsonl\.gz:1: data\.label names the column 'kind'"),
         ({"where": {"l": ["x"]}}, r"data\.where names the column 'l'"),
-        ({"where": {"k": ["w"]}}, r"none of 30 rows passes data\.where"),
+        ({"where": {"k": ["w"]}}, r"none of 30 rows passes data\.where .* there: k: 'x'"),
         ({"subset": "en"}, r"data\.subset"),
         ({"prompt": "{q"}, r"data\.prompt: lone '\{' at position 0"),
     ],

@@ -211,8 +211,18 @@ def filtered(table: Table, data: config.Data, section: str = "data") -> Table:
         and not any(row[column] in values for column, values in refused.items())
     ]
     if not keep:
-        raise UserError(f"{table.name}: none of {len(table.rows)} rows passes {section}.where and {section}.where_not")
+        there = [f"{column}: {_some(row[column] for row in table.rows)}" for column in (*accepted, *refused)]
+        raise UserError(
+            f"{table.name}: none of {len(table.rows)} rows passes {section}.where and {section}.where_not; values that "
+            f"are there: {'; '.join(there)}"
+        )
     return table.select(keep)
+
+
+def _some(values: Iterable[str]) -> str:
+    """The first five distinct values, and dots where there are more."""
+    distinct = [repr(value) for value in dict.fromkeys(values)]
+    return ", ".join(distinct[:5]) + ", ..." * (len(distinct) > 5)
 
 
 def refuse(table: Table, rows: list[int], column: str, key: str) -> None:
