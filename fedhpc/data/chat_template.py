@@ -152,9 +152,9 @@ class ChatTemplate:
         hidden = [_hidden(message, number) for number, message in enumerate(messages)]
         second = self._render(hidden, tools, location)
         marks = _marks(second)
-        answer = {mark.message for mark in marks if mark.is_answer}
+        answered = {mark.message for mark in marks if mark.is_answer}
         for number, message in enumerate(messages):
-            if message["role"] == "assistant" and number not in answer:
+            if message["role"] == "assistant" and number not in answered:
                 raise self._refusal(f"leaves out message {number + 1} (assistant)", location)
         turns, reached, cut = [], 0, 0  # in the text, and how much of the second text that is
         for turn in _groups(marks, second):
@@ -304,8 +304,8 @@ def _tail(text: str) -> str:
 
 def _common(*texts: str) -> str:
     """What texts begin with, all alike; a marked special token is in it or not, but never in part."""
-    shortest, others = min(texts, key=len), texts
-    same = next((i for i, c in enumerate(shortest) if any(one[i] != c for one in others)), len(shortest))
+    shortest = min(texts, key=len)
+    same = next((i for i, c in enumerate(shortest) if any(one[i] != c for one in texts)), len(shortest))
     start = shortest.rfind("\ufdd0", 0, same)
     return shortest[: start if start >= 0 and "\ufdd1" not in shortest[start:same] else same]
 
