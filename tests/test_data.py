@@ -516,7 +516,7 @@ def test_a_full_disk_is_no_error(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("FEDHPC_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert "No space left on device" in load(folder).messages[0]
     assert list(cache_dir().iterdir()) == []
 

@@ -214,5 +214,5 @@ def cached_chats(
     settings = [writer.max_length, writer.train_on, writer.overlong, asks, tokenizer_content(tokenizer), program]
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     digest = hashlib.sha256(json.dumps([_CACHED, *settings, names], sort_keys=True).encode())
-    update_digest(digest, (json.dumps([chat.messages, chat.tools], sort_keys=True) for chat in conversations))
+    update_digest(digest, [json.dumps([chat.messages, chat.tools], sort_keys=True) for chat in conversations])
     return cached(digest, len(conversations), lambda: writer.tokens(conversations, asks), write, chats=True)

@@ -23,6 +23,7 @@ from fedhpc.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_AT_ONCE = 512  # texts whose tokens the tokenizer's own library holds at once
 _PAIRS = 65536  # of prompt and target that are joined at once: bounds the Python lists
 #: A special token in a marked text.
 MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
@@ -209,8 +210,29 @@ def _taken_for_special(specials: _Specials, texts: Sequence[str], ids: Sequence[
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    encoded: list[list[int]] = _batch(tokenizer, texts)["input_ids"]
-    return encoded
+    if not _is_plain(tokenizer):
+        encoded: list[list[int]] = _batch(tokenizer, texts)["input_ids"]
+        return encoded
+    # The ids that `_batch` gives, without all that it makes beside them.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), _AT_ONCE):
+        batch = backend.encode_batch_fast(texts[start : start + _AT_ONCE], add_special_tokens=False)
+        ids += [one.ids for one in batch]
+    return ids
+
+
+@lru_cache(maxsize=8)
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer does nothing to a text but what its fast tokenizer does."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    plain = getattr(kind, "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", None)
+    return plain and issubclass(kind, PreTrainedTokenizerFast) and kind.__call__ is PreTrainedTokenizerBase.__call__
 
 
 def _batch(tokenizer: Any, texts: Sequence[str]) -> Any:

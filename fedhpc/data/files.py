@@ -21,6 +21,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
+from fedhpc.data.rows import AT_ONCE
 from fedhpc.data.values import is_written_text, of_cells
 from fedhpc.errors import UserError
 
@@ -36,6 +37,7 @@ _NUMBERED = re.compile(r"(?P<name>.*[^\d._-])[-_.](?P<number>\d+)")  # train-0, 
 _PART = re.compile(r"(?P<name>part)[-_.](?P<number>\d+).*")  # of Spark, Dask, pyarrow
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _WITH_LINES = (".jsonl", ".json", *_DELIMITERS)
+_PART_BYTES = 2**20  # of an uncompressed file that are read at once
 _AT_ONCE = 2**12  # bytes that are uncompressed at once: of a stream that ends too early the last may be lost
 _FIELD_LIMIT = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
 
@@ -234,29 +236,56 @@ def read_file(path: Path, together: Together | None = None) -> LocatedRows:
 
     together: the files among which a column of CSV has values of one kind.
     """
-    content, suffix = _content(path), _suffix(path)
+    if not is_data_file(path):
+        raise UserError(f"{path}: {REWRITE}")
+    suffix = _suffix(path)
     if suffix in _DELIMITERS:
-        return _read_csv(path, content, together)
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    return readers.get(suffix, _read_arrow)(path, content)
+        return _read_csv(path, _content(path), together)
+    if suffix == ".jsonl":
+        return _read_jsonl(path, _lines(path))
+    if suffix == ".json":
+        return _read_json(path, _content(path))
+    return (_read_parquet if suffix == ".parquet" else _read_arrow)(path)
 
 
 def _content(path: Path) -> bytes:
     """What is in a data file, uncompressed. UserError where it ends too early, with the last line that it has."""
-    if not is_data_file(path):
-        raise UserError(f"{path}: {REWRITE}")
-    content = bytearray()
+    return b"".join(_parts(path))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a data file, which is read as they are asked for."""
+    begun: list[bytes] = []  # the parts of a line whose end has not come
+    for part in _parts(path):
+        first, *others = part.split(b"\n")
+        begun.append(first)
+        if others:
+            yield b"".join(begun)
+            yield from others[:-1]
+            begun = others[-1:]
+    yield b"".join(begun)
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    """What is in a data file, uncompressed, part by part. UserError where it ends too early."""
+    lines = 0
     try:
-        if path.suffix not in COMPRESSED:
-            return path.read_bytes()
-        with _uncompressing(path) as stream:
-            while part := stream.read1(_AT_ONCE):
-                content += part
+        with open(path, "rb") if path.suffix not in COMPRESSED else _uncompressing(path) as stream:
+            while part := stream.read1(_AT_ONCE if path.suffix in COMPRESSED else _PART_BYTES):
+                lines += part.count(10)  # the line feed
+                yield part
     except (EOFError, OSError, zlib.error) as error:
-        lines = content.count(10) if _suffix(path) in _WITH_LINES else 0  # 10 is the line feed
-        behind = f" behind line {lines}" if lines else ""
+        behind = f" behind line {lines}" if lines and _suffix(path) in _WITH_LINES else ""
         raise UserError(f"{path}: cannot be read{behind}: {error}", remedy="copy or write the file again") from None
-    return bytes(content)
+
+
+def _opened(path: Path) -> Any:
+    """A data file for Arrow to read from; what is in a compressed one is held in memory."""
+    pyarrow = _arrow(path)
+    try:
+        return pyarrow.BufferReader(_content(path)) if path.suffix in COMPRESSED else pyarrow.OSFile(str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}", remedy="copy or write the file again") from None
 
 
 def _uncompressing(path: Path) -> Any:
@@ -278,10 +307,11 @@ def _arrow(path: Path) -> Any:
     return pyarrow
 
 
-def _read_jsonl(path: Path, content: bytes) -> LocatedRows:
-    for number, line in enumerate(io.BytesIO(content), 1):
-        if line.strip():
-            yield f"{path}:{number}", _object(_parsed(line.rstrip(), f"{path}:{number}"), f"{path}:{number}")
+def _read_jsonl(path: Path, lines: Iterable[bytes]) -> LocatedRows:
+    for number, line in enumerate(lines, 1):
+        if content := line.rstrip():
+            location = f"{path}:{number}"
+            yield location, _object(_parsed(content, location), location)
 
 
 def _read_json(path: Path, content: bytes) -> LocatedRows:
@@ -290,7 +320,7 @@ def _read_json(path: Path, content: bytes) -> LocatedRows:
         try:
             value = json.loads(content)
         except ValueError:
-            yield from _read_jsonl(path, content)
+            yield from _read_jsonl(path, content.split(b"\n"))
             return
         keys = f" with the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, dict) else ""
         raise UserError(
@@ -385,48 +415,54 @@ def _parsed_csv(path: Path, content: bytes) -> tuple[list[str], list[list[str]],
     return header, rows, locations
 
 
-def _read_parquet(path: Path, content: bytes) -> LocatedRows:
-    pyarrow = _arrow(path)
+def _read_parquet(path: Path) -> LocatedRows:
+    pyarrow, opened = _arrow(path), _opened(path)
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-        names, count = file.schema_arrow.names, file.metadata.num_rows
+        file = pyarrow.parquet.ParquetFile(opened)
+        names, groups = file.schema_arrow.names, file.num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a valid parquet file: {error}") from None
 
-    def values(name: str) -> list[Any]:
-        _refuse_twice(path, names, name)
-        try:
-            column = file.read(columns=[name]).column(name)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: the column '{name}' cannot be read: {error}") from None
-        return python_values(column)
+    def reader(group: int) -> Callable[[str], Any]:
+        def column(name: str) -> Any:
+            _refuse_twice(path, names, name)
+            try:
+                return file.read_row_group(group, columns=[name]).column(name)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{path}: the column '{name}' cannot be read: {error}") from None
 
-    yield from Columns(names, values).rows(f"{path} row {number + 1}" for number in range(count))
+        return column
+
+    before = 0
+    for group in range(groups):
+        count = file.metadata.row_group(group).num_rows
+        yield from batches(names, count, reader(group), f"{path} row ", before)
+        before += count
 
 
-def _read_arrow(path: Path, content: bytes) -> LocatedRows:
+def _read_arrow(path: Path) -> LocatedRows:
     """Arrow's own file format, which Feather is too, or a stream of it, as `datasets` writes."""
-    pyarrow = _arrow(path)
-    batches: list[Any] = []
+    pyarrow, opened, before = _arrow(path), _opened(path), 0
     try:
-        if content.startswith(b"ARROW1"):
-            file = pyarrow.ipc.open_file(content)
-            schema = file.schema
-            batches += (file.get_batch(number) for number in range(file.num_record_batches))
+        if opened.read(6) == b"ARROW1":
+            file = pyarrow.ipc.open_file(opened)
+            record_batches = (file.get_batch(number) for number in range(file.num_record_batches))
         else:
-            stream = pyarrow.ipc.open_stream(content)
-            schema = stream.schema
-            batches.extend(stream)
+            opened.seek(0)
+            record_batches = file = pyarrow.ipc.open_stream(opened)
+        names = file.schema.names
+        for batch in record_batches:
+
+            def column(name: str, batch: Any = batch) -> Any:
+                _refuse_twice(path, names, name)
+                return batch.column(names.index(name))
+
+            yield from batches(names, batch.num_rows, column, f"{path} row ", before)
+            before += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        row = sum(batch.num_rows for batch in batches) + 1
-        raise UserError(f"{path} row {row}: not valid Arrow: {error}", remedy="copy or write the file again") from None
-    table, names = pyarrow.Table.from_batches(batches, schema), schema.names
-
-    def values(name: str) -> list[Any]:
-        _refuse_twice(path, names, name)
-        return python_values(table.column(name))
-
-    yield from Columns(names, values).rows(f"{path} row {number + 1}" for number in range(table.num_rows))
+        raise UserError(
+            f"{path} row {before + 1}: not valid Arrow: {error}", remedy="copy or write the file again"
+        ) from None
 
 
 def _refuse_twice(path: Path, names: Sequence[str], name: str) -> None:
@@ -480,6 +516,32 @@ class _Row(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.columns.names)
+
+
+def batches(
+    names: Sequence[str],
+    count: int,
+    column: Callable[[str], Any],
+    prefix: str,
+    before: int = 0,
+    read: Callable[[str, Any], list[Any]] | None = None,
+) -> LocatedRows:
+    """The rows of a table of Arrow, of which few are Python values at a time.
+
+    column: a column of it by its name, which is asked for once. prefix: what stands in front of a row's number, in
+    which `before` rows have been counted already. read: the values of a piece of the column of that name.
+    """
+    known: dict[str, Any] = {}
+    for start in range(0, count, AT_ONCE):
+
+        def values(name: str, start: int = start) -> list[Any]:
+            if name not in known:
+                known[name] = column(name)
+            piece = known[name].slice(start, AT_ONCE)
+            return python_values(piece) if read is None else read(name, piece)
+
+        numbers = range(before + start + 1, before + min(start + AT_ONCE, count) + 1)
+        yield from Columns(names, values).rows(f"{prefix}{number}" for number in numbers)
 
 
 def python_values(column: Any) -> list[Any]:

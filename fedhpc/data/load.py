@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from fedhpc.data.pairs import common_beginnings, desirable_of, interleaved, with
 from fedhpc.data.partitioners.base import Int32, Int64
 from fedhpc.data.partitioners.natural import Natural
 from fedhpc.data.population import Population
+from fedhpc.data.rows import Rendered, Rows
 from fedhpc.data.sources import Table
 from fedhpc.data.templates import Template, parse
 from fedhpc.data.tokens import Answers, Examples, Tokens, Writing, answers_behind, cached_tokens, examples_from
@@ -102,7 +104,7 @@ def load_data(
     tables, labelled, owner_names = _read_splits(settings, written, public, messages, not writing.has_target, purpose)
     label_names: list[str] = []
     if data.label is not None:
-        names = {row[data.label] for split in tables if split in labelled for row in tables[split].rows}
+        names = {name for split in tables if split in labelled for name in tables[split].rows.column(data.label)}
         label_names = list(head) if purpose != "training" and names <= set(head) else class_order(names, head)
         amounts = [name for name in label_names if "." in name and is_number(name)]
         if amounts and not writing.has_target:
@@ -110,9 +112,9 @@ def load_data(
                 f"data.label: each of {len(label_names)} values is a class of its own, also numbers like {amounts[0]}; "
                 "amounts are not predicted here"
             )
-        trained = {row[data.label] for row in tables["train"].rows}
+        trained = set(tables["train"].rows.column(data.label))
         for split, table in tables.items():
-            others = [row[data.label] for row in table.rows if row[data.label] not in trained]
+            others = [name for name in table.rows.column(data.label) if name not in trained]
             if others and split in labelled and (not writing.has_target or data.label in target.columns):
                 messages.append(
                     f"data.label: {len(others)} of {len(table.rows)} rows of {split} have a label that no training row "
@@ -139,7 +141,7 @@ def load_data(
     for split, table in tables.items():
         train, is_tested = split == "train", split in ("validation", "test")
         asks = is_tested or (train and _clients_write(settings.evaluation, purpose))
-        prompts, targets, *worse = texts.pop(split, [[], []])
+        prompts, targets, *worse = texts.get(split, [[], []])
         if writer is None:
             tokens, message = cached_tokens(
                 prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room, data.overlong
@@ -161,12 +163,12 @@ def load_data(
         if len(rows) < len(table.rows):
             if train and _is_natural(settings):
                 owner_names = owners_with_enough(settings, table.select(rows), owner_names, messages)[1]
-                stays = np.isin([table.rows[row][str(data.client)] for row in rows], owner_names)
+                stays = np.isin([*table.select(rows).rows.column(str(data.client))], owner_names)
                 of_each = np.repeat(stays, 1 + len(worse))
                 rows, tokens = rows[stays], tokens.select(np.flatnonzero(of_each))
             table = table.select(rows)
             if writer is None:
-                prompts, targets = [prompts[row] for row in rows], [targets[row] for row in rows]
+                prompts, targets, *_ = _texts(table, written)
             if of_split is not None:
                 of_split = of_split._replace(variant=of_split.variant[rows])
             if train and true_labels is not None:
@@ -179,8 +181,8 @@ def load_data(
             label_names=label_names,
             owners=ids_of(table, data.client, owner_names) if train and purpose != "test" else None,
             owner_names=owner_names if train else [],
-            prompts=prompts if is_tested else None,
-            targets=targets if is_tested else None,
+            prompts=list(prompts) if is_tested else None,
+            targets=list(targets) if is_tested else None,
             answers=of_split,
             spans=tokens.spans,
             ends=() if writer is None else writer.ends,
@@ -188,7 +190,7 @@ def load_data(
             desirable=None if data.desirable is None else desirable_of(table, data.desirable),
         )
         if train and asks:  # no part of the fingerprint
-            examples[split] = replace(examples[split], prompts=prompts, targets=targets)
+            examples[split] = replace(examples[split], prompts=list(prompts), targets=list(targets))
     single = settings.mode == "centralized" or purpose == "test"
     make = Population.single if single else Population.divided
     return Data(
@@ -239,10 +241,10 @@ def _answers(data: config.Data, tokenizer: PreTrainedTokenizerBase, writing: Wri
     }
 
 
-def _texts(table: Table, written: Mapping[str, Template]) -> list[list[str]]:
+def _texts(table: Table, written: Mapping[str, Template]) -> Sequence[Sequence[str]]:
     """The prompts of a table, its targets, and of pairs the worse answers too. written: the templates by their keys."""
-    prompts = [written["data.prompt"].render(row) for row in table.rows]
-    answers = [[one.render(row) for row in table.rows] for key, one in written.items() if key != "data.prompt"]
+    prompts = Rendered(written["data.prompt"], table.rows)
+    answers = [Rendered(one, table.rows) for key, one in written.items() if key != "data.prompt"]
     if len(answers) == 2 and written["data.prompt"].texts == ("",):
         return common_beginnings(table, *answers)
     return [prompts, *answers]
@@ -377,9 +379,9 @@ def _read_splits(
         )
         if split == "train" and owner:
             # Owners whose rows are all filtered out stay clients, without data.
-            names_ = {row[str(data.client)] for row in table.rows}
+            names_ = set(table.rows.column(str(data.client)))
             owner_names = sorted(name for name in names_ if name or not natural)
-        unseen = [one for one in unseen if not any(row[one[1]] == one[2] for row in table.rows)]
+        unseen = [one for one in unseen if one[2] not in table.rows.column(one[1])]
         tables[split] = sources.filtered(table, data)
         if "data.rejected" in written:
             tables[split], line = with_a_preference(tables[split], of_answers)
@@ -441,29 +443,29 @@ def _is_natural(settings: config.Config) -> bool:
 
 def _hidden(tables: Mapping[str, Table], split: str, label: str) -> str:
     """Why no row of a split has a label, as in data sets whose test labels are hidden; empty where one has."""
-    table, unlabelled = tables[split], no_class({row[label] for row in tables["train"].rows})
+    table, unlabelled = tables[split], no_class(set(tables["train"].rows.column(label)))
     missing = set(table.missing(label))
-    if not all(number in missing or row[label] in unlabelled for number, row in enumerate(table.rows)):
+    if not all(name in unlabelled or number in missing for number, name in enumerate(table.rows.column(label))):
         return ""
-    values = " or ".join(sorted({row[label] or "empty" for row in table.rows}))
+    values = " or ".join(sorted({name or "empty" for name in table.rows.column(label)}))
     return f"'{label}' is {values} in all {len(table.rows)} rows"
 
 
 def _check_unlabelled(tables: Mapping[str, Table], label: str) -> list[str]:
     """UserError where a row has no label, or -1 in its place. For the log: where that is a class instead."""
-    train = [row[label] for row in tables["train"].rows]
+    train = Counter(tables["train"].rows.column(label))
     way_out = f"data.where_not: {{{label}: [{UNLABELLED}]}}"
     for table in tables.values():
         sources.refuse(table, table.missing(label), label, "data.label")
-        rows = [number for number, row in enumerate(table.rows) if row[label] == UNLABELLED]
+        rows = [number for number, name in enumerate(table.rows.column(label)) if name == UNLABELLED]
         if rows and UNLABELLED in no_class(set(train)):
             raise UserError(
                 f"{_at(table, rows)} {UNLABELLED} in the column '{label}', which stands for no label: leave such rows "
                 f"out with {way_out}",
                 key="data.label",
             )
-    count = train.count(UNLABELLED)
-    note = f"data.label: {UNLABELLED} is a class, in {count} of {len(train)} training rows; {way_out} leaves it out"
+    count = train[UNLABELLED]
+    note = f"data.label: {UNLABELLED} is a class, in {count} of {train.total()} training rows; {way_out} leaves it out"
     return [note] if count else []
 
 
@@ -514,7 +516,7 @@ def _public_rows(
                 "the clients; lower it, or name a public set of its own (method.public.source or .split)"
             )
         order = draw.permutation(len(train.rows))
-        parts = [train.select(sorted(part.tolist())) for part in np.split(order, [public.max_examples])]
+        parts = [train.select(np.sort(part)) for part in np.split(order, [public.max_examples])]
         messages.append(f"data: {public.max_examples} rows are taken out of the training data for the public set")
         return parts[1], parts[0]
     public_filters = {"where": public.where, "where_not": public.where_not}
@@ -548,7 +550,7 @@ def _public_rows(
                 "keep them apart with method.public.where and data.where_not, or name another split"
             )
     if len(table.rows) > public.max_examples:
-        table = table.select(sorted(draw.choice(len(table.rows), public.max_examples, replace=False).tolist()))
+        table = table.select(np.sort(draw.choice(len(table.rows), public.max_examples, replace=False)))
     return train, table
 
 
@@ -563,11 +565,12 @@ def _mislabelled(table: Table, label: str, names: list[str], noise: float, seed:
     mislabelled = rng.random(len(table.rows)) < noise
     shifts = rng.integers(1, len(names), len(table.rows))
     position = {name: number for number, name in enumerate(names)}
-    rows = [
-        {**row, label: names[(position[row[label]] + shift) % len(names)]} if wrong else row
-        for row, wrong, shift in zip(table.rows, mislabelled.tolist(), shifts.tolist(), strict=True)
-    ]
-    return replace(table, rows=rows)
+    noisy = zip(table.rows, mislabelled.tolist(), shifts.tolist(), strict=True)
+    rows = (
+        [*{**row, label: names[(position[row[label]] + shift) % len(names)]}.values()] if wrong else [*row.values()]
+        for row, wrong, shift in noisy
+    )
+    return replace(table, rows=Rows.of(table.rows.columns, rows))
 
 
 def _hold_out(table: Table, split: str) -> tuple[Table, Table]:
@@ -576,7 +579,7 @@ def _hold_out(table: Table, split: str) -> tuple[Table, Table]:
     if count >= len(table.rows):
         raise UserError(f"{table.name}: too few rows to hold some out for the missing {split} split; add one")
     order = generator(EVALUATION, f"hold_out:{split}").permutation(len(table.rows))
-    return table.select(sorted(order[count:].tolist())), table.select(sorted(order[:count].tolist()))
+    return table.select(np.sort(order[count:])), table.select(np.sort(order[:count]))
 
 
 def owners_with_enough(
@@ -585,15 +588,15 @@ def owners_with_enough(
     """Leave out the owners with fewer than `partition.min_examples` rows: the rows and names of the others."""
     column, minimum = str(settings.data.client), settings.partition.min_examples
     counts = dict.fromkeys(owner_names, 0)
-    for row in table.rows:
-        counts[row[column]] += 1
+    for name in table.rows.column(column):
+        counts[name] += 1
     remaining = [name for name in owner_names if counts[name] >= minimum]
     if not remaining:
         raise UserError(
             f"partition.min_examples: no owner has {minimum} examples; the largest has {max(counts.values())}"
         )
     if len(remaining) < len(owner_names):
-        rows = [number for number, row in enumerate(table.rows) if counts[row[column]] >= minimum]
+        rows = [number for number, name in enumerate(table.rows.column(column)) if counts[name] >= minimum]
         messages.append(
             f"data: {len(owner_names) - len(remaining)} of {len(owner_names)} owners have fewer than {minimum} "
             f"examples and are left out, with {len(table.rows) - len(rows)} rows"
@@ -613,4 +616,4 @@ def ids_of(table: Table, column: str | None, names: list[str]) -> Int32 | None:
     if column is None:
         return None
     position = {name: number for number, name in enumerate(names)}
-    return np.array([position[row[column]] for row in table.rows], np.int32)
+    return np.fromiter((position[name] for name in table.rows.column(column)), np.int32, len(table.rows))

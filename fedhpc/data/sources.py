@@ -9,18 +9,22 @@ from __future__ import annotations
 import logging
 import os
 from collections import ChainMap
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from fedhpc import builtin, config
 from fedhpc.config import Missing
 from fedhpc.data import files
 from fedhpc.data.client_files import Layout, files_by_client
 from fedhpc.data.files import INSTALL, LocatedRows
-from fedhpc.data.values import is_missing, text
+from fedhpc.data.partitioners.base import Int64
+from fedhpc.data.rows import Locations, LocationsBuilder, Rows
+from fedhpc.data.values import is_character_text, is_missing, text
 from fedhpc.errors import UserError, nearest
 
 VALIDATION = ("validation", "dev", "valid", "val")
@@ -32,29 +36,29 @@ class Table:
     """The rows of one split: the columns that were asked for, and where each row was read."""
 
     name: str
-    rows: list[dict[str, str]]  # of each row, the texts of its columns
-    locations: list[str]  # of each row, like "train.csv:7"
-    nulls: list[frozenset[str]] = field(default_factory=list)  # of each row, the columns that have no value
-    values: dict[str, list[object]] = field(default_factory=dict)  # columns that are no texts, as they were read
+    rows: Rows  # of each row, the texts of its columns
+    locations: Locations  # of each row, like "train.csv:7"
+    nulls: Mapping[str, Int64]  # of each column, which rows have no value, ascending
+    values: Mapping[str, list[object]]  # columns that are no texts, as they were read
 
-    def select(self, keep: Iterable[int]) -> Table:
+    def select(self, indices: Sequence[int] | Int64) -> Table:
         """The table of the rows with these indices."""
-        keep = list(keep)
+        keep = np.asarray(indices, np.int64)
         return replace(
             self,
-            rows=[self.rows[i] for i in keep],
-            locations=[self.locations[i] for i in keep],
-            nulls=[self.nulls[i] for i in keep],
-            values={column: [values[i] for i in keep] for column, values in self.values.items()},
+            rows=self.rows.select(keep),
+            locations=self.locations.select(keep),
+            nulls={column: np.flatnonzero(np.isin(keep, rows)) for column, rows in self.nulls.items()},
+            values={column: [values[i] for i in keep.tolist()] for column, values in self.values.items()},
         )
 
     def missing(self, column: str) -> list[int]:
         """Which rows have no value in a column: null, or not a number."""
-        return [number for number, columns in enumerate(self.nulls) if column in columns]
+        return self.nulls[column].tolist() if column in self.nulls else []
 
     def without(self, column: str) -> list[int]:
         """Which rows have no text in a column: no value, or an empty one."""
-        return [number for number, row in enumerate(self.rows) if not row[column]]
+        return [number for number, value in enumerate(self.rows.column(column)) if not value]
 
 
 class Source(Protocol):
@@ -123,38 +127,65 @@ def read_table(
     that others have, as in `data.missing`. structured: those of lists and objects, such as chats, which are kept as
     they are read (`Table.values`).
     """
-    table = Table(split, [], [], values={column: [] for column in structured})
-    none = frozenset[str]()
+    locations = LocationsBuilder()
+    values_of: dict[str, list[object]] = {column: [] for column in structured}
+    nulls: dict[str, list[int]] = {}
     lacking: dict[str, tuple[Mapping[str, Any], str]] = {}  # the first row without a column, and where it is
     seen: set[str] = set()
-    for location, values in source.read(split):
-        picked: dict[str, Any] = {}
-        for column, key in columns.items():
-            if (missing == "empty" or column == optional) and not _has(values, column):
-                lacking.setdefault(column, (values, location))
-                picked[column] = None
-            else:
-                picked[column] = _value(values, column, key, location, source.read(split))
-                if column in values or picked[column] is not None:
-                    seen.add(column)
-        for one in _each_reference(picked, references, location):
-            row, nulls = {}, none
-            for column, value in one.items():
-                if column in structured:
-                    table.values[column].append(value)
-                    continue
-                row[column] = _text(value, column, columns[column], location)
-                if not row[column] and is_missing(value):
-                    nulls |= {column}
-            table.rows.append(row)
-            table.locations.append(location)
-            table.nulls.append(nulls)
+    texts = [column for column in columns if column not in values_of]
+    plain = texts if not values_of else None  # the columns of a row that may have a text in each
+
+    def rows() -> Iterator[Sequence[str]]:
+        count = 0
+        for location, values in source.read(split):
+            if plain is not None and (ready := _plain_texts(values, plain)) is not None:
+                seen.update(plain)
+                locations.add(location)
+                count += 1
+                yield ready
+                continue
+            picked: dict[str, Any] = {}
+            for column, key in columns.items():
+                if (missing == "empty" or column == optional) and not _has(values, column):
+                    lacking.setdefault(column, (values, location))
+                    picked[column] = None
+                else:
+                    picked[column] = _value(values, column, key, location, source.read(split))
+                    if column in values or picked[column] is not None:
+                        seen.add(column)
+            for one in _each_reference(picked, references, location):
+                for column in values_of:
+                    values_of[column].append(one[column])
+                row = [_text(one[column], column, columns[column], location) for column in texts]
+                for column, written in zip(texts, row, strict=True):
+                    if not written and is_missing(one[column]):
+                        nulls.setdefault(column, []).append(count)
+                locations.add(location)
+                count += 1
+                yield row
+
+    rows_of_split = Rows.of(texts, rows())
     for column, (values, location) in lacking.items():
         if column not in seen and column != optional:  # no row has it: rather a mistake than a value that is missing
             _value(values, column, columns[column], location)
-    if not table.rows:
+    if not rows_of_split:
         raise UserError(f"{split}: the split has no rows")
-    return table
+    of_nulls = {column: np.array(numbers, np.int64) for column, numbers in nulls.items()}
+    return Table(split, rows_of_split, locations.locations(), of_nulls, values_of)
+
+
+def _plain_texts(values: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:
+    """The values of a row where all are plain texts, as most are; None where `text` has to look at one."""
+    if type(values) is not dict:
+        return None
+    try:
+        row = [values[column] for column in columns]
+    except KeyError:
+        return None
+    for value in row:
+        if type(value) is not str or not (value.isascii() or is_character_text(value)):
+            return None
+    return row
 
 
 def _each_reference(values: dict[str, Any], columns: Collection[str], location: str) -> Iterable[Mapping[str, Any]]:
@@ -204,19 +235,19 @@ def filtered(table: Table, data: config.Data, section: str = "data") -> Table:
     """
     accepted = {column: {text(value) for value in values} for column, values in data.where.items()}
     refused = {column: {text(value) for value in values} for column, values in data.where_not.items()}
-    keep = [
-        number
-        for number, row in enumerate(table.rows)
-        if all(row[column] in values for column, values in accepted.items())
-        and not any(row[column] in values for column, values in refused.items())
-    ]
-    if not keep:
-        there = [f"{column}: {_some(row[column] for row in table.rows)}" for column in (*accepted, *refused)]
+    if not accepted and not refused:
+        return table
+    keep = np.ones(len(table.rows), bool)
+    for filters, wanted in ((accepted, True), (refused, False)):
+        for column, values in filters.items():
+            keep &= np.fromiter(((value in values) is wanted for value in table.rows.column(column)), bool, len(keep))
+    if not keep.any():
+        there = [f"{column}: {_some(table.rows.column(column))}" for column in (*accepted, *refused)]
         raise UserError(
             f"{table.name}: none of {len(table.rows)} rows passes {section}.where and {section}.where_not; values that "
             f"are there: {'; '.join(there)}"
         )
-    return table.select(keep)
+    return table.select(np.flatnonzero(keep))
 
 
 def _some(values: Iterable[str]) -> str:
@@ -471,16 +502,17 @@ class _Hub:
             return
         table = self.tables[split]
 
-        def values(column: str) -> list[Any]:
-            read = files.python_values(table.select_columns([column]).with_format("arrow")[:].column(column))
-            feature = table.features[column]
-            if not hasattr(feature, "int2str"):
-                return read
-            # Columns of class numbers give the names of their classes.
-            return [feature.names[value] if value is not None and value >= 0 else value for value in read]
+        def column(name: str) -> Any:
+            return table.select_columns([name]).with_format("arrow")[:].column(name)
 
-        columns = files.Columns(table.column_names, values)
-        yield from columns.rows(f"{self.name} {split} row {number + 1}" for number in range(len(table)))
+        def read(name: str, piece: Any) -> list[Any]:
+            values, feature = files.python_values(piece), table.features[name]
+            if not hasattr(feature, "int2str"):
+                return values
+            # Columns of class numbers give the names of their classes.
+            return [feature.names[value] if value is not None and value >= 0 else value for value in values]
+
+        yield from files.batches(table.column_names, len(table), column, f"{self.name} {split} row ", read=read)
 
 
 def _file_named(split: str, folder: Path | None) -> str | None:

@@ -7,8 +7,9 @@ conversions or formats. {a.b} is the column of that name or, where there is none
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from fedhpc.errors import UserError
 
@@ -28,6 +29,13 @@ class Template:
         for column, following in zip(self.columns, self.texts[1:], strict=True):
             pieces += (row[column], following)
         return "".join(pieces)
+
+    def render_all(self, columns: Sequence[Sequence[str]], count: int) -> list[str]:
+        """The texts of `count` rows. columns: the values of each of `self.columns`."""
+        pieces: list[Iterable[str]] = [repeat(self.texts[0], count)]
+        for values, following in zip(columns, self.texts[1:], strict=True):
+            pieces += (values, repeat(following, count))
+        return list(map("".join, zip(*pieces, strict=True)))
 
     def with_texts(self, change: Callable[[str], str]) -> Template:
         """The template with `change` of each text between the columns."""

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from numpy.typing import NDArray
 from fedhpc.config import Overlong
 from fedhpc.data.encoding import behind, behind_each, encode, marked, unmarked
 from fedhpc.data.partitioners.base import Int32, Int64
+from fedhpc.data.rows import AT_ONCE, unnamed_file, write
 from fedhpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 
 Bool = NDArray[np.bool_]
 
-_CHUNK = 8192  # examples tokenised at once: bounds the Python lists
+_KNOWN = 2**22  # characters of the prompts whose tokens are remembered
+_PIECE = 2**22  # bytes of an array that are in memory at once
 _FORMAT = "fedhpc-tokens-1"  # of the fingerprint
 _CACHED = "fedhpc-tokens-3"  # counts up with the rules by which texts become tokens
 
@@ -282,8 +286,9 @@ def examples_from(
     """
     pairs, each = (examples_from(tokens, spans=spans), 2) if paired else (None, 1)
     digest = hashlib.sha256(_FORMAT.encode())
-    for array in (tokens.ids, tokens.offsets, tokens.prompt_lengths, *(spans or ()), labels, owners):
-        digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
+    for numbers in (tokens.ids, tokens.offsets, tokens.prompt_lengths, *(spans or ()), labels, owners):
+        for piece in [b"-"] if numbers is None else pieces_of(numbers):
+            digest.update(piece)
     if desirable is not None:
         digest.update(desirable.tobytes())
     if paired:
@@ -342,46 +347,41 @@ def tokenize(
     becomes of a row whose target does not fit, as in `data.overlong`.
     """
     join = writing.join(tokenizer, max_length, room, truncate=overlong == "truncate")
-    ids: list[Int32] = []
+    recurring = _Recurring(tokenizer)
     lengths = np.zeros(len(prompts), np.int64)
     prompt_lengths, lost, needed, cut, too_long = (np.zeros(len(prompts), np.int32) for _ in range(5))
     apart, spelled = (np.zeros(len(prompts), bool) for _ in range(2))
-    for start in range(0, len(prompts), _CHUNK):
-        chunk = slice(start, min(start + _CHUNK, len(prompts)))
-        where = locations[chunk]
-        first: dict[str, str] = {}
-        for prompt, location in zip(prompts[chunk], where, strict=True):
-            first.setdefault(prompt, location)
-        distinct = {prompt: number for number, prompt in enumerate(first)}
-        number_of = [distinct[prompt] for prompt in prompts[chunk]]
-        of_distinct, prompt_spelled = encode(tokenizer, list(first), list(first.values()))
-        of_prompts = [of_distinct[number] for number in number_of]
-        of_targets, target_spelled = encode(tokenizer, targets[chunk], where)
-        spelled[chunk] = np.array(prompt_spelled)[number_of] | np.array(target_spelled)
-        if writing.one_text:
-            of_targets, apart[chunk] = behind(tokenizer, prompts[chunk], targets[chunk], of_prompts, of_targets)
-        pieces: list[list[int]] = []
-        for number, (of_prompt, of_target) in enumerate(zip(of_prompts, of_targets, strict=True), start):
-            if writing.has_target and (not of_target or not unmarked(targets[number]).strip()):
-                raise UserError(
-                    f"{locations[number]}: data.target is empty here; leave the row out with data.where_not"
-                )
-            try:
-                row = join(of_prompt, of_target, locations[number])
-            except OverlongError as error:
-                if overlong != "drop":
-                    raise
-                too_long[number] = error.needed
-                continue
-            pieces += row[:2]
-            prompt_lengths[number], lost[number], needed[number] = len(row.front), row.lost, row.needed
-            cut[number] = row.cut
-            lengths[number] = len(row.front) + len(row.supervised)
-        ids.append(np.fromiter(chain.from_iterable(pieces), np.int32))
+    with unnamed_file() as file:
+        for start in range(0, len(prompts), AT_ONCE):
+            chunk = slice(start, min(start + AT_ONCE, len(prompts)))
+            of_rows, its_targets, where = prompts[chunk], targets[chunk], locations[chunk]
+            of_prompts, prompt_spelled = recurring.encode(of_rows, where)
+            of_targets, target_spelled = encode(tokenizer, its_targets, where)
+            spelled[chunk] = np.array(prompt_spelled) | np.array(target_spelled)
+            if writing.one_text:
+                of_targets, apart[chunk] = behind(tokenizer, of_rows, its_targets, of_prompts, of_targets)
+            pieces: list[list[int]] = []
+            rows = zip(of_prompts, of_targets, its_targets, where, strict=True)
+            for number, (of_prompt, of_target, target, location) in enumerate(rows, start):
+                if writing.has_target and (not of_target or not unmarked(target).strip()):
+                    raise UserError(f"{location}: data.target is empty here; leave the row out with data.where_not")
+                try:
+                    row = join(of_prompt, of_target, location)
+                except OverlongError as error:
+                    if overlong != "drop":
+                        raise
+                    too_long[number] = error.needed
+                    continue
+                pieces += row[:2]
+                prompt_lengths[number], lost[number], needed[number] = len(row.front), row.lost, row.needed
+                cut[number] = row.cut
+                lengths[number] = len(row.front) + len(row.supervised)
+            write(file, np.fromiter(chain.from_iterable(pieces), np.int32).data)
+        ids = mapped(file)
     fits = too_long == 0
     offsets = np.concatenate([[0], np.cumsum(lengths[fits])])
     return Tokens(
-        np.concatenate(ids),
+        ids,
         offsets,
         prompt_lengths[fits],
         lost=lost[fits],
@@ -391,6 +391,29 @@ def tokenize(
         cut=cut[fits],
         overlong=too_long,
     )
+
+
+class _Recurring:
+    """Encodes texts that come again and again, as prompts with several references do; each is tokenised once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.characters = tokenizer, 0
+        self._known: dict[str, tuple[array[int], bool]] = {}  # ids, and whether special tokens are spelled out
+
+    def encode(self, texts: Sequence[str], locations: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """`fedhpc.data.encoding.encode` of these texts."""
+        if self.characters > _KNOWN:
+            self._known, self.characters = {}, 0
+        first: dict[str, str] = {}
+        for text, location in zip(texts, locations, strict=True):
+            if text not in self._known:
+                first.setdefault(text, location)
+        if first:
+            for text, ids, spelled in zip(first, *encode(self.tokenizer, [*first], [*first.values()]), strict=True):
+                self._known[text] = array("i", ids), spelled
+                self.characters += len(text)
+        known = [self._known[text] for text in texts]
+        return [ids.tolist() for ids, _ in known], [spelled for _, spelled in known]
 
 
 def answers_behind(
@@ -493,12 +516,33 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def update_digest(digest: hashlib._Hash, texts: Iterable[str]) -> None:
+def update_digest(digest: hashlib._Hash, texts: Sequence[str]) -> None:
     """Add texts to a digest."""
     # Lengths first: ["ab", "c"] and ["a", "bc"] differ.
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    digest.update(np.array([len(encoded), *map(len, encoded)], np.int64).tobytes())
-    digest.update(b"".join(encoded))
+    lengths = np.zeros(len(texts) + 1, np.int64)
+    lengths[0] = len(texts)
+    for start in range(0, len(texts), AT_ONCE):
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts[start : start + AT_ONCE]]
+        lengths[start + 1 : start + 1 + len(encoded)] = [*map(len, encoded)]
+    digest.update(lengths.data)
+    for start in range(0, len(texts), AT_ONCE):
+        digest.update("".join(texts[start : start + AT_ONCE]).encode("utf-8", "surrogatepass"))
+
+
+def mapped(file: BinaryIO) -> Int32:
+    """The ids in an unnamed file, as a memory map."""
+    size = os.fstat(file.fileno()).st_size
+    return np.memmap(file, np.int32, "r") if size else np.zeros(0, np.int32)
+
+
+def pieces_of(array: NDArray[Any]) -> Iterator[memoryview]:
+    """The bytes of an array, piece by piece; those of a memory map do not stay in memory."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    each = max(_PIECE // flat.itemsize, 1)
+    for start in range(0, len(flat), each):
+        yield flat[start : start + each].data
+        if isinstance(array.base, mmap.mmap):
+            array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _load(folder: Path, count: int, chats: bool = False) -> Tokens | None:
@@ -551,7 +595,9 @@ def save_tokens(folder: Path, tokens: Tokens) -> None:
     try:
         for name, array in arrays.items():
             with open(written / f"{name}.npy", "wb") as file:
-                np.save(file, array, allow_pickle=False)
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                for piece in pieces_of(array):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
         if folder.is_dir() and _load(folder, len(arrays["overlong"]), tokens.spans is not None) is None:

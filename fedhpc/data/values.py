@@ -50,6 +50,15 @@ def text(value: Any) -> str:
     return result
 
 
+def is_character_text(value: str) -> bool:
+    """Whether all of a Python string is characters that a text may have, so that it is its own text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\ufdd0" not in value and "\ufdd1" not in value
+
+
 def of_cells(cells: list[str], beside: Iterable[str] = ()) -> list[Any]:
     """The values of a column of CSV, which has texts alone: numbers or booleans if all cells are, else the texts.
 

@@ -347,7 +347,7 @@ def bare(ids: list[int], before: Sequence[int], after: Sequence[int]) -> list[in
     """The ids of a text without what a tokenizer puts around it, where a template has written it already."""
     start = len(before) if before and ids[: len(before)] == [*before] else 0
     end = len(after) if after and ids[start:][-len(after) :] == [*after] else 0
-    return ids[start : len(ids) - end]
+    return ids[start : len(ids) - end] if start or end else ids
 
 
 @lru_cache(maxsize=8)
