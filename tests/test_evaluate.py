@@ -88,11 +88,14 @@ def test_of_a_run_it_is_what_the_run_reported(run: Path, tmp_path: Path, capsys:
 
 
 def test_of_an_adapter_it_is_what_peft_computes_on_all_rows_of_another_file(
-    run: Path, texts: Path, other: Path, tmp_path: Path
+    run: Path, texts: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is held out of the one file; the clients' losses weigh up to that of all."""
     all_rows = [json.loads(line) for line in (tmp_path / "other.jsonl").read_text().splitlines()]
     found = results(tmp_path, str(run / "adapter"), str(other), "--per-client")
+    assert (
+        "other.jsonl' has no test split of its own: all of its rows are tested, also those" in capsys.readouterr().out
+    )
     model = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(texts / "model")
     expected = loss_of(model, tokenizer, all_rows)

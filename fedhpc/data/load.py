@@ -357,6 +357,11 @@ def _read_splits(
     in_source = {split: sources.find_split(source, getattr(data, split)) for split in ("train", "validation", "test")}
     trains = purpose == "training"
     if not trains:
+        if in_source["test"] is None and data.test == "test" and in_source["train"] is not None:
+            messages.append(
+                f"data: '{data.source}' has no test split of its own: all of its rows are tested, also those that a "
+                "run on the same data was trained on"
+            )
         in_source = _without_training(in_source, data)
     if public is not None and public.source is None:
         sources.find_split(source, public.split or "train")
