@@ -122,3 +122,17 @@ def test_memory_is_that_of_few_rows(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert len(table.rows) == many
     assert peak < 0.4 * (tmp_path / "train.jsonl").stat().st_size, f"{peak / many:.0f} bytes a row"
+
+
+def test_cells_of_csv_are_read_as_if_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a column is depends on its last cell too; a cell may have several lines, which end in any way."""
+    ends = ["\n", "\r\n", "\r"]
+    lines = [f'{i},{i if i < COUNT - 1 else "x"},"a{ends[i % 3]}b"{ends[i % 3]}' for i in range(COUNT)]
+    (tmp_path / "train.csv").write_bytes(("n,k,t\n" + "".join(lines)).encode("utf-8-sig"))
+    for size in (7, 2**20):
+        monkeypatch.setattr(files, "_PART_BYTES", size)
+        read = [(location, dict(row)) for location, row in read_file(tmp_path / "train.csv")]
+        assert len(read) == COUNT
+        assert read[5][1] == {"n": 5, "k": "5", "t": "a\rb"}
+        assert read[5][0].endswith("train.csv:12")
+        assert read[-1][1] == {"n": COUNT - 1, "k": "x", "t": f"a{ends[(COUNT - 1) % 3]}b"}

@@ -19,12 +19,19 @@ import pytest
 
 from fedhpc.data import Data, load_data
 from fedhpc.data.sources import open_source, read_table
-from fedhpc.data.values import of_cells, text
+from fedhpc.data.values import CellKind, text
 from fedhpc.errors import UserError
 from fedhpc.models.causal_lm import CausalLM
 from tests.test_data import load, rows, settings, words, write_jsonl
 
 datasets = pytest.importorskip("datasets")
+
+
+def of_cells(cells: list[str]) -> list[object]:
+    """The values of a column of CSV with these cells."""
+    kind = CellKind()
+    kind.add(cells)
+    return kind.values(cells)
 
 
 @pytest.mark.parametrize(

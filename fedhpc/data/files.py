@@ -22,7 +22,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from fedhpc.data.rows import AT_ONCE
-from fedhpc.data.values import is_written_text, of_cells
+from fedhpc.data.values import CellKind
 from fedhpc.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -240,7 +240,7 @@ def read_file(path: Path, together: Together | None = None) -> LocatedRows:
         raise UserError(f"{path}: {REWRITE}")
     suffix = _suffix(path)
     if suffix in _DELIMITERS:
-        return _read_csv(path, _content(path), together)
+        return _read_csv(path, together)
     if suffix == ".jsonl":
         return _read_jsonl(path, _lines(path))
     if suffix == ".json":
@@ -347,14 +347,15 @@ def _object(row: Any, location: str) -> dict[str, Any]:
     return row
 
 
-def _read_csv(path: Path, content: bytes, together: Together | None) -> LocatedRows:
-    header, rows, locations = _parsed_csv(path, content)
+def _read_csv(path: Path, together: Together | None) -> LocatedRows:
+    kinds = (together if together is not None and path in together.paths else Together([path])).kinds
+    for header, rows, locations in _csv_rows(path):
 
-    def values(name: str) -> list[Any]:
-        number = header.index(name)
-        return of_cells([cells[number] for cells in rows], together.cells(name) if together is not None else ())
+        def values(name: str, header: list[str] = header, rows: list[list[str]] = rows) -> list[Any]:
+            number = header.index(name)
+            return kinds[name].values(cells[number] for cells in rows)
 
-    yield from Columns(header, values).rows(locations)
+        yield from Columns(header, values).rows(locations)
 
 
 class Together:
@@ -366,53 +367,64 @@ class Together:
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = [path for path in paths if _suffix(path) in _DELIMITERS]
 
-    def cells(self, name: str) -> set[str]:
-        """The distinct cells of a column in all files; of one that has texts, one of these."""
-        return self._columns.get(name, set())
-
     @cached_property
-    def _columns(self) -> dict[str, set[str]]:
-        columns: dict[str, set[str]] = {}
-        if len(self.paths) < 2:
-            return columns
-        texts: set[str] = set()  # the columns that have one
+    def kinds(self) -> dict[str, CellKind]:
+        """What the cells of each column are, in all files."""
+        kinds: dict[str, CellKind] = {}
         for path in self.paths:
-            header, rows, _ = _parsed_csv(path, _content(path))
-            for number, name in enumerate(header):
-                distinct = set() if name in texts else {cells[number] for cells in rows}
-                if (text := next(filter(is_written_text, distinct), None)) is not None:
-                    texts.add(name)
-                    columns[name] = {text}
-                else:
-                    columns.setdefault(name, set()).update(distinct)
-        return columns
+            for header, rows, _ in _csv_rows(path):
+                for name, cells in zip(header, zip(*rows, strict=True), strict=False):
+                    kinds.setdefault(name, CellKind()).add(cells)
+        return kinds
 
 
-def _parsed_csv(path: Path, content: bytes) -> tuple[list[str], list[list[str]], list[str]]:
-    """The header of a CSV file, its rows, and where each is."""
-    try:
-        decoded = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
+def _csv_rows(path: Path) -> Iterator[tuple[list[str], list[list[str]], list[str]]]:
+    """The header of a CSV file, some of its rows, and where each is, until there are no more rows."""
     csv.field_size_limit(_FIELD_LIMIT)
-    reader = csv.reader(io.StringIO(decoded, newline=""), strict=True, delimiter=_DELIMITERS[_suffix(path)])
-    locations, rows = [], []
+    reader = csv.reader(_csv_lines(path), strict=True, delimiter=_DELIMITERS[_suffix(path)])
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
-        line = reader.line_num + 1
+        line, locations, rows = reader.line_num + 1, list[str](), list[list[str]]()
         for cells in reader:
             if cells:
                 if len(cells) != len(header):
                     raise UserError(f"{path}:{line}: {len(cells)} cells, but {len(header)} columns in the header")
                 locations.append(f"{path}:{line}")
                 rows.append(cells)
+                if len(rows) == AT_ONCE:
+                    yield header, rows, locations
+                    locations, rows = [], []
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-    return header, rows, locations
+    if rows:
+        yield header, rows, locations
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    """The lines of a CSV file with their ends, each of which is a line feed, a carriage return, or both."""
+    for number, line in enumerate(_with_ends(_lines(path)), 1):
+        try:
+            decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
+        if decoded.count("\r") > decoded.endswith(("\r", "\r\n")):
+            yield from io.StringIO(decoded, newline="")
+        else:
+            yield decoded
+
+
+def _with_ends(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines with the line feed behind each but the last, which is left out where it is empty."""
+    before: bytes | None = None
+    for line in lines:
+        if before is not None:
+            yield before + b"\n"
+        before = line
+    if before:
+        yield before
 
 
 def _read_parquet(path: Path) -> LocatedRows:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -59,33 +58,36 @@ def is_character_text(value: str) -> bool:
     return "\ufdd0" not in value and "\ufdd1" not in value
 
 
-def of_cells(cells: list[str], beside: Iterable[str] = ()) -> list[Any]:
-    """The values of a column of CSV, which has texts alone: numbers or booleans if all cells are, else the texts.
-
-    beside: the distinct cells of the same column in other files, which have to be numbers or booleans too.
+class CellKind:
+    """What the cells of a column of CSV are, which has texts alone: numbers or booleans if all of them are, else texts.
 
     A number is what Python and pandas write for one, so 007, 1.10 and 1E5 are texts, and so is all of a column that has
     one of them. In a column of numbers or booleans an empty cell is null; among texts it is the empty text.
     """
-    for read in (_as_boolean, _as_number):
-        values: dict[str, Any] = {"": None}
-        for cell in chain(cells, beside):
-            if cell not in values:
-                values[cell] = read(cell)
-                if values[cell] is None:
-                    break
-        else:
-            if not all(map(is_missing, values.values())):
-                return [values[cell] for cell in cells]
-    return list(cells)
+
+    def __init__(self) -> None:
+        # How all cells that were added can be read, and whether one of them has a value.
+        self._readers: dict[Callable[[str], bool | int | float | None], bool] = {_as_boolean: False, _as_number: False}
+
+    def add(self, cells: Iterable[str]) -> None:
+        """Take in cells of the column, of any file that has it."""
+        distinct = set(cells) - {""} if self._readers else set()
+        for read in list(self._readers):
+            values = [*map(read, distinct)]
+            if None in values:
+                del self._readers[read]
+            elif not all(map(is_missing, values)):
+                self._readers[read] = True
+
+    def values(self, cells: Iterable[str]) -> list[Any]:
+        """The values of cells of the column; all of its cells have been added."""
+        for read, has_values in self._readers.items():
+            if has_values:
+                return [read(cell) if cell else None for cell in cells]
+        return list(cells)
 
 
 _BOOLEANS = {text: value for value in (True, False) for text in (str(value), str(value).lower(), str(value).upper())}
-
-
-def is_written_text(cell: str) -> bool:
-    """Whether a cell of CSV makes all of its column texts: it is neither empty nor a number or a boolean."""
-    return cell != "" and _as_boolean(cell) is None and _as_number(cell) is None
 
 
 def _as_boolean(cell: str) -> bool | None:
