@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedhpc import config
 from fedhpc.config import Data
 from fedhpc.data import files, rows, sources
 from fedhpc.data.encoding import _batch, _ids, _is_plain
@@ -19,6 +21,7 @@ from fedhpc.data.sources import read_table
 from fedhpc.data.templates import parse
 from fedhpc.data.tokens import update_digest
 from fedhpc.errors import UserError
+from fedhpc.ranks import process
 from tests.test_data import words
 from tests.test_encoding import bert, gpt, llama, t5
 
@@ -136,3 +139,11 @@ def test_cells_of_csv_are_read_as_if_at_once(tmp_path: Path, monkeypatch: pytest
         assert read[5][1] == {"n": 5, "k": "5", "t": "a\rb"}
         assert read[5][0].endswith("train.csv:12")
         assert read[-1][1] == {"n": COUNT - 1, "k": "x", "t": f"a{ends[(COUNT - 1) % 3]}b"}
+
+
+@pytest.mark.parametrize(("threads", "together", "count"), [("auto", "false", "1"), (3, "true", "3")])
+def test_threads_make_tokens(threads: str | int, together: str, count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    partition = {"name": "iid", "num_clients": 2}
+    process.set_environment(config.resolve({"partition": partition, "runtime": {"threads": threads}}))
+    assert (os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"]) == (together, count)

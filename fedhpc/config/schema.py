@@ -212,7 +212,9 @@ class Runtime(Section):
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast of the forward")
     block_size: _Positive | Literal["auto"] = Field("auto", description="clients that train in one forward (K)")
-    threads: _Positive | Literal["auto"] = Field("auto", description="CPU threads per rank; auto is 1")
+    threads: _Positive | Literal["auto"] = Field(
+        "auto", description="CPU threads per rank, also those that make tokens; auto is 1"
+    )
     timeout_s: float = Field(60.0, ge=1, description="silence after which a rank counts as lost")
     deterministic: bool = Field(False, description="bit-identical results on CUDA, at a cost")
 

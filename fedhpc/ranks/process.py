@@ -136,9 +136,11 @@ def refuse(error: UserError, launch: Launch) -> int:
 
 def set_environment(config: Config) -> None:
     """Set the variables that libraries read when they are imported."""
+    threads = 1 if config.runtime.threads == "auto" else config.runtime.threads
     if config.runtime.threads == "auto":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of the library tokenizers
     # torch's store warns of an address that has no name; what fails is an error, and said in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.runtime.deterministic:
