@@ -12,7 +12,7 @@ the language of every task but none of the tasks:
 - ``chats``: one to three lists of values of dining, each answered by its description; columns messages (JSON text),
   client, label (the type of the first venue).
 - ``preferences``: a list of values like those of dining, its description (`chosen`) and one by the same paper in which
-  two values are other ones (`rejected`); columns mr, chosen, rejected, client, label (the type of venue).
+  three values are other ones (`rejected`); columns mr, chosen, rejected, client, label (the type of venue).
 - ``topics``: classification of three sentences, six labels; columns text, label, client.
 - ``passages`` and ``questions``: lives of invented people, and questions that one of the lives answers;
   columns id, title, text, client and question, answer, passage_id, passage (its text), client.
@@ -357,7 +357,7 @@ def _preferences(split: str) -> list[Row]:
 
 
 def _mistaken(venue: Venue, draw: _Draw) -> Venue:
-    """The venue with two other values, each of which the venue could have had."""
+    """The venue with three other values, each of which the venue could have had."""
     values = {
         "food": FOODS[venue["type"]],
         "price": list(PRICES),
@@ -366,7 +366,7 @@ def _mistaken(venue: Venue, draw: _Draw) -> Venue:
         "children": list(CHILDREN),
         "near": LANDMARKS,
     }
-    wrong = draw.sample([field for field in values if field in venue], 2)
+    wrong = draw.sample([field for field in values if field in venue], 3)
     return venue | {field: draw.pick([value for value in values[field] if value != venue[field]]) for field in wrong}
 
 

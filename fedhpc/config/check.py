@@ -191,7 +191,7 @@ def _check_chats(config: Config) -> None:
     data, defaults = config.data, type(config.data).model_fields
     if data.messages is None:
         for key in ("tools", "chat_template", "train_on"):
-            if getattr(data, key) != defaults[key].default:
+            if getattr(data, key) != defaults[key].default and data.chosen is None:
                 raise UserError(f"data.{key} is of chats and needs data.messages (a column)")
         return
     for key in ("prompt", "target"):

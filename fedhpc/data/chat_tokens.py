@@ -42,6 +42,7 @@ class Chat(NamedTuple):
     messages: list[Message]
     tools: list[Json] | None
     location: str  # where it was read, like "train.jsonl:7"
+    learned: int = 0  # of pairs: how many of its last turns are the answer; 0: as data.train_on says
 
     def before_answer(self) -> Chat:
         """The conversation up to the assistant's last turn."""
@@ -123,7 +124,7 @@ class Writer:
     def question_texts(self, conversations: Sequence[Chat]) -> list[str]:
         """The marked text that the last turn of each chat goes on from, with the prompt for generation."""
         before = (chat.before_answer() for chat in conversations)
-        return [self.template.question(*chat) for chat in before]
+        return [self.template.question(*chat[:3]) for chat in before]
 
     def question_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of such texts; one that leaves no room for an answer loses its front."""
@@ -139,13 +140,13 @@ class Writer:
 
     def _rows(self, conversations: Sequence[Chat]) -> Iterator[_Row | OverlongError]:
         """The rows of chats, or why they are left out."""
-        rendered = [self.template.rendered(*chat) for chat in conversations]
-        where = [chat.location for chat in conversations]
+        rendered = [self.template.rendered(*chat[:3]) for chat in conversations]
+        where, learned = [chat.location for chat in conversations], [chat.learned for chat in conversations]
         encoded = encode_parts(self.tokenizer, [one.text for one in rendered], [one.turns for one in rendered], where)
-        for ids, turns, is_apart, is_spelled, location in zip(*encoded, where, strict=True):
+        for ids, turns, is_apart, is_spelled, location, count in zip(*encoded, where, learned, strict=True):
             try:
                 reply = ids[turns[-1, 0] : turns[-1, 1]]
-                yield self._fitted(_Row(ids, turns, reply, is_apart, is_spelled, 0, len(ids), 0), location)
+                yield self._fitted(_Row(ids, turns[-count:], reply, is_apart, is_spelled, 0, len(ids), 0), location)
             except OverlongError as error:
                 if self.overlong != "drop":
                     raise
@@ -214,5 +215,6 @@ def cached_chats(
     settings = [writer.max_length, writer.train_on, writer.overlong, asks, tokenizer_content(tokenizer), program]
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     digest = hashlib.sha256(json.dumps([_CACHED, *settings, names], sort_keys=True).encode())
-    update_digest(digest, [json.dumps([chat.messages, chat.tools], sort_keys=True) for chat in conversations])
+    of_chats = [[chat.messages, chat.tools, chat.learned] for chat in conversations]
+    update_digest(digest, [json.dumps(one, sort_keys=True) for one in of_chats])
     return cached(digest, len(conversations), lambda: writer.tokens(conversations, asks), write, chats=True)

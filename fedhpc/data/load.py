@@ -14,6 +14,8 @@ import numpy as np
 
 from fedhpc import config, registry
 from fedhpc.data import sources
+from fedhpc.data.chat_pairs import chat_pairs, holds_chats
+from fedhpc.data.chat_pairs import with_a_preference as chats_with_a_preference
 from fedhpc.data.chat_template import ChatTemplate
 from fedhpc.data.chat_tokens import Chat, Writer, cached_chats, chats_of
 from fedhpc.data.encoding import marked
@@ -128,6 +130,7 @@ def load_data(
             raise UserError(f"data.label_noise: data.target must have {{{data.label}}}, or the noise changes no target")
         tables["train"] = _mislabelled(tables["train"], data.label, label_names, data.label_noise, settings.run.seed)
 
+    is_paired = data.chosen is not None
     texts = {split: _texts(table, written) for split, table in tables.items() if writer is None}
     answers: dict[str, Answers | None] = {}
     room = 0  # for the longest answer: a row loses as much of its prompt for each label that it is asked about
@@ -147,24 +150,27 @@ def load_data(
                 prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room, data.overlong
             )
         else:
-            tokens, message = cached_chats(_chats(table, data), writer, asks, write_cache)
+            tokens, message = cached_chats(_chats(table, data)[0], writer, asks, write_cache)
         if message is not None and message not in messages:
             messages.append(message)
         messages += what_became_of(tokens, table, split, data.max_length)
-        if worse:
-            rejected, _ = cached_tokens(
-                prompts, worse[0], table.locations, tokenizer, data.max_length, writing, write_cache, room,
-                data.overlong,
-            )  # fmt: skip
+        if is_paired:
+            if writer is None:
+                rejected, _ = cached_tokens(
+                    prompts, worse[0], table.locations, tokenizer, data.max_length, writing, write_cache, room,
+                    data.overlong,
+                )  # fmt: skip
+            else:
+                rejected, _ = cached_chats(_chats(table, data)[1], writer, False, write_cache)
             messages += what_became_of(rejected, table, f"{split} (data.rejected)", data.max_length)
-            tokens = interleaved(tokens, rejected, tokenizer.bos_token_id is not None)
+            tokens = interleaved(tokens, rejected, tokenizer.bos_token_id)
         of_split = answers.get(split)
         rows = rows_that_fit(tokens, table, data.max_length)
         if len(rows) < len(table.rows):
             if train and _is_natural(settings):
                 owner_names = owners_with_enough(settings, table.select(rows), owner_names, messages)[1]
                 stays = np.isin([*table.select(rows).rows.column(str(data.client))], owner_names)
-                of_each = np.repeat(stays, 1 + len(worse))
+                of_each = np.repeat(stays, 2 if is_paired else 1)
                 rows, tokens = rows[stays], tokens.select(np.flatnonzero(of_each))
             table = table.select(rows)
             if writer is None:
@@ -174,7 +180,8 @@ def load_data(
             if train and true_labels is not None:
                 true_labels = true_labels[rows]
         if writer is not None and asks:
-            prompts, targets = writer.question_texts(_chats(table, data)), writer.answers(tokens)
+            prompts = writer.question_texts(_chats(table, data)[0])
+            targets = writer.answers(tokens)[:: 2 if is_paired else 1]
         examples[split] = examples_from(
             tokens,
             labels=ids_of(table, data.label if split in labelled else None, label_names),
@@ -186,7 +193,7 @@ def load_data(
             answers=of_split,
             spans=tokens.spans,
             ends=() if writer is None else writer.ends,
-            paired=bool(worse),
+            paired=is_paired,
             desirable=None if data.desirable is None else desirable_of(table, data.desirable),
         )
         if train and asks:  # no part of the fingerprint
@@ -214,21 +221,22 @@ def _clients_write(evaluation: config.Evaluation, purpose: Purpose) -> bool:
 def _chat_writer(settings: config.Config, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> Writer | None:
     """How the chats of a run become tokens; None where its examples are prompts and targets."""
     data = settings.data
-    if data.messages is None:
+    if data.messages is None and not holds_chats(data):
         return None
-    if data.chosen is not None:
-        raise UserError("data.chosen: the answers of pairs are texts, which go on from data.prompt, not data.messages")
     if writing.task != "causal_lm":
+        key = "data.messages" if data.chosen is None else "data.chosen"
         raise UserError(
-            f"data.messages: chats are for decoder-only language models, and '{settings.model.name}' is used for "
-            f"{writing.task}", remedy="write data.prompt and data.target, or choose another model",
+            f"chats are for decoder-only language models, and '{settings.model.name}' is used for {writing.task}",
+            key=key, remedy="write data.prompt and data.target, or choose another model",
         )  # fmt: skip
     chat_template = ChatTemplate.load(tokenizer, data.chat_template)
-    return Writer(tokenizer, chat_template, data.train_on, data.max_length, data.overlong)
+    train_on = data.train_on if data.chosen is None else "assistant"  # of pairs the answers are learned
+    return Writer(tokenizer, chat_template, train_on, data.max_length, data.overlong)
 
 
-def _chats(table: Table, data: config.Data) -> list[Chat]:
-    return chats_of(table, str(data.messages), data.tools)
+def _chats(table: Table, data: config.Data) -> Sequence[list[Chat]]:
+    """The chats of a table; of pairs the better ones and the worse ones."""
+    return [chats_of(table, str(data.messages), data.tools)] if data.chosen is None else chat_pairs(table, data)
 
 
 def _answers(data: config.Data, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> dict[str, Template]:
@@ -340,6 +348,8 @@ def _read_splits(
     of_target = written["data.target"].columns if "data.target" in written else ()
     references = [column for column in of_target if column != data.label]  # a class is no list
     structured = {} if data.messages is None else {data.messages: "data.messages"}
+    if data.chosen is not None and data.rejected is not None and "data.rejected" not in written:  # pairs of chats
+        structured |= {data.chosen: "data.chosen", data.rejected: "data.rejected"}
     if structured and data.tools is not None:
         structured[data.tools] = "data.tools"
     tables: dict[str, Table] = {}
@@ -388,8 +398,12 @@ def _read_splits(
             owner_names = sorted(name for name in names_ if name or not natural)
         unseen = [one for one in unseen if one[2] not in table.rows.column(one[1])]
         tables[split] = sources.filtered(table, data)
-        if "data.rejected" in written:
-            tables[split], line = with_a_preference(tables[split], of_answers)
+        if data.chosen is not None:
+            table = tables[split]
+            of_texts = "data.rejected" in written
+            tables[split], line = (
+                with_a_preference(table, of_answers) if of_texts else chats_with_a_preference(table, data)
+            )
             messages += [] if line is None else [line]
         reason = "" if split == "train" or data.label is None else _hidden(tables, split, data.label)
         if reason and answers is None:

@@ -285,6 +285,9 @@ def examples_from(
     itself, such an example is both rows, one behind the other.
     """
     pairs, each = (examples_from(tokens, spans=spans), 2) if paired else (None, 1)
+    questions = tokens.questions if tokens.questions is not None and len(tokens.questions.offsets) > 1 else None
+    if questions is not None and paired:
+        questions = questions.select(np.arange(0, len(tokens.prompt_lengths), 2))
     digest = hashlib.sha256(_FORMAT.encode())
     for numbers in (tokens.ids, tokens.offsets, tokens.prompt_lengths, *(spans or ()), labels, owners):
         for piece in [b"-"] if numbers is None else pieces_of(numbers):
@@ -309,7 +312,7 @@ def examples_from(
         fingerprint=digest.hexdigest(),
         lost=None if tokens.lost is None else tokens.lost[::each],
         answers=answers,
-        questions=tokens.questions if tokens.questions is not None and len(tokens.questions.offsets) > 1 else None,
+        questions=questions,
         ends=ends,
         pairs=pairs,
         desirable=desirable,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedhpc import registry
 from fedhpc.config import Config
-from fedhpc.data.tokens import Examples
+from fedhpc.data.tokens import Examples, Spans
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.models.base import Attached, Base, Batch, Predictor, TargetBatch
@@ -225,10 +225,19 @@ def _summed(of_tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _with_prompts(rows: Examples) -> Examples:
-    """Rows of pairs in which the prompts of the better answers are supervised too."""
-    lengths = rows.prompt_lengths.copy()
+    """Rows of pairs in which all of the better answer's row is supervised."""
+    lengths, spans = rows.prompt_lengths.copy(), rows.spans
     lengths[::2] = 0
-    return replace(rows, prompt_lengths=lengths)
+    if spans is not None:
+        row = np.repeat(np.arange(len(rows)), np.diff(spans.offsets))
+        stays, better = row % 2 == 1, np.arange(0, len(rows), 2)
+        order = np.argsort(np.concatenate([row[stays], better]), kind="stable")
+        counts = np.bincount(row[stays], minlength=len(rows))
+        counts[::2] = 1
+        starts = np.concatenate([spans.starts[stays], np.zeros(len(better), np.int32)])[order]
+        ends = np.concatenate([spans.ends[stays], rows.lengths[::2].astype(np.int32)])[order]
+        spans = Spans(np.concatenate([[0], np.cumsum(counts)]), starts, ends)
+    return replace(rows, prompt_lengths=lengths, spans=spans)
 
 
 def _among(rows: Examples, wider: Examples, indices: Int64) -> NDArray[np.bool_]:

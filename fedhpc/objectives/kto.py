@@ -47,8 +47,13 @@ class KTO(Preference):
     options: Open
 
     def check(self, config: Config, model: type[Base]) -> None:
-        """Refuse steps of one example too, in which no answer is another one's."""
+        """Refuse steps of one example too, in which no answer is another one's, and chats with several answers."""
         super().check(config, model)
+        if config.data.messages is not None and config.data.train_on != "last_assistant":
+            raise UserError(
+                f"data.train_on: {config.data.train_on}, but objective.name kto is told of the last answer of a chat "
+                "whether it is desirable; use last_assistant"
+            )
         if config.client.batch_size < 2:
             raise UserError(
                 "client.batch_size: objective.name kto compares with other answers of a step, so it needs at least 2"
@@ -60,7 +65,7 @@ class KTO(Preference):
         count = len(indices)
         client = np.zeros(count, np.int64) if clients is None else np.unique(clients, return_inverse=True)[1]
         prompts = [examples.prompt(int(i)) for i in indices]
-        answers = [examples.target(int(i)) for i in indices]
+        answers = [_answer(examples, int(i)) for i in indices]
         others = [answers[i] for i in _before(client)]
         longest, bos = int(examples.lengths_of(indices).max()), base.tokenizer.bos_token_id
         rows = joined(prompts + _cut(prompts, others, longest, bos), answers + others)
@@ -89,6 +94,14 @@ class KTO(Preference):
             options.undesirable_weight * torch.sigmoid(gain),
         )
         return losses, options.beta * torch.where(batch.desirable, ratio, -ratio)
+
+
+def _answer(examples: Examples, example: int) -> np.ndarray:
+    """The tokens of an answer; of a chat without what the template writes behind it."""
+    if examples.spans is None:
+        return examples.target(example)
+    last = examples.spans.offsets[example + 1] - 1
+    return examples.tokens(example)[examples.prompt_lengths[example] : examples.spans.ends[last]]
 
 
 def _before(client: Int64) -> Int64:
