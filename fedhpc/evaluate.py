@@ -187,6 +187,7 @@ def load(config: Config, subject: Subject, per_client: bool, transport: Transpor
     from fedhpc.data.labels import in_head
     from fedhpc.evaluation.evaluate import Evaluator
     from fedhpc.models.load import check_length, check_tokens, load_base, load_tokenizer, model_class, stored_classes
+    from fedhpc.objectives._preference import Preference
 
     model, export = model_class(config.model), subject.export
     objective = objectives.of_config(config, model)
@@ -207,6 +208,12 @@ def load(config: Config, subject: Subject, per_client: bool, transport: Transpor
             )
         customized_base = customized.load(export, subject.base, str(device))
         base, method = customized_base.base, customized_base.method
+        if method is None and isinstance(objective, Preference) and objective.has_reference:
+            raise UserError(
+                f"objective.name {config.objective.name} compares with the base, and of '{export}' only what training "
+                "made of it is loaded", key="objective.name",
+                remedy="test it with objective.name=auto on a data.target; lora, ia3, prefix and prompt leave the base",
+            )  # fmt: skip
         if method is not None:
             payloads = method.payload.flatten(customized_base.payload).unsqueeze(0)
     for name in config.evaluation.metrics_of_test:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
-from fedhpc import objectives, registry
+from fedhpc import evaluate, objectives, registry
 from fedhpc.approaches.prepare import prepare
 from fedhpc.builtin.world import rows
 from fedhpc.config import Model
@@ -590,3 +590,21 @@ def test_metrics_of_margins() -> None:
     outputs = Outputs(margins=np.array([[0.5, -0.25, 0.0, 2.0], [1.5, 0.75, 0.0, -1.0]]))
     assert RewardAccuracy().of_items(outputs).tolist() == [1.0, 0.5, 0.5, 0.5]
     assert RewardMargin().compute(outputs) == pytest.approx((1.0 + 0.25 + 0.0 + 0.5) / 4)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "full"])
+def test_an_export_is_compared_with_its_base_or_with_nothing(
+    texts: Path, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that is loaded beside its base has the run's own numbers again."""
+    raw = federation_of(texts, "dpo") | {"method": {"name": method}, "federation": {"rounds": 1}}
+    federate(settings_of(tmp_path, raw))
+    capsys.readouterr()
+    code, reported = evaluate.main([str(tmp_path)]), table(tmp_path, "test")
+    out, err = capsys.readouterr()
+    if method == "lora":
+        assert code == 0
+        for name in ("loss", "reward_accuracy", "reward_margin"):
+            assert f"test {name} {float(reported[name]):.4f} (95 %" in out
+    else:
+        assert code == 2 and "objective.name dpo compares with the base, and of " in err

@@ -113,6 +113,11 @@ def test_what_is_better_follows_from_the_metric() -> None:
             {"personalization": {"parts": ["prompt*"]}, "evaluation": {"keep": "best", "client_fraction": 0.2}},
             r"personalization\.parts stay on the clients",
         ),
+        ({"evaluation": {"keep": "best", "metrics": []}}, r"first of evaluation\.metrics, and there is none; name one"),
+        (
+            {"evaluation": {"patience": 1, "metrics": [], "test_metrics": ["loss"]}},
+            r"first of evaluation\.metrics, and there is none",
+        ),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(texts: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -149,6 +149,11 @@ def conflicts(config: Config) -> None:
             key=key,
             remedy="take it out",
         )
+    if not config.evaluation.metrics and (config.evaluation.keep == "best" or config.evaluation.patience is not None):
+        raise UserError(
+            "evaluation.keep best and evaluation.patience go by the first of evaluation.metrics, and there is none",
+            key="evaluation.metrics", remedy="name one, such as loss",
+        )  # fmt: skip
     if config.evaluation.keep == "best" and config.personalization.parts:
         raise UserError(
             "personalization.parts stay on the clients, which have those of their last round alone",

@@ -340,9 +340,8 @@ def over_clients(columns: Mapping[str, NDArray[Any]], metrics: Sequence[str]) ->
     """Mean, mean of the worst tenth and standard deviation over clients: `<metric>/mean`, `/worst_10_percent`, `/std`.
 
     columns: of `Evaluator.by_client`, and others of the same metrics, as `loss_personal`; metrics: their names in the
-    configuration, beside the loss. Every client with held-out
-    examples counts once. The worst tenth is rounded up to whole clients: those with the highest loss or the lowest
-    accuracy. All NaN where nobody has held-out examples.
+    configuration, beside the loss. Every client with held-out examples counts once. The worst tenth is rounded up to
+    whole clients: those with the highest loss or the lowest accuracy. All NaN where nobody has held-out examples.
     """
     summary: dict[str, float] = {}
     higher_is_better = {

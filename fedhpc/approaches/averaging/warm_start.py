@@ -25,7 +25,7 @@ class WarmStart:
     @classmethod
     def of(cls, method: Method, source: str) -> WarmStart:
         """Read the folder `source`. UserError where it holds no adapter, or one that does not fit the method."""
-        folder, base = Path(source), method.base
+        folder, base = Path(source).expanduser(), method.base
         try:
             config = adapter_config(folder)
             _require_same_classes(method, folder)
