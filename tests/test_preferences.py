@@ -21,6 +21,7 @@ from fedhpc.errors import UserError
 from fedhpc.evaluation.metrics.base import Outputs
 from fedhpc.evaluation.metrics.reward_accuracy import RewardAccuracy
 from fedhpc.evaluation.metrics.reward_margin import RewardMargin
+from fedhpc.main import main
 from fedhpc.methods.base import as_one_client
 from fedhpc.models.base import Attached
 from fedhpc.models.causal_lm import CausalLM
@@ -418,6 +419,22 @@ def chats(folder: Path, made: list[dict[str, Any]], **data: Any) -> Data:
     }
     config = configuration.resolve(raw, given={})
     return load_data(config, load_tokenizer(Model.model_validate({})), CausalLM, write_cache=False)
+
+
+def test_check_shows_the_first_pair(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = ["data.prompt={mr} :", "data.chosen= {chosen}", "data.rejected= {rejected}", "objective.name=dpo"]
+    given = [
+        f"data.source={texts}",
+        f"model.name={texts}/model",
+        "partition.num_clients=4",
+        "evaluation.metrics=[loss]",
+    ]
+    assert main([*given, *columns, "partition.name=iid", "data.label=", "--check"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " tokens learned (" in line]
+    first = rows("preferences", "train")[0]
+    assert [line.partition(":")[0] for line in lines] == ["chosen", "rejected"]
+    for line, key in zip(lines, ("chosen", "rejected"), strict=True):
+        assert first["mr"] in line and first[key][-20:] in line.partition(">>>")[2]
 
 
 def test_two_chats_have_their_common_beginning_for_a_prompt(tmp_path: Path) -> None:

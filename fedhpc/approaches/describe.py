@@ -57,6 +57,7 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         *data.describe(splits.population, splits.train),
         f"examples: {len(splits.train):,} training, {len(splits.validation):,} validation, {len(splits.test):,} test",
         *([] if splits.train.spans is None else [first_chat(approach.base.tokenizer, splits.train)]),
+        *([] if splits.train.pairs is None else first_pair(approach.base.tokenizer, splits.train.pairs)),
         evaluated(approach),
         f"rounds: {approach.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most "
         f"{largest}, {approach.work(plan)} each",
@@ -67,9 +68,14 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
     ]
 
 
-def first_chat(tokenizer: Any, examples: Examples) -> str:
-    """The first example in one line, with the tokens that are learned between >>> and <<<."""
-    ids, positions = examples.tokens(0), examples.supervised(np.array([0]))[1]
+def first_pair(tokenizer: Any, pairs: Examples) -> list[str]:
+    """The two answers of the first pair behind their prompt, a line each."""
+    return [f"{name}: {first_chat(tokenizer, pairs, row)}" for row, name in enumerate(("chosen", "rejected"))]
+
+
+def first_chat(tokenizer: Any, examples: Examples, row: int = 0) -> str:
+    """The first example (or another one) in one line, with the tokens that are learned between >>> and <<<."""
+    ids, positions = examples.tokens(row), examples.supervised(np.array([row]))[1]
     is_learned = np.isin(np.arange(len(ids)), positions)
     pieces = []
     for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_learned)) + 1):
