@@ -351,8 +351,7 @@ def tokenize(
     """
     join = writing.join(tokenizer, max_length, room, truncate=overlong == "truncate")
     recurring = _Recurring(tokenizer)
-    lengths = np.zeros(len(prompts), np.int64)
-    prompt_lengths, lost, needed, cut, too_long = (np.zeros(len(prompts), np.int32) for _ in range(5))
+    lengths, prompt_lengths, lost, needed, cut, too_long = (np.zeros(len(prompts), np.int32) for _ in range(6))
     apart, spelled = (np.zeros(len(prompts), bool) for _ in range(2))
     with unnamed_file() as file:
         for start in range(0, len(prompts), AT_ONCE):
@@ -382,7 +381,8 @@ def tokenize(
             write(file, np.fromiter(chain.from_iterable(pieces), np.int32).data)
         ids = mapped(file)
     fits = too_long == 0
-    offsets = np.concatenate([[0], np.cumsum(lengths[fits])])
+    offsets = np.zeros(np.count_nonzero(fits) + 1, np.int64)
+    np.cumsum(lengths[fits], out=offsets[1:])
     return Tokens(
         ids,
         offsets,
