@@ -229,7 +229,7 @@ def _prompt(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
 
 
 def _lora(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
-    return Lora(Lora.Options.model_validate(options_of(config)), base, 0), without_wrappers(tensors)
+    return Lora(Lora.Options.model_validate(options_of(config, tensors)), base, 0), without_wrappers(tensors)
 
 
 def _ia3(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:

@@ -494,6 +494,20 @@ def test_bad_chats(tmp_path: Path, change: dict[str, Any], message: str) -> None
         chats(tmp_path, made)
 
 
+def test_an_answer_that_the_template_joins_to_the_turn_in_front_is_refused(tmp_path: Path) -> None:
+    made = chat_rows(6)
+    for key in ("chosen", "rejected"):
+        made[2][key] = [*made[2][key][:-1], {"role": "assistant", "content": "Well,"}, made[2][key][-1]]
+    chats(tmp_path, made)  # each message ends with a token of its own
+    (tmp_path / "joins.jinja").write_text(
+        "{%- for message in messages -%}{%- if message.role == 'assistant' -%}{{- ' ' ~ message.content -}}"
+        "{{- eos_token if loop.last or loop.nextitem.role != 'assistant' -}}"
+        "{%- else -%}{{- bos_token ~ message.content ~ ' :' -}}{%- endif -%}{%- endfor -%}"
+    )
+    with pytest.raises(UserError, match=r"train\.jsonl:3: data\.chosen: the chat template makes one turn of several"):
+        chats(tmp_path, made, chat_template=str(tmp_path / "joins.jinja"))
+
+
 def test_a_chat_without_an_answer_and_equal_ones(tmp_path: Path) -> None:
     made = chat_rows(6)
     made[4]["rejected"] = made[4]["chosen"]

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fedhpc
 from fedhpc.ranks.verdict import RefusedError
 from tests.federations import federate, save_random_bert, settings, table, tree, write_texts
 from tests.test_export import loss_of
@@ -131,6 +132,18 @@ def test_what_does_not_fit_is_said(
     with pytest.raises(RefusedError, match=message):
         on(texts, tmp_path / "run", {**chosen, "from": str(folder)})
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_peft_finds_by_a_pattern(texts: Path, tmp_path: Path) -> None:
+    pattern = r".*\.(q|v)_proj"
+    named, found = save_lora(texts, tmp_path / "named"), save_lora(texts, tmp_path / "found", target_modules=pattern)
+    assert json.loads((found / "adapter_config.json").read_text())["target_modules"] == pattern
+    prompts = ["name[Aromi] :", "food[Indian]"]
+    assert fedhpc.load(found).generate(prompts) == fedhpc.load(named).generate(prompts)
+    losses = [
+        on(texts, folder / "run", {**LORA, "from": str(folder)})["eval_loss"].tolist() for folder in (named, found)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_folders_that_are_no_adapter(texts: Path, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ class Writer:
         """The tokens of chats, with spans. asks: also the questions that their last turns answer, and these.
 
         A chat that is too long for `max_length` loses its end behind the last turn, and then its front up to the first
-        turn. UserError as `ChatTemplate.rendered`, and for a
-        chat whose turns do not fit, unless `overlong` says what becomes of it.
+        turn. UserError as `ChatTemplate.rendered`, for a chat whose turns do not fit, unless `overlong` says what
+        becomes of it, and for an answer that is a turn with what is in front of it.
         """
         rows: list[_Row | OverlongError] = []
         for at in range(0, len(conversations), _CHUNK):
@@ -141,6 +141,12 @@ class Writer:
     def _rows(self, conversations: Sequence[Chat]) -> Iterator[_Row | OverlongError]:
         """The rows of chats, or why they are left out."""
         rendered = [self.template.rendered(*chat[:3]) for chat in conversations]
+        for chat, one in zip(conversations, rendered, strict=True):
+            if chat.learned and len(one.turns) != sum(message["role"] == "assistant" for message in chat.messages):
+                raise UserError(
+                    "the chat template makes one turn of several, so the answer cannot be told from what is in front",
+                    key="data.chosen", place=chat.location, remedy="mend the row, or give another data.chat_template",
+                )  # fmt: skip
         where, learned = [chat.location for chat in conversations], [chat.learned for chat in conversations]
         encoded = encode_parts(self.tokenizer, [one.text for one in rendered], [one.turns for one in rendered], where)
         for ids, turns, is_apart, is_spelled, location, count in zip(*encoded, where, learned, strict=True):

@@ -144,35 +144,34 @@ class Lora(Method):
         from fedhpc.methods._peft import as_payload, expect_kind, require, without_wrappers
 
         expect_kind(config, "LORA")
-        wanted = options_of(config)
+        wanted = options_of(config, tensors)
         if not self._rule.takes_any_rank:
             require({"rank": self.options.rank, "alpha": self.options.alpha}, {k: wanted[k] for k in ("rank", "alpha")})
         sizes = {path: widths(layer) for path, layer in self._layers.items()}
         factors = Factors(sizes, wanted["rank"], wanted["alpha"] / wanted["rank"], self.seed)
         bare = without_wrappers(tensors)
         if {name for name in bare if is_a(name)} != {name for name in factors.layout.shapes if is_a(name)}:
-            there = sorted({name.split(".")[-3] for name in bare if is_a(name)})
-            listed = wanted["targets"] if isinstance(wanted["targets"], list) else there
-            require({"targets": sorted(self.targets)}, {"targets": sorted(listed)})  # PEFT has a set of them
+            require({"targets": sorted(self.targets)}, {"targets": sorted(wanted["targets"])})  # PEFT has a set of them
         return self._rule.imported(factors, as_payload(bare, factors.layout.shapes))
 
 
-def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     """The options with which this method computes what an adapter of PEFT does. UserError where there are none.
 
-    config: its adapter_config.json.
+    config: its adapter_config.json, which may have a pattern in place of the layers' names. tensors: what it holds.
     """
     start = config.get("init_lora_weights", True)
     changed = [key for key in _OTHER_LAYERS if config.get(key)]
     if isinstance(start, str) and start not in _BASE_UNTOUCHED:
         changed.append("init_lora_weights")
     if changed:
-        raise UserError(
-            f"the adapter was made with {changed[0]} of PEFT, which fedhpc does not compute", key="method.from"
-        )
+        raise UserError(f"the adapter was made with {changed[0]} of PEFT, which fedhpc does not compute")
     rank = int(config["r"])
     alpha = float(config["lora_alpha"]) * (rank**0.5 if config.get("use_rslora") else 1.0)
-    return {"rank": rank, "alpha": alpha, "targets": config["target_modules"]}
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        targets = sorted({name.split(".")[-3] for name in tensors if is_a(name)})
+    return {"rank": rank, "alpha": alpha, "targets": targets}
 
 
 def _require_names_of_layers(base: Base, targets: Sequence[str]) -> None:
