@@ -155,6 +155,8 @@ def _work(options: argparse.Namespace, subject: Subject, rank: Rank) -> None:
     if measured is None:
         return
     lines = [*loaded.evaluator.base.messages, *loaded.data.messages]
+    if options.config is None and subject.config is None and rank.config.data.source.startswith("builtin:"):
+        lines.append(f"data: no CONFIG was given, so the test is of the demo's data, {rank.config.data.source}")
     lines += lines_of_test(measured.outcome.metrics, measured.outcome.sampling, base={})
     lines += turn_lines(measured.outcome.turns)
     if measured.clients is not None:

@@ -122,6 +122,15 @@ def test_of_a_base_it_is_the_base_as_it_is(run: Path, texts: Path, other: Path, 
         assert untouched["test"][name]["value"] == pytest.approx(float(table(run, "base")[name]), abs=1e-9)
 
 
+def test_data_that_nobody_named_are_said(run: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["evaluation.metrics=[loss]", "evaluation.test_max_examples=4", "evaluation.samples=0"]
+    line = "data: no CONFIG was given, so the test is of the demo's data, builtin:"
+    assert evaluate.main([str(run / "adapter"), *few]) == 0
+    assert line in capsys.readouterr().out
+    assert evaluate.main([str(run), *few]) == 0
+    assert line not in capsys.readouterr().out
+
+
 def test_three_ranks_have_the_bits_of_one(run: Path, other: Path) -> None:
     subject = evaluate.subject_of(str(run))
     options = evaluate.parse([str(run), str(other), "--per-client"])

@@ -158,6 +158,17 @@ def test_folders_that_are_no_adapter(texts: Path, tmp_path: Path) -> None:
             on(texts, tmp_path / "run", {**LORA, "from": str(folder)})
 
 
+def test_an_adapter_that_diverged_is_refused(texts: Path, tmp_path: Path) -> None:
+    folder = save_lora(texts, tmp_path / "peft")
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(
+        RefusedError, match=r"method\.from: the adapter's .*weight has values that are no finite numbers"
+    ):
+        on(texts, tmp_path / "run", {**LORA, "from": str(folder)})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_changed_adapter_is_another_run(texts: Path, tmp_path: Path) -> None:
     folder = save_lora(texts, tmp_path / "peft")
     on(texts, tmp_path / "run", {**LORA, "from": str(folder)})

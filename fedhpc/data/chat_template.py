@@ -274,6 +274,13 @@ class ChatTemplate:
                 tokenize=False,
             )
         except Exception as error:  # a template is a program, which may raise anything
+            from jinja2 import TemplateSyntaxError  # as late as transformers imports it
+
+            if isinstance(error, TemplateSyntaxError):
+                raise UserError(
+                    f"the chat template is not valid Jinja: {error.message} (line {error.lineno} of it)", key=self.key,
+                    remedy="give another data.chat_template" if self.source is None else "mend it",
+                ) from None  # fmt: skip
             reason = str(error).strip() or type(error).__name__
             raise UserError(
                 f"the chat template refuses it: {reason}", key=self.key, place=location,

@@ -30,6 +30,7 @@ class WarmStart:
             config = adapter_config(folder)
             _require_same_classes(method, folder)
             tensors = adapter_tensors(folder) if "model_type" not in config else {}
+            _require_finite(tensors)
             payload = method.imported(config, tensors)
         except UserError as error:
             raise error.but(key="method.from") if not error.key else error from None
@@ -43,6 +44,16 @@ class WarmStart:
                 f"method.from: the adapter was trained on '{other}', and this base is '{base.source or base.name}'"
             )
         return cls(payload, digest.hexdigest(), messages)
+
+
+def _require_finite(tensors: Tensors) -> None:
+    """UserError for an adapter whose training diverged: every client that goes on from it would be rejected."""
+    for name in sorted(tensors):
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(
+                f"the adapter's {name} has values that are no finite numbers",
+                remedy="give one whose training did not diverge",
+            )
 
 
 def _require_same_classes(method: Method, folder: Path) -> None:
