@@ -267,6 +267,8 @@ def write(file: Path, model: str, measured: Measured, names: Sequence[str] | Non
         name: {"value": value, **outcome.sampling[name]._asdict()} for name, value in outcome.metrics.items()
     }  # fmt: skip
     tree: dict[str, Any] = {"model": model, "test": test, "samples": outcome.samples}
+    if outcome.turns is not None:
+        tree["turns"] = {name: column.tolist() for name, column in outcome.turns.items()}
     if columns is not None:
         clients = columns["client_id"].tolist()
         tree["clients"] = {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fedhpc
+from fedhpc import evaluate
 from fedhpc.approaches.describe import first_chat
 from fedhpc.builtin.world import rows
 from fedhpc.config import Model
@@ -201,6 +202,9 @@ def test_runs_on_chats_learn_and_are_the_same_on_three_ranks(
     assert turns["turn"].tolist() == [1, 2, 3] and turns["num_examples"][0] == 6
     assert np.average(turns["loss"], weights=turns["tokens"]) == pytest.approx(mean, rel=1e-12)
     assert np.isfinite(clients).all()
+    assert evaluate.main([str(tmp_path / "three"), "--out", str(tmp_path / "out.json")]) == 0
+    again = json.loads((tmp_path / "out.json").read_text())["turns"]
+    assert again["tokens"] == turns["tokens"].tolist() and again["loss"] == pytest.approx(turns["loss"], abs=1e-9)
     model = fedhpc.load(tmp_path / "three" / "adapter")
     asked = [chat["messages"][:-1] for chat in (CHATS[32], CHATS[35])]
     assert model.generate(asked, max_new_tokens=12) == texts

@@ -212,7 +212,8 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
             except torch.OutOfMemoryError as error:
                 if len(clients) == 1 and not self._can_halve_forwards:
                     client = self.data.population.title(clients[0])
-                    one = f"one example of {client}" if self.trains_in_steps else f"{client} alone"
+                    whole = self.objective.needs_full_steps or not self.trains_in_steps
+                    one = f"{client} alone" if whole else f"one example of {client}"
                     raise UserError(
                         f"{one} takes more memory than the GPU has: lower client.batch_size or data.max_length, or set "
                         "model.gradient_checkpointing"
