@@ -85,6 +85,7 @@ def test_every_key_of_the_data_names_columns_or_does_not() -> None:
     others = [
         "source",
         "subset",
+        "streaming",
         "train",
         "validation",
         "test",

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -304,17 +305,51 @@ def test_a_hub_data_set_gives_rows_and_class_names(monkeypatch):
     split = datasets.Dataset.from_dict({"q": ["x"] * 3, "a": ["y"] * 3, "k": [1, 0, -1]}, features)
     asked = []
 
-    def given(*names):
-        asked.append(names)
+    def given(*names, streaming):
+        asked.append((*names, streaming))
         return datasets.DatasetDict({"train": split, "validation": split, "test": split})
 
     monkeypatch.setattr(datasets, "load_dataset", given)
     data = load("someone/something", label="k", subset="en")
-    assert asked == [("someone/something", "en")]
+    assert asked == [("someone/something", "en", False)]
     assert data.train.label_names == ["-1", "no", "yes"]
     assert list(data.train.labels) == [2, 1, 0]
     with pytest.raises(UserError, match=r"data\.test: .* no split or file 'tests'; it has: train, validation, test"):
         load("someone/something", test="tests")
+
+
+def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
+    """The same rows as those of the copy; where the stream ends early, the row is named."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"q": datasets.Value("string"), "a": datasets.Value("string"), "k": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    table = {"q": [f"q{i}" for i in range(2500)], "a": ["y"] * 2500, "k": [1, 0] * 1250}
+    whole = datasets.Dataset.from_dict(table, features)
+    splits = {"train": whole, "validation": whole.select(range(9)), "test": whole.select(range(5))}
+
+    def given(*_, streaming):
+        if not streaming:
+            return datasets.DatasetDict(splits)
+        return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", given)
+    streamed = load("someone/something", label="k", streaming=True)
+    assert len(streamed.train) == 2500
+    assert streamed.fingerprint == load("someone/something", label="k").fingerprint
+
+    def cut():
+        yield from ({"q": "q", "a": "y", "k": 0} for _ in range(1200))
+        raise ConnectionError("reset by peer")
+
+    splits["train"] = SimpleNamespace(
+        to_iterable_dataset=lambda: datasets.IterableDataset.from_generator(cut, features=features)
+    )
+    with pytest.raises(UserError, match=r"train: the stream breaks behind row 1024: .*reset by peer"):
+        load("someone/something", label="k", streaming=True)
+    write_jsonl(tmp_path / "train.jsonl", rows(20))
+    with pytest.raises(UserError, match=r"remove data\.streaming"):
+        load(tmp_path, streaming=True)
 
 
 def test_where_compares_values_as_texts(tmp_path):

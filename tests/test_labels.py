@@ -173,7 +173,7 @@ def test_hidden_labels_of_the_hub_are_no_class(monkeypatch: pytest.MonkeyPatch) 
         return datasets.Dataset.from_dict(rows, datasets.Features({"q": text, "a": text, "k": kind}))
 
     splits = {"train": split(*[1, 0] * 10), "validation": split(0, 1, 1), "test": split(-1, -1)}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(splits))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, streaming: datasets.DatasetDict(splits))
     data = read(Path("some/set"))
     assert data.train.label_names == ["no", "yes"] and len(data.test) == 1
     assert "'k' is -1 in all 2 rows" in data.messages[0]

@@ -184,7 +184,7 @@ def prints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Data]:
             given = datasets.DatasetDict({k: datasets.Dataset.from_pandas(v) for k, v in splits.items()})
             if name == "hub":
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(datasets, "load_dataset", lambda *_, given=given: given)
+                    patch.setattr(datasets, "load_dataset", lambda *_, given=given, streaming: given)
                     loaded[name] = load("someone/something", **options)
                 continue
             given.save_to_disk(folder / "disk")

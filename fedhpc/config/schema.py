@@ -73,6 +73,7 @@ class Data(Section):
         description="builtin:<task>, hub id, folder or file; the file's ending says its format",
     )
     subset: str | None = Field(None, description="configuration name of a hub data set")
+    streaming: bool = Field(False, description="read a hub data set as it comes, without a copy of it on this machine")
     train: str = Field("train", min_length=1, description="split or file of the clients' data")
     validation: str = Field("validation", min_length=1, description="split evaluated during the run")
     test: str = Field("test", min_length=1, description="split evaluated once, at the end")

@@ -539,12 +539,8 @@ def _public_rows(
         messages.append(f"data: {public.max_examples} rows are taken out of the training data for the public set")
         return parts[1], parts[0]
     public_filters = {"where": public.where, "where_not": public.where_not}
-    data = settings.data.model_copy(
-        update={
-            **public_filters,
-            **({"source": public.source, "subset": None, "client_from": "column"} if public.source is not None else {}),
-        }
-    )
+    of_public = {"source": public.source, "subset": None, "streaming": False, "client_from": "column"}
+    data = settings.data.model_copy(update={**public_filters, **(of_public if public.source is not None else {})})
     if public.source is not None:
         try:
             source = sources.with_join(sources.open_source(data), data.join)

@@ -23,7 +23,7 @@ from fedhpc.data import files
 from fedhpc.data.client_files import Layout, files_by_client
 from fedhpc.data.files import INSTALL, LocatedRows
 from fedhpc.data.partitioners.base import Int64
-from fedhpc.data.rows import Locations, LocationsBuilder, Rows
+from fedhpc.data.rows import AT_ONCE, Locations, LocationsBuilder, Rows
 from fedhpc.data.values import is_character_text, is_missing, text
 from fedhpc.errors import UserError, nearest
 
@@ -90,9 +90,10 @@ def open_source(data: config.Data) -> Source:
     elif data.source.startswith((".", "/", "~")) or files.is_data_file(path):
         raise UserError(f"there is no file or folder '{data.source}'", key="data.source")
     else:
-        return _Hub.loaded(data.source, data.subset)
-    if data.subset is not None:
-        raise UserError("data.subset is for data sets of the hub, which data.source is not: remove data.subset")
+        return _Hub.loaded(data.source, data.subset, data.streaming)
+    for key in ("subset", "streaming"):
+        if getattr(data, key):
+            raise UserError(f"data.{key} is for data sets of the hub, which data.source is not: remove data.{key}")
     return source
 
 
@@ -449,11 +450,11 @@ class _Hub:
     """A data set of the Hugging Face hub, or one saved by the library `datasets`, which reads both."""
 
     name: str
-    tables: Mapping[str, Any]  # a datasets.Dataset for each split
+    tables: Mapping[str, Any]  # for each split a datasets.Dataset, or where it is streamed an IterableDataset
 
     @classmethod
-    def loaded(cls, name: str, subset: str | None) -> _Hub:
-        """The data set that the hub calls `name`."""
+    def loaded(cls, name: str, subset: str | None, streaming: bool) -> _Hub:
+        """The data set that the hub calls `name`. streaming: it is read as it comes, and not copied to this machine."""
         try:
             import datasets
         except ImportError:
@@ -464,7 +465,7 @@ class _Hub:
             ) from None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and we of the failure
         try:
-            return cls(name, datasets.load_dataset(name, subset))
+            return cls(name, datasets.load_dataset(name, subset, streaming=streaming))
         except Exception as error:  # the library raises anything, from OSError to its own classes
             raise UserError(
                 f"'{name}' is neither a file or folder here nor a data set that the hub gives: "
@@ -500,19 +501,36 @@ class _Hub:
         if split not in self.splits():
             yield from files.read_file(Path(split))
             return
-        table = self.tables[split]
-
-        def column(name: str) -> Any:
-            return table.select_columns([name]).with_format("arrow")[:].column(name)
+        table, prefix = self.tables[split], f"{self.name} {split} row "
+        features = table.features or {}  # a stream may not say; names of classes it has where it does
 
         def read(name: str, piece: Any) -> list[Any]:
-            values, feature = files.python_values(piece), table.features[name]
-            if not hasattr(feature, "int2str"):
+            values, feature = files.python_values(piece), features.get(name)
+            if feature is None or not hasattr(feature, "int2str"):
                 return values
             # Columns of class numbers give the names of their classes.
             return [feature.names[value] if value is not None and value >= 0 else value for value in values]
 
-        yield from files.batches(table.column_names, len(table), column, f"{self.name} {split} row ", read=read)
+        if hasattr(table, "__len__"):
+
+            def column(name: str) -> Any:
+                return table.select_columns([name]).with_format("arrow")[:].column(name)
+
+            yield from files.batches(table.column_names, len(table), column, prefix, read=read)
+            return
+        count, pieces = 0, iter(table.with_format("arrow").iter(AT_ONCE))
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network or of a file there, in the library's own classes
+                raise UserError(
+                    f"{self.name} {split}: the stream breaks behind row {count}: {type(error).__name__}: {error}; run "
+                    "the same command again, or leave data.streaming out, which copies the data set to this machine"
+                ) from None
+            yield from files.batches(piece.column_names, len(piece), piece.column, prefix, count, read)
+            count += len(piece)
 
 
 def _file_named(split: str, folder: Path | None) -> str | None:
