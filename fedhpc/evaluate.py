@@ -45,6 +45,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see python -m fedhpc.evaluate --help")
 
 
+#: Keys of the section model that MODEL settles, and others that it settles where it is an export.
+_OF_BASE, _OF_EXPORT = ("name", "revision"), ("task", "dtype", "quantize")
+
+
 @dataclass(frozen=True)
 class Subject:
     """The model that is tested."""
@@ -82,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subject = subject_of(options.model, options.base)
         # Who owns what does not matter where clients are not evaluated, nor then whether it can be told.
         undivided = [] if options.per_client else ["partition.name=iid"]
+        refuse_other_model(options.overrides, subject)
         config = configuration.load(options.config or subject.config, [*options.overrides, *undivided])
         process.set_environment(config)
         config = with_model_of(config, subject)
@@ -135,8 +140,16 @@ def with_model_of(config: Config, subject: Subject) -> Config:
     from fedhpc.customized import model_of
 
     model = model_of(subject.export, subject.base)
-    keys = ("name", "revision", "task", "dtype", "quantize")
-    return configuration.changed(config, [(f"model.{key}", getattr(model, key)) for key in keys], "MODEL")
+    changes = [(f"model.{key}", getattr(model, key)) for key in (*_OF_BASE, *_OF_EXPORT)]
+    return configuration.changed(config, changes, "MODEL")
+
+
+def refuse_other_model(overrides: Sequence[str], subject: Subject) -> None:
+    """UserError for a key on the command line that MODEL settles: another value would change nothing."""
+    settled = _OF_BASE if subject.export is None else (*_OF_BASE, *_OF_EXPORT)
+    for key in (word.partition("=")[0] for word in overrides):
+        if key.removeprefix("model.") in settled and key.startswith("model."):
+            raise UserError(f"command line: {key} is that of MODEL, which is tested", remedy="take it out")
 
 
 def _imports() -> None:

@@ -131,6 +131,13 @@ def test_data_that_nobody_named_are_said(run: Path, texts: Path, capsys: pytest.
     assert line not in capsys.readouterr().out
 
 
+def test_what_model_settles_is_no_key(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, key in ((str(run), "model.dtype"), (str(run / "adapter"), "model.name"), ("builtin", "model.revision")):
+        assert evaluate.main([model, f"{key}=float64"]) == 2
+        assert f"command line: {key} is that of MODEL, which is tested; take it out" in capsys.readouterr().err
+    evaluate.refuse_other_model(["model.dtype=float64"], evaluate.subject_of("builtin"))
+
+
 def test_three_ranks_have_the_bits_of_one(run: Path, other: Path) -> None:
     subject = evaluate.subject_of(str(run))
     options = evaluate.parse([str(run), str(other), "--per-client"])

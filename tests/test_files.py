@@ -184,6 +184,9 @@ def test_partitions_in_folders(tmp_path: Path) -> None:
     _parts(tmp_path / "train.parquet" / "year=2024", ["part-0.parquet"])
     with pytest.raises(UserError, match=r"train\.parquet: holds folders \(year=2024\), whose rows would be left out"):
         load(tmp_path)
+    (tmp_path / "train.parquet" / "part-0.parquet").unlink()
+    with pytest.raises(UserError, match=r"train\.parquet: holds folders \(year=2024\), whose rows would be left out"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Folder:
         folders: dict[str, list[Path]] = {}
         for entry in _entries(path):
             if entry.is_dir():
-                if any(map(is_data_file, _entries(entry))):
+                if any(map(is_data_file, _entries(entry))) or _is_partitioned(entry):
                     folders.setdefault(stem(entry) if is_data_file(entry) else entry.name, []).append(entry)
             elif is_data_file(entry):
                 single.setdefault(stem(entry), []).append(entry)
@@ -131,6 +131,11 @@ class Folder:
     def rest(self) -> list[str]:
         """What else lies there and is not read."""
         return [path.name for path in _entries(self.path) if not is_data_file(path) and path.suffix not in (".md", "")]
+
+
+def _is_partitioned(folder: Path) -> bool:
+    """Whether a folder has its rows in folders by the value of a column, such as year=2024."""
+    return any("=" in entry.name for entry in folders_in(folder))
 
 
 def is_shard(path: Path) -> bool:
