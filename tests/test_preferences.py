@@ -458,6 +458,13 @@ def test_two_chats_have_their_common_beginning_for_a_prompt(tmp_path: Path) -> N
     assert chats(tmp_path, as_json).train.fingerprint == data.train.fingerprint
 
 
+def test_a_text_in_brackets_is_no_chat(tmp_path: Path) -> None:
+    train = rows_of(20)
+    train[0]["a"] = "[ x ] y"
+    data = load(tmp_path, train, chosen="a", rejected="b")
+    assert len(data.train) == 20 and data.train.pairs is not None and data.train.pairs.spans is None
+
+
 def test_chats_that_are_cut_stay_behind_one_prompt(tmp_path: Path) -> None:
     made = chat_rows(12)
     whole, cut = chats(tmp_path, made).train.pairs, chats(tmp_path, made, max_length=90).train.pairs

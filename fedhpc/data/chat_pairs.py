@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
@@ -13,6 +14,9 @@ from fedhpc.data.pairs import without_ties
 from fedhpc.data.sources import Table, find_split, open_source
 from fedhpc.errors import UserError
 
+#: How a chat as JSON text begins. A text may begin with a bracket too.
+_CHAT = re.compile(r"\s*\[\s*\{")
+
 
 def holds_chats(data: config.Data) -> bool:
     """Whether `data.chosen` is a column of chats, by its first row."""
@@ -23,7 +27,7 @@ def holds_chats(data: config.Data) -> bool:
         if name is not None:
             first: Mapping[str, object] = next((values for _, values in source.read(name)), {})
             value = first.get(data.chosen)
-            return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+            return isinstance(value, list) or (isinstance(value, str) and _CHAT.match(value) is not None)
     return False
 
 
