@@ -465,6 +465,15 @@ def test_a_text_in_brackets_is_no_chat(tmp_path: Path) -> None:
     assert len(data.train) == 20 and data.train.pairs is not None and data.train.pairs.spans is None
 
 
+def test_keys_that_nobody_would_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.prompt is of texts, and data\.chosen holds chats; name the column"):
+        chats(tmp_path, chat_rows(6), prompt="{better} :")
+    with pytest.raises(UserError, match=r"data\.train_on: of pairs the loss is on the answers"):
+        chats(tmp_path, chat_rows(6), train_on="all")
+    with pytest.raises(UserError, match=r"data\.chat_template is of chats, and data\.chosen holds texts"):
+        load(tmp_path, rows_of(20), chat_template="mine.jinja")
+
+
 def test_chats_that_are_cut_stay_behind_one_prompt(tmp_path: Path) -> None:
     made = chat_rows(12)
     whole, cut = chats(tmp_path, made).train.pairs, chats(tmp_path, made, max_length=90).train.pairs

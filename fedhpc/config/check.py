@@ -194,6 +194,8 @@ def _check_steps(config: Config) -> None:
 
 def _check_chats(config: Config) -> None:
     data, defaults = config.data, type(config.data).model_fields
+    if data.chosen is not None and data.train_on != defaults["train_on"].default:
+        raise UserError("of pairs the loss is on the answers", key="data.train_on", remedy="take it out")
     if data.messages is None:
         for key in ("tools", "chat_template", "train_on"):
             if getattr(data, key) != defaults[key].default and data.chosen is None:

@@ -222,7 +222,15 @@ def _chat_writer(settings: config.Config, tokenizer: PreTrainedTokenizerBase, wr
     """How the chats of a run become tokens; None where its examples are prompts and targets."""
     data = settings.data
     if data.messages is None and not holds_chats(data):
+        for key in ("tools", "chat_template"):
+            if getattr(data, key) is not None:
+                raise UserError(f"data.{key} is of chats, and data.chosen holds texts", remedy="take it out")
         return None
+    if data.messages is None and data.prompt not in ("", type(data).model_fields["prompt"].default):
+        raise UserError(
+            "data.prompt is of texts, and data.chosen holds chats",
+            remedy="name the column with the chat in front of the answers as data.messages, or take it out",
+        )
     if writing.task != "causal_lm":
         key = "data.messages" if data.chosen is None else "data.chosen"
         raise UserError(
@@ -230,8 +238,7 @@ def _chat_writer(settings: config.Config, tokenizer: PreTrainedTokenizerBase, wr
             key=key, remedy="write data.prompt and data.target, or choose another model",
         )  # fmt: skip
     chat_template = ChatTemplate.load(tokenizer, data.chat_template)
-    train_on = data.train_on if data.chosen is None else "assistant"  # of pairs the answers are learned
-    return Writer(tokenizer, chat_template, train_on, data.max_length, data.overlong)
+    return Writer(tokenizer, chat_template, data.train_on, data.max_length, data.overlong)
 
 
 def _chats(table: Table, data: config.Data) -> Sequence[list[Chat]]:
