@@ -212,8 +212,8 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
             except torch.OutOfMemoryError as error:
                 if len(clients) == 1 and not self._can_halve_forwards:
                     client = self.data.population.title(clients[0])
-                    whole = self.objective.needs_full_steps or not self.trains_in_steps
-                    one = f"{client} alone" if whole else f"one example of {client}"
+                    can_be_cut = self.trains_in_steps and not self.objective.needs_full_steps
+                    one = f"one example of {client}" if can_be_cut else f"{client} alone"
                     raise UserError(
                         f"{one} takes more memory than the GPU has: lower client.batch_size or data.max_length, or set "
                         "model.gradient_checkpointing"
