@@ -510,6 +510,11 @@ def test_bad_chats(tmp_path: Path, change: dict[str, Any], message: str) -> None
         chats(tmp_path, made)
 
 
+def test_the_conversation_so_far_is_given_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.jsonl:1: data\.chosen: an answer to .* a message of role user; leave"):
+        chats(tmp_path, chat_rows(6), messages="prompt")
+
+
 def test_an_answer_that_the_template_joins_to_the_turn_in_front_is_refused(tmp_path: Path) -> None:
     made = chat_rows(6)
     for key in ("chosen", "rejected"):

@@ -69,7 +69,13 @@ def _answer(value: object, key: str, location: str, may_be_text: bool) -> Sequen
     """The messages of an answer, or of a chat; a text is one that the assistant says."""
     if may_be_text and isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
-    return chats.messages(value, key, location)
+    messages = chats.messages(value, key, location)
+    if may_be_text and messages[0]["role"] != "assistant":
+        raise UserError(
+            f"an answer to the conversation in data.messages begins with a message of role {messages[0]['role']}",
+            key=key, place=location, remedy="leave data.messages out where answers are whole conversations",
+        )  # fmt: skip
+    return messages
 
 
 def with_a_preference(table: Table, data: config.Data) -> tuple[Table, str | None]:
