@@ -155,7 +155,7 @@ def test_a_run_without_memory_for_its_block_is_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_runs, "limit_memory", lambda device, size: limits.append(size))
     (row,) = gpu_runs.scarce(CPU, "small")
     assert row.measured == float(fits == 4) and row.what.startswith("block_size auto (8) with 70% of a block's ")
-    assert row.note.startswith("it ran to its end" if fits else "UserError: client ")
+    assert row.note.startswith("it ran to its end" if fits else "UserError: one example of client ")
     assert limits[0] > 0 and limits[1:] == [None]
 
 

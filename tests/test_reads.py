@@ -56,7 +56,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 #: The objective asks for columns of preferences, which it refuses where it is of targets.
 ASKED_OF_ALL = {"evaluation.client_fraction", "data.chosen", "data.rejected", "data.desirable"}
 #: The splits are loaded in one place, which asks whether rows are chats; without the key they are prompts and targets.
-ASKED_OF_SPLITS = {"data.messages"}
+ASKED_OF_SPLITS = {"data.messages", "data.chat_template", "data.tools"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 ALWAYS = frozenset(
     {
         *("mode", "run", "model", "objective", "partition", "method", "federation", "runtime", "checkpoint"),
-        *("data.source", "data.subset", "data.train", "data.test", "data.where", "data.where_not"),
+        *("data.source", "data.subset", "data.streaming", "data.train", "data.test", "data.where", "data.where_not"),
         *("data.prompt", "data.target", "data.label", "data.client", "data.client_from"),
         *("data.missing", "data.max_length", "data.overlong"),
         *("evaluation.every", "evaluation.metrics", "evaluation.test_metrics", "evaluation.batch_size"),
