@@ -7,7 +7,7 @@ Each key has a one-line description here, or in the class `Options` of the file 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, create_model
 
@@ -246,12 +246,11 @@ class Customization(Open):
         return folder
 
 
-#: The section `method`: a `Customization` with a key that is a word of Python.
-_CUSTOMIZATION: type[Customization] = create_model(  # type: ignore[call-overload]  # of keys that mypy cannot read
-    "Customization",
-    __base__=Customization,
-    **{"from": (str | None, Field(None, min_length=1, description="adapter/ of a run, or of PEFT, to go on from"))},
-)
+_FROM: dict[str, Any] = {
+    "from": (str | None, Field(None, min_length=1, description="adapter/ of a run, or of PEFT, to go on from"))
+}
+#: The section `method`: a `Customization` with a key that is a word of Python, so that no class can be written with it.
+_CUSTOMIZATION = create_model("Customization", __base__=Customization, **_FROM)
 
 
 class Transformation(Open):

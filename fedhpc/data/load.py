@@ -104,26 +104,7 @@ def load_data(
     target, written = next(iter(of_answers.values())), of_answers | {"data.prompt": prompt}
     messages: list[str] = []
     tables, labelled, owner_names = _read_splits(settings, written, public, messages, not writing.has_target, purpose)
-    label_names: list[str] = []
-    if data.label is not None:
-        names = {name for split in tables if split in labelled for name in tables[split].rows.column(data.label)}
-        label_names = list(head) if purpose != "training" and names <= set(head) else class_order(names, head)
-        amounts = [name for name in label_names if "." in name and is_number(name)]
-        if amounts and not writing.has_target:
-            messages.append(
-                f"data.label: each of {len(label_names)} values is a class of its own, also numbers like {amounts[0]}; "
-                "amounts are not predicted here"
-            )
-        trained = set(tables["train"].rows.column(data.label))
-        for split, table in tables.items():
-            others = [name for name in table.rows.column(data.label) if name not in trained]
-            if others and split in labelled and (not writing.has_target or data.label in target.columns):
-                messages.append(
-                    f"data.label: {len(others)} of {len(table.rows)} rows of {split} have a label that no training row "
-                    f"has, like '{others[0]}'"
-                )
-        if without_rows := [name for name in label_names if name not in names]:
-            messages.append(f"data.label: no row is {', '.join(without_rows)}, which stays a class as the model has it")
+    label_names = _class_names(settings, tables, labelled, target, head, purpose, writing, messages)
     true_labels = ids_of(tables["train"], data.label, label_names)
     if data.label is not None and data.label_noise:
         if writing.has_target and data.label not in target.columns:
@@ -144,26 +125,24 @@ def load_data(
     for split, table in tables.items():
         train, is_tested = split == "train", split in ("validation", "test")
         asks = is_tested or (train and _clients_write(settings.evaluation, purpose))
-        prompts, targets, *worse = texts.get(split, [[], []])
-        if writer is None:
-            tokens, message = cached_tokens(
-                prompts, targets, table.locations, tokenizer, data.max_length, writing, write_cache, room, data.overlong
-            )
-        else:
-            tokens, message = cached_chats(_chats(table, data)[0], writer, asks, write_cache)
-        if message is not None and message not in messages:
-            messages.append(message)
-        messages += what_became_of(tokens, table, split, data.max_length)
-        if is_paired:
+        prompts, *of_answer = texts.get(split, [[]])  # of pairs the better answers and the worse ones
+        chats = _chats(table, data) if writer is not None else []
+        of_both: list[Tokens] = []
+        for number, name in enumerate((split, f"{split} (data.rejected)") if is_paired else (split,)):
             if writer is None:
-                rejected, _ = cached_tokens(
-                    prompts, worse[0], table.locations, tokenizer, data.max_length, writing, write_cache, room,
+                tokens, message = cached_tokens(
+                    prompts, of_answer[number], table.locations, tokenizer, data.max_length, writing, write_cache, room,
                     data.overlong,
                 )  # fmt: skip
             else:
-                rejected, _ = cached_chats(_chats(table, data)[1], writer, False, write_cache)
-            messages += what_became_of(rejected, table, f"{split} (data.rejected)", data.max_length)
-            tokens = interleaved(tokens, rejected, tokenizer.bos_token_id)
+                tokens, message = cached_chats(chats[number], writer, asks and not number, write_cache)
+            if message is not None and message not in messages:
+                messages.append(message)
+            messages += what_became_of(tokens, table, name, data.max_length)
+            of_both.append(tokens)
+        if is_paired:
+            tokens = interleaved(of_both[0], of_both[1], tokenizer.bos_token_id)
+        targets = of_answer[0] if of_answer else []
         of_split = answers.get(split)
         rows = rows_that_fit(tokens, table, data.max_length)
         if len(rows) < len(table.rows):
@@ -175,12 +154,14 @@ def load_data(
             table = table.select(rows)
             if writer is None:
                 prompts, targets, *_ = _texts(table, written)
+            else:
+                chats = [[chats[0][row] for row in rows.tolist()]]
             if of_split is not None:
                 of_split = of_split._replace(variant=of_split.variant[rows])
             if train and true_labels is not None:
                 true_labels = true_labels[rows]
         if writer is not None and asks:
-            prompts = writer.question_texts(_chats(table, data)[0])
+            prompts = writer.question_texts(chats[0])
             targets = writer.answers(tokens)[:: 2 if is_paired else 1]
         examples[split] = examples_from(
             tokens,
@@ -209,6 +190,45 @@ def load_data(
         hashlib.sha256("".join(e.fingerprint for e in examples.values()).encode()).hexdigest(),
         examples.get("public"),
     )
+
+
+def _class_names(
+    settings: config.Config,
+    tables: Mapping[str, Table],
+    labelled: AbstractSet[str],
+    target: Template,
+    head: Sequence[str],
+    purpose: Purpose,
+    writing: Writing,
+    messages: list[str],
+) -> list[str]:
+    """The classes of data.label, in order; none without it. What a person should know of them is added to `messages`.
+
+    labelled: the splits whose labels are there. head, purpose: as in `load_data`.
+    """
+    label = settings.data.label
+    if label is None:
+        return []
+    names = {name for split in tables if split in labelled for name in tables[split].rows.column(label)}
+    classes = list(head) if purpose != "training" and names <= set(head) else class_order(names, head)
+    amounts = [name for name in classes if "." in name and is_number(name)]
+    if amounts and not writing.has_target:
+        messages.append(
+            f"data.label: each of {len(classes)} values is a class of its own, also numbers like {amounts[0]}; amounts "
+            "are not predicted here"
+        )
+    if not writing.has_target or label in target.columns:
+        trained = set(tables["train"].rows.column(label))
+        for split in (split for split in tables if split in labelled):
+            others = [name for name in tables[split].rows.column(label) if name not in trained]
+            if others:
+                messages.append(
+                    f"data.label: {len(others)} of {len(tables[split].rows)} rows of {split} have a label that no "
+                    f"training row has, like '{others[0]}'"
+                )
+    if without_rows := [name for name in classes if name not in names]:
+        messages.append(f"data.label: no row is {', '.join(without_rows)}, which stays a class as the model has it")
+    return classes
 
 
 def _clients_write(evaluation: config.Evaluation, purpose: Purpose) -> bool:

@@ -129,15 +129,19 @@ class Tokens(NamedTuple):
     def select(self, examples: Int64) -> Tokens:
         """The tokens of some of the examples alone, in this order."""
         ids, offsets = _ragged(self.ids, self.offsets, examples)
-        of_each = [array if array is None else array[examples] for array in self[2:8]]
+        of_each = {name: getattr(self, name) for name in _OF_EACH}
+        of_each = {name: array if array is None else array[examples] for name, array in of_each.items()}
         spans, questions, replies = self.spans, self.questions, self.replies
         if spans is not None:
             starts, of_spans = _ragged(spans.starts, spans.offsets, examples)
             spans = Spans(of_spans, starts, _ragged(spans.ends, spans.offsets, examples)[0])
         if questions is not None and replies is not None:
             questions, replies = questions.select(examples), replies.select(examples)
-        tokens = Tokens(ids, offsets, *of_each)  # type: ignore[arg-type]
-        return tokens._replace(spans=spans, questions=questions, replies=replies)
+        return Tokens(ids, offsets, **of_each, spans=spans, questions=questions, replies=replies)
+
+
+#: The arrays of `Tokens` that have a number for each example.
+_OF_EACH = ("prompt_lengths", "lost", "needed", "apart", "spelled", "cut")
 
 
 class Answers(NamedTuple):
@@ -565,7 +569,7 @@ def _load(folder: Path, count: int, chats: bool = False) -> Tokens | None:
     examples = len(tokens.offsets) - 1
     if tokens.overlong is None or len(tokens.overlong) != count:
         return None
-    of_each = (tokens.prompt_lengths, tokens.lost, tokens.needed, tokens.apart, tokens.spelled, tokens.cut)
+    of_each = [getattr(tokens, name) for name in _OF_EACH]
     if np.count_nonzero(tokens.overlong == 0) != examples or any(a is None or len(a) != examples for a in of_each):
         return None
     if chats and not (
@@ -579,7 +583,7 @@ def _load(folder: Path, count: int, chats: bool = False) -> Tokens | None:
 
 
 #: The files of a cache folder, but for those of chats.
-_FLAT = Tokens._fields[:9]
+_FLAT = ("ids", "offsets", *_OF_EACH, "overlong")
 
 
 def _files(name: str, nested: type[Spans | Ragged]) -> list[str]:

@@ -100,13 +100,13 @@ def require(options: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         raise UserError(f"the adapter has other options than {shown}", key="method.from", remedy=f"give {keys}")
 
 
-def expect_kind(config: Mapping[str, Any], *types: str) -> None:
+def require_method(config: Mapping[str, Any], *types: str) -> None:
     """UserError where an adapter is of another method than those that PEFT calls so."""
-    kind = config.get("peft_type", config.get("format"))
-    if kind not in types:
+    written_by = config.get("peft_type", config.get("format"))
+    if written_by not in types:
         raise UserError(
-            f"the adapter is {kind or 'a whole model'}, and this method's are {types[0]}", key="method.from",
-            remedy="choose the method of the adapter" if kind else "give the folder as model.name",
+            f"the adapter is {written_by or 'a whole model'}, and this method's are {types[0]}", key="method.from",
+            remedy="choose the method of the adapter" if written_by else "give the folder as model.name",
         )  # fmt: skip
 
 

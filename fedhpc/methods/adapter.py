@@ -131,9 +131,9 @@ class Adapter(Method):
         self.write_adapter(path, config, values)
 
     def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-        from fedhpc.methods._peft import as_payload, expect_kind, require
+        from fedhpc.methods._peft import as_payload, require, require_method
 
-        expect_kind(config, FORMAT)
+        require_method(config, FORMAT)
         options = ("bottleneck", "activation", "placement")
         require({key: getattr(self.options, key) for key in options}, {key: config[key] for key in options})
         return as_payload(tensors, self.payload.shapes)

@@ -92,9 +92,9 @@ class IA3(Method):
         self.write_adapter(path, config, {f"base_model.model.{n}": t for n, t in values.items()})
 
     def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-        from fedhpc.methods._peft import as_payload, expect_kind, without_wrappers
+        from fedhpc.methods._peft import as_payload, require_method, without_wrappers
 
-        expect_kind(config, "IA3")
+        require_method(config, "IA3")
         return as_payload(without_wrappers(tensors), self.payload.shapes)
 
 

@@ -108,9 +108,9 @@ class Prefix(Method):
         self.write_adapter(path, config, {PREFIX: prefix})
 
     def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-        from fedhpc.methods._peft import as_payload, expect_kind, require
+        from fedhpc.methods._peft import as_payload, require, require_method
 
-        expect_kind(config, "PREFIX_TUNING")
+        require_method(config, "PREFIX_TUNING")
         require({"num_virtual_tokens": self.virtual_tokens}, {"num_virtual_tokens": config["num_virtual_tokens"]})
         if PREFIX not in self.payload.shapes:
             raise UserError(

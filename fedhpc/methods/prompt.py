@@ -80,8 +80,8 @@ class Prompt(Method):
         self.write_adapter(path, config, {PROMPT: values[PROMPT]})
 
     def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-        from fedhpc.methods._peft import as_payload, expect_kind, require
+        from fedhpc.methods._peft import as_payload, require, require_method
 
-        expect_kind(config, "PROMPT_TUNING", "P_TUNING")
+        require_method(config, "PROMPT_TUNING", "P_TUNING")
         require({"num_virtual_tokens": self.virtual_tokens}, {"num_virtual_tokens": config["num_virtual_tokens"]})
         return as_payload(tensors, self.payload.shapes)

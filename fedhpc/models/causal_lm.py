@@ -499,7 +499,8 @@ class _Answer:
         return None
 
     def __getitem__(self, index: Any) -> Tensor:
-        return (self.last_hidden_state,)[index]  # type: ignore[no-any-return]
+        states: Tensor = (self.last_hidden_state,)[index]
+        return states
 
 
 @contextmanager

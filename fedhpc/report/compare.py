@@ -249,18 +249,19 @@ def _efficiency_csv(groups: Sequence[SeedGroup], target: float) -> str:
     columns: dict[str, list[Any]] = {}
     for g in groups:
         for run in g.runs:
-            cost = costs.cost_to_reach(run.rounds, target) or costs.Cost(*[math.nan] * 4)  # type: ignore[arg-type]
+            cost = costs.cost_to_reach(run.rounds, target)
+            to_target = dict.fromkeys(costs.Cost._fields, math.nan) if cost is None else cost._asdict()
             row = {
                 **{"group": g.label, "run": run.name, "target_loss": target, "trainable_parameters": run.parameters},
                 **{f"{name}_per_client_and_round": _each_way(SeedGroup("", [run]), name) for name in
                    ("bytes_down", "bytes_up")},
                 "last_validation_loss": run.last_loss,
-                **{f"{name}_to_target": value for name, value in cost._asdict().items()},
+                **{f"{name}_to_target": value for name, value in to_target.items()},
                 "peak_memory_bytes": run.rounds["peak_memory_bytes"].max(),
             }  # fmt: skip
             for link, rate in costs.LINKS.items():
                 row[f"seconds_per_round_{link}"] = costs.wire_seconds(run.bytes_per_round, rate)
-                row[f"seconds_to_target_{link}"] = costs.wire_seconds(cost.num_bytes, rate)
+                row[f"seconds_to_target_{link}"] = costs.wire_seconds(to_target["num_bytes"], rate)
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
     return as_csv(columns)

@@ -409,12 +409,19 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     # ---- results
 
+    @property
+    def _asked(self) -> list[str]:
+        """The question of every test example."""
+        prompts = self.data.test.prompts
+        assert prompts is not None  # the test split keeps its texts
+        return prompts
+
     @cached_property
     def _gold(self) -> list[set[int]]:
         """The numbers of the right passages of every question."""
-        item_of = {self.data.test.prompts[first]: i for i, (first, _) in enumerate(self.questions)}  # type: ignore[index]
+        item_of = {self._asked[first]: i for i, (first, _) in enumerate(self.questions)}
         gold_of: list[set[int]] = [set() for _ in self.questions]
-        for prompt, gold in zip(self.data.test.prompts or [], self.corpus.gold or [], strict=False):
+        for prompt, gold in zip(self._asked, self.corpus.gold or [], strict=False):
             gold_of[item_of[prompt]].add(gold)
         return gold_of
 
@@ -423,9 +430,9 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
         """How many tokens of passages fit in front of each question and its longest answer, at most context_tokens."""
         test = self.data.test
         longest: dict[str, int] = {}
-        for prompt, length in zip(test.prompts or [], test.lengths.tolist(), strict=True):
+        for prompt, length in zip(self._asked, test.lengths.tolist(), strict=True):
             longest[prompt] = max(longest.get(prompt, 0), length)
-        left = [self.config.data.max_length - longest[test.prompts[first]] for first, _ in self.questions]  # type: ignore[index]
+        left = [self.config.data.max_length - longest[self._asked[first]] for first, _ in self.questions]
         return [max(0, min(self.options.context_tokens, tokens)) for tokens in left]
 
     def _context(self, number: int, passages: Sequence[str]) -> tuple[str, int, bool]:
@@ -604,8 +611,8 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
     def answered(self, transport: Transport, contexts: Sequence[str], arm: str) -> Outcome | None:
         """Test the model with a text in front of each question; the outcome on rank 0. Collective."""
         options, test = self.config.evaluation, self.data.test
-        context_of = {str(test.prompts[first]): text for (first, _), text in zip(self.questions, contexts, strict=True)}  # type: ignore[index]
-        prompts = [context_of[prompt] + prompt for prompt in test.prompts or []]
+        context_of = {self._asked[first]: text for (first, _), text in zip(self.questions, contexts, strict=True)}
+        prompts = [context_of[prompt] + prompt for prompt in self._asked]
         metrics = [m for m in options.metrics_of_test if registry.choice("metrics", m).needs != "rankings"]
         return self.evaluator(transport).evaluate(
             *self._model,

@@ -141,9 +141,9 @@ class Lora(Method):
         self.write_adapter(path, config, {f"base_model.model.{name}": t for name, t in tensors.items()})
 
     def imported(self, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-        from fedhpc.methods._peft import as_payload, expect_kind, require, without_wrappers
+        from fedhpc.methods._peft import as_payload, require, require_method, without_wrappers
 
-        expect_kind(config, "LORA")
+        require_method(config, "LORA")
         wanted = options_of(config, tensors)
         if not self._rule.takes_any_rank:
             require({"rank": self.options.rank, "alpha": self.options.alpha}, {k: wanted[k] for k in ("rank", "alpha")})
