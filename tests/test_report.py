@@ -400,12 +400,12 @@ def test_progress_in_a_log_is_one_line_a_round(capsys: pytest.CaptureFixture[str
     void = RoundRecord(2, cohort_size=4, dropped=4, events=[Event("void", "0 of 3 needed clients completed")])
     assert line(void, 5) == "round 2/5  void: 0 of 3 needed clients completed  cohort 4 (4 dropped)"
     sampling = {"loss": Sampling(500, 500, "examples", 2.4, 2.6, "normal"), "bleu": Sampling(50, 60, "prompts")}
-    results = FinalResults({"loss": 2.5, "bleu": 30.0, "mine": 1.0}, {"loss": 4.0}, {}, test_sampling=sampling)
+    results = FinalResults({"loss": 2.5, "bleu": 30.0, "mine": -1e-9}, {"loss": 4.0}, {}, test_sampling=sampling)
     display.finish(results)
     assert capsys.readouterr().out.splitlines() == [
         "test loss 2.5000 (untouched base 4.0000; 95 % interval 2.4000 to 2.6000 over 500 examples)",
         "test bleu 30.0000 (over 50 of 60 prompts)",
-        "test mine 1.0000",
+        "test mine 0.0000",
     ]
     assert [duration(s) for s in (1.84, 125.0, 12_000.0)] == ["1.8 s", "2 min 05 s", "3 h 20 min"]
 

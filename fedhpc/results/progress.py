@@ -146,12 +146,17 @@ def lines_of_test(test: Mapping[str, float], sampling: Mapping[str, Sampling], b
     """
     lines = []
     for name, value in test.items():
-        details = [f"untouched base {base[name]:.4f}"] if name in base else []
+        details = [f"untouched base {_shown(base[name])}"] if name in base else []
         if (one := sampling.get(name)) is not None:
-            interval = f"95 % interval {one.low:.4f} to {one.high:.4f} " if one.known else ""
+            interval = f"95 % interval {_shown(one.low)} to {_shown(one.high)} " if one.known else ""
             details.append(f"{interval}over {one.items}")
-        lines.append(f"test {name} {value:.4f}" + (f" ({'; '.join(details)})" if details else ""))
+        lines.append(f"test {name} {_shown(value)}" + (f" ({'; '.join(details)})" if details else ""))
     return lines
+
+
+def _shown(value: float) -> str:
+    """Four decimals, and no sign in front of a zero: the margin of an untouched base is 0 but for rounding."""
+    return f"{round(value, 4) + 0.0:.4f}"
 
 
 def duration(seconds: float) -> str:
