@@ -47,6 +47,8 @@ class _Parser(argparse.ArgumentParser):
 
 #: Keys of the section model that MODEL settles, and others that it settles where it is an export.
 _OF_BASE, _OF_EXPORT = ("name", "revision"), ("task", "dtype", "quantize")
+#: The sections and keys that are read where nothing is trained.
+_READ = frozenset({"data", "evaluation", "runtime", "model", "objective", "run.seed"})
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subject = subject_of(options.model, options.base)
         # Who owns what does not matter where clients are not evaluated, nor then whether it can be told.
         undivided = [] if options.per_client else ["partition.name=iid"]
-        refuse_other_model(options.overrides, subject)
+        refuse_unread(options.overrides, subject, options.per_client)
         config = configuration.load(options.config or subject.config, [*options.overrides, *undivided])
         process.set_environment(config)
         config = with_model_of(config, subject)
@@ -144,12 +146,17 @@ def with_model_of(config: Config, subject: Subject) -> Config:
     return configuration.changed(config, changes, "MODEL")
 
 
-def refuse_other_model(overrides: Sequence[str], subject: Subject) -> None:
-    """UserError for a key on the command line that MODEL settles: another value would change nothing."""
+def refuse_unread(overrides: Sequence[str], subject: Subject, per_client: bool) -> None:
+    """UserError for a key on the command line that MODEL settles or that only training reads: it changes nothing."""
     settled = _OF_BASE if subject.export is None else (*_OF_BASE, *_OF_EXPORT)
+    read = _READ | {"partition"} if per_client else _READ
     for key in (word.partition("=")[0] for word in overrides):
-        if key.removeprefix("model.") in settled and key.startswith("model."):
+        section = key.partition(".")[0]
+        if key.removeprefix("model.") in settled and section == "model":
             raise UserError(f"command line: {key} is that of MODEL, which is tested", remedy="take it out")
+        if section in configuration.KEYS and not {section, key} & read:
+            only = "with --per-client" if section == "partition" else "by training"
+            raise UserError(f"command line: {key} is read {only} alone", remedy="take it out")
 
 
 def _imports() -> None:

@@ -231,7 +231,7 @@ class Case:
             more = {k: v for k, v in (("is_decoder", True), ("is_encoder_decoder", False)) if k in fields}
             more = more if self.model_type in _TWO_WAYS else {}
         config = tiny_config(kind, more)
-        if self.task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0  # which no class of T5's kind has as a field
         if self.task == "classification":
             config.id2label, config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
@@ -299,7 +299,8 @@ def _judge(case: Case, folder: Path, verdict: Verdict) -> None:
         torch.manual_seed(0)
         network = getattr(tf, MODELS[case.task].auto_class).from_config(config).eval()
         with torch.no_grad():
-            network(input_ids=torch.arange(3, 12).unsqueeze(0), use_cache=False, **_other_inputs(case.task))
+            text = _ids([*range(3, 12), 2])  # which the classifiers of encoder-decoders want to end with eos
+            network(input_ids=text, use_cache=False, **_other_inputs(case.task))
     except Exception as error:  # whatever its own code raises: then it is not for us to load
         verdict.unmade = _last_line(error)
     else:

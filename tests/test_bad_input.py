@@ -388,7 +388,7 @@ DATA: dict[str, tuple[Callable[[], None] | None, dict[str, Any], tuple[str, ...]
     "long targets in all rows": (
         lambda: put("texts/train.jsonl", ROW.replace('"r"', '"' + "word " * 99 + '"')),
         {"data": {"max_length": 32}},
-        ("train.jsonl:1", "does not fit in data.max_length 32", "nor does that of any other"),
+        ("train.jsonl:1", "does not fit in data.max_length 32", "no other row of train; 498 is enough"),
     ),
     "more clients than examples": (
         None,

@@ -778,9 +778,14 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path):
     ):
         load(tmp_path / "all", max_length=8, overlong="error")
     with pytest.raises(
-        UserError, match=r"train\.jsonl:1: the target does not fit in data\.max_length 4, .* 11 is enough"
+        UserError,
+        match=r"train\.jsonl:1: the target does not fit in data\.max_length 4, .* 9 rows of train; 11 is enough",
     ):
         load(tmp_path / "all", max_length=4)
+    write_jsonl(tmp_path / "all" / "validation.jsonl", [{"q": "ab", "a": "xyz" * 3, "k": "p"}])
+    with pytest.raises(UserError, match=r"max_length 8, and there is no other row of validation; 11 is enough$"):
+        load(tmp_path / "all", max_length=8)
+    overlong_rows(tmp_path / "all")
     cut = load(tmp_path / "all", max_length=8, overlong="truncate")
     assert len(cut.train) == 9 and cut.train.lengths.max() == 8
     assert cut.messages[0] == "data.overlong: 2 of 9 rows of train lose 12 tokens at the ends of their targets"

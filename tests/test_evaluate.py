@@ -135,7 +135,7 @@ def test_what_model_settles_is_no_key(run: Path, capsys: pytest.CaptureFixture[s
     for model, key in ((str(run), "model.dtype"), (str(run / "adapter"), "model.name"), ("builtin", "model.revision")):
         assert evaluate.main([model, f"{key}=float64"]) == 2
         assert f"command line: {key} is that of MODEL, which is tested; take it out" in capsys.readouterr().err
-    evaluate.refuse_other_model(["model.dtype=float64"], evaluate.subject_of("builtin"))
+    evaluate.refuse_unread(["model.dtype=float64"], evaluate.subject_of("builtin"), per_client=False)
 
 
 def test_three_ranks_have_the_bits_of_one(run: Path, other: Path) -> None:
@@ -200,6 +200,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no such model": (["./none", "data.source=builtin:dining"], "./none"),
     "no such test": (["builtin", "data.test=tset"], "data.test: 'builtin:dining' has no split or file 'tset'"),
     "rankings": (["builtin", "evaluation.metrics=[mrr]"], "mrr is of rankings, which 'builtin' does not give"),
+    "a key of training": (["builtin", "client.lr=1"], "client.lr is read by training alone; take it out"),
+    "a mode": (["builtin", "mode=local"], "mode is read by training alone"),
+    "nobody's clients": (["builtin", "partition.name=iid"], "partition.name is read with --per-client alone"),
+    "a key of none": (["builtin", "clinet.lr=1"], "unknown key 'clinet.lr'; did you mean 'client'"),
     "clients of nobody": (["builtin", "partition.name=natural", "data.client=", "--per-client"], "data.client"),
 }
 

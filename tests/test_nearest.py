@@ -23,6 +23,7 @@ MEANT = {
     "federation.num_clients": "'partition.num_clients' (with partition.name dirichlet",
     "federation.lr": "'client.lr' or 'server.lr'",
     "data.format": "'data.source'",
+    "data.formt": "'data.source'",
     "data.batch_size": "'evaluation.batch_size' or 'client.batch_size'",
     "data.max_seq_length": "'data.max_length'",
     "evaluation.max_length": "'data.max_length'",
@@ -45,6 +46,12 @@ def test_what_is_meant(key: str) -> None:
         config.load(None, [f"{key}=1"])
     assert f"unknown key '{key}'; did you mean {MEANT[key]}" in str(error.value)
     assert "valid: " in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("key", ["data.colour", "client.prmpt", "evaluation.zzz"])
+def test_a_key_like_no_other_is_told_those_that_there_are(key: str) -> None:
+    with pytest.raises(UserError, match=f"unknown key '{key}'; valid: "):
+        config.load(None, [f"{key}=1"])
 
 
 def test_an_unknown_section_of_a_file() -> None:

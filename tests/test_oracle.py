@@ -5,20 +5,27 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
 
+from fedhpc.config import Model
+from fedhpc.data.tokens import Tokens, examples_from
+from fedhpc.errors import UserError
+from fedhpc.models.load import check_tokens, load_base, model_class
 from tests import oracle
 from tests.oracle import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of tiny random models
 
 # One of each sort: rotary and grouped keys, learned positions, one key head, latent attention, experts, a sliding
-# window, a state-space hybrid, no SDPA; an encoder, one with relative positions; T5's kind and BART's.
+# window, a state-space hybrid, no SDPA; an encoder, one with relative positions; a classifier that decodes; T5's kind
+# and BART's.
 REPRESENTATIVES = [
     *(Case("causal_lm", name) for name in ("qwen3", "opt", "falcon", "deepseek_v3", "mixtral", "mistral", "jamba")),
     *(Case("causal_lm", name) for name in ("gemma2", "bloom")),
-    *(Case("classification", name) for name in ("distilbert", "deberta-v2", "modernbert")),
+    *(Case("classification", name) for name in ("distilbert", "deberta-v2", "modernbert", "mbart")),
     *(Case("seq2seq", name) for name in ("mt5", "marian")),
 ]
 
@@ -77,6 +84,21 @@ def test_layers_of_its_own_making_are_refused(tmp_path: Path) -> None:
     """I-BERT's layers compute with whole numbers."""
     verdict = oracle.judge(Case("classification", "ibert"), tmp_path)
     assert "no linear layers that can be adapted" in verdict.refused and not verdict.wrong
+
+
+def test_an_encoder_decoder_classifies_by_the_end_of_a_text(tmp_path: Path) -> None:
+    """Its head reads the decoder's state at eos, of which a row has one. By itself it is for target texts."""
+    case = Case("classification", "bart")
+    verdict = oracle.judge(case, tmp_path)
+    assert verdict.works and set(verdict.refusals) == {"prompt", "prefix"}
+    model = Model.model_validate({"name": str(tmp_path)})
+    assert model_class(model).task == "seq2seq"
+    base = load_base(model.model_copy(update={"task": "classification"}), torch.device("cpu"), oracle.LABELS)
+    for ids, count in (([1, 5, 6], 0), ([1, 2, 5, 2], 2)):
+        tokens = Tokens(np.array([1, 5, 2, *ids], np.int32), np.array([0, 3, 3 + len(ids)]), np.full(2, 3, np.int32))
+        examples = examples_from(tokens, labels=np.zeros(2, np.int32), label_names=oracle.LABELS)
+        with pytest.raises(UserError, match=rf"example 2 of test, .* has {count} tokens '.*', where the classifier of"):
+            check_tokens(base, examples, "test")
 
 
 def test_a_cache_that_no_prefix_fits_is_refused(tmp_path: Path) -> None:

@@ -338,6 +338,11 @@ def test_equal_answers_are_left_out_and_counted(tmp_path: Path) -> None:
         ({"a": ""}, {}, r"train\.jsonl:1: data\.chosen is empty here; leave the row out with data\.where_not"),
         ({"b": None}, {}, r"train\.jsonl:1: data\.rejected is empty here"),
         ({}, {"chosen": "{a}", "rejected": "{a}"}, r"train\.jsonl:1: .*are the same here and in all 20 rows"),
+        (
+            {},
+            {"prompt": "{mr} :"},
+            r'the column \'mr\', which is not there; where both .* write data\.prompt: ""; valid',
+        ),
         ({}, {"rejected": "worse"}, r"data\.rejected names the column 'worse', which is not there"),
         ({}, {"chosen": "{a"}, r"data\.chosen: lone '{'"),
         ({"like": "maybe"}, {"desirable": "like"}, r"train\.jsonl:1: data\.desirable: .* has 'maybe'; write true or"),

@@ -83,10 +83,9 @@ def hint(section: str, word: str, valid: Sequence[str]) -> str:
     alike = difflib.get_close_matches(word, valid, n=1, cutoff=0.75)
     synonyms = [key for key, words in SYNONYMS.items() if word in words.split()]
     here = [key for key in synonyms if key.startswith(f"{section}.")]
-    keys = here or _of_that_name(section, word) or ([] if alike else synonyms)
-    if not keys:
-        return nearest(word, list(valid))
-    return f"did you mean {' or '.join(map(_with_choice, keys[:3]))}? valid: {', '.join(valid)}"
+    keys = here or _of_that_name(section, word) or ([] if alike else synonyms or _like_a_synonym(section, word))
+    meant = " or ".join(map(_with_choice, keys[:3])) if keys else "".join(f"'{key}'" for key in alike)
+    return (f"did you mean {meant}? " if meant else "") + f"valid: {', '.join(valid)}"
 
 
 def section_hint(name: str, words: Sequence[str]) -> str:
@@ -94,6 +93,13 @@ def section_hint(name: str, words: Sequence[str]) -> str:
     alike = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.75)
     hints = [] if alike else [hint(name, word, KEYS) for word in (name, *words)]
     return next((text for text in hints if text.startswith("did")), nearest(name, KEYS))
+
+
+def _like_a_synonym(section: str, word: str) -> list[str]:
+    """The key, if possible of the section, that other programs call something like `word`."""
+    names = {word: key for key, words in SYNONYMS.items() for word in words.split()}
+    alike = [names[name] for name in difflib.get_close_matches(word, names, n=3, cutoff=0.8)]
+    return [key for key in alike if key.startswith(f"{section}.")][:1] or alike[:1]
 
 
 def _of_that_name(section: str, word: str) -> list[str]:

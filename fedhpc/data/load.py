@@ -103,7 +103,15 @@ def load_data(
     of_answers = _answers(data, tokenizer, writing) if writer is None else {"data.target": parse("", "data.target")}
     target, written = next(iter(of_answers.values())), of_answers | {"data.prompt": prompt}
     messages: list[str] = []
-    tables, labelled, owner_names = _read_splits(settings, written, public, messages, not writing.has_target, purpose)
+    try:
+        tables, labelled, owner_names = _read_splits(
+            settings, written, public, messages, not writing.has_target, purpose
+        )
+    except UserError as error:
+        if data.chosen is None or error.key != "data.prompt":
+            raise
+        remedy = f'where both answers begin with their prompt, write data.prompt: ""; {error.remedy}'
+        raise error.but(remedy=remedy) from None
     label_names = _class_names(settings, tables, labelled, target, head, purpose, writing, messages)
     true_labels = ids_of(tables["train"], data.label, label_names)
     if data.label is not None and data.label_noise:
@@ -144,7 +152,7 @@ def load_data(
             tokens = interleaved(of_both[0], of_both[1], tokenizer.bos_token_id)
         targets = of_answer[0] if of_answer else []
         of_split = answers.get(split)
-        rows = rows_that_fit(tokens, table, data.max_length)
+        rows = rows_that_fit(tokens, table, split, data.max_length)
         if len(rows) < len(table.rows):
             if train and _is_natural(settings):
                 owner_names = owners_with_enough(settings, table.select(rows), owner_names, messages)[1]
@@ -290,18 +298,19 @@ def template(written: str, key: str, tokenizer: PreTrainedTokenizerBase) -> Temp
     return parse(written, key).with_texts(lambda words: marked(words, tokenizer))
 
 
-def rows_that_fit(tokens: Tokens, table: Table, max_length: int) -> Int64:
-    """Which rows of a table have become examples, int64 (n,). UserError where none has."""
+def rows_that_fit(tokens: Tokens, table: Table, split: str, max_length: int) -> Int64:
+    """Which rows of a split have become examples, int64 (n,). UserError where none has."""
     if tokens.overlong is None or not tokens.overlong.any():
         return np.arange(len(table.rows))
     rows = np.flatnonzero(tokens.overlong == 0)
     if not len(rows):
         of_chats = tokens.spans is not None
         what, nor = ("the turns to learn do", "nor do those") if of_chats else ("the target does", "nor does that")
+        count, most, least = len(table.rows), tokens.overlong.max(), tokens.overlong.min()
+        others = f"{nor} of any other of {count} rows" if count > 1 else "and there is no other row"
+        enough = f"{most} is enough for all of them, {least} for the shortest" if count > 1 else f"{most} is enough"
         raise UserError(
-            f"{table.locations[0]}: {what} not fit in data.max_length {max_length}, {nor} of any "
-            f"other of {len(table.rows)} rows; {tokens.overlong.max()} is enough for all of them, "
-            f"{tokens.overlong.min()} for the shortest"
+            f"{table.locations[0]}: {what} not fit in data.max_length {max_length}, {others} of {split}; {enough}"
         )
     return rows
 

@@ -288,7 +288,8 @@ def _value(
                 "other rows have one: write null, or an empty text, where a row has no value, or set data.missing "
                 f"to empty; {remedy}"
             )
-        raise UserError(f"{location}: {key} names the column '{column}', which is not there; {remedy}") from None
+        message = f"{location}: {key} names the column '{column}', which is not there"
+        raise UserError(message, key=key, remedy=remedy) from None
     except UserError as error:
         raise error.but(key=key) from None
 

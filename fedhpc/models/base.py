@@ -231,6 +231,9 @@ class Base(ABC):
     def check(self) -> None:  # noqa: B027  most have nothing to refuse
         """UserError where the model computes something else than this class believes."""
 
+    def check_examples(self, examples: Examples, split: str) -> None:  # noqa: B027
+        """UserError where a row of `split` lacks what the model needs in it."""
+
     def require_same_rows(self, alone: Sequence[Tensor], beside: Sequence[Tensor]) -> None:
         """UserError where rows are something else beside others than alone (see `same_rows`)."""
         if not same_rows(alone, beside):

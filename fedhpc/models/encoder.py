@@ -1,6 +1,8 @@
 """Encoders (BERT, RoBERTa families): classifiers with a head over labels, and vectors of sentences.
 
-A text stands between the tokenizer's own special tokens, cut at its end where it is too long.
+A text stands between the tokenizer's own special tokens, cut at its end where it is too long. Encoder-decoders that
+have a classifier of their own (BART, T5 families) classify too: both halves read the text, and the head reads the
+decoder's state at the eos token (Lewis et al. 2020, arXiv 1910.13461, section 3.1).
 """
 
 from __future__ import annotations
@@ -61,17 +63,21 @@ class Encoder(Base):
             limit -= int(embeddings.padding_idx) + 1
         return limit
 
+    def ended(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Rows of any tokens (B, T) of these lengths as texts end, in place: encoders need no certain token there."""
+        return ids
+
     def check(self) -> None:
         """A row must be the same alone as beside others, behind which it is padded."""
         lengths = [5, 6, 7, 9, min(40, self.max_positions or 40)]
-        ids = self.some_ids(len(lengths), lengths[-1])
+        ids = self.ended(self.some_ids(len(lengths), lengths[-1]), lengths)
         mask = torch.arange(lengths[-1], device=self.device) < torch.tensor(lengths, device=self.device).unsqueeze(1)
         beside = self._output(mask.long(), input_ids=ids.where(mask, self.pad_id))
         alone = [self._output(mask[[i], :n].long(), input_ids=ids[[i], :n])[0] for i, n in enumerate(lengths)]
         self.require_same_rows(alone, list(beside))
 
     def check_embeddings(self) -> None:
-        ids = self.some_ids(1, 5)
+        ids = self.ended(self.some_ids(1, 5), [5])
         mask = torch.ones_like(ids)
 
         def stand_for_tokens() -> bool:
@@ -143,6 +149,12 @@ class Classifier(Encoder, Predictor):
     has_target = False
 
     # ---- before it is loaded
+
+    @classmethod
+    def fits(cls, config: Any) -> bool:
+        """Whether it is an encoder, or an encoder-decoder that has a classifier of its own."""
+        both = getattr(config, "is_encoder_decoder", False) and in_mapping(cls.auto_class, config)
+        return both or super().fits(config)
 
     @classmethod
     def join(cls, tokenizer: Any, max_length: int, room: int = 0, truncate: bool = False) -> Join:
@@ -242,6 +254,43 @@ class Classifier(Encoder, Predictor):
     def num_classes(self) -> int:
         """How many labels there are."""
         return int(self.model.config.num_labels)
+
+    @property
+    def end_id(self) -> int | None:
+        """The token whose state the head of an encoder-decoder reads, of which a row has one; None of an encoder."""
+        config = self.model.config
+        return int(config.eos_token_id) if config.is_encoder_decoder else None
+
+    def ended(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self.end_id is not None:
+            ids[torch.arange(len(ids)), torch.tensor(lengths) - 1] = self.end_id
+        return ids
+
+    def check_examples(self, examples: Examples, split: str) -> None:
+        if self.end_id is None or not len(examples):
+            return
+        counts = np.add.reduceat((examples.ids == self.end_id).astype(np.int64), examples.offsets[:-1])
+        if (wrong := np.flatnonzero(counts != 1)).size:
+            first = int(wrong[0])
+            text = self.tokenizer.decode(examples.tokens(first).tolist())
+            raise UserError(
+                f"example {first + 1} of {split}, {text[:60]!r}, has {counts[first]} tokens "
+                f"{self.tokenizer.convert_ids_to_tokens(self.end_id)!r}, where the classifier of '{self.name}' reads "
+                "one, which its tokenizer puts behind a text; take others out of the text and of the templates",
+                key="model.name",
+            )  # fmt: skip
+
+    def check_past(self) -> None:
+        if self.end_id is not None:
+            raise UserError(
+                f"a prefix cannot be put in front of a text that '{self.model.config.model_type}' models classify",
+                key="method.name", remedy="use lora or ia3",
+            )  # fmt: skip
+        super().check_past()
+
+    def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
+        ids = self.ended(self.some_ids(rows, prompt + target), [prompt + target] * rows)
+        return self.class_logits(Attached(), ids, torch.ones_like(ids))
 
     def batch(self, examples: Examples, indices: Int64) -> TextBatch:
         if examples.labels is None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 BUILTIN = Path(__file__).parents[1] / "builtin" / "base"
 _SAMPLE = 65_536  # elements per tensor that go into the fingerprint
 #: What `model.task` can name; auto takes the first that fits the model.
-MODELS: dict[str, type[Base]] = {model.task: model for model in (CausalLM, Classifier, SentenceEncoder, Seq2Seq)}
+MODELS: dict[str, type[Base]] = {model.task: model for model in (CausalLM, Seq2Seq, Classifier, SentenceEncoder)}
 _UNTRAINABLE = {
     "perceiver": "turns a text into latents, which its layers see in place of the tokens",
     "reformer": "has reversible layers, which train in train mode alone, where they draw at random",
@@ -203,7 +203,11 @@ def _check_special_tokens(name: str, tokenizer: Any, rows: int) -> None:
 
 
 def check_tokens(base: Base, examples: Examples, split: str) -> None:
-    """UserError where a text has a token that the model does not embed, as those for pictures in some tokenizers."""
+    """UserError where a row lacks what the model needs, or has a token that it does not embed.
+
+    Such tokens are those for pictures in some tokenizers.
+    """
+    base.check_examples(examples, split)
     tokenizer, rows = base.tokenizer, base.num_embedded
     if len(tokenizer) <= rows or not len(examples.ids) or int(examples.ids.max()) < rows:
         return

@@ -160,7 +160,7 @@ def _examples(
         prompts, targets, table.locations, tokenizer, data.max_length, writing, write, overlong=data.overlong
     )
     lines = ([message] if message else []) + what_became_of(tokens, table, "test", data.max_length)
-    rows = rows_that_fit(tokens, table, data.max_length)
+    rows = rows_that_fit(tokens, table, "test", data.max_length)
     prompts, targets = [prompts[row] for row in rows], [targets[row] for row in rows]
     return table.select(rows), examples_from(tokens, prompts=prompts, targets=targets), lines
 
