@@ -26,6 +26,7 @@ _MODULES = {
     "UserError": "fedhpc.errors",
     "Method": "fedhpc.methods.base",
     "Aggregator": "fedhpc.server.aggregators.base",
+    "Preaggregator": "fedhpc.server.preaggregators.base",
     "ServerOptimizer": "fedhpc.server.optimizers.base",
     "ClientOptimizer": "fedhpc.training.optimizers.base",
     "Transform": "fedhpc.updates.transforms.base",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from fedhpc.results.trackers.base import Tracker as Tracker
     from fedhpc.server.aggregators.base import Aggregator as Aggregator
     from fedhpc.server.optimizers.base import ServerOptimizer as ServerOptimizer
+    from fedhpc.server.preaggregators.base import Preaggregator as Preaggregator
     from fedhpc.training.optimizers.base import ClientOptimizer as ClientOptimizer
     from fedhpc.updates.transforms.base import Transform as Transform
 

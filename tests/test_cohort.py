@@ -16,6 +16,7 @@ from tests.federations import on_threads
 LAYOUT = Layout({"a": (700_001,), "b": (3, 5), "c": (400_000,)})  # more coordinates than one exchange has
 PLANNED = [7, 3, 11, 5, 2, 13]
 ACCEPTED = [0, 2, 3, 5]  # positions of those whose updates are used
+ASCENDING = [2, 0, 1, 3]  # these clients by their numbers
 SHARES = np.array([0.25, 0.125, 0.25, 0.125, 0.0, 0.25])
 UPDATES = torch.randn(4, LAYOUT.size, generator=torch.Generator().manual_seed(0))
 
@@ -38,7 +39,7 @@ def gram(cohort: Cohort) -> torch.Tensor:
 
 
 def weighted_sum(cohort: Cohort) -> torch.Tensor:
-    return cohort.weighted_sum(np.array([0.5, 0.1, 0.3, -0.2]))
+    return cohort.weighted_sum(np.array([0.3, 0.5, 0.1, -0.2]))
 
 
 def largest(cohort: Cohort) -> torch.Tensor:
@@ -50,7 +51,7 @@ def largest(cohort: Cohort) -> torch.Tensor:
     [
         (weighted_sum, torch.tensor([0.5, 0.1, 0.3, -0.2]).double() @ UPDATES.double()),
         (largest, UPDATES.double().amax(dim=0)),
-        (gram, UPDATES.double() @ UPDATES.double().T),
+        (gram, UPDATES[ASCENDING].double() @ UPDATES[ASCENDING].double().T),
     ],
     ids=["weighted sum", "by coordinate", "gram"],
 )
@@ -72,7 +73,7 @@ def test_every_rank_knows_who_was_accepted() -> None:
     def known(cohort: Cohort) -> tuple[object, ...]:
         return len(cohort), cohort.num_planned, cohort.clients, cohort.shares.tolist(), cohort.movements.tolist()
 
-    accepted = (4, 6, [7, 11, 5, 13], [0.25, 0.25, 0.125, 0.25], [7.0, 11.0, 5.0, 13.0])
+    accepted = (4, 6, [5, 7, 11, 13], [0.125, 0.25, 0.25, 0.25], [5.0, 7.0, 11.0, 13.0])
     assert on_ranks(3, known) == [accepted] * 3
 
 

@@ -45,6 +45,12 @@ def values(rows: int, seed: int = 0) -> torch.Tensor:
 # ---------------------------------------------------------------- aggregators
 
 
+def memory_of(name: str) -> dict[str, torch.Tensor]:
+    """What an aggregator finds in the first round."""
+    names = made("aggregators", name).keeps_on_server
+    return {key: torch.zeros(LAYOUT.size, dtype=torch.float64) for key in names}
+
+
 def aggregated(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
     """Of the clients in this order, dealt out to the ranks."""
     updates, chosen = values(len(CLIENTS)), np.array(order)
@@ -59,6 +65,7 @@ def aggregated(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
             mine,
             updates[torch.from_numpy(chosen[mine])],
             lambda client: 0.5 * client,
+            memory_of(name),
         )
         total: torch.Tensor = made("aggregators", name).combine(cohort)
         return total
@@ -77,9 +84,8 @@ def test_an_aggregator_of_one_client_is_the_identity(name: str) -> None:
 @pytest.mark.parametrize("name", registry.names("aggregators"))
 def test_an_aggregator_of_equal_updates_is_that_update(name: str) -> None:
     updates = values(1).expand(3, -1)
-    cohort = Cohort(
-        LoopbackTransport(), LAYOUT, CLIENTS[:3], SHARES[[0, 2, 4]], np.arange(3), updates, lambda client: 2.0
-    )
+    three, shares, memory = CLIENTS[:3], SHARES[[0, 2, 4]], memory_of(name)
+    cohort = Cohort(LoopbackTransport(), LAYOUT, three, shares, np.arange(3), updates, lambda client: 2.0, memory)
     torch.testing.assert_close(made("aggregators", name).combine(cohort), updates[0].double(), rtol=1e-14, atol=0)
 
 
@@ -89,6 +95,63 @@ def test_an_aggregator_gives_the_same_bits_in_any_order_and_on_any_number_of_ran
     assert alone.dtype == torch.float64 and alone.shape == (LAYOUT.size,)
     for order, ranks in (([3, 0, 4, 1, 2], 1), ([0, 1, 2, 3, 4], 3), ([4, 3, 2, 1, 0], 2)):
         assert torch.equal(aggregated(name, order, ranks), alone)
+
+
+@pytest.mark.parametrize("name", registry.names("aggregators"))
+def test_an_aggregator_goes_on_from_what_it_kept(name: str) -> None:
+    """To the bit, on any number of ranks, after a resume."""
+
+    def rounds(seeds: list[int], memory: dict[str, torch.Tensor], ranks: int) -> torch.Tensor:
+        def one(transport: Transport) -> torch.Tensor:
+            mine = np.arange(len(CLIENTS))[transport.rank :: ranks]
+            for seed in seeds:
+                updates = values(len(CLIENTS), seed)[torch.from_numpy(mine)]
+                before = dict(memory) if transport.rank == 0 else {key: torch.empty(0) for key in memory}
+                cohort = Cohort(transport, LAYOUT, CLIENTS, SHARES, mine, updates, lambda client: 2.0, before)
+                total: torch.Tensor = made("aggregators", name).combine(cohort)
+                if transport.rank == 0:
+                    memory.update(cohort.memory)
+            return total
+
+        return on_threads(ranks, one)[0]
+
+    whole, resumed = memory_of(name), memory_of(name)
+    last = rounds([0, 1, 2], whole, 1)
+    rounds([0, 1], resumed, 3)
+    assert torch.equal(rounds([2], {key: tensor.clone() for key, tensor in resumed.items()}, 2), last)
+
+
+# ---------------------------------------------------------------- pre-aggregators
+
+
+def mixed(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
+    """The means of what a pre-aggregator makes of the clients in this order, dealt out to the ranks."""
+    updates, chosen = values(len(CLIENTS)), np.array(order)
+    options = configuration.resolve({"partition": {"name": "iid"}, "server": {"preaggregator": {"name": name}}}).server
+
+    def one(transport: Transport) -> torch.Tensor:
+        mine = np.arange(len(order))[transport.rank :: ranks]
+        rows, planned = updates[torch.from_numpy(chosen[mine])], [CLIENTS[i] for i in order]
+        cohort = Cohort(transport, LAYOUT, planned, SHARES[chosen], mine, rows)
+        maker = registry.choice("preaggregators", name)(options.preaggregator)
+        combinations = maker.mixed(cohort, np.random.default_rng(3))
+        assert len(combinations) == maker.rows(len(order))
+        uniform = np.full(len(combinations), 1 / len(combinations))
+        highest: torch.Tensor = combinations.by_coordinate(lambda column: column.amax(dim=0))
+        norms = combinations.gram().diagonal()
+        return torch.cat([combinations.weighted_sum(uniform), highest, norms])
+
+    return on_threads(ranks, one)[0]
+
+
+@pytest.mark.parametrize("name", registry.names("preaggregators"))
+def test_a_preaggregator_gives_the_same_bits_in_any_order_and_on_any_number_of_ranks(name: str) -> None:
+    alone = mixed(name, [0, 1, 2, 3, 4])
+    for order, ranks in (([3, 0, 4, 1, 2], 1), ([0, 1, 2, 3, 4], 3), ([4, 3, 2, 1, 0], 2)):
+        assert torch.equal(mixed(name, order, ranks), alone)
+    client, size = values(len(CLIENTS))[1].double(), LAYOUT.size
+    of_one = mixed(name, [1])
+    assert torch.equal(of_one[:size], client) and torch.equal(of_one[size : 2 * size], client)
 
 
 # ---------------------------------------------------------------- transforms

@@ -76,6 +76,7 @@ PURPOSES: dict[str, int | str] = {
     "partition:quantity_skew": 0,
     "partition:shard": 0,
     "partition:virtual": 1,
+    "preaggregation": 1,
     "prefix": 0,
     "prefix mlp": 0,
     "projection": 0,

@@ -403,7 +403,7 @@ def test_an_aggregator_that_returns_no_update_is_told_so(tmp_path: Path, answer:
 
 def test_the_name_of_a_file_without_its_ending_is_told_how_to_name_it() -> None:
     put("trimmed.py", UPDATES["trimmed.py"])
-    with pytest.raises(UserError, match=r"unknown value 'trimmed'; a file of your own is './trimmed.py'; valid: "):
+    with pytest.raises(UserError, match=r"unknown value 'trimmed'; a file of your own is './trimmed.py'; did you mean"):
         resolve({"server": {"aggregator": "trimmed"}, "partition": {"name": "iid"}})
 
 

@@ -237,8 +237,10 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         return self.trains_in_steps and self._examples_at_once > 1 and not self.objective.needs_full_steps
 
     @abstractmethod
-    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[UploadT]]) -> CombinedT:
-        """All accepted contributions in one; on rank 0, of no meaning elsewhere. Collective.
+    def combine(
+        self, transport: Transport, server_state: StateT | None, plan: Plan, results: Sequence[BlockResult[UploadT]]
+    ) -> CombinedT:
+        """All accepted contributions in one; on rank 0, of no meaning elsewhere. Collective. Changes no state.
 
         results: of this rank's blocks. The same bits on any number of ranks. Of no meaning where fewer than
         `min_cohort` clients completed.

@@ -122,6 +122,11 @@ def conflicts(config: Config) -> None:
             f"server.aggregator {aggregator} is defined for updates that are sums of gradients, which those "
             f"of client.optimizer {optimizer} are not: use sgd, or aggregator mean"
         )
+    if needs_movements and config.server.preaggregator.name != "none":
+        raise UserError(
+            f"server.aggregator {aggregator} weighs the local steps of each client, and mixed updates are of several",
+            key="server.preaggregator", remedy="take it out",
+        )  # fmt: skip
     if config.method.name == "fedkseed":
         # A pull along coordinates other than the step's own: each would be a draw of all weights in every step.
         pulls = [key for key in ("momentum", "weight_decay", "proximal", "scaffold") if getattr(config.client, key, 0)]

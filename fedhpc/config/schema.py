@@ -156,6 +156,9 @@ class Server(Open):
     aggregator: Annotated[str, Choice("aggregators")] = Field(
         "mean", description="how updates combine (server/aggregators/)"
     )
+    preaggregator: Annotated[Chosen, Choice("preaggregators", "none")] = Field(
+        description="how updates are mixed before the aggregator sees them (server/preaggregators/)"
+    )
     optimizer: Annotated[str, Choice("server_optimizers")] = Field(
         "sgd", description="how the server steps (server/optimizers/); sgd, lr 1.0: FedAvg"
     )

@@ -49,11 +49,12 @@ class ParameterState(ServerState):
         optimizer: ServerOptimizer | None = None,
         control: bool = False,
         transforms: Mapping[str, Tensor] | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> None:
         """theta: (P,) float32 or float64, on the CPU.
 
         optimizer: None to take the clients' mean over as it is. control: whether there is a c (client.scaffold).
-        transforms: what they keep here, as `Pipeline.server_tensors` has it.
+        transforms: what they keep here, as `Pipeline.server_tensors` has it. memory: what the aggregator keeps.
         """
         super().__init__()
         self.theta, self._optimizer = theta, optimizer
@@ -62,6 +63,8 @@ class ParameterState(ServerState):
         self.control = torch.zeros_like(theta) if control else None
         #: What transforms keep from round to round (fedhpc.updates.pipeline), by name.
         self.transforms = dict(transforms or {})
+        #: What the aggregator keeps from round to round (`Cohort.memory`), float64 (P,) by name.
+        self.memory = dict(memory or {})
         #: Which of the evaluated states was best, and theta (P,) after that round, where it is wanted at the end.
         self.selection = Selection()
         self.best: Tensor | None = None
@@ -89,11 +92,12 @@ class ParameterState(ServerState):
         self.control = (self.control.double() + change).to(self.control.dtype)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """theta, the optimizer's buffers, c and what transforms keep, beside the versions."""
+        """theta, the optimizer's buffers, c and what transforms and aggregator keep, beside the versions."""
         tensors = {f"server.{name}": buffer.numpy() for name, buffer in self._buffers.items()}
         if self.control is not None:
             tensors["control"] = self.control.numpy()
         tensors |= {name: tensor.numpy() for name, tensor in self.transforms.items()}
+        tensors |= {f"aggregator.{name}": tensor.numpy() for name, tensor in self.memory.items()}
         if self.best is not None:
             tensors["best"] = self.best.numpy()
         tensors |= self.selection.tensors()
@@ -105,6 +109,7 @@ class ParameterState(ServerState):
         self.theta = torch.from_numpy(tensors["theta"].copy())
         self._buffers = {name: torch.from_numpy(tensors[f"server.{name}"].copy()) for name in self._buffers}
         self.transforms = {name: torch.from_numpy(tensors[name].copy()) for name in self.transforms}
+        self.memory = {name: torch.from_numpy(tensors[f"aggregator.{name}"].copy()) for name in self.memory}
         if self.control is not None:
             self.control = torch.from_numpy(tensors["control"].copy())
         self.best = torch.from_numpy(tensors["best"].copy()) if "best" in tensors else None

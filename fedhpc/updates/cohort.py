@@ -54,22 +54,29 @@ class Cohort:
         positions: np.ndarray,
         updates: Tensor,
         movement: Callable[[int], float] | None = None,
+        memory: dict[str, Tensor] | None = None,
     ) -> None:
         """Collective.
 
         planned: the clients of the planned cohort, and shares float64 (len(planned),): each one's share of its weight;
         the same on every rank. positions int64 (c,): where in `planned` this rank's accepted clients are, whose updates
-        (c, S) these are. movement: |a_i| of a client, see `movements`.
+        (c, S) these are. movement: |a_i| of a client, see `movements`. memory: see there.
         """
         self._transport, self._layout, self._movement = transport, layout, movement
-        self._positions, self._updates = positions, updates
-        self._accepted, self._owners = accepted(transport, positions, len(planned))
+        chosen, owners = accepted(transport, positions, len(planned))
+        # By their numbers, not as they were sampled: what is added up row by row has the same bits in any order.
+        order = np.argsort(np.array(planned)[chosen], kind="stable")
+        self._owners, self._updates = owners[order], updates
+        self._rows = np.argsort(order)[np.searchsorted(chosen, positions)]  # int64 (c,): the row of each update here
         #: Clients of the planned cohort, accepted or not.
         self.num_planned = len(planned)
-        #: The accepted clients in the order of the planned cohort (C,).
-        self.clients = [planned[i] for i in self._accepted]
+        #: The accepted clients, ascending (C,).
+        self.clients = [planned[i] for i in chosen[order]]
         #: Share of each accepted client in the weight of the planned cohort, float64 (C,): they add up to at most 1.
-        self.shares = shares[self._accepted]
+        self.shares = shares[chosen[order]]
+        #: What the aggregator keeps on the server from round to round (`Aggregator.keeps_on_server`), float64 (S,)
+        #: by name; of meaning on rank 0 alone. What an aggregator puts here is here again in the next round.
+        self.memory = {} if memory is None else memory
 
     def __len__(self) -> int:
         """C, the number of accepted clients."""
@@ -91,9 +98,44 @@ class Cohort:
 
     def replaced(self, updates: Tensor) -> Cohort:
         """A cohort of the same clients with other tensors that they sent, (c, S), in the same order."""
-        other = object.__new__(Cohort)
-        other.__dict__.update(self.__dict__)
-        other._updates = updates
+        return self._with(_updates=updates)
+
+    def with_row(self, row: Tensor) -> Cohort:
+        """A cohort with one more row, the last, that is the server's: (S,), of meaning on rank 0 alone; its share is 0.
+
+        So `gram` tells how it lies to the updates, without anybody sending them.
+        """
+        mine = self._transport.rank == 0
+        return self._with(
+            _updates=torch.cat([self._updates, row.to(self._updates.dtype).unsqueeze(0)]) if mine else self._updates,
+            _rows=np.append(self._rows, len(self)) if mine else self._rows,
+            _owners=np.append(self._owners, 0),
+            clients=[*self.clients, -1],
+            shares=np.append(self.shares, 0.0),
+            num_planned=self.num_planned + 1,
+        )
+
+    def selected(self, chosen: np.ndarray) -> Cohort:
+        """A cohort of some of the clients alone. chosen: bool (C,), the same on every rank."""
+        mine = chosen[self._rows]
+        return self._with(
+            _updates=self._updates[torch.from_numpy(mine)],
+            _rows=(np.cumsum(chosen) - 1)[self._rows[mine]],
+            _owners=self._owners[chosen],
+            clients=[client for client, stays in zip(self.clients, chosen, strict=True) if stays],
+            shares=self.shares[chosen],
+        )
+
+    def mixed(self, matrix: np.ndarray) -> Cohort:
+        """The combinations y_k = sum_i M_ki g_i of the updates in place of them; nobody computes them one by one.
+
+        matrix: M, float64 (C', C), the same on every rank. The shares are mixed too.
+        """
+        return _Mixture(self, matrix)
+
+    def _with(self, **changed: object) -> Cohort:
+        other = object.__new__(type(self))
+        other.__dict__.update({**self.__dict__, **changed})
         return other
 
     def weighted_sum(self, weights: np.ndarray) -> Tensor:
@@ -129,12 +171,12 @@ class Cohort:
         """
 
         def checked(values: Tensor) -> Tensor:
-            return expect_vector(rule(values), values.shape[1], "the rule of by_coordinate")
+            return expect_vector(rule(values.double()), values.shape[1], "the rule of by_coordinate")
 
         combined = combine_shards(
             self._transport,
-            self._positions,
-            self._updates.double(),
+            self._rows,
+            self._updates,
             self._owners,
             max(1, min(_CHUNK, _VALUES // max(len(self), 1))),
             checked,
@@ -151,7 +193,7 @@ class Cohort:
         transport, count = self._transport, len(self)
         world, rank = transport.world_size, transport.rank
         rows_of = [torch.from_numpy(np.flatnonzero(self._owners == r)) for r in range(world)]
-        mine = self._updates[torch.from_numpy(np.argsort(self._positions, kind="stable"))]
+        mine = self._updates[torch.from_numpy(np.argsort(self._rows))]
         width = max(1, count, _GRAM_VALUES // max(count, 1))
         total = torch.zeros(count, count, dtype=torch.float64)
         none = total[:0]
@@ -170,13 +212,48 @@ class Cohort:
         transport.broadcast(total)
         return total
 
-    @cached_property
-    def _rows(self) -> np.ndarray:
-        """Which of the accepted clients this rank's are: int64 (c,)."""
-        return np.searchsorted(self._accepted, self._positions)
-
     def _elsewhere(self) -> Tensor:
         return torch.zeros(1, dtype=torch.float64).expand(self.size)
+
+
+class _Mixture(Cohort):
+    """Combinations of a cohort's updates: each verb of theirs is one of the updates'."""
+
+    def __init__(self, updates: Cohort, matrix: np.ndarray) -> None:
+        self.__dict__.update(updates.__dict__)
+        self._of, self._matrix = updates, matrix
+        self.clients = [*range(len(matrix))]
+        self.shares = matrix @ updates.shares
+
+    def with_row(self, row: Tensor) -> Cohort:
+        matrix = np.block([[self._matrix, np.zeros((len(self), 1))], [np.zeros((1, len(self._of))), np.ones((1, 1))]])
+        return _Mixture(self._of.with_row(row), matrix)
+
+    def weighted_sum(self, weights: np.ndarray) -> Tensor:
+        return self._of.weighted_sum(weights @ self._matrix)
+
+    def by_coordinate(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        def of_mixtures(values: Tensor) -> Tensor:
+            return rule(mixtures(self._matrix, values))
+
+        return self._of.by_coordinate(of_mixtures)
+
+    def gram(self) -> Tensor:
+        matrix = torch.from_numpy(self._matrix)
+        return matrix @ self._of.gram() @ matrix.T
+
+
+def mixtures(matrix: np.ndarray, values: Tensor) -> Tensor:
+    """M values with the rows added one after the other, so that no bit depends on how many columns there are.
+
+    matrix: M, float64 (C', C). values: float64 (C, n). Returns (C', n).
+    """
+    mixed = torch.zeros(len(matrix), values.shape[1], dtype=torch.float64)
+    for out, weights in zip(mixed, matrix.tolist(), strict=True):
+        for weight, row in zip(weights, values, strict=True):
+            if weight:
+                out += weight * row
+    return mixed
 
 
 def expect_vector(value: Any, size: int, who: str) -> Tensor:

@@ -35,13 +35,14 @@ from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.generative import Generative
 from fedhpc.participation.plan import Plan
+from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
-from fedhpc.server.aggregators.base import Aggregator
+from fedhpc.server.aggregation import Aggregation
 from fedhpc.server.state import ParameterState
 from fedhpc.training import client_state
 from fedhpc.training.schedule import learning_rates, num_steps
-from fedhpc.updates.cohort import Cohort, expect_vector
+from fedhpc.updates.cohort import Cohort
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Combined:
     total: Tensor  # float64 (S,): the aggregated pseudo-gradient
     change: Tensor | None  # float64 (S,): 1/N of the changes of c_i, with client.scaffold
     clients: list[int]  # the accepted ones
+    memory: dict[str, Tensor]  # what the aggregator keeps now; of meaning on rank 0
 
 
 class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
@@ -87,7 +89,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         self.evaluation = Evaluation(config, self.method, self.data, self.evaluator)
         #: The largest memory of this process in bytes, once a step was rehearsed.
         self._peak: int | None = None
-        self.aggregator: Aggregator = registry.choice("aggregators", config.server.aggregator)(config.server)
+        self.aggregation = Aggregation(config.server, seed, cohort_size(config, self.data.population))
 
     @property
     def block_size(self) -> int:
@@ -113,6 +115,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return self.config.mode != "local"
 
     @property
+    def min_cohort(self) -> int:
+        return max(super().min_cohort, self.aggregation.fewest)
+
+    @property
     def keeps_client_state(self) -> bool:
         """Whether anything of the clients' side keeps something."""
         return any(keeper.keeps for keeper in self.training.keepers)
@@ -134,7 +140,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         optimizer = registry.choice("server_optimizers", config.server.optimizer)(config.server)
         tensors = self.training.pipeline.server_tensors()
         optimizer = optimizer if config.mode == "federated" else None
-        return ParameterState(theta, optimizer, config.corrects_drift, tensors)
+        memory = self.aggregation.initial_memory(len(theta))
+        return ParameterState(theta, optimizer, config.corrects_drift, tensors, memory)
 
     def download(self, transport: Transport, state: ParameterState | None, plan: Plan) -> Download:
         theta = control = None
@@ -167,8 +174,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
         return self.training.train(plan.round, clients, down, self.progress.add, self.examples_that_fit)
 
-    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Upload]]) -> Combined | None:
-        """Aggregate the accepted updates of all ranks: server.aggregator on a `Cohort`, where FedAvg's sum is."""
+    def combine(
+        self, transport: Transport, state: ParameterState | None, plan: Plan, results: Sequence[BlockResult[Upload]]
+    ) -> Combined | None:
+        """Aggregate the accepted updates of all ranks: `server` on a `Cohort`, where FedAvg's sum is."""
         if not self.moves_server:
             return None
         layout, positions = self.split.shared, accepted_indices(plan, results)
@@ -176,18 +185,19 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         used = [(result.upload, torch.from_numpy(result.accepted)) for result in results]
         updates = torch.cat([none, *(upload.updates[ok] for upload, ok in used)])
         shares = self._shares(plan)
-        cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, self._movement(plan))
-        if len(cohort):
-            total = expect_vector(self.aggregator.combine(cohort), layout.size, self.config.server.aggregator)
+        memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
+        cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, self._movement(plan), memory)
+        if len(cohort) >= self.aggregation.fewest:
+            total = self.aggregation.combine(cohort, plan.round)
         else:
             total = torch.zeros(layout.size, dtype=torch.float64)
         if not self.config.corrects_drift:
-            return Combined(total, None, cohort.clients)
+            return Combined(total, None, cohort.clients, memory)
         changes = cohort.replaced(
             torch.cat([none, *(upload.changes[ok] for upload, ok in used if upload.changes is not None)])
         )
         change = changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
-        return Combined(total, change, cohort.clients)
+        return Combined(total, change, cohort.clients, memory)
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
@@ -215,6 +225,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         named = ", ".join(transform.name for transform in self.config.transforms)
         _expect_finite(total, plan.round, "transforms", named)
         norm: float = state.step(total)
+        state.memory = combined.memory
         if combined.change is not None:
             state.correct(combined.change)
         return norm

@@ -252,7 +252,9 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
         keeper = OwnPayload(lambda: group.initial)
         return keeper.of_clients(client_state.read(self.config.run_dir, clients, versions, [keeper]))
 
-    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Knowledge | None:
+    def combine(
+        self, transport: Transport, state: ServerState | None, plan: Plan, results: Sequence[BlockResult[Any]]
+    ) -> Knowledge | None:
         """Combine the knowledge of the accepted clients into the ensemble's."""
         positions = accepted_indices(plan, results)
         chosen, owners = accepted(transport, positions, len(plan.cohort))

@@ -193,7 +193,9 @@ class FedBPT(Scoring[Distribution, Any, _Upload, Any]):
         bytes_up = np.full(len(clients), NUMBER_BYTES * self._numbers_up)
         return self.report(clients, upload, finite, numbers, done, spent, bytes_up)
 
-    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Any:
+    def combine(
+        self, transport: Transport, state: ServerState | None, plan: Plan, results: Sequence[BlockResult[Any]]
+    ) -> Any:
         """The mean scores (popsize,), or the numbers (A, d + 2) of A accepted clients; and what was spent."""
         options, indices = self.config.method, accepted_indices(plan, results)
         width = options.dimension + 2 if self.by_moments else options.popsize

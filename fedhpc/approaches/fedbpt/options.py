@@ -33,9 +33,11 @@ class Options(Prompt.Options):
     def conflict(self, config: Any) -> str | None:
         if self.exchange == "moments" and config.mode != "federated":
             return f"method.exchange moments is between clients, and mode {config.mode} has one: use exchange scores"
-        if self.exchange == "moments" and (config.server.aggregator != "mean" or config.server.weighting != "examples"):
+        server = config.server
+        chosen = (server.aggregator, server.preaggregator.name, server.weighting)
+        if self.exchange == "moments" and chosen != ("mean", "none", "examples"):
             return (
-                "server.aggregator and server.weighting: with method.exchange moments distributions are weighted by "
-                "the rank of their scores; take them out, or use exchange scores"
+                "server.aggregator, preaggregator and weighting: with method.exchange moments distributions are "
+                "weighted by the rank of their scores; take them out, or use exchange scores"
             )
         return conflict(config, self.objective)

@@ -260,7 +260,9 @@ class PromptSearch(Scoring[SearchState, Any, _Upload, Any]):
         position = int(generator(self.config.run.seed, "shared", round_, client).integers(len(indices)))
         return asdict(self.writer.shared(self.data.train, int(indices[position])))
 
-    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> Any:
+    def combine(
+        self, transport: Transport, state: ServerState | None, plan: Plan, results: Sequence[BlockResult[Any]]
+    ) -> Any:
         indices = accepted_indices(plan, results)
         accepted = [result.upload.means[result.accepted] for result in results]
         scores = np.concatenate([np.empty((0, len(self._candidates))), *accepted])

@@ -325,7 +325,9 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
             bytes_up=self._answer_bytes(plan, answered),
         )
 
-    def combine(self, transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]]) -> _Ranked:
+    def combine(
+        self, transport: Transport, state: ServerState | None, plan: Plan, results: Sequence[BlockResult[Any]]
+    ) -> _Ranked:
         """Merge the lists of all clients, and fetch the texts of the passages in the result."""
         numbers = self._batch(plan.round)
         mine = np.concatenate([nothing(len(numbers), 1), *(result.upload for result in results)], axis=1)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fedhpc import registry
 from fedhpc.approaches.base import Approach, BlockResult, CombinedT, DownloadT, StateT, UploadT
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.scoring.likelihoods import Float64, Int32, Int64, Prefixes, TokenCount, log_likelihoods
@@ -24,8 +23,10 @@ from fedhpc.methods.base import Method
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.load import autocast
 from fedhpc.participation.plan import Plan
+from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.rng import generator
+from fedhpc.server.aggregation import Aggregation
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
 
@@ -69,6 +70,8 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
         name, options = self.config.method.name, self.config.method
+        sampled = cohort_size(self.config, self.data.population)
+        self.aggregation = Aggregation(self.config.server, self.config.run.seed, sampled)
         if not isinstance(self.base, CausalLM):
             raise UserError(
                 f"method.name: {name} scores answers of a decoder-only model, and '{self.base.name}' is used for "
@@ -93,6 +96,10 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         )
         #: The prompt of the data's templates alone.
         self.plain = Candidate(words=tuple(self.data.train.label_names) if labelled else ())
+
+    @property
+    def min_cohort(self) -> int:
+        return max(super().min_cohort, self.aggregation.fewest)
 
     # ---- scores
 
@@ -195,9 +202,9 @@ class Scoring(Approach[StateT, DownloadT, UploadT, CombinedT]):
         shares = counted / max(counted.sum(), 1.0)
         layout = Layout({"scores": (count,)})
         cohort = Cohort(transport, layout, plan.cohort, shares, indices, torch.from_numpy(scores))
-        if not len(cohort):
+        if len(cohort) < self.aggregation.fewest:
             return None
-        total = registry.choice("aggregators", config.server.aggregator)(config.server).combine(cohort)
+        total = self.aggregation.combine(cohort, plan.round)
         scored = dict(zip(plan.cohort, rows, strict=True))
         return total.numpy(), float(sum(scored[c] for c in cohort.clients))
 

@@ -8,7 +8,7 @@ from fedhpc import registry
 from fedhpc.approaches.reads import ALWAYS, SPLITS
 
 #: Clients train nothing, so of `server` only how scores combine is read.
-READS = ALWAYS | SPLITS | {"server.aggregator", "server.weighting"}
+READS = ALWAYS | SPLITS | {"server.aggregator", "server.preaggregator", "server.weighting"}
 
 #: Nobody reads these, but files of runs that earlier versions began may have them: such a run must resume.
 ACCEPTED = frozenset({"client.optimizer", "client.lr"})
@@ -20,6 +20,8 @@ def conflict(config: Any, objective: str) -> str | None:
     if config.mode == "local":
         return f"mode local: {name} searches over all clients together; use federated, or centralized for one owner"
     aggregator = config.server.aggregator
+    if registry.choice("aggregators", aggregator).keeps_on_server:
+        return f"server.aggregator {aggregator} goes on from the last round, and {name} scores others: use median"
     if registry.choice("aggregators", aggregator).needs_movements:
         return f"server.aggregator {aggregator} weighs local steps, and {name} has none: use mean or median"
     if objective != "loss" and config.data.label is None:

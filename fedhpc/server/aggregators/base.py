@@ -27,9 +27,19 @@ class Aggregator(ABC):
     #: Whether it reads `Cohort.movements`, so that the client's optimizer must have a `movement`.
     needs_movements: ClassVar[bool] = False
 
+    #: Names of the vectors that the server keeps for it from round to round, zeros at first: `Cohort.memory`.
+    keeps_on_server: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, options: Open) -> None:
         """options: the section `server` of the configuration."""
         self.options = options
+
+    def fewest(self, planned: int) -> int:
+        """With fewer updates than this it means nothing, and the round changes nothing.
+
+        planned: how many clients the round has sampled.
+        """
+        return 1
 
     @abstractmethod
     def combine(self, cohort: Cohort) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedhpc.lazy import Tensor
+from fedhpc.server.aggregators._byzantine import in_order
 from fedhpc.server.aggregators.base import Aggregator
 
 if TYPE_CHECKING:
@@ -15,11 +16,10 @@ class Median(Aggregator):
     """The median of every coordinate, of an even number of clients the mean of the middle two."""
 
     def combine(self, cohort: Cohort) -> Tensor:
-        return cohort.by_coordinate(middle)
+        return cohort.by_coordinate(lambda values: middle(in_order(values)))
 
 
-def middle(values: Tensor) -> Tensor:
-    """The median of every column: (C, n) -> (n,)."""
-    ordered = values.sort(dim=0).values
-    count = len(values)
+def middle(ordered: Tensor) -> Tensor:
+    """The median of every column of ascending values: (C, n) -> (n,)."""
+    count = len(ordered)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

@@ -1,0 +1,54 @@
+"""How the server combines the updates of a round: a pre-aggregator, and then an aggregator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedhpc import registry
+from fedhpc.errors import UserError
+from fedhpc.lazy import Tensor, torch
+from fedhpc.registry import Open
+from fedhpc.rng import generator
+from fedhpc.server.aggregators.base import Aggregator
+from fedhpc.server.preaggregators.base import Preaggregator
+from fedhpc.updates.cohort import expect_vector
+
+if TYPE_CHECKING:
+    from fedhpc.updates.cohort import Cohort
+
+
+class Aggregation:
+    """server.preaggregator and server.aggregator of a run."""
+
+    def __init__(self, options: Open, seed: int, planned: int) -> None:
+        """options: the section `server`. planned: how many clients a round samples.
+
+        UserError where that is not enough for the rules.
+        """
+        mixing = options.preaggregator
+        self.name: str = options.aggregator
+        self.aggregator: Aggregator = registry.choice("aggregators", self.name)(options)
+        self._preaggregator: Preaggregator = registry.choice("preaggregators", mixing.name)(mixing)
+        self._seed = seed
+        needed = self.aggregator.fewest(planned)
+        if self._preaggregator.rows(planned) < needed:
+            rows = self._preaggregator.rows(planned)
+            mixed = f" makes {rows} of them" if rows != planned else ""
+            raise UserError(
+                f"server.aggregator {self.name} needs {needed} updates where {self.aggregator.options.byzantine:g} of "
+                f"{planned} sampled clients may be wrong" + (f", and server.preaggregator {mixing.name}{mixed}"),
+                key="server.aggregator",
+                remedy="lower server.byzantine or raise federation.cohort_size",
+            )
+        #: With fewer accepted updates a round changes nothing.
+        self.fewest = next(count for count in range(1, planned + 1) if self._preaggregator.rows(count) >= needed)
+
+    def initial_memory(self, size: int) -> dict[str, Tensor]:
+        """What the server keeps for the aggregator before the first round, float64 (S,) by name; size 0 elsewhere."""
+        return {name: torch.zeros(size, dtype=torch.float64) for name in self.aggregator.keeps_on_server}
+
+    def combine(self, cohort: Cohort, round_: int) -> Tensor:
+        """Make one pseudo-gradient of at least `fewest` updates: float64 (S,) on rank 0. Collective."""
+        draws = generator(self._seed, "preaggregation", round_)
+        mixed = self._preaggregator.mixed(cohort, draws)
+        return expect_vector(self.aggregator.combine(mixed), cohort.size, self.name)

@@ -1,0 +1,1 @@
+"""How updates are mixed before an aggregator combines them: one file per way."""

@@ -1,0 +1,222 @@
+"""The robust aggregators and pre-aggregators against their formulas in plain numpy, and what they withstand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedhpc import config as configuration
+from fedhpc.errors import UserError
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.server.aggregation import Aggregation
+from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.layout import Layout
+from tests.federations import federate, final, settings, table, tree, write_texts
+
+CLIENTS, SIZE = 11, 40
+UPDATES = np.random.default_rng(0).normal(size=(CLIENTS, SIZE)) + 0.5
+UPDATES[[2, 5]] *= 30  # two that lead astray
+
+
+def cohort_of(updates: np.ndarray, memory: dict[str, torch.Tensor] | None = None, planned: int = 0) -> Cohort:
+    """A cohort of these clients and of so many planned ones, who did not report back."""
+    count, planned = len(updates), planned or len(updates)
+    shares = np.full(planned, 1 / planned)
+    layout = Layout({"a": (SIZE - 9,), "b": (3, 3)})
+    rows = torch.from_numpy(updates)
+    return Cohort(
+        LoopbackTransport(), layout, range(planned), shares, np.arange(count), rows, lambda client: 1.0, memory
+    )
+
+
+def aggregation(planned: int = CLIENTS, seed: int = 0, **server: Any) -> Aggregation:
+    return Aggregation(configuration.resolve({"partition": {"name": "iid"}, "server": server}).server, seed, planned)
+
+
+def aggregated(updates: np.ndarray = UPDATES, **server: Any) -> np.ndarray:
+    made = aggregation(len(updates), **server)
+    cohort = cohort_of(updates, made.initial_memory(SIZE))
+    result: np.ndarray = made.combine(cohort, 1).numpy()
+    return result
+
+
+# ---------------------------------------------------------------- formulas of the papers
+
+
+def trimmed_mean(x: np.ndarray, f: int) -> np.ndarray:
+    return np.sort(x, axis=0)[f : len(x) - f].mean(axis=0)
+
+
+def meamed(x: np.ndarray, f: int) -> np.ndarray:
+    columns = [column[np.argsort(abs(column - np.median(column)))[: len(x) - f]].mean() for column in x.T]
+    return np.array(columns)
+
+
+def krum_scores(x: np.ndarray, f: int) -> list[float]:
+    return [sum(np.sort([((a - b) ** 2).sum() for b in x])[: len(x) - f]) for a in x]
+
+
+def krum(x: np.ndarray, f: int) -> np.ndarray:
+    return x[np.argmin(krum_scores(x, f))]
+
+
+def multi_krum(x: np.ndarray, f: int) -> np.ndarray:
+    return x[np.argsort(krum_scores(x, f))[: len(x) - f]].mean(axis=0)
+
+
+def geometric_median(x: np.ndarray, iterations: int, nu: float) -> np.ndarray:
+    z = np.zeros(SIZE)
+    for _ in range(iterations):
+        weights = 1 / np.maximum([np.linalg.norm(one - z) for one in x], nu)
+        z = weights @ x / weights.sum()
+    return z
+
+
+def centered_clipping(x: np.ndarray, center: np.ndarray, radius: float, iterations: int) -> np.ndarray:
+    for _ in range(iterations):
+        differences = [one - center for one in x]
+        center = center + np.mean([d * min(1, radius / np.linalg.norm(d)) for d in differences], axis=0)
+    return center
+
+
+def norm_bounding(x: np.ndarray, norm: float) -> np.ndarray:
+    return np.mean([one * min(1, norm / np.linalg.norm(one)) for one in x], axis=0)
+
+
+def nearest_neighbours(x: np.ndarray, f: int) -> np.ndarray:
+    distances = [[np.linalg.norm(a - b) for b in x] for a in x]
+    return np.array([x[np.argsort(row)[: len(x) - f]].mean(axis=0) for row in distances])
+
+
+MEDIAN_NORM = float(np.median(np.linalg.norm(UPDATES, axis=1)))
+RULES: list[tuple[dict[str, Any], Callable[[np.ndarray], np.ndarray]]] = [
+    ({"aggregator": "median"}, lambda x: np.median(x, axis=0)),
+    ({"aggregator": "trimmed_mean"}, lambda x: trimmed_mean(x, 2)),
+    ({"aggregator": "trimmed_mean", "byzantine": 0.0}, lambda x: x.mean(axis=0)),
+    ({"aggregator": "trimmed_mean", "byzantine": 0.49}, lambda x: np.median(x, axis=0)),
+    ({"aggregator": "meamed"}, lambda x: meamed(x, 2)),
+    ({"aggregator": "meamed", "byzantine": 0.4}, lambda x: meamed(x, 4)),
+    ({"aggregator": "krum", "byzantine": 0.3}, lambda x: krum(x, 3)),
+    ({"aggregator": "multi_krum"}, lambda x: multi_krum(x, 2)),
+    ({"aggregator": "geometric_median"}, lambda x: geometric_median(x, 8, 1e-6)),
+    ({"aggregator": "geometric_median", "iterations": 3, "smoothing": 0.1}, lambda x: geometric_median(x, 3, 0.1)),
+    ({"aggregator": "norm_bounding", "norm": 2.0}, lambda x: norm_bounding(x, 2.0)),
+    ({"aggregator": "norm_bounding"}, lambda x: norm_bounding(x, MEDIAN_NORM)),
+    (
+        {"aggregator": "centered_clipping", "radius": 3.0, "iterations": 4},
+        lambda x: centered_clipping(x, np.zeros(SIZE), 3.0, 4),
+    ),
+    (
+        {"aggregator": "mean", "preaggregator": {"name": "nearest_neighbours"}},
+        lambda x: nearest_neighbours(x, 2).mean(0),
+    ),
+    (
+        {"aggregator": "trimmed_mean", "preaggregator": {"name": "nearest_neighbours"}},
+        lambda x: trimmed_mean(nearest_neighbours(x, 2), 2),
+    ),
+    (
+        {"aggregator": "krum", "preaggregator": {"name": "nearest_neighbours"}},
+        lambda x: krum(nearest_neighbours(x, 2), 2),
+    ),
+]
+
+
+@pytest.mark.parametrize(("server", "wanted"), RULES, ids=lambda one: str(one) if isinstance(one, dict) else "")
+def test_a_rule_is_the_formula_of_its_paper(server: dict[str, Any], wanted: Callable[[np.ndarray], np.ndarray]) -> None:
+    np.testing.assert_allclose(aggregated(**server), wanted(UPDATES), rtol=1e-10, atol=1e-12)
+
+
+def test_centered_clipping_goes_on_from_its_last_aggregate() -> None:
+    made = aggregation(aggregator="centered_clipping", radius=3.0)
+    memory, center = made.initial_memory(SIZE), np.zeros(SIZE)
+    for seed in range(3):
+        updates = np.random.default_rng(seed).normal(size=(CLIENTS, SIZE)) + 2
+        total = made.combine(cohort_of(updates, memory), seed)
+        center = centered_clipping(updates, center, 3.0, 1)
+        np.testing.assert_allclose(total.numpy(), center, rtol=1e-10, atol=1e-12)
+        assert torch.equal(memory["center"], total)
+
+
+def test_buckets_are_drawn_anew_in_every_round_and_hold_every_update_once() -> None:
+    made = aggregation(aggregator="mean", preaggregator={"name": "bucketing", "size": 3})
+    updates = np.eye(SIZE)[:CLIENTS]
+    assert not torch.equal(made.combine(cohort_of(updates), 1), made.combine(cohort_of(updates), 2))
+    total = made.combine(cohort_of(updates), 1).numpy()[:CLIENTS]
+    assert sorted(np.round(1 / total / 4).astype(int)) == [2] * 2 + [3] * 9  # three buckets of three, one of two
+
+
+def test_clients_that_drop_out_may_be_the_right_ones() -> None:
+    """f follows from who was sampled, so as many values are cut off as before."""
+    made = aggregation(10, aggregator="trimmed_mean", byzantine=0.2)
+    found = made.combine(cohort_of(UPDATES[:6], planned=10), 1).numpy()
+    np.testing.assert_allclose(found, trimmed_mean(UPDATES[:6], 2), rtol=1e-12)
+    assert made.fewest == 5
+
+
+@pytest.mark.parametrize(
+    ("planned", "server", "fewest"),
+    [
+        (10, {"aggregator": "krum"}, 7),
+        (10, {"aggregator": "krum", "byzantine": 0.0}, 1),
+        (10, {"aggregator": "median"}, 1),
+        (12, {"aggregator": "trimmed_mean", "preaggregator": {"name": "bucketing"}}, 9),
+    ],
+)
+def test_so_few_updates_are_enough(planned: int, server: dict[str, Any], fewest: int) -> None:
+    assert aggregation(planned, **server).fewest == fewest
+
+
+@pytest.mark.parametrize(
+    ("planned", "server", "words"),
+    [
+        (6, {"aggregator": "krum", "byzantine": 0.4}, "krum needs 7 updates where 0.4 of 6 sampled clients may be"),
+        (10, {"aggregator": "krum", "byzantine": 0.3, "preaggregator": {"name": "bucketing"}}, "bucketing makes 5 of"),
+    ],
+)
+def test_too_few_clients_are_refused(planned: int, server: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=rf"server\.aggregator .*{words}.*; lower server.byzantine or raise"):
+        aggregation(planned, **server)
+
+
+@pytest.mark.parametrize("aggregator", ["krum", "multi_krum", "geometric_median", "norm_bounding", "centered_clipping"])
+@pytest.mark.parametrize("scale", [1e30, 1e160, 1e300])
+def test_one_enormous_update_does_not_win(aggregator: str, scale: float) -> None:
+    updates = UPDATES.copy()
+    updates[[2, 5]] = 0.1
+    updates[5] = scale
+    assert np.abs(aggregated(updates, aggregator=aggregator)).max() < 10
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def test_memory_is_the_same_on_three_ranks_and_after_a_resume(texts: Path, tmp_path: Path) -> None:
+    server = {"aggregator": "centered_clipping", "preaggregator": {"name": "bucketing"}}
+    raw = tree(texts, server=server, federation={"rounds": 3}, evaluation={"max_examples": 4, "test_max_examples": 4})
+    for folder, ranks, rounds in (("one", 1, 3), ("three", 3, 3), ("resumed", 1, 2), ("resumed", 2, 3)):
+        raw["federation"]["rounds"] = rounds
+        federate(settings(tmp_path / folder, raw), ranks)
+    one = final(tmp_path / "one")
+    for folder in ("three", "resumed"):
+        assert all(np.array_equal(one[name], other) for name, other in final(tmp_path / folder).items())
+
+
+def test_a_round_with_too_few_clients_for_the_rule_changes_nothing(texts: Path, tmp_path: Path) -> None:
+    federation = {"rounds": 2, "cohort_size": 6, "dropout": 0.6}
+    raw = tree(texts, federation=federation, server={"aggregator": "krum"}, evaluation={"test_max_examples": 4})
+    federate(settings(tmp_path, raw))
+    rounds, events = table(tmp_path, "rounds"), table(tmp_path, "events")
+    assert (rounds["completed"][1:] < 5).all() and not rounds["update_norm"].any()
+    assert [text for kind, text in zip(events["kind"], events["message"], strict=True) if kind == "void"] == [
+        f"{n} of 5 needed clients completed" for n in rounds["completed"][1:]
+    ]
