@@ -39,6 +39,7 @@ ROOT = Path(__file__).parent
 FAMILIES = {
     "aggregators": ["server/aggregators/*.py"],
     "client_optimizers": ["training/optimizers/*.py"],
+    "devices": ["participation/devices/*.py"],
     "methods": ["methods/*.py", "methods/*/__init__.py", "approaches/*/options.py"],
     "metrics": ["evaluation/metrics/*.py"],
     "objectives": ["objectives/*.py"],
@@ -55,6 +56,7 @@ FAMILIES = {
 BASES = {
     "aggregators": "fedhpc.server.aggregators.base:Aggregator",
     "client_optimizers": "fedhpc.training.optimizers.base:ClientOptimizer",
+    "devices": "fedhpc.participation.devices.base:Devices",
     "methods": "fedhpc.methods.base:Method",
     "metrics": "fedhpc.evaluation.metrics.base:Metric",
     "objectives": "fedhpc.objectives.base:Objective",

@@ -218,4 +218,4 @@ def test_families_of_the_table_are_those_of_the_registry() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     folders = {path for path in re.findall(r"`([\w/]+)/`", text) if (ROOT / "fedhpc" / path).is_dir()}
     families = {pattern.split("/*")[0] for patterns in registry.FAMILIES.values() for pattern in patterns}
-    assert families - {"approaches/prompt_search/proposers", "participation/schedules"} <= folders
+    assert families - {"approaches/prompt_search/proposers"} <= folders

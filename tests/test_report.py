@@ -459,10 +459,11 @@ def test_what_was_spent_until_a_loss() -> None:
         "bytes_up": np.array([0, 80, 100, 100, 100]),
         "seconds": np.array([5.0, 1.0, 4.0, 1.0, 4.0]),
         "seconds_eval": np.array([5.0, 0.0, 3.0, 0.0, 3.0]),
+        "virtual_seconds": np.array([0.0, 30.0, 40.0, 50.0, 40.0]),
     }
-    assert costs.cost_to_reach(rounds, 2.0) == costs.cost_to_reach(rounds, 2.9) == (2, 30, 380, 2.0)
-    assert costs.cost_to_reach(rounds, 1.9) == (4, 100, 780, 4.0)
-    assert costs.cost_to_reach(rounds, 3.0) == (0, 0, 0, 0.0)
+    assert costs.cost_to_reach(rounds, 2.0) == costs.cost_to_reach(rounds, 2.9) == (2, 30, 380, 2.0, 70.0)
+    assert costs.cost_to_reach(rounds, 1.9) == (4, 100, 780, 4.0, 160.0)
+    assert costs.cost_to_reach(rounds, 3.0) == (0, 0, 0, 0.0, 0.0)
     assert costs.cost_to_reach(rounds, 0.9) is None
     assert costs.wire_seconds(12.5e6, costs.LINKS["100 Mbit/s"]) == 1.0
     assert costs.wire_seconds(12.5e6, costs.LINKS["10 GbE"]) == 0.01

@@ -169,7 +169,13 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def schedule(self) -> Schedule:
         """Which clients start when."""
         schedule: type[Schedule] = registry.choice("schedules", self.config.federation.schedule.name)
-        return schedule(self.config, self.data.population, self.data.train, self.workers, self.block_size)
+        splits = self.data
+        return schedule(self.config, splits.population, splits.train, self.workers, self.block_size, self._traffic)
+
+    def _traffic(self, client: int) -> tuple[int, int]:
+        """Protocol bytes that a client receives and sends in a round, before the transforms."""
+        alone = Plan(1, (client,), (0,), frozenset(), frozenset(), ())
+        return self.bytes_down(alone), self.bytes_up(alone)
 
     def plan(self, round_: int) -> Plan:
         """Who does what in a round. It follows from configuration, population and round alone."""

@@ -63,9 +63,16 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         f"{largest}, {approach.work(plan)} each",
         "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
         exchanged,
+        *([] if plan.times is None else [_virtual_time(plan)]),
         f"bytes per round: {approach.bytes_down(plan):,} down, {approach.bytes_up(plan):,} up (protocol)",
         *rest,
     ]
+
+
+def _virtual_time(plan: Plan) -> str:
+    assert plan.times is not None
+    late = f", {len(plan.late)} clients are late" if plan.late else ""
+    return f"virtual time: round 1 takes {plan.times.round:,.1f} s{late}"
 
 
 def first_pair(tokenizer: Any, pairs: Examples) -> list[str]:
@@ -121,7 +128,7 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
     config, device = approach.config, approach.base.device
     identity: dict[str, Scalar] = {
         "block_size": approach.block_size,
-        "fingerprint_data": approach.data.fingerprint,
+        "fingerprint_data": data_fingerprint(approach),
         "fingerprint_model": approach.fingerprint,
     }
     return RunDescription(
@@ -147,7 +154,13 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
             **({"plugins": used} if (used := plugins(config)) else {}),
         },
         partition=_partition(approach),
+        columns=approach.schedule.columns,
     )
+
+
+def data_fingerprint(approach: AnyApproach) -> str:
+    """A hash of all data that a resumed run must find again: the splits, and devices that are read from a file."""
+    return " ".join(filter(None, (approach.data.fingerprint, approach.schedule.devices.fingerprint)))
 
 
 def _partition(approach: AnyApproach) -> dict[str, Any]:
@@ -169,7 +182,7 @@ def _partition(approach: AnyApproach) -> dict[str, Any]:
 def forecast_lines(approach: AnyApproach, counts: Sequence[int]) -> list[str]:
     """Lines of --check on other numbers of ranks, from the times of the run in the run directory, if there is one."""
     config, path = approach.config, approach.config.run_dir / "results.h5"
-    decide(config, config.run_dir, False, approach.data.fingerprint, approach.fingerprint)
+    decide(config, config.run_dir, False, data_fingerprint(approach), approach.fingerprint)
     if not path.exists():
         return forecast.lines(approach, counts, None, 1)
     pilot = Results.read(path)

@@ -58,7 +58,9 @@ def prepare(config: Config, transport: Transport, launch: Launch, write_cache: b
     approach_class: type[AnyApproach] = registry.approach(config.method.name)
 
     def make() -> AnyApproach:
-        return approach_class(load_inputs(config, launch, transport.world_size, write_cache, approach_class.read))
+        made = approach_class(load_inputs(config, launch, transport.world_size, write_cache, approach_class.read))
+        made.plan(1)  # clients that cannot be scheduled are refused before anything is written
+        return made
 
     approach: AnyApproach | None = None
 

@@ -20,7 +20,7 @@ import torch
 from fedhpc.approaches.base import AnyApproach, BlockResult
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
-from fedhpc.results.record import DROPPED, OK, REJECTED, Event, RoundRecord
+from fedhpc.results.record import DROPPED, LATE, OK, REJECTED, Event, RoundRecord
 
 
 class Clock:
@@ -67,10 +67,11 @@ class Reports:
     ranks: dict[str, np.ndarray]  # float64 (world size,) each
 
     def status(self, plan: Plan) -> np.ndarray:
-        """int8 (C,): OK, DROPPED or REJECTED."""
+        """int8 (C,): OK, DROPPED, REJECTED or LATE."""
         accepted = (self.clients["reported"] > 0) & (self.clients["reason"] == 0)
         status = np.where(accepted, OK, REJECTED).astype(np.int8)
         status[[plan.index[client] for client in plan.dropped]] = DROPPED
+        status[[plan.index[client] for client in plan.late]] = LATE
         return status
 
 
@@ -141,8 +142,9 @@ def make_record(
         seconds_server=clock.seconds("server"),
         # Memory of a GPU and of a server on the CPU cannot be compared.
         peak_memory_bytes=int(ranks["peak_memory_bytes"][list(evaluators)].max()),
+        more=_virtual(plan, ok),
         clients=_client_columns(approach, plan, column, status),
-        events=[*_rejections(approach, plan, column, status), *_memory_events(ranks)],
+        events=[*_rejections(approach, plan, column, status), *_stragglers(plan), *_memory_events(ranks)],
     )
 
 
@@ -168,7 +170,27 @@ def _client_columns(
         "status": status,
         "worker": np.array([trained_in.get(c, (-1, -1))[0] for c in plan.cohort]),
         "block": np.array([trained_in.get(c, (-1, -1))[1] for c in plan.cohort]),
+        **({} if plan.times is None else {"virtual_seconds": plan.times.clients, "staleness": plan.staleness}),
     }
+
+
+def _virtual(plan: Plan, ok: np.ndarray) -> dict[str, float]:
+    """The columns of /rounds of clients that take time; ok: bool (C,), whose updates are used."""
+    if plan.times is None:
+        return {}
+    used = np.array(plan.staleness)[ok]
+    return {
+        "late": len(plan.late),
+        "virtual_seconds": plan.times.round,
+        "staleness": float(used.mean()) if len(used) else float("nan"),
+    }
+
+
+def _stragglers(plan: Plan) -> list[Event]:
+    if not plan.late or plan.times is None:
+        return []
+    end = f"{plan.times.round:.4g} virtual seconds"
+    return [Event("late", f"{len(plan.late)} of {len(plan.cohort)} clients cut off after {end}")]
 
 
 def _rejections(approach: AnyApproach, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> list[Event]:

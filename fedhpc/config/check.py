@@ -169,6 +169,10 @@ def conflicts(config: Config) -> None:
     problem = config.method.conflict(config)
     if problem:
         raise UserError(problem)
+    for key, choice in (("devices.name", config.devices), ("federation.schedule", config.federation.schedule)):
+        problem = choice.conflict(config)
+        if problem:
+            raise UserError(problem, key=key)
     if config.personalization.parts or config.personalization.finetune_steps:
         _check_personalization(config)
     if config.runtime.precision != "float32" and config.model.dtype == "float64":

@@ -22,6 +22,12 @@ def reference(sections: Collection[str] = ()) -> str:
         for key, family in flat_choices(model).items():
             for choice in registry.names(family):
                 lines += [f"  # with {key}: {choice}", *_keys(registry.options(family, choice), "  ")]
+        for key, field in model.model_fields.items():
+            inner = choice_of(field)
+            if inner is not None and inner.default:
+                for choice in registry.names(inner.family):
+                    options = _keys(registry.options(inner.family, choice), "    ")
+                    lines += [f"  # with {key}.name: {choice}", *options] if options else []
     return "\n".join(lines)
 
 

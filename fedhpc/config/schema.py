@@ -121,6 +121,12 @@ class Federation(Section):
     schedule: Annotated[Chosen, Choice("schedules", "synchronous")] = Field(description="which clients start when")
 
 
+class DeviceModel(Open):
+    name: Annotated[str, Choice("devices")] = Field(
+        "none", description="how long clients take in virtual time (participation/devices/)"
+    )
+
+
 class Client(Open):
     optimizer: Annotated[str, Choice("client_optimizers")] = Field(
         "adamw", description="rule of the local steps (training/optimizers/)"
@@ -265,8 +271,8 @@ class Tracking(Open):
 
 
 class Config(Section):
-    """The resolved configuration. `partition`, `method`, `client`, `server`, each transform and each tracker carry the
-    options of the file they name."""
+    """The resolved configuration. `partition`, `method`, `devices`, `client`, `server`, each transform and each tracker
+    carry the options of the file they name."""
 
     mode: Literal["federated", "centralized", "local"] = "federated"
     run: Run
@@ -276,6 +282,7 @@ class Config(Section):
     partition: SerializeAsAny[Partition]
     method: SerializeAsAny[Customization]
     federation: Federation
+    devices: SerializeAsAny[DeviceModel]
     client: SerializeAsAny[Client]
     server: SerializeAsAny[Server]
     transforms: tuple[SerializeAsAny[Transformation], ...]
@@ -314,6 +321,7 @@ SECTIONS: dict[str, type[Section]] = {
     "objective": ObjectiveChoice,
     "partition": Partition,
     "method": _CUSTOMIZATION,
+    "devices": DeviceModel,
     "client": Client,
     "server": Server,
     "transforms": Transformation,

@@ -16,8 +16,16 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Times:
+    """When things happen in a round, in virtual seconds (fedhpc.participation.devices)."""
+
+    round: float  # from the step before it to its own
+    clients: tuple[float, ...]  # per client of the cohort: from the moment in which it was asked to its update
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One round. `cohort` is in sampling order; a client is in a block unless it drops out or has no data."""
+    """One round. `cohort` is in sampling order; a client is in a block unless it drops out, is late or has no data."""
 
     round: int
     cohort: tuple[int, ...]
@@ -25,11 +33,19 @@ class Plan:
     dropped: frozenset[int]
     empty: frozenset[int]
     blocks: tuple[Block, ...]
+    late: frozenset[int] = frozenset()  # cut off: their updates are not waited for, so they are not computed
+    times: Times | None = None  # None: nobody takes time
 
     @property
     def training(self) -> tuple[int, ...]:
         """Clients that train, in cohort order."""
-        return tuple(c for c in self.cohort if c not in self.dropped and c not in self.empty)
+        absent = self.dropped | self.empty | self.late
+        return tuple(c for c in self.cohort if c not in absent)
+
+    @property
+    def staleness(self) -> tuple[int, ...]:
+        """Per client of the cohort: server steps between the state that it started from and the one it changes."""
+        return tuple(self.round - 1 - version for version in self.versions)
 
     @cached_property
     def index(self) -> dict[int, int]:

@@ -5,11 +5,17 @@ Draws are keyed by seed, round and client alone, so every rank draws the same.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+from itertools import islice
+
 import numpy as np
 
+from fedhpc import registry
 from fedhpc.config import Config
 from fedhpc.data.population import Population
 from fedhpc.errors import UserError
+from fedhpc.participation.devices.base import Devices
 from fedhpc.rng import generator
 
 COHORT_SIZE = 10  # where neither federation.cohort_size nor cohort_fraction is given, if there are as many clients
@@ -24,7 +30,8 @@ def cohort_size(config: Config, population: Population) -> int:
         return max(1, round(config.federation.cohort_fraction * n))
     size = config.federation.cohort_size
     if size is None:
-        return min(n, COHORT_SIZE)
+        schedule = registry.choice("schedules", config.federation.schedule.name)
+        return min(n, schedule.buffer_size(config) or COHORT_SIZE)
     if size > n:
         raise UserError(
             f"federation.cohort_size is {size} but the population has {n} clients: lower it or raise the number of "
@@ -43,16 +50,35 @@ def num_rounds(config: Config, population: Population) -> int:
     return max(1, round(config.federation.rounds * size / n))
 
 
-def draw_cohort(config: Config, population: Population, round_: int) -> tuple[tuple[int, ...], frozenset[int]]:
-    """The clients of a round in sampling order, and those of them that drop out.
+def draw_clients(
+    config: Config,
+    population: Population,
+    devices: Devices,
+    keys: tuple[int, ...],
+    count: int,
+    excluded: Collection[int] = (),
+) -> tuple[int, ...]:
+    """`count` clients that can be asked, in sampling order; fewer where there are fewer.
 
-    Every round of modes centralized and local has the same clients, in ascending order.
+    Clients that are not available are passed over. keys: of the draw, the round first. Costs nothing per client of the
+    population.
     """
-    size, seed = cohort_size(config, population), config.run.seed
-    if config.mode != "federated":
-        cohort = np.sort(generator(seed, "local clients").choice(population.num_clients, size, replace=False))
-        return tuple(int(c) for c in cohort), frozenset()
-    cohort = generator(seed, "cohort", round_).choice(population.num_clients, size, replace=False)
+    draws = generator(config.run.seed, "cohort", *keys)
+    least = devices.lowest_availability
+    asked = count if least >= 1 else math.ceil(4 * count / least) + 16  # enough but for a rare draw
+    chosen = draws.choice(population.num_clients, min(asked + len(excluded), population.num_clients), replace=False)
+    free = (int(c) for c in chosen if c not in excluded and devices.is_available(int(c), *keys))
+    return tuple(islice(free, count))
+
+
+def drops_out(config: Config, round_: int, client: int) -> bool:
+    """Whether a client that was asked in a round does not report back."""
     dropout = config.federation.dropout
-    drops = {int(c) for c in cohort if dropout and generator(seed, "dropout", round_, int(c)).random() < dropout}
-    return tuple(int(c) for c in cohort), frozenset(drops)
+    return bool(dropout and generator(config.run.seed, "dropout", round_, client).random() < dropout)
+
+
+def fixed_clients(config: Config, population: Population) -> tuple[int, ...]:
+    """The clients of every round of modes centralized and local, in ascending order."""
+    size = cohort_size(config, population)
+    clients = np.sort(generator(config.run.seed, "local clients").choice(population.num_clients, size, replace=False))
+    return tuple(int(c) for c in clients)

@@ -196,7 +196,7 @@ def _differences_csv(reference: SeedGroup, differing: Sequence[tuple[SeedGroup, 
 
 def _efficiency(groups: Sequence[SeedGroup], target: float) -> Grid:
     """The table of costs: overall, and up to the target where every seed of the group reached it."""
-    rows = []
+    rows, virtual = [], any("virtual_seconds" in run.rounds for g in groups for run in g.runs)
     for g in groups:
         to_target = [costs.cost_to_reach(run.rounds, target) for run in g.runs]
         reached = [cost for cost in to_target if cost is not None]
@@ -213,10 +213,11 @@ def _efficiency(groups: Sequence[SeedGroup], target: float) -> Grid:
                 as_interval(np.array([cost.tokens for cost in shown]), digits=0),
                 as_bytes(float(np.mean([cost.num_bytes for cost in shown])) if shown and federated else math.nan),
                 as_interval(np.array([cost.seconds for cost in shown]), digits=1),
+                *([as_interval(np.array([cost.virtual_seconds for cost in shown]), digits=1)] if virtual else []),
                 as_bytes(float(np.mean([run.rounds["peak_memory_bytes"].max() for run in g.runs]))),
             ]
         )
-    costly = ["rounds", "tokens", "bytes", "training seconds"]
+    costly = ["rounds", "tokens", "bytes", "training seconds", *(["virtual seconds"] if virtual else [])]
     header = ["run", "trainable parameters", "down per client and round", "up", "last validation loss", "reached"]
     title = f"What it takes to a validation loss of {target:g}"
     return Grid(title, [*header, *(f"{name} to it" for name in costly), "peak memory"], rows)

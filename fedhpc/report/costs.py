@@ -6,6 +6,7 @@ one after the other, without latency and without overlap with training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ class Cost(NamedTuple):
     tokens: int  # supervised, in local training
     num_bytes: int  # protocol bytes, down and up
     seconds: float  # of the rounds, evaluation apart
+    virtual_seconds: float  # NaN where clients take no virtual time
 
 
 def cost_to_reach(rounds: Mapping[str, np.ndarray[Any, Any]], target: float) -> Cost | None:
@@ -40,6 +42,7 @@ def cost_to_reach(rounds: Mapping[str, np.ndarray[Any, Any]], target: float) -> 
         tokens=int(totals["tokens"]),
         num_bytes=int(totals["bytes_down"] + totals["bytes_up"]),
         seconds=float(totals["seconds"] - totals["seconds_eval"]),
+        virtual_seconds=float(rounds["virtual_seconds"][:end].sum()) if "virtual_seconds" in rounds else math.nan,
     )
 
 

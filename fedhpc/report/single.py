@@ -181,9 +181,26 @@ def _costs(run: LoadedRun) -> Grid:
         ["clients sampled", as_count(r["cohort_size"].sum()), f"{r['cohort_size'].mean():.1f}"],
         *([["void rounds", as_count(len(run.void_rounds)), ""]] if run.void_rounds else []),
         *([f"clients {k}", as_count(r[k].sum()), f"{r[k].mean():.1f}"] for k in ("completed", "dropped", "rejected")),
+        *_virtual(run, r),
         ["peak memory of a rank", as_bytes(r["peak_memory_bytes"].max()), ""],
     ]
     return Grid("Costs", ["", "run", "per round"], rows)
+
+
+def _virtual(run: LoadedRun, rounds: dict[str, np.ndarray]) -> list[list[str]]:
+    """Rows of the costs of a run whose clients take virtual time; rounds: the columns of /rounds from round 1 on."""
+    if "virtual_seconds" not in rounds:
+        return []
+    clients = run.results.clients
+    in_blocks = clients["block"] >= 0
+    blocks = len(np.unique(np.stack([clients["round"], clients["block"]])[:, in_blocks], axis=1).T)
+    staleness = rounds["staleness"][~np.isnan(rounds["staleness"])]
+    return [
+        ["clients late", as_count(rounds["late"].sum()), f"{rounds['late'].mean():.1f}"],
+        ["virtual time", duration(float(rounds["virtual_seconds"].sum())), f"{rounds['virtual_seconds'].mean():.3f} s"],
+        ["staleness of an update", as_number(float(staleness.mean())) if len(staleness) else NONE, ""],
+        ["clients in a block", as_number(in_blocks.sum() / blocks) if blocks else NONE, ""],
+    ]
 
 
 def _samples(run: LoadedRun) -> Grid:

@@ -131,9 +131,11 @@ def line(record: RoundRecord, rounds: int) -> str:
         if not math.isnan(value):
             parts.append(f"{name} {value:.3f}" if abs(value) < 1e6 else f"{name} {value:.3g}")
     if record.cohort_size:
-        missing = {"dropped": record.dropped, "rejected": record.rejected}
+        missing = {"dropped": record.dropped, "late": record.more.get("late", 0), "rejected": record.rejected}
         counts = [f"{count} {status}" for status, count in missing.items() if count]
         parts.append(f"cohort {record.cohort_size}" + (f" ({', '.join(counts)})" if counts else ""))
+    if record.round and "virtual_seconds" in record.more:
+        parts.append(f"virtual {duration(record.more['virtual_seconds'])}")
     if record.seconds:
         parts.append(duration(record.seconds))
     return "  ".join(parts)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-OK, DROPPED, REJECTED = 0, 1, 2  # the status of a sampled client
+OK, DROPPED, REJECTED, LATE = 0, 1, 2, 3  # the status of a sampled client
 
 Scalar = str | int | float | bool
 
@@ -56,6 +56,7 @@ class RunDescription:
     attributes: Mapping[str, Scalar]  # root attributes of results.h5
     identity: Mapping[str, Any]  # what a resumed run must share: block_size and fingerprints
     partition: Mapping[str, Any]  # the groups of /partition, empty for a virtual population
+    columns: Sequence[str] = ()  # columns that only some runs have, like "rounds/staleness"
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,17 @@ class RoundRecord:
     peak_memory_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the validation split; empty: not evaluated
     sampling: Mapping[str, Sampling] = field(default_factory=dict)  # of these metrics
+    more: Mapping[str, float] = field(default_factory=dict)  # columns that only some runs have
     clients: Mapping[str, np.ndarray] = field(default_factory=dict)  # columns of /clients, a row per sampled client
     events: Sequence[Event] = ()
 
     def row(self) -> dict[str, float | int]:
         """The row of /rounds; eval_<metric> only where the round was evaluated."""
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_ROW}
-        return {**numbers, **{f"eval_{name}": value for name, value in self.metrics.items()}}
+        return {**numbers, **self.more, **{f"eval_{name}": value for name, value in self.metrics.items()}}
 
 
-_NOT_IN_ROW = {"metrics", "sampling", "clients", "events"}
+_NOT_IN_ROW = {"metrics", "sampling", "more", "clients", "events"}
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Recorder:
 
 def new_results(run: RunDescription) -> Results:
     """Empty results with the attributes and the partition of a run."""
-    results = Results(run.attributes, run.metrics)
+    results = Results(run.attributes, run.metrics, run.columns)
     if run.partition:
         results.set_partition(**run.partition)
     return results

@@ -71,9 +71,17 @@ CLIENTS = {
     "loss_first": Column(np.float64, "loss of its first local step, nats per token"),
     "loss_last": Column(np.float64, "loss of its last local step, nats per token"),
     "update_norm": Column(np.float64, "L2 norm of its update"),
-    "status": Column(np.int8, "0 ok, 1 dropped, 2 rejected"),
+    "status": Column(np.int8, "0 ok, 1 dropped, 2 rejected, 3 late"),
     "worker": Column(np.int64, "rank that trained it; -1 none"),
     "block": Column(np.int64, "block it trained in; -1 none"),
+}
+# Columns that only some runs have: of clients that take virtual time.
+SOMETIMES = {
+    "rounds/late": Column(np.int64, "clients that were cut off: their updates came after those that were taken"),
+    "rounds/virtual_seconds": Column(np.float64, "virtual time of the round: from the step before it to its own"),
+    "rounds/staleness": Column(np.float64, "mean over the updates used: server steps since the client started"),
+    "clients/virtual_seconds": Column(np.float64, "virtual time from the moment it was asked to its update"),
+    "clients/staleness": Column(np.int64, "server steps between the state it started from and the one it changes"),
 }
 # Beside the client's number, where the clients of a natural partition have names: it follows from /partition.
 CLIENT_NAME = Column(str, "owner of the client's data")
@@ -176,18 +184,25 @@ class Results:
     """The content of one results.h5.
 
     `attributes` (root attributes: config, method, mode, model, seed, ...) may be changed at any time;
-    versions and `created_utc` are filled in where absent. `metrics` are the names behind eval_<metric>.
+    versions and `created_utc` are filled in where absent. `metrics` are the names behind eval_<metric>, `columns` those
+    of SOMETIMES that this run has.
     """
 
-    def __init__(self, attributes: Mapping[str, Scalar], metrics: Iterable[str] = ()) -> None:
+    def __init__(
+        self, attributes: Mapping[str, Scalar], metrics: Iterable[str] = (), columns: Iterable[str] = ()
+    ) -> None:
         self.attributes: dict[str, Scalar] = {**_environment(), **attributes}
         self.complete = False
         #: Attributes of single datasets, beside their description: path -> name -> value.
         self.notes: dict[str, dict[str, Scalar]] = {}
         named = {f"eval_{metric}": metric_column(metric) for metric in metrics}
+        more: dict[str, dict[str, Column]] = {"rounds": {}, "clients": {}}
+        for path in columns:
+            table, _, name = path.partition("/")
+            more[table][name] = SOMETIMES[path]
         self._tables = {
-            "rounds": _Table({**ROUNDS, **{k: v for k, v in named.items() if k not in ROUNDS}}),
-            "clients": _Table(CLIENTS),
+            "rounds": _Table({**ROUNDS, **more["rounds"], **{k: v for k, v in named.items() if k not in ROUNDS}}),
+            "clients": _Table({**CLIENTS, **more["clients"]}),
             "events": _Table(EVENTS),
         }
         self.groups: dict[str, dict[str, Any]] = {
@@ -211,7 +226,7 @@ class Results:
         table.append({**blank, **row})
 
     def add_clients(self, columns: Mapping[str, Any]) -> None:
-        """Rows of /clients: every column of CLIENTS, one value per sampled client."""
+        """Rows of /clients: every column that the run has, one value per sampled client."""
         self._tables["clients"].append(columns)
 
     def add_event(self, round: int, kind: str, message: str) -> None:
@@ -384,7 +399,7 @@ class Results:
             raise UserError(f"{path}: format version {version} is newer than this fedhpc knows: update fedhpc")
         complete = bool(attributes.pop("complete"))
         metrics = [name.removeprefix("eval_") for name in file["rounds"] if name.startswith("eval_")]
-        results = cls(attributes, metrics)
+        results = cls(attributes, metrics, [path for path in SOMETIMES if path in file])
         results.complete = complete
         results.attributes = attributes
         for group, table in results._tables.items():

@@ -36,7 +36,8 @@ FREE_KEYS = frozenset(
 
 # The keys whose value may be a path, relative to the working directory.
 _PATHS = re.compile(
-    r"data\.(source|chat_template)|model\.name|method\.(.+\.)?(source|model|encoder|retriever|adapter|from)"
+    r"data\.(source|chat_template)|devices\.file|model\.name|"
+    r"method\.(.+\.)?(source|model|encoder|retriever|adapter|from)"
 )
 
 _FREE_SECTIONS = ("trackers",)  # other ones, or none, or ones that are gone by now

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from fedhpc import registry
+from fedhpc.participation.blocks import assign, client_cost, form_blocks
+from fedhpc.participation.devices.base import Devices, Work
+from fedhpc.participation.plan import Block
 from fedhpc.registry import Section
 
 if TYPE_CHECKING:
@@ -25,12 +29,54 @@ class Schedule(ABC):
     Options: ClassVar[type[Section]] = Section
 
     def __init__(
-        self, config: Config, population: Population, examples: Examples, workers: Sequence[int], block_size: int
+        self,
+        config: Config,
+        population: Population,
+        examples: Examples,
+        workers: Sequence[int],
+        block_size: int,
+        traffic: Callable[[int], tuple[int, int]] = lambda client: (0, 0),
     ) -> None:
-        """workers: the workers there are; block_size: most clients in one forward (K)."""
+        """workers: the workers there are; block_size: most clients in one forward (K); traffic: bytes that a client
+        receives and sends in a round. UserError where the devices do not fit the population.
+        """
         self.config, self.population, self.examples = config, population, examples
-        self.workers, self.block_size = workers, block_size
+        self.workers, self.block_size, self._traffic = workers, block_size, traffic
+        devices: type[Devices] = registry.choice("devices", config.devices.name)
+        #: How long clients take.
+        self.devices = devices(config.devices, config.run.seed, population)
+
+    @classmethod
+    def buffer_size(cls, config: Config) -> int | None:
+        """How many clients a round has where the schedule's options say it, and not federation.cohort_size."""
+        return None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of results.h5 that runs with this schedule and these devices have beside those of all runs."""
+        if not self.devices.takes_time:
+            return ()
+        in_rounds = ("rounds/late", "rounds/virtual_seconds", "rounds/staleness")
+        return (*in_rounds, "clients/virtual_seconds", "clients/staleness")
 
     @abstractmethod
     def plan(self, round_: int) -> Plan:
         """The plan of round `round_`, counted from 1."""
+
+    def seconds(self, client: int, version: int) -> float:
+        """Virtual seconds that a client takes which starts from a version of the server's state."""
+        tokens = 0.0 if self._is_empty(client) else client_cost(self.config, self.population, self.examples, client)
+        return self.devices.seconds(client, version, Work(tokens, *self._traffic(client)))
+
+    def empty(self, clients: Sequence[int]) -> frozenset[int]:
+        """Which of the clients have no training examples."""
+        return frozenset(c for c in clients if self._is_empty(c))
+
+    def blocks(self, clients: Sequence[int]) -> tuple[Block, ...]:
+        """The blocks of the clients that train in a round, each with its worker."""
+        costs = {c: client_cost(self.config, self.population, self.examples, c) for c in clients}
+        blocks = form_blocks(costs, self.block_size)
+        return tuple(assign(blocks, [sum(costs[c] for c in block) for block in blocks], self.workers))
+
+    def _is_empty(self, client: int) -> bool:
+        return self.population.num_examples(client) == 0
