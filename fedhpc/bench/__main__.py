@@ -3,6 +3,7 @@
 python -m fedhpc.bench [--repeats 5] [--quick] [--json]           all ratios that need only this machine
 python -m fedhpc.bench --peers DIR [--environment DIR] [...]      whole programs: fedhpc and its peers
 python -m fedhpc.bench --scale [--quick] [--json]                 how a round grows with ranks, cohort and population
+python -m fedhpc.bench --private [--quick] [--json]               steps of DP-SGD, beside plain ones and Opacus
 python -m fedhpc.bench --gpu [--only PART,...] [--quick] [--json] blocks and runs on a GPU
 """
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--environment", type=Path, metavar="DIR", help="virtual environment of pfl (FB_VENVS/venv-pfl)"
     )
     parser.add_argument("--scale", action="store_true", help="rounds against ranks, cohort and population instead")
+    parser.add_argument("--private", action="store_true", help="steps with privacy of single examples instead")
     parser.add_argument("--gpu", action="store_true", help="blocks and runs on this machine's GPU instead")
     parser.add_argument(
         "--json", action="store_true", help="JSON instead of a table, with --scale and --gpu one object per row"
@@ -39,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least one is needed")
-    if bool(options.scale) + bool(options.peers) + bool(options.gpu) > 1:
-        parser.error("--scale, --peers and --gpu are different measurements: run one after the other")
+    if bool(options.scale) + bool(options.peers) + bool(options.gpu) + bool(options.private) > 1:
+        parser.error("--scale, --peers, --private and --gpu are different measurements: run one after the other")
     if options.only and not (options.peers or options.gpu):
         parser.error("--only chooses workloads of --peers or parts of --gpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -83,6 +85,10 @@ def measure(options: argparse.Namespace) -> int:
         from fedhpc.bench import gpu
 
         parts = gpu.parts(options.only, options.quick, options.repeats or 3)
+    elif options.private:
+        from fedhpc.bench import private
+
+        parts = private.parts(options.repeats or (3 if options.quick else 5), options.quick)
     else:
         from fedhpc.bench import compute, rounds
 

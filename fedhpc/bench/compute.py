@@ -134,16 +134,8 @@ class Trainer:
         self.approach.local(self.plan, self.clients[: self.k], self.down)
 
 
-def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any, int], None]:
-    """Make the training loop that one would write with PEFT, on a copy of `model` with the `options` of prefix or lora.
-
-    loop(texts, batch) trains every client in turn, each from the same initial parameters. texts: int64 (clients,
-    sequences, length); with all sequences as one client, it is a loop without federation. compiled: torch.compile
-    compiles the model at the first call.
-    """
-    import copy
-
-    import torch
+def peft_model(model: Any, options: Any) -> Any:
+    """`model` in PEFT, with the `options` of prefix or lora."""
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
     peft: Any = (
@@ -157,7 +149,21 @@ def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
     )
-    adapted = get_peft_model(copy.deepcopy(model), peft)
+    return get_peft_model(model, peft)
+
+
+def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any, int], None]:
+    """Make the training loop that one would write with PEFT, on a copy of `model` with the `options` of prefix or lora.
+
+    loop(texts, batch) trains every client in turn, each from the same initial parameters. texts: int64 (clients,
+    sequences, length); with all sequences as one client, it is a loop without federation. compiled: torch.compile
+    compiles the model at the first call.
+    """
+    import copy
+
+    import torch
+
+    adapted = peft_model(copy.deepcopy(model), options)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in trained]
     forward = torch.compile(adapted) if compiled else adapted

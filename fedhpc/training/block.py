@@ -30,11 +30,12 @@ from fedhpc.models.load import autocast
 from fedhpc.objectives.base import Objective
 from fedhpc.rng import torch_seed
 from fedhpc.training import rules
-from fedhpc.training.forwards import Step, make_step
+from fedhpc.training.example_privacy import ExamplePrivacy
+from fedhpc.training.forwards import Forward, Step, make_step
 from fedhpc.training.local import LocalTraining
 from fedhpc.training.memory import Memory
 from fedhpc.training.rules import zeroth_order
-from fedhpc.training.schedule import batches, learning_rates
+from fedhpc.training.schedule import batches, examples_per_step, learning_rates, poisson_batches
 
 _Values = TypeVar("_Values", Tensor, np.ndarray)
 _FP16_SCALE = 1024.0  # keeps small gradients of an fp16 forward above its smallest number
@@ -95,7 +96,7 @@ def train_block(
         active = len(rows)  # clients that take this step: the first of the block
         step = make_step(
             base, objective, examples, rows, number, model.client_keys, parameters.dtype, local.examples_at_once,
-            local.packing,
+            local.packing, by_example=local.privacy is not None,
         )  # fmt: skip
         losses.add(step, model.differentiate(step), model.passes)
         with torch.no_grad():
@@ -128,7 +129,8 @@ class _Clients:
     """The clients of a block in the order of its tensors: those with the most steps first."""
 
     def __init__(self, works: Sequence[Work], local: LocalTraining) -> None:
-        plans = [batches(len(w.indices), local, local.seed, local.round, w.client_id) for w in works]
+        draw = batches if local.privacy is None else poisson_batches
+        plans = [draw(len(w.indices), local, local.seed, local.round, w.client_id) for w in works]
         steps = np.array([len(plan) for plan in plans], dtype=np.int64)
         #: For each row of the block's tensors, which of `works` it is; and the other way round.
         self.order = np.argsort(-steps, kind="stable")
@@ -154,6 +156,11 @@ class _Clients:
         return [
             work.indices[plan[number]] for work, plan in zip(self._works[:active], self._plans[:active], strict=True)
         ]
+
+    def expected_examples(self, local: LocalTraining, active: int) -> np.ndarray:
+        """How many examples a step has on average where batches are drawn by Poisson: (active,)."""
+        sizes = [len(work.indices) for work in self._works[:active]]
+        return np.minimum(sizes, examples_per_step(local))
 
     def rates_of(self, number: int, active: int) -> np.ndarray:
         """The learning rates (active,) of step `number`."""
@@ -205,6 +212,8 @@ class _Model:
         active = len(step.tokens)
         gradient = self.gradient[:active].zero_()
         distance = self.method.finite_difference_step
+        if self.local.privacy is not None:
+            return self._differentiate_privately(step, gradient, self.local.privacy)
         if distance is None:
             losses = self._losses(self.parameters, step, self._scale)
             if self._scale != 1.0:
@@ -222,25 +231,57 @@ class _Model:
             step.divisors,
         )
 
+    def _differentiate_privately(self, step: Step, gradient: Tensor, privacy: ExamplePrivacy) -> Tensor:
+        """Add the clipped gradients of the single examples of a step, and noise, to `gradient` (k, T), which is zero.
+
+        Returns the losses, summed over each client's tokens: float64 (k,).
+        """
+        losses = torch.zeros(len(gradient), dtype=torch.float64, device=self.base.device)
+        for forward in step.forwards:
+            parameters = self.parameters.detach().index_select(0, forward.owners).requires_grad_()  # (E, T)
+            received = self._received
+            if len(self._starts) > 1:
+                received = self.method.payload.views(self._starts.index_select(0, forward.owners))
+            of_tokens = self._forward(forward, parameters, received, forward.examples, self._scale)
+            losses.index_add_(0, forward.clients.index_select(0, forward.batch.row), of_tokens.double())
+            of_examples = parameters.grad
+            assert of_examples is not None  # the pass went back to what is trained
+            if self._scale != 1.0:
+                of_examples.div_(self._scale)
+            privacy.add_clipped(gradient, of_examples, forward.owners)
+        clients = self.clients.ids[: len(gradient)]
+        privacy.add_noise(gradient, self.local.seed, self.local.round, step.number, clients)
+        expected = self.clients.expected_examples(self.local, len(gradient))
+        gradient.mul_(kernels.on_device(1.0 / expected, gradient.device, gradient.dtype).unsqueeze(1))
+        return losses
+
     def _losses(self, parameters: Tensor, step: Step, scale: float | None) -> Tensor:
         """The losses of a step with `parameters`, summed over each client's tokens: float64 (k,).
 
         They are backpropagated, times `scale`, unless it is None.
         """
-        base, method, objective = self.base, self.method, self.objective
-        losses = torch.zeros(len(step.tokens), dtype=torch.float64, device=base.device)
+        losses = torch.zeros(len(step.tokens), dtype=torch.float64, device=self.base.device)
         for forward in step.forwards:
-            trained = method.trainable.views(parameters)
-            with (
-                autocast(base, self.local.precision),
-                method.attach(trained, self._received, forward.clients, forward.row_keys) as attached,
-            ):
-                if scale is None:
-                    of_tokens = objective.losses(base, attached, forward.batch)
-                else:
-                    of_tokens = objective.backward(base, attached, forward.batch, forward.row_weights, scale)
+            of_tokens = self._forward(forward, parameters, self._received, forward.clients, scale)
             losses.index_add_(0, forward.clients.index_select(0, forward.batch.row), of_tokens.double())
         return losses
+
+    def _forward(
+        self, forward: Forward, parameters: Tensor, received: PerClient, rows: Tensor, scale: float | None
+    ) -> Tensor:
+        """The loss of each supervised token (S,) of a forward, in which row b has the parameters rows[b].
+
+        They are backpropagated, times `scale`, unless it is None.
+        """
+        base, method, objective = self.base, self.method, self.objective
+        trained = method.trainable.views(parameters)
+        with (
+            autocast(base, self.local.precision),
+            method.attach(trained, received, rows, forward.row_keys) as attached,
+        ):
+            if scale is None:
+                return objective.losses(base, attached, forward.batch)
+            return objective.backward(base, attached, forward.batch, forward.row_weights, scale)
 
     def updates(self) -> Tensor:
         """The pseudo-gradients theta_t - theta_i of the payloads (K, P)."""
@@ -261,14 +302,24 @@ class _Losses:
     def add(self, step: Step, losses: Tensor, passes: int) -> None:
         """Count a step. losses: summed over each client's tokens (k,); passes: forwards of each row."""
         active, mean = len(losses), losses / step.divisors
-        if step.number == 0:
-            self.first[:active] = mean
-        self.last[:active] = mean
+        # Batches that are drawn by Poisson can be empty, and have no mean.
+        with_tokens = step.tokens > 0
+        _put(self.first, mean, with_tokens & (self.tokens[:active] == 0))
+        _put(self.last, mean, with_tokens)
         self.total[:active] += losses
         self.tokens[:active] += step.tokens
         for forward in step.forwards:
             self.input_tokens += passes * forward.batch.tokens
             self.padded_tokens += passes * (forward.batch.tokens - forward.batch.real_tokens)
+
+
+def _put(values: Tensor, those: Tensor, chosen: np.ndarray) -> None:
+    """Put `those` (k,) where `chosen`, bool (k,), among the first k of `values`, without waiting for the device."""
+    if chosen.all():
+        values[: len(those)] = those
+    elif chosen.any():
+        where = kernels.on_device(np.flatnonzero(chosen), values.device)
+        values[where] = those[where]
 
 
 def _optimizer_state(

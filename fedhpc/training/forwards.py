@@ -26,7 +26,9 @@ class Forward:
     batch: Batch
     clients: Tensor  # int64 (B,): the client of each row, by its index in the block
     row_keys: Tensor  # int64 (B,): the key of each row's random draws
-    row_weights: Tensor  # (B,): one over the supervised tokens of its client's step
+    row_weights: Tensor  # (B,): one over the supervised tokens of its client's step, or of its example
+    examples: Tensor  # int64 (B,): the example of each row, by its index among the E of the forward
+    owners: Tensor  # int64 (E,): the client of each example
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ def make_step(
     dtype: torch.dtype,
     at_once: int,
     packing: bool = False,
+    by_example: bool = False,
 ) -> Step:
     """Put the rows of a step on the device, as forward passes.
 
     rows: the examples of each of the k clients. client_keys: int64 (K,), a key of random draws for each client of the
     block. dtype: of the weights. at_once: how many examples of each client a forward has at most, on average.
-    packing: several examples of a client may share a row.
+    packing: several examples of a client may share a row. by_example: the loss of every example counts as much, however
+    many tokens it has.
     """
     all_rows = np.concatenate(rows)
     owners = np.repeat(np.arange(len(rows)), [len(of_client) for of_client in rows])  # int64 (B,)
@@ -81,8 +85,14 @@ def make_step(
         # A row's draws follow from its client, the step and its example's index in the client's step alone.
         counters = kernels.on_device(within_step + (number << 32), base.device)
         row_keys = bits(client_keys.index_select(0, clients), counters)
-        weights = kernels.on_device(1.0 / divisors[owners_of_rows], base.device, dtype)
-        forwards.append(Forward(batch, clients, row_keys, weights))
+        of_rows = batch.per_row(np.maximum(supervised[chosen], 1)) if by_example else divisors[owners_of_rows]
+        weights = kernels.on_device(1.0 / of_rows, base.device, dtype)
+        if batch.example is None:
+            examples_of_rows, owners_of_examples = torch.arange(len(clients), device=base.device), clients
+        else:
+            examples_of_rows = kernels.on_device(batch.example, base.device)
+            owners_of_examples = kernels.on_device(owners[chosen], base.device)
+        forwards.append(Forward(batch, clients, row_keys, weights, examples_of_rows, owners_of_examples))
     return Step(number, tokens, divisors_on_device, forwards)
 
 

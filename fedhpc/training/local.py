@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedhpc import registry
+from fedhpc.training.example_privacy import ExamplePrivacy
 from fedhpc.training.optimizers.base import ClientOptimizer
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class LocalTraining:
     warmup: float = 0.0
     clip_norm: float | None = None
     proximal: float = 0.0
+    privacy: ExamplePrivacy | None = None  # of single examples
 
     seed: int = 0  # of the batches and of all random draws
     round: int = 1

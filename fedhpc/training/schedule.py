@@ -80,6 +80,26 @@ def batches(num_examples: int, pace: Pace, seed: int, round_: int, client_id: in
     return steps[:count]
 
 
+def sampling_rate(num_examples: int, pace: Pace) -> float:
+    """q, the probability with which a step takes each of a client's examples where batches are drawn by Poisson."""
+    return min(1.0, examples_per_step(pace) / num_examples)
+
+
+def poisson_batches(num_examples: int, pace: Pace, seed: int, round_: int, client_id: int) -> list[np.ndarray]:
+    """`batches` of which each example is part or not by a draw of its own: of varying size, and some are empty.
+
+    There are as many steps as of other batches, and q num_examples examples in a step on average.
+    """
+    count = num_steps(num_examples, pace)
+    if not count:
+        return []
+    rate = sampling_rate(num_examples, pace)
+    return [
+        np.flatnonzero(generator(seed, "poisson batches", round_, client_id, step).random(num_examples) < rate)
+        for step in range(count)
+    ]
+
+
 def learning_rate(pace: Pace, progress: float) -> float:
     """The client learning rate when the share `progress` (0 to 1) of the whole run is done.
 

@@ -1,0 +1,222 @@
+"""Privacy of single examples: their gradients beside those of PEFT, one at a time, and what is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fedhpc.methods.base import Method
+from fedhpc.training.block import Trained, Work, train_block
+from fedhpc.training.example_privacy import ExamplePrivacy
+from fedhpc.training.local import LocalTraining
+from fedhpc.training.schedule import batches, poisson_batches, sampling_rate
+from tests import test_kinds as classifiers
+from tests import test_methods as decoders
+from tests import tiny
+from tests.federations import compare_with_peft
+from tests.test_block import settings, works
+
+FREE = ExamplePrivacy(clip_norm=1e9, noise_multiplier=0.0)  # neither clipped nor noisy
+METHODS = [
+    *(("llama", name) for name in ("lora", "prefix", "prompt", "ia3", "adapter", "p_tuning")),
+    *(("gpt2", name) for name in ("lora", "prefix")),
+    *(("bert", name) for name in ("lora", "ia3", "prompt")),
+]
+
+
+def setting(family: str, name: str) -> tuple[Any, Method, Any, torch.Tensor]:
+    """A tiny model, a method on it, examples and a start (1, P) away from where gradients vanish."""
+    base = tiny.base(family)
+    of = classifiers if family == "bert" else decoders
+    method = of.make(name, base)
+    start = classifiers.warm(method)
+    return base, method, tiny.labelled() if family == "bert" else tiny.examples(), start
+
+
+def train(base: Any, method: Method, data: Any, start: torch.Tensor, group: list[Work], **more: Any) -> Trained:
+    """One step of SGD with a learning rate of 1, so an update is the step's gradient; `more` says otherwise."""
+    privacy = more.pop("privacy", FREE)
+    memory = more.pop("memory", None)
+    config = settings(**{"optimizer": "sgd", "lr": 1.0, "steps": 1, **more})
+    local = replace(LocalTraining.of(config, 1, 1), privacy=privacy)
+    return train_block(base, method, tiny.objective(base), start, group, data, local, memory)
+
+
+def one_by_one(base: Any, method: Method, data: Any, start: torch.Tensor, name: str, rows: np.ndarray) -> torch.Tensor:
+    """The gradient of each example's mean loss in PEFT (of adapters: of wrapped layers), alone: (E, T)."""
+    if base.name == "bert":
+        model, named = classifiers.in_peft(name, base, method)
+    elif name == "adapter":
+        model, named = decoders.with_bottlenecks(base, method.options)
+    else:
+        model, named = decoders.in_peft(name, base, method)
+    with torch.no_grad():
+        for key, value in method.payload.views(start[0]).items():
+            named[key].copy_(value)
+    gradients = []
+    for row in rows:
+        ids = torch.from_numpy(data.tokens(int(row)).astype(np.int64))[None]
+        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        if base.name == "bert":
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([int(data.labels[row])]))
+        else:
+            of_text, first = logits[0, -ids.shape[1] :], int(data.prompt_lengths[row])
+            loss = torch.nn.functional.cross_entropy(of_text[first - 1 : -1], ids[0, first:])
+        found = torch.autograd.grad(loss, list(named.values()))
+        gradients.append(method.payload.flatten(dict(zip(named, found, strict=True))))
+    return torch.stack(gradients)
+
+
+def gradients_of_examples(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What every forward hands to be clipped from now on."""
+    seen: list[torch.Tensor] = []
+    add = ExamplePrivacy.add_clipped
+
+    def watched(self: ExamplePrivacy, gradient: Any, of_examples: torch.Tensor, owners: Any) -> None:
+        seen.append(of_examples.clone())
+        add(self, gradient, of_examples, owners)
+
+    monkeypatch.setattr(ExamplePrivacy, "add_clipped", watched)
+    return seen
+
+
+@pytest.mark.parametrize(("family", "name"), METHODS)
+def test_gradients_of_examples_are_those_of_single_examples_in_peft(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their clipped sum is that of numpy."""
+    base, method, data, start = setting(family, name)
+    compare_with_peft(name)
+    rows = np.arange(3, 12)
+    wanted = one_by_one(base, method, data, start, name, rows)
+    norms = np.linalg.norm(wanted.numpy(), axis=1)
+    clip = float(np.median(norms))
+    seen = gradients_of_examples(monkeypatch)
+    privacy = ExamplePrivacy(clip, 0.0)
+    found = train(base, method, data, start, [Work(0, rows)], batch_size=len(rows), privacy=privacy).updates[0]
+    by_length = np.argsort(data.lengths_of(rows), kind="stable")
+    apart = (torch.cat(seen) - wanted[by_length]).norm(dim=1) / wanted[by_length].norm(dim=1)
+    assert float(apart.max()) < 1e-9
+    clipped = wanted.numpy() * np.minimum(1.0, clip / norms)[:, None]
+    np.testing.assert_allclose(found.numpy(), clipped.sum(axis=0) / len(rows), rtol=0, atol=1e-9 * clip)
+
+
+def test_a_block_is_its_clients_alone_with_starts_of_their_own() -> None:
+    """Batches of Poisson, in several forwards; client 2 has fewer examples than a batch, so all are in every step."""
+    base, method, data, first = setting("llama", "lora")
+    group = works(4)
+    starts = torch.cat([first, first * 0.9, first * 1.1, first])
+    private = {"privacy": ExamplePrivacy(0.05, 0.7), "steps": 3, "batch_size": 6, "lr": 0.5}
+    together = train(base, method, data, starts, group, **private)
+    cut = train(base, method, data, starts, group, **private, micro_batch=2)
+    for i, work in enumerate(group):
+        alone = train(base, method, data, starts[i : i + 1], [work], **private)
+        for other in (together, cut):
+            assert float((other.updates[i] - alone.updates[0]).norm() / alone.updates[0].norm()) < 1e-9
+            assert other.tokens[i] == alone.tokens[0]
+            assert other.loss_last[i] == pytest.approx(alone.loss_last[0], rel=1e-9)
+
+
+def test_without_clip_and_noise_it_is_plain_training_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a classifier, whose examples have one label each: the mean over the expected batch, not the real one."""
+    base, method, data, start = setting("bert", "lora")
+    work = Work(5, np.arange(20))
+    drawn = poisson_batches(20, settings(batch_size=8).client, 0, 1, 5)
+    monkeypatch.setattr("fedhpc.training.block.batches", poisson_batches)
+    for steps in (1, 2):
+        config = settings(optimizer="sgd", lr=0.2, steps=steps, batch_size=8)
+        # The plain step divides by the examples of its batch: its learning rate makes up for that.
+        rate = 0.2 * len(drawn[0]) / 8
+        plain_local = replace(LocalTraining.of(config, 1, 1), lr=rate)
+        plain = train_block(base, method, tiny.objective(base), start, [work], data, plain_local)
+        private = train(base, method, data, start, [work], steps=steps, batch_size=8, lr=0.2)
+        if steps == 1:
+            np.testing.assert_allclose(private.updates, plain.updates, rtol=0, atol=1e-12)
+        assert private.tokens[0] == plain.tokens[0] == sum(map(len, drawn[:steps]))
+
+
+def test_one_example_more_moves_the_sum_by_at_most_the_clip() -> None:
+    """By brute force: each example in turn is added to the batch of a step, whatever its gradient is."""
+    base, method, data, start = setting("llama", "prefix")
+    clip, rows = 0.02, np.arange(10)
+    privacy = ExamplePrivacy(clip, 0.0)
+
+    def total(chosen: np.ndarray) -> torch.Tensor:
+        size = len(chosen)
+        return size * train(base, method, data, start, [Work(0, chosen)], batch_size=size, privacy=privacy).updates[0]
+
+    whole = total(rows)
+    moved = [float((whole - total(np.delete(rows, left_out))).norm()) for left_out in rows]
+    assert max(moved) <= clip * (1 + 1e-9)
+    assert max(moved) > 0.9 * clip  # and the bound is reached
+
+
+def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
+    gradient = torch.zeros(2, 3)
+    of_examples = torch.tensor(
+        [[3.0, 4.0, 0.0], [torch.inf, 1.0, 0.0], [torch.nan, 1.0, 2.0], [1e30, 1e30, 1e30], [0.0, 0.0, 0.0]]
+    )
+    ExamplePrivacy(1.0, 0.0).add_clipped(gradient, of_examples, torch.tensor([0, 0, 1, 1, 1]))
+    assert torch.isfinite(gradient).all()
+    assert float(gradient.norm(dim=1).max()) <= 2.0 + 1e-6
+    torch.testing.assert_close(gradient[0], torch.tensor([0.6, 1.8, 0.0]))
+
+
+def test_noise_is_normal_and_keyed_by_round_client_and_step() -> None:
+    privacy, size = ExamplePrivacy(0.5, 3.0), 40_000
+
+    def drawn(*key: int) -> np.ndarray:
+        noise = torch.zeros(2, size, dtype=torch.float64)
+        seed, round_, step, *clients = key
+        privacy.add_noise(noise, seed, round_, step, clients)
+        return noise.numpy()
+
+    noise = drawn(0, 1, 2, 7, 8)
+    assert stats.kstest(noise.ravel() / 1.5, "norm").pvalue > 1e-3
+    np.testing.assert_array_equal(noise, drawn(0, 1, 2, 8, 7)[::-1])
+    others = [drawn(*key) for key in ((1, 1, 2, 7, 8), (0, 2, 2, 7, 8), (0, 1, 3, 7, 8), (0, 1, 2, 9, 10))]
+    for other in others:
+        for one in noise:
+            assert abs(np.corrcoef(one, other[0])[0, 1]) < 5 / np.sqrt(size)
+
+
+def test_a_step_without_examples_is_noise_alone() -> None:
+    """With the losses of the steps that had some."""
+    base, method, data, start = setting("llama", "prompt")
+    pace = settings(batch_size=1, steps=6).client
+    seed = next(s for s in range(99) if not len(poisson_batches(9, pace, s, 1, 0)[0]))
+    config = settings(optimizer="sgd", lr=1.0, batch_size=1, steps=6)
+    local = replace(LocalTraining.of(config, 1, 1), privacy=ExamplePrivacy(0.1, 2.0), seed=seed)
+    first = train_block(
+        base, method, tiny.objective(base), start, [Work(0, np.arange(9))], data, replace(local, steps=1)
+    )
+    noise = torch.zeros(1, method.payload.size, dtype=torch.float64)
+    ExamplePrivacy(0.1, 2.0).add_noise(noise, seed, 1, 0, [0])
+    torch.testing.assert_close(first.updates, noise)
+    assert first.tokens[0] == 0
+    whole = train_block(base, method, tiny.objective(base), start, [Work(0, np.arange(9))], data, local)
+    assert whole.tokens[0] > 0 and whole.loss_first[0] > 0 and whole.loss_last[0] > 0
+
+
+def test_every_example_is_in_a_batch_with_the_same_probability() -> None:
+    """By a draw of its own: counts of examples and sizes of batches are binomial."""
+    pace, count, steps = settings(batch_size=6, steps=2000).client, 30, 2000
+    drawn = poisson_batches(count, pace, 0, 1, 3)
+    rate = sampling_rate(count, pace)
+    assert rate == 0.2 and len(drawn) == steps
+    seen = np.bincount(np.concatenate(drawn), minlength=count)
+    assert stats.chisquare(seen, np.full(count, seen.sum() / count)).pvalue > 1e-3
+    sizes = np.bincount([len(batch) for batch in drawn], minlength=count + 1)
+    wanted = steps * stats.binom.pmf(np.arange(count + 1), count, rate)
+    often = wanted > 5
+    expected = np.append(wanted[often], wanted[~often].sum())
+    assert stats.chisquare(np.append(sizes[often], sizes[~often].sum()), expected).pvalue > 1e-3
+    assert [len(b) for b in poisson_batches(4, pace, 0, 1, 3)] == [4] * steps  # all of what is less than a batch
+    assert len(poisson_batches(7, settings(batch_size=3).client, 0, 1, 3)) == len(
+        batches(7, settings(batch_size=3).client, 0, 1, 3)
+    )
