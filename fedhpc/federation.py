@@ -50,16 +50,16 @@ def run_round(
         return None
     with clock("server"):
         completed = reports.status(plan) == OK
-        enough = completed.sum() >= approach.min_cohort or not approach.moves_server
-        norm = approach.step(server_state, plan, combined) if enough and approach.moves_server else 0.0
-        if enough and approach.keeps_client_state:
+        shortfall = approach.shortfall(plan, completed) if approach.moves_server else ""
+        norm = approach.step(server_state, plan, combined) if not shortfall and approach.moves_server else 0.0
+        if not shortfall and approach.keeps_client_state:
             server_state.keep_versions([c for c, ok in zip(plan.cohort, completed, strict=True) if ok], round_)
-    sent = approach.bytes_down(plan, download), approach.bytes_fetched(plan, combined)
-    record = make_record(approach, plan, reports, clock, norm, *sent, transport.evaluators)
-    if enough:
+    down = approach.bytes_down(plan, download) + approach.bytes_told(plan, combined)
+    up = approach.bytes_fetched(plan, combined)
+    record = make_record(approach, plan, reports, clock, norm, down, up, transport.evaluators)
+    if not shortfall:
         return record
-    void = Event("void", f"{record.completed} of {approach.min_cohort} needed clients completed")
-    return replace(record, events=[*record.events, void])
+    return replace(record, events=[*record.events, Event("void", shortfall)])
 
 
 def run(

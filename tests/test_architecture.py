@@ -107,7 +107,7 @@ LAYERS = [
     {"config", "builtin"},
     {"data", "results"},
     {"ranks"},
-    {"models"},
+    {"models", "secure"},
     {"updates", "objectives"},
     {"methods"},
     {"server", "training", "report"},

@@ -87,6 +87,8 @@ PURPOSES: dict[str, int | str] = {
     "public": 0,
     "public set": 0,
     "scored": 2,
+    "secure.client": 3,
+    "secure.graph": 1,
     "shared": 2,
     "transforms.{}.{}": "*",
 }

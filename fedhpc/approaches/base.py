@@ -155,6 +155,14 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """With fewer completed clients a round changes nothing."""
         return self.config.federation.min_cohort
 
+    def shortfall(self, plan: Plan, completed: np.ndarray) -> str:
+        """Why a round changes nothing that these clients completed, in a few words; empty where they are enough.
+
+        completed: bool (C,), of the cohort.
+        """
+        few = int(completed.sum()) < self.min_cohort
+        return f"{completed.sum()} of {self.min_cohort} needed clients completed" if few else ""
+
     @property
     def keeps_client_state(self) -> bool:
         """Whether clients keep something from round to round (fedhpc.training.client_state)."""
@@ -268,6 +276,10 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
 
     def bytes_fetched(self, plan: Plan, combined: CombinedT) -> int:
         """Protocol bytes that the server asked clients for once it had their answers; 0 for most approaches."""
+        return 0
+
+    def bytes_told(self, plan: Plan, combined: CombinedT) -> int:
+        """Protocol bytes that the server sent to clients for them to be combined; 0 for most approaches."""
         return 0
 
     # ---- results

@@ -166,6 +166,8 @@ def conflicts(config: Config) -> None:
         )  # fmt: skip
     if config.client.scaffold:
         _check_scaffold(config)
+    if config.masks_uploads:
+        _check_secure(config)
     problem = config.method.conflict(config)
     if problem:
         raise UserError(problem)
@@ -233,6 +235,45 @@ def _check_scaffold(config: Config) -> None:
             "transforms would not reach the control variates that client.scaffold sends beside the "
             "update: give one of the two"
         )
+
+
+def _check_secure(config: Config) -> None:
+    name, cohort = config.secure.name, config.federation.cohort_size
+    if config.mode != "federated":
+        raise UserError(
+            f"secure.name {name} masks what clients send, and with mode {config.mode} they send nothing",
+            key="secure.name", remedy="take it out",
+        )  # fmt: skip
+    aggregator = config.server.aggregator
+    if not registry.choice("aggregators", aggregator).sums_only:
+        raise UserError(
+            f"secure.name {name} gives the server weighted sums of the updates alone, and aggregator {aggregator} asks "
+            "for more", key="server.aggregator", remedy="use mean or fednova, or take secure out",
+        )  # fmt: skip
+    if config.server.preaggregator.name != "none":
+        raise UserError(
+            f"secure.name {name} lets nobody mix single updates", key="server.preaggregator.name",
+            remedy="give one of the two",
+        )  # fmt: skip
+    if config.client.scaffold:
+        raise UserError(
+            f"secure.name {name} masks the updates, not the control variates that go beside them",
+            key="client.scaffold", remedy="give one of the two",
+        )  # fmt: skip
+    if config.federation.schedule.name != "synchronous":
+        raise UserError(
+            f"secure.name {name} masks the updates of clients that begin a round together",
+            key="federation.schedule.name", remedy="use synchronous",
+        )  # fmt: skip
+    for position, transform in enumerate(config.transforms):
+        if registry.choice("transforms", transform.name).packs:
+            raise UserError(
+                f"transforms: {transform.name} packs an update in fewer bytes, and secure.name {name} sends masked "
+                "integers of 8 bytes, which cannot be packed", key=f"transforms[{position}]",
+                remedy="give one of the two",
+            )  # fmt: skip
+    if cohort is not None:
+        registry.choice("secure_protocols", name)(config.secure).require(cohort)
 
 
 def _check_personalization(config: Config) -> None:

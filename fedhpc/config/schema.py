@@ -172,6 +172,12 @@ class Server(Open):
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in the mean")
 
 
+class Secure(Open):
+    name: Annotated[str, Choice("secure_protocols")] = Field(
+        "none", description="how uploads are masked, so that the server learns their sum alone"
+    )
+
+
 class Evaluation(Section):
     every: int = Field(5, ge=1, description="rounds between evaluations; first and last are always evaluated")
     metrics: Annotated[list[str], Choice("metrics")] = Field(
@@ -271,8 +277,8 @@ class Tracking(Open):
 
 
 class Config(Section):
-    """The resolved configuration. `partition`, `method`, `devices`, `client`, `server`, each transform and each tracker
-    carry the options of the file they name."""
+    """The resolved configuration. `partition`, `method`, `devices`, `client`, `server`, `secure`, each transform and
+    each tracker carry the options of the file they name."""
 
     mode: Literal["federated", "centralized", "local"] = "federated"
     run: Run
@@ -285,6 +291,7 @@ class Config(Section):
     devices: SerializeAsAny[DeviceModel]
     client: SerializeAsAny[Client]
     server: SerializeAsAny[Server]
+    secure: SerializeAsAny[Secure]
     transforms: tuple[SerializeAsAny[Transformation], ...]
     trackers: tuple[SerializeAsAny[Tracking], ...]
     evaluation: Evaluation
@@ -301,6 +308,11 @@ class Config(Section):
     def corrects_drift(self) -> bool:
         """Whether control variates are kept: a client alone has no drift, c_i is c."""
         return bool(self.client.scaffold) and self.mode == "federated"
+
+    @property
+    def masks_uploads(self) -> bool:
+        """Whether the server learns sums of the updates alone (secure aggregation)."""
+        return self.secure.name != "none"
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; loading it gives an equal Config."""
@@ -324,6 +336,7 @@ SECTIONS: dict[str, type[Section]] = {
     "devices": DeviceModel,
     "client": Client,
     "server": Server,
+    "secure": Secure,
     "transforms": Transformation,
     "trackers": Tracking,
 }

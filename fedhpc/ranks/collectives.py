@@ -59,6 +59,28 @@ def gather_bytes(transport: Transport, count: int, items: Mapping[int, bytes]) -
     return ordered
 
 
+def scatter_bytes(transport: Transport, owners: Sequence[int], items: Sequence[bytes]) -> dict[int, bytes]:
+    """Send each of rank 0's items to the rank that owns it: the items of this rank, by their number.
+
+    owners: the rank of each item, the same on every rank; the items that other ranks pass are ignored.
+    """
+    world, rank = transport.world_size, transport.rank
+    lengths = torch.tensor([len(item) for item in items] if rank == 0 else [0] * len(owners), dtype=torch.int64)
+    transport.broadcast(lengths)
+    numbers = [[i for i, owner in enumerate(owners) if owner == j] for j in range(world)]
+    sizes = [int(lengths[one].sum()) for one in numbers]
+    nothing = torch.empty(0, dtype=torch.uint8)
+    parts = [bytearray(b"".join(items[i] for i in one)) if rank == 0 else bytearray() for one in numbers]
+    send = [torch.frombuffer(part, dtype=torch.uint8) if part else nothing for part in parts]
+    receive = [torch.empty(sizes[rank] if j == 0 else 0, dtype=torch.uint8) for j in range(world)]
+    transport.all_to_all(send, receive)
+    content, begin, mine = receive[0].numpy().tobytes(), 0, {}
+    for i in numbers[rank]:
+        mine[i] = content[begin : begin + int(lengths[i])]
+        begin += int(lengths[i])
+    return mine
+
+
 def tree_merge(transport: Transport, mine: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Merge the equally shaped tensors of all ranks in pairs; rank 0 gets the result, that of other ranks is undefined.
 

@@ -16,6 +16,7 @@ from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.ranks.collectives import combine_shards
 from fedhpc.ranks.transport.base import Transport
+from fedhpc.secure.masked_sum import Masking
 from fedhpc.updates.exact_sum import from_grid, grid_exponents, largest_exponents, to_grid
 from fedhpc.updates.layout import Layout
 
@@ -55,14 +56,16 @@ class Cohort:
         updates: Tensor,
         movement: Callable[[int], float] | None = None,
         memory: dict[str, Tensor] | None = None,
+        masking: Masking | None = None,
     ) -> None:
         """Collective.
 
         planned: the clients of the planned cohort, and shares float64 (len(planned),): each one's share of its weight;
         the same on every rank. positions int64 (c,): where in `planned` this rank's accepted clients are, whose updates
-        (c, S) these are. movement: |a_i| of a client, see `movements`. memory: see there.
+        (c, S) these are. movement: |a_i| of a client, see `movements`. memory: see there. masking: how the
+        uploads are masked, so that rank 0 learns their sums alone.
         """
-        self._transport, self._layout, self._movement = transport, layout, movement
+        self._transport, self._layout, self._movement, self._masking = transport, layout, movement, masking
         chosen, owners = accepted(transport, positions, len(planned))
         # By their numbers, not as they were sampled: what is added up row by row has the same bits in any order.
         order = np.argsort(np.array(planned)[chosen], kind="stable")
@@ -146,21 +149,35 @@ class Cohort:
         if not len(self):
             return self._elsewhere()
         transport, layout, updates = self._transport, self._layout, self._updates
+        masks = None if self._masking is None else self._masking.begin(transport, self.clients, self._owners.tolist())
+        if self._masking is not None and self._masking.shortfall(self.clients):
+            return self._elsewhere()  # nobody could unmask it: the round is void
         mine = torch.from_numpy(weights[self._rows])
         highest = largest_exponents(updates, mine, layout)
         transport.all_reduce_max(highest)
         steps = grid_exponents(highest, self.num_planned, layout)
         total = torch.empty(layout.size, dtype=torch.float64) if transport.rank == 0 else self._elsewhere()
-        for begin in range(0, layout.size, _CHUNK):
-            part = slice(begin, min(begin + _CHUNK, layout.size))
+        parts = [slice(begin, min(begin + _CHUNK, layout.size)) for begin in range(0, layout.size, _CHUNK)]
+        for part in parts:
             acc = torch.zeros(part.stop - part.start, dtype=torch.int64)
             together = max(1, _CHUNK // len(acc))  # clients at once: many small updates cost what few large ones do
             for first in range(0, len(updates), together):
                 some = slice(first, first + together)
-                acc += to_grid(updates[some, part], mine[some].unsqueeze(1), steps[part]).sum(dim=0)
+                sent = to_grid(updates[some, part], mine[some].unsqueeze(1), steps[part])
+                if masks is not None:
+                    for values, row in zip(sent, self._rows[some], strict=True):
+                        masks.hide(self.clients[row], values.numpy(), part.start)
+                acc += sent.sum(dim=0)
             transport.reduce_sum(acc)
             if transport.rank == 0:
-                total[part] = from_grid(acc, steps[part])
+                total.view(torch.int64)[part] = acc
+        if masks is not None:
+            masks.recover()
+        for part in parts if transport.rank == 0 else ():
+            acc = total.view(torch.int64)[part]
+            if masks is not None:
+                masks.lift(acc.numpy(), part.start)
+            total[part] = from_grid(acc, steps[part])
         return total
 
     def by_coordinate(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
@@ -169,6 +186,7 @@ class Cohort:
         rule: (C, chunk) float64 -> (chunk,), the rows in the order of `clients`, a chunk of coordinates on every rank.
         UserError where it gives something else.
         """
+        self._refuse_masked()
 
         def checked(values: Tensor) -> Tensor:
             return expect_vector(rule(values.double()), values.shape[1], "the rule of by_coordinate")
@@ -190,6 +208,7 @@ class Cohort:
         |g_i - g_j|^2 = G_ii + G_jj - 2 G_ij. Coordinates are taken in chunks of a size that does not depend on the
         ranks, each on one rank, and their parts are added in the order of the coordinates.
         """
+        self._refuse_masked()
         transport, count = self._transport, len(self)
         world, rank = transport.world_size, transport.rank
         rows_of = [torch.from_numpy(np.flatnonzero(self._owners == r)) for r in range(world)]
@@ -211,6 +230,14 @@ class Cohort:
                 total += part
         transport.broadcast(total)
         return total
+
+    def _refuse_masked(self) -> None:
+        """UserError where the uploads are masked, so that nobody can see single ones."""
+        if self._masking is not None:
+            raise UserError(
+                "it asks for more of the updates than weighted sums, which is all that secure aggregation gives",
+                key="server.aggregator", remedy="use mean or fednova, or take secure out",
+            )  # fmt: skip
 
     def _elsewhere(self) -> Tensor:
         return torch.zeros(1, dtype=torch.float64).expand(self.size)

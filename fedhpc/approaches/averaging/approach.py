@@ -38,6 +38,9 @@ from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
+from fedhpc.secure import primitives
+from fedhpc.secure.masked_sum import Masking
+from fedhpc.secure.protocols.base import Protocol
 from fedhpc.server.aggregation import Aggregation
 from fedhpc.server.state import ParameterState
 from fedhpc.training import client_state
@@ -53,6 +56,7 @@ class Combined:
     change: Tensor | None  # float64 (S,): 1/N of the changes of c_i, with client.scaffold
     clients: list[int]  # the accepted ones
     memory: dict[str, Tensor]  # what the aggregator keeps now; of meaning on rank 0
+    masking: Masking | None  # what secure aggregation sent
 
 
 class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
@@ -90,6 +94,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         #: The largest memory of this process in bytes, once a step was rehearsed.
         self._peak: int | None = None
         self.aggregation = Aggregation(config.server, seed, cohort_size(config, self.data.population))
+        self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
+        if config.masks_uploads:
+            primitives.require()
+            self._protocol.require(cohort_size(config, self.data.population))
 
     @property
     def block_size(self) -> int:
@@ -186,18 +194,34 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         updates = torch.cat([none, *(upload.updates[ok] for upload, ok in used)])
         shares = self._shares(plan)
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
-        cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, self._movement(plan), memory)
+        movement, masking = self._movement(plan), self._masking(plan)
+        cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, movement, memory, masking)
         if len(cohort) >= self.aggregation.fewest:
             total = self.aggregation.combine(cohort, plan.round)
         else:
             total = torch.zeros(layout.size, dtype=torch.float64)
         if not self.config.corrects_drift:
-            return Combined(total, None, cohort.clients, memory)
+            return Combined(total, None, cohort.clients, memory, masking)
         changes = cohort.replaced(
             torch.cat([none, *(upload.changes[ok] for upload, ok in used if upload.changes is not None)])
         )
         change = changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
-        return Combined(total, change, cohort.clients, memory)
+        return Combined(total, change, cohort.clients, memory, masking)
+
+    def _masking(self, plan: Plan) -> Masking | None:
+        """How the updates of a round are masked: of all clients of the cohort that have data; None where none are."""
+        taking_part = [client for client in plan.cohort if client not in plan.empty]
+        if not self.config.masks_uploads or not taking_part:
+            return None
+        return Masking(self._protocol, self.config.run.seed, plan.round, taking_part)
+
+    def shortfall(self, plan: Plan, completed: np.ndarray) -> str:
+        """Too few clients, or too few of those that can recover the masks of the others."""
+        masking = self._masking(plan)
+        few = super().shortfall(plan, completed)
+        if few or masking is None:
+            return few
+        return masking.shortfall([client for client, ok in zip(plan.cohort, completed, strict=True) if ok])
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
@@ -231,17 +255,36 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return norm
 
     def bytes_down(self, plan: Plan, download: Download | None = None) -> int:
-        """The shared part, with client.scaffold c too, to every client of the cohort."""
+        """The shared part, with client.scaffold c too, to every client of the cohort.
+
+        In an estimate also what secure aggregation sends down.
+        """
         if self.config.mode != "federated":
             return 0
+        masking = self._masking(plan) if download is None else None
+        told = 0 if masking is None else masking.expected_bytes(plan.training)[1]
         times = 2 if self.config.corrects_drift else 1
-        return times * self.payload_dtype.itemsize * self.split.shared.size * len(plan.cohort)
+        return times * self.payload_dtype.itemsize * self.split.shared.size * len(plan.cohort) + told
 
     def bytes_up(self, plan: Plan) -> int:
-        """The updates as they are before the transforms, with client.scaffold the changes of c_i too."""
+        """The updates as they are before the transforms, with client.scaffold the changes of c_i too.
+
+        Masked ones with what their masks take.
+        """
         if self.config.mode != "federated":
             return 0
+        masking = self._masking(plan)
+        if masking is not None:
+            return int(self.training.masked_bytes(plan.training).sum()) + masking.expected_bytes(plan.training)[0]
         return (2 if self.config.corrects_drift else 1) * int(self.training.raw_bytes(plan.training).sum())
+
+    def bytes_fetched(self, plan: Plan, combined: Combined | None) -> int:
+        """Keys, shares and what unmasked the sum, of secure aggregation."""
+        return combined.masking.bytes_up if combined and combined.masking else 0
+
+    def bytes_told(self, plan: Plan, combined: Combined | None) -> int:
+        """The neighbours' keys and shares, and who uploaded, of secure aggregation."""
+        return combined.masking.bytes_down if combined and combined.masking else 0
 
     # ---- results
 

@@ -82,6 +82,10 @@ class BlockTraining:
         numbers = [self.method.numbers_sent(client) - self.split.personal.size for client in clients]
         return self.personal.dtype.itemsize * np.array(numbers, dtype=np.int64)
 
+    def masked_bytes(self, clients: Sequence[int]) -> np.ndarray:
+        """Bytes of each client's masked update (section `secure`), an int64 of every coordinate: int64 (K,)."""
+        return np.full(len(clients), 8 * self.split.shared.size, dtype=np.int64)
+
     def train(
         self,
         round_: int,
@@ -129,6 +133,10 @@ class BlockTraining:
         client_state.write(config.run_dir, clients, round_, tensors_after | sent.tensors, finite)
         # Control variates go beside the updates, as they are.
         bytes_up = sent.bytes_up if changes is None else sent.bytes_up + self.raw_bytes(clients)
+        if config.masks_uploads:
+            if (bytes_up != self.raw_bytes(clients)).any():
+                raise UserError("a transform packs the updates, which cannot be masked then", key="transforms")
+            bytes_up = self.masked_bytes(clients)
         return BlockResult(
             clients=tuple(clients),
             upload=Upload(updates, changes),

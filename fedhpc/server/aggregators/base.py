@@ -27,6 +27,9 @@ class Aggregator(ABC):
     #: Whether it reads `Cohort.movements`, so that the client's optimizer must have a `movement`.
     needs_movements: ClassVar[bool] = False
 
+    #: Whether weighted sums are all that it asks of the cohort: then the updates can be masked (section `secure`).
+    sums_only: ClassVar[bool] = False
+
     #: Names of the vectors that the server keeps for it from round to round, zeros at first: `Cohort.memory`.
     keeps_on_server: ClassVar[tuple[str, ...]] = ()
 

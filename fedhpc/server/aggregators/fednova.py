@@ -26,6 +26,7 @@ class FedNova(Aggregator):
     """The mean of the updates per unit of local work, times the mean work."""
 
     needs_movements = True
+    sums_only = True
 
     def combine(self, cohort: Cohort) -> Tensor:
         return cohort.weighted_sum(weights(cohort.shares, cohort.movements))

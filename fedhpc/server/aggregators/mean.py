@@ -14,5 +14,7 @@ if TYPE_CHECKING:
 class Mean(Aggregator):
     """FedAvg: the sum of the clients' updates, each times its share (server.weighting) among the accepted ones."""
 
+    sums_only = True
+
     def combine(self, cohort: Cohort) -> Tensor:
         return cohort.weighted_sum(cohort.shares / cohort.shares.sum())

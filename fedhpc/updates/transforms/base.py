@@ -65,6 +65,9 @@ class Transform:
     #: The keys beside `name`.
     Options: ClassVar[type[Section]] = Section
 
+    #: Whether it packs an update in another number of bytes, which masked integers (section `secure`) cannot be.
+    packs: ClassVar[bool] = False
+
     #: Names of the tensors that each client keeps from round to round, see `shape`.
     keeps: ClassVar[tuple[str, ...]] = ()
 
