@@ -56,7 +56,8 @@ def run_round(
             server_state.keep_versions([c for c, ok in zip(plan.cohort, completed, strict=True) if ok], round_)
     down = approach.bytes_down(plan, download) + approach.bytes_told(plan, combined)
     up = approach.bytes_fetched(plan, combined)
-    record = make_record(approach, plan, reports, clock, norm, down, up, transport.evaluators)
+    epsilon = approach.epsilon(server_state)
+    record = make_record(approach, plan, reports, clock, norm, down, up, transport.evaluators, epsilon)
     if not shortfall:
         return record
     return replace(record, events=[*record.events, Event("void", shortfall)])
@@ -168,7 +169,7 @@ def _begin(
         if decision == "resume":
             server.message(f"resuming after round {round_}")
     if decision == "fresh":
-        notes = [Event("note", message) for message in approach.messages]
+        notes = [Event("note", message) for message in approach.messages] if server else []
         state = server.state if server else None
         record = _evaluated(approach, transport, state, 0, RoundRecord(0, events=notes))
         if server and record:

@@ -109,7 +109,7 @@ LAYERS = [
     {"ranks"},
     {"models", "secure"},
     {"updates", "objectives"},
-    {"methods"},
+    {"methods", "privacy"},
     {"server", "training", "report"},
     {"participation", "evaluation"},
     {"approaches"},
@@ -265,6 +265,9 @@ def raw_of(family: str, name: str) -> dict[str, Any]:
         return {**raw, "method": {"name": "prompt_search", "proposers": [{"name": name}]}}
     if family == "metrics":
         return {**raw, "evaluation": {"metrics": [name]}}
+    if (family, name) == ("privacy", "client"):
+        options = {"clip_norm": 1.0, "delta": 0.01, "noise_multiplier": 1.0}
+        return {**raw, "server": {"weighting": "uniform"}, "privacy": {"name": name, **options}}
     section, key = next((s, k) for s, keys in CHOOSING.items() for k, f in keys.items() if f == family)
     return {**raw, section: [{key: name}] if section in ("transforms", "trackers") else {key: name}}
 

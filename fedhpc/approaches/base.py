@@ -264,6 +264,10 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def step(self, server_state: StateT, plan: Plan, combined: CombinedT) -> float:
         """Move the server's state; returns the L2 norm of the move."""
 
+    def epsilon(self, server_state: StateT) -> float | None:
+        """What the rounds so far have spent of a privacy budget, on rank 0; None where nothing is promised."""
+        return None
+
     # ---- bytes
 
     @abstractmethod
@@ -302,6 +306,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     @abstractmethod
     def attributes(self) -> dict[str, Any]:
         """Root attributes of results.h5 that are the approach's own, such as payload_parameters."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns of results.h5 that runs of this approach sometimes have, like "rounds/epsilon"."""
+        return ()
 
     # ---- what --check and the first line of the log say of it
 

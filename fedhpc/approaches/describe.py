@@ -154,7 +154,7 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
             **({"plugins": used} if (used := plugins(config)) else {}),
         },
         partition=_partition(approach),
-        columns=approach.schedule.columns,
+        columns=[*approach.schedule.columns, *approach.columns],
     )
 
 

@@ -113,7 +113,7 @@ def collect(
 
 def make_record(
     approach: AnyApproach, plan: Plan, reports: Reports, clock: Clock, update_norm: float, bytes_down: int,
-    bytes_up: int, evaluators: Sequence[int],
+    bytes_up: int, evaluators: Sequence[int], epsilon: float | None = None,
 ) -> RoundRecord:  # fmt: skip
     """The record of a round, before its evaluation. bytes_up: beyond what the clients report."""
     column, ranks, status = reports.clients, reports.ranks, reports.status(plan)
@@ -142,7 +142,7 @@ def make_record(
         seconds_server=clock.seconds("server"),
         # Memory of a GPU and of a server on the CPU cannot be compared.
         peak_memory_bytes=int(ranks["peak_memory_bytes"][list(evaluators)].max()),
-        more=_virtual(plan, ok),
+        more={**({} if epsilon is None else {"epsilon": epsilon}), **_virtual(plan, ok)},
         clients=_client_columns(approach, plan, column, status),
         events=[*_rejections(approach, plan, column, status), *_stragglers(plan), *_memory_events(ranks)],
     )

@@ -168,7 +168,7 @@ def conflicts(config: Config) -> None:
         _check_scaffold(config)
     if config.masks_uploads:
         _check_secure(config)
-    problem = config.method.conflict(config)
+    problem = config.method.conflict(config) or config.privacy.conflict(config)
     if problem:
         raise UserError(problem)
     for key, choice in (("devices.name", config.devices), ("federation.schedule", config.federation.schedule)):

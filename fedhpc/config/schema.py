@@ -272,13 +272,17 @@ class Transformation(Open):
     name: Annotated[str, Choice("transforms")] = Field(description="what changes the clients' updates")
 
 
+class Protection(Open):
+    name: Annotated[str, Choice("privacy")] = Field("none", description="what differential privacy protects")
+
+
 class Tracking(Open):
     name: Annotated[str, Choice("trackers")] = Field(description="where the rounds are shown beside the screen")
 
 
 class Config(Section):
-    """The resolved configuration. `partition`, `method`, `devices`, `client`, `server`, `secure`, each transform and
-    each tracker carry the options of the file they name."""
+    """The resolved configuration. `partition`, `method`, `devices`, `client`, `server`, `secure`, `privacy`, each
+    transform and each tracker carry the options of the file they name."""
 
     mode: Literal["federated", "centralized", "local"] = "federated"
     run: Run
@@ -293,6 +297,7 @@ class Config(Section):
     server: SerializeAsAny[Server]
     secure: SerializeAsAny[Secure]
     transforms: tuple[SerializeAsAny[Transformation], ...]
+    privacy: SerializeAsAny[Protection]
     trackers: tuple[SerializeAsAny[Tracking], ...]
     evaluation: Evaluation
     personalization: Personalization
@@ -338,6 +343,7 @@ SECTIONS: dict[str, type[Section]] = {
     "server": Server,
     "secure": Secure,
     "transforms": Transformation,
+    "privacy": Protection,
     "trackers": Tracking,
 }
 #: The sections that are lists: of as many as are given.

@@ -71,6 +71,17 @@ def draw_clients(
     return tuple(islice(free, count))
 
 
+def clients_drawn(config: Config, population: Population, round_: int, expected: int) -> int:
+    """How many clients a round draws where `expected` are: with privacy.sampling poisson a binomial number.
+
+    With any clients in that number every client is drawn on its own, with probability expected / N.
+    """
+    if getattr(config.privacy, "sampling", "fixed") == "fixed":
+        return expected
+    n = population.num_clients
+    return int(generator(config.run.seed, "cohort size", round_).binomial(n, expected / n))
+
+
 def drops_out(config: Config, round_: int, client: int) -> bool:
     """Whether a client that was asked in a round does not report back."""
     dropout = config.federation.dropout

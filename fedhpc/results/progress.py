@@ -130,6 +130,8 @@ def line(record: RoundRecord, rounds: int) -> str:
     for name, value in losses.items():
         if not math.isnan(value):
             parts.append(f"{name} {value:.3f}" if abs(value) < 1e6 else f"{name} {value:.3g}")
+    if "epsilon" in record.more:
+        parts.append(f"epsilon {record.more['epsilon']:.3f}")
     if record.cohort_size:
         missing = {"dropped": record.dropped, "late": record.more.get("late", 0), "rejected": record.rejected}
         counts = [f"{count} {status}" for status, count in missing.items() if count]

@@ -50,11 +50,13 @@ class ParameterState(ServerState):
         control: bool = False,
         transforms: Mapping[str, Tensor] | None = None,
         memory: Mapping[str, Tensor] | None = None,
+        privacy: Mapping[str, Tensor] | None = None,
     ) -> None:
         """theta: (P,) float32 or float64, on the CPU.
 
         optimizer: None to take the clients' mean over as it is. control: whether there is a c (client.scaffold).
         transforms: what they keep here, as `Pipeline.server_tensors` has it. memory: what the aggregator keeps.
+        privacy: what has been spent of a budget, as `Privacy.initial` has it.
         """
         super().__init__()
         self.theta, self._optimizer = theta, optimizer
@@ -65,6 +67,8 @@ class ParameterState(ServerState):
         self.transforms = dict(transforms or {})
         #: What the aggregator keeps from round to round (`Cohort.memory`), float64 (P,) by name.
         self.memory = dict(memory or {})
+        #: What has been spent of a privacy budget (fedhpc.privacy), by name.
+        self.privacy = dict(privacy or {})
         #: Which of the evaluated states was best, and theta (P,) after that round, where it is wanted at the end.
         self.selection = Selection()
         self.best: Tensor | None = None
@@ -92,12 +96,13 @@ class ParameterState(ServerState):
         self.control = (self.control.double() + change).to(self.control.dtype)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """theta, the optimizer's buffers, c and what transforms and aggregator keep, beside the versions."""
+        """theta, the optimizer's buffers, c, what transforms, aggregator and privacy keep, and the versions."""
         tensors = {f"server.{name}": buffer.numpy() for name, buffer in self._buffers.items()}
         if self.control is not None:
             tensors["control"] = self.control.numpy()
         tensors |= {name: tensor.numpy() for name, tensor in self.transforms.items()}
         tensors |= {f"aggregator.{name}": tensor.numpy() for name, tensor in self.memory.items()}
+        tensors |= {f"privacy.{name}": tensor.numpy() for name, tensor in self.privacy.items()}
         if self.best is not None:
             tensors["best"] = self.best.numpy()
         tensors |= self.selection.tensors()
@@ -110,6 +115,7 @@ class ParameterState(ServerState):
         self._buffers = {name: torch.from_numpy(tensors[f"server.{name}"].copy()) for name in self._buffers}
         self.transforms = {name: torch.from_numpy(tensors[name].copy()) for name in self.transforms}
         self.memory = {name: torch.from_numpy(tensors[f"aggregator.{name}"].copy()) for name in self.memory}
+        self.privacy = {name: torch.from_numpy(tensors[f"privacy.{name}"].copy()) for name in self.privacy}
         if self.control is not None:
             self.control = torch.from_numpy(tensors["control"].copy())
         self.best = torch.from_numpy(tensors["best"].copy()) if "best" in tensors else None

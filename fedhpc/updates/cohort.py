@@ -17,7 +17,7 @@ from fedhpc.lazy import Tensor, torch
 from fedhpc.ranks.collectives import combine_shards
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.secure.masked_sum import Masking
-from fedhpc.updates.exact_sum import from_grid, grid_exponents, largest_exponents, to_grid
+from fedhpc.updates.exact_sum import FixedGrid, from_grid, grid_exponents, largest_exponents, to_grid
 from fedhpc.updates.layout import Layout
 
 _CHUNK = 2**20  # coordinates per collective: bounds the 8-byte buffers whatever P is
@@ -141,21 +141,25 @@ class Cohort:
         other.__dict__.update({**self.__dict__, **changed})
         return other
 
-    def weighted_sum(self, weights: np.ndarray) -> Tensor:
+    def weighted_sum(self, weights: np.ndarray, grid: FixedGrid | None = None) -> Tensor:
         """Add up sum_i w_i g_i exactly, in integers: float64 (S,) on rank 0.
 
-        weights: float64 (C,), the same on every rank. What a rank sends does not depend on the number of clients.
+        weights: float64 (C,), the same on every rank. What a rank sends does not depend on the number of clients. grid:
+        instead of the finest one for these updates; its noise is added once, by rank 0, also where there is no client.
         """
-        if not len(self):
+        if not len(self) and grid is None:
             return self._elsewhere()
         transport, layout, updates = self._transport, self._layout, self._updates
         masks = None if self._masking is None else self._masking.begin(transport, self.clients, self._owners.tolist())
         if self._masking is not None and self._masking.shortfall(self.clients):
             return self._elsewhere()  # nobody could unmask it: the round is void
         mine = torch.from_numpy(weights[self._rows])
-        highest = largest_exponents(updates, mine, layout)
-        transport.all_reduce_max(highest)
-        steps = grid_exponents(highest, self.num_planned, layout)
+        if grid is None:
+            highest = largest_exponents(updates, mine, layout)
+            transport.all_reduce_max(highest)
+            steps = grid_exponents(highest, self.num_planned, layout)
+        else:
+            steps = torch.full((layout.size,), grid.exponent)
         total = torch.empty(layout.size, dtype=torch.float64) if transport.rank == 0 else self._elsewhere()
         parts = [slice(begin, min(begin + _CHUNK, layout.size)) for begin in range(0, layout.size, _CHUNK)]
         for part in parts:
@@ -177,6 +181,8 @@ class Cohort:
             acc = total.view(torch.int64)[part]
             if masks is not None:
                 masks.lift(acc.numpy(), part.start)
+            if grid is not None:
+                acc += grid.noise(len(acc))
             total[part] = from_grid(acc, steps[part])
         return total
 
@@ -256,8 +262,8 @@ class _Mixture(Cohort):
         matrix = np.block([[self._matrix, np.zeros((len(self), 1))], [np.zeros((1, len(self._of))), np.ones((1, 1))]])
         return _Mixture(self._of.with_row(row), matrix)
 
-    def weighted_sum(self, weights: np.ndarray) -> Tensor:
-        return self._of.weighted_sum(weights @ self._matrix)
+    def weighted_sum(self, weights: np.ndarray, grid: FixedGrid | None = None) -> Tensor:
+        return self._of.weighted_sum(weights @ self._matrix, grid)
 
     def by_coordinate(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
         def of_mixtures(values: Tensor) -> Tensor:

@@ -13,11 +13,20 @@ tensor), the integers are added, which is exact in any order, and the sum is tur
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from fedhpc.lazy import Tensor, torch
 from fedhpc.updates.layout import Layout
 
 _ZERO = -(2**20)  # the exponent of a tensor of zeros: below that of every float
+
+
+class FixedGrid(NamedTuple):
+    """A grid that does not depend on the updates, and the noise that goes into the sum on it."""
+
+    exponent: int  # of its step, a power of two; no coordinate is beyond 2^31 steps
+    noise: Callable[[int], Tensor]  # of a number of next coordinates: int64
 
 
 def largest_exponents(updates: Tensor, weights: Tensor, layout: Layout) -> Tensor:

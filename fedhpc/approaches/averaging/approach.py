@@ -36,6 +36,7 @@ from fedhpc.methods.base import Method
 from fedhpc.models.generative import Generative
 from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import cohort_size
+from fedhpc.privacy.base import Privacy
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.secure import primitives
@@ -87,8 +88,13 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         )
         #: The payload in two: what is exchanged, and what stays on the client.
         self.split = self.personal.split
+        clients = self.data.population
+        privacy: type[Privacy] = registry.choice("privacy", config.privacy.name)
+        #: What the run promises to its clients, or to the owners of their examples.
+        self.privacy = privacy(config, clients, self.split.shared.size, cohort_size(config, clients))
+        self.rounds = self.privacy.affordable(self.rounds)
         self.training = BlockTraining(
-            config, self.base, self.method, self.objective, self.data, self.personal, self.rounds
+            config, self.base, self.method, self.objective, self.data, self.personal, self.privacy, self.rounds
         )
         self.evaluation = Evaluation(config, self.method, self.data, self.evaluator)
         #: The largest memory of this process in bytes, once a step was rehearsed.
@@ -110,7 +116,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     @property
     def messages(self) -> list[str]:
-        return [*super().messages, *self.method.messages, *(self._adapter.messages if self._adapter else ())]
+        adapter = self._adapter.messages if self._adapter else ()
+        statement = self.privacy.statement(self.rounds)
+        return [*super().messages, *self.method.messages, *adapter, *([statement] if statement else [])]
 
     @property
     def fingerprint(self) -> str:
@@ -124,7 +132,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     @property
     def min_cohort(self) -> int:
-        return max(super().min_cohort, self.aggregation.fewest)
+        # Under client-level privacy whether a round takes place must not depend on who completed it.
+        return 0 if self.privacy.any_cohort else max(super().min_cohort, self.aggregation.fewest)
 
     @property
     def keeps_client_state(self) -> bool:
@@ -149,7 +158,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         tensors = self.training.pipeline.server_tensors()
         optimizer = optimizer if config.mode == "federated" else None
         memory = self.aggregation.initial_memory(len(theta))
-        return ParameterState(theta, optimizer, config.corrects_drift, tensors, memory)
+        return ParameterState(theta, optimizer, config.corrects_drift, tensors, memory, self.privacy.initial())
 
     def download(self, transport: Transport, state: ParameterState | None, plan: Plan) -> Download:
         theta = control = None
@@ -196,10 +205,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
         movement, masking = self._movement(plan), self._masking(plan)
         cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, movement, memory, masking)
-        if len(cohort) >= self.aggregation.fewest:
-            total = self.aggregation.combine(cohort, plan.round)
-        else:
-            total = torch.zeros(layout.size, dtype=torch.float64)
+        total = self.privacy.combine(cohort, plan.round, self._aggregate)
         if not self.config.corrects_drift:
             return Combined(total, None, cohort.clients, memory, masking)
         changes = cohort.replaced(
@@ -222,6 +228,12 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         if few or masking is None:
             return few
         return masking.shortfall([client for client, ok in zip(plan.cohort, completed, strict=True) if ok])
+
+    def _aggregate(self, cohort: Cohort, round_: int) -> Tensor:
+        """The pseudo-gradient of server.aggregator, float64 (S,); zeros where too few clients are in the cohort."""
+        if len(cohort) < self.aggregation.fewest:
+            return torch.zeros(cohort.size, dtype=torch.float64)
+        return self.aggregation.combine(cohort, round_)
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
@@ -250,6 +262,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         _expect_finite(total, plan.round, "transforms", named)
         norm: float = state.step(total)
         state.memory = combined.memory
+        self.privacy.account(state.privacy, plan.training)
         if combined.change is not None:
             state.correct(combined.change)
         return norm
@@ -285,6 +298,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def bytes_told(self, plan: Plan, combined: Combined | None) -> int:
         """The neighbours' keys and shares, and who uploaded, of secure aggregation."""
         return combined.masking.bytes_down if combined and combined.masking else 0
+
+    def epsilon(self, server_state: ParameterState) -> float | None:
+        return self.privacy.epsilon(server_state.privacy) if self.privacy.spends else None
 
     # ---- results
 
@@ -378,7 +394,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
                 *([apart] if self.split.personal.shapes else []),
                 *self._selection_lines(state),
             ],
-            attributes={} if state.best is None else {"best_round": state.selection.round},
+            attributes={
+                **({} if state.best is None else {"best_round": state.selection.round}),
+                **self.privacy.attributes(state.privacy),
+            },
         )
 
     def _per_client(
@@ -407,6 +426,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return results
 
     # ---- what is said of it
+
+    @property
+    def columns(self) -> list[str]:
+        return ["rounds/epsilon"] if self.privacy.spends else []
 
     def attributes(self) -> dict[str, Any]:
         return {

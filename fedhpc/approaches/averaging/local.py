@@ -18,6 +18,7 @@ from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
+from fedhpc.privacy.base import Privacy
 from fedhpc.training import client_state
 from fedhpc.training.block import Trained, Work, train_block
 from fedhpc.training.client_state import Keeper, OwnPayload
@@ -57,10 +58,11 @@ class BlockTraining:
         objective: Objective,
         data: Data,
         personal: PersonalPart,
+        privacy: Privacy,
         rounds: int,
     ) -> None:
         self.config, self.base, self.method, self.objective, self.data = config, base, method, objective, data
-        self.personal, self.split, self.rounds = personal, personal.split, rounds
+        self.personal, self.split, self.privacy, self.rounds = personal, personal.split, privacy, rounds
         self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
         transforms = [registry.choice("transforms", section.name)(section) for section in config.transforms]
         #: What is done to the updates before they are sent, and to their aggregate on the server.
@@ -120,8 +122,9 @@ class BlockTraining:
         updates, personal = self.split.apart(trained.updates)
         finite = _finite(updates) & _finite(personal)
         sent = self.pipeline.on_clients(updates, round_, clients, tensors, self.raw_bytes(clients))
-        if sent.updates is not updates:
-            updates = sent.updates
+        sent_updates = self.privacy.on_client(sent.updates)
+        if sent_updates is not updates:
+            updates = sent_updates
             finite &= _finite(updates)
         if changes is not None:
             finite &= _finite(changes)

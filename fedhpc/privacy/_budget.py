@@ -1,0 +1,30 @@
+"""The keys that both levels of privacy have: how much noise, or how much may be spent, and who adds up."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fedhpc.privacy._accountant import LEAST_NOISE, Method
+from fedhpc.registry import Section
+
+
+class Budget(Section):
+    clip_norm: float = Field(gt=0, description="C, the largest L2 norm of what one record contributes")
+    delta: float = Field(gt=0, lt=1, description="the delta of (epsilon, delta); at most 1 / number of records")
+    noise_multiplier: float | None = Field(
+        None,
+        ge=LEAST_NOISE,
+        le=1e6,
+        description="z: standard deviation of the noise over clip_norm; default by epsilon",
+    )
+    epsilon: float | None = Field(
+        None, gt=0, description="the budget: the run ends before it passes it; alone it chooses noise_multiplier"
+    )
+    accountant: Method = Field("pld", description="how rounds add up: privacy loss distributions, or Renyi divergences")
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with these keys among themselves, in one line."""
+        if self.noise_multiplier is None and self.epsilon is None:
+            return "privacy.noise_multiplier and privacy.epsilon are both missing: give one of them"
+        return None

@@ -1,0 +1,77 @@
+"""The interface of a level of privacy: where it acts in a round, and what the rounds so far have spent."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedhpc.lazy import Tensor
+from fedhpc.registry import Section
+
+if TYPE_CHECKING:
+    from fedhpc.config import Config
+    from fedhpc.data.population import Population
+    from fedhpc.updates.cohort import Cohort
+
+
+class Privacy(ABC):
+    """A level of privacy: what one release may tell of one record, and what all releases of the run add up to."""
+
+    #: The keys beside `name`.
+    Options: ClassVar[type[Section]] = Section
+
+    #: Whether rounds spend a budget, so that they have an epsilon.
+    spends: ClassVar[bool] = True
+
+    #: Whether a round counts whoever completed it, also where nobody did.
+    any_cohort: ClassVar[bool] = False
+
+    def __init__(self, config: Config, population: Population, size: int, cohort_size: int) -> None:
+        """size: S, the length of an update. cohort_size: clients of a round, or how many are expected.
+
+        UserError where the population is too small for what is promised.
+        """
+        self.config, self.population, self.size, self.cohort_size = config, population, size, cohort_size
+        self.options: Any = config.privacy
+
+    # ---- what a round does
+
+    def on_client(self, updates: Tensor) -> Tensor:
+        """Change the updates (K, S) of a block just before they are sent."""
+        return updates
+
+    def combine(self, cohort: Cohort, round_: int, aggregate: Callable[[Cohort, int], Tensor]) -> Tensor:
+        """Make one pseudo-gradient of the accepted updates, float64 (S,) on rank 0. Collective.
+
+        aggregate: what combines the cohort of a round without privacy.
+        """
+        return aggregate(cohort, round_)
+
+    # ---- what the rounds spend
+
+    def initial(self) -> dict[str, Tensor]:
+        """What the server keeps from round to round, and every checkpoint has, before the first round."""
+        return {}
+
+    @abstractmethod
+    def account(self, spent: Mapping[str, Tensor], clients: Sequence[int]) -> None:
+        """Note in `spent` that a round took place in which these clients trained."""
+
+    @abstractmethod
+    def epsilon(self, spent: Mapping[str, Tensor]) -> float:
+        """The epsilon at privacy.delta of all rounds that `spent` has noted."""
+
+    def affordable(self, rounds: int) -> int:
+        """How many rounds fit into the budget, at most `rounds`. UserError where not even one does."""
+        return rounds
+
+    # ---- what is said of it
+
+    def statement(self, rounds: int) -> str:
+        """What a run of `rounds` rounds promises, in one line; empty where it promises nothing."""
+        return ""
+
+    def attributes(self, spent: Mapping[str, Tensor]) -> dict[str, str | float]:
+        """Root attributes of results.h5 once the rounds that `spent` has noted are all."""
+        return {}

@@ -1,0 +1,289 @@
+"""Differential privacy of clients: noise, clipping, what one client changes, and what the rounds spend."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import numpy as np
+import pytest
+import torch
+from dp_accounting import NeighboringRelation, pld, rdp
+from scipy import stats
+
+from fedhpc import config as configuration
+from fedhpc import registry, rng
+from fedhpc.data.population import Population
+from fedhpc.errors import UserError
+from fedhpc.participation.sampling import clients_drawn, draw_clients
+from fedhpc.privacy import client as client_level
+from fedhpc.privacy._accountant import Accountant, Fixed, Poisson
+from fedhpc.privacy._discrete_gaussian import discrete_gaussian
+from fedhpc.privacy.client import Client
+from fedhpc.ranks.transport.base import Transport
+from fedhpc.ranks.verdict import RefusedError
+from fedhpc.results.results_file import Results
+from fedhpc.results.resume import decide
+from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.layout import Layout
+from tests.federations import Interrupted, federate, final, on_threads, settings, table, tree, write_texts
+
+PRIVACY = {"name": "client", "clip_norm": 0.5, "delta": 0.01, "noise_multiplier": 1.0, "accountant": "rdp"}
+CHANGES: dict[str, Any] = {"server": {"weighting": "uniform"}, "partition": {"name": "iid", "num_clients": 8}}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def private(texts: Path, folder: Path, privacy: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A small private federation."""
+    raw = tree(texts, **{**CHANGES, **changes, "privacy": {**PRIVACY, **(privacy or {})}})
+    raw["partition"] = {**CHANGES["partition"]}
+    return settings(folder, raw)
+
+
+# ---------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 3.7, 50.0])
+def test_noise_is_discrete_gaussian(sigma: float) -> None:
+    """Chi-square against the exact probabilities, over seeds: the p-values of ten of them are not all small."""
+    most = int(6 * sigma) + 2
+    x = np.arange(-most, most + 1)
+    p = np.exp(-(x**2) / (2 * sigma**2))
+    p /= p.sum()
+    values = []
+    for seed in range(10):
+        draws = discrete_gaussian(sigma, 20_000, rng.generator(seed, "test"))
+        assert draws.dtype == np.int64 and draws.shape == (20_000,)
+        counts = np.bincount(np.clip(draws, -most, most) + most, minlength=2 * most + 1)
+        inner = p * len(draws) >= 5
+        observed = [*counts[inner], counts[~inner].sum()]
+        values.append(stats.chisquare(observed, np.append(p[inner], p[~inner].sum()) * len(draws)).pvalue)
+    assert stats.kstest(values, "uniform").pvalue > 1e-3
+
+
+def test_noise_of_a_fine_grid_is_normal() -> None:
+    sigma = 1.3 * 2.0**30
+    draws = np.concatenate([discrete_gaussian(sigma, 50_001, rng.generator(seed, "test")) for seed in range(4)])
+    assert stats.kstest(draws / sigma, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.01
+    assert 0.45 < (draws % 2).mean() < 0.55  # the last bit too
+
+
+# ---------------------------------------------------------------- accountants
+
+
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+def test_epsilon_is_that_of_the_library_for_the_same_event(method: str) -> None:
+    event = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(0.9))
+    reference: Any = pld.PLDAccountant() if method == "pld" else rdp.RdpAccountant()
+    for _ in range(2):
+        reference.compose(event)
+    accountant = Accountant(method, 1e-3, Poisson(0.1))  # type: ignore[arg-type]
+    assert accountant.epsilon(0.9, 2) == pytest.approx(reference.get_epsilon(1e-3), rel=1e-6)
+    assert accountant.epsilon(0.9, 0) == 0
+
+
+def test_a_fixed_cohort_is_accounted_for_with_twice_the_sensitivity() -> None:
+    accountant = Accountant("rdp", 1e-3, Fixed(10, 100))
+    event = dp_accounting.SampledWithoutReplacementDpEvent(100, 10, dp_accounting.GaussianDpEvent(1.5))
+    reference = rdp.RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE).compose(event, 20)
+    assert accountant.epsilon(3.0, 20) == pytest.approx(reference.get_epsilon(1e-3), rel=1e-9)
+    # A cohort of all clients is the Gaussian mechanism of sensitivity 2 C: alpha / (2 (z / 2)^2) of order alpha.
+    everybody = Accountant("rdp", 1e-3, Fixed(100, 100))
+    assert everybody.epsilon(4.0, 1) == pytest.approx(Accountant("rdp", 1e-3, Poisson(1.0)).epsilon(2.0, 1), rel=0.02)
+
+
+@pytest.mark.parametrize("sampling", [Poisson(0.05), Fixed(5, 100)])
+def test_noise_for_a_budget_spends_it_and_no_more(sampling: Any) -> None:
+    accountant = Accountant("rdp", 1e-3, sampling)
+    noise = accountant.noise_multiplier(2.0, 12)
+    assert accountant.epsilon(noise, 12) <= 2.0 < accountant.epsilon(noise - 5e-4, 12)
+    assert accountant.affordable(noise, 2.0, 20) == 12
+    assert accountant.noise_multiplier(1e6, 1) == 0.05
+
+
+# ---------------------------------------------------------------- clipping, and what one client changes
+
+LAYOUT = Layout({"a": (40,), "b": (3, 5)})
+
+
+def level(clip_norm: float = 0.5, **options: Any) -> Client:
+    """Client-level privacy of 20 clients of whom 5 are expected in a cohort."""
+    privacy = {**PRIVACY, "clip_norm": clip_norm, **options}
+    raw = {"server": {"weighting": "uniform"}, "partition": {"name": "iid", "num_clients": 20}, "privacy": privacy}
+    return Client(configuration.resolve(raw), Population(20, 0, 0.0), LAYOUT.size, 5)
+
+
+def noiseless(client: Client, updates: torch.Tensor, ranks: int = 1) -> torch.Tensor:
+    """The pseudo-gradient of a cohort whose noise is taken away."""
+
+    def one(transport: Transport) -> torch.Tensor:
+        mine = np.arange(len(updates))[transport.rank :: ranks]
+        sent = client.on_client(updates[torch.from_numpy(mine)])
+        shares = np.ones(len(updates)) / max(len(updates), 1)
+        cohort = Cohort(transport, LAYOUT, list(range(len(updates))), shares, mine, sent)
+        return client.combine(cohort, 1, lambda cohort, round_: pytest.fail("not without privacy"))
+
+    return on_threads(ranks, one)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip_norm", [0.3, 1.0, 7e-4])
+def test_updates_are_clipped_to_the_norm_and_never_beyond(clip_norm: float, dtype: torch.dtype) -> None:
+    client = level(clip_norm)
+    rows = torch.randn(200, LAYOUT.size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rows[:100] *= clip_norm / 100
+    sent = client.on_client(rows)
+    norms = torch.linalg.vector_norm(sent.double(), dim=1)
+    assert torch.equal(sent[:100], rows[:100]) and sent.dtype == dtype
+    assert (norms <= clip_norm).all() and norms[100:].min() > clip_norm * (1 - 1e-5)
+    wanted = rows[100:].double() * clip_norm / torch.linalg.vector_norm(rows[100:].double(), dim=1, keepdim=True)
+    torch.testing.assert_close(sent[100:].double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_one_client_changes_the_sum_by_the_clip_norm_and_one_replaced_by_twice_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_level, "discrete_gaussian", lambda sigma, count, generator: np.zeros(count, np.int64))
+    client, generator = level(), torch.Generator().manual_seed(2)
+    least, step = 0.0, 0.5 / 2**30
+    for trial in range(30):
+        updates = 10.0 ** float(trial % 5 - 3) * torch.randn(6, LAYOUT.size, generator=generator)
+        if trial % 2:
+            updates[5] = -updates[4]
+        whole = noiseless(client, updates) * client.cohort_size
+        for out in range(len(updates)):
+            without = noiseless(client, updates[torch.arange(6) != out]) * client.cohort_size
+            assert torch.linalg.vector_norm(whole - without) <= 0.5 + step / 1e3
+        replaced = updates.clone()
+        replaced[4] = -updates[4]
+        changed = torch.linalg.vector_norm(noiseless(client, replaced) * client.cohort_size - whole)
+        assert changed <= 1.0 + step / 1e3
+        least = max(least, float(changed))
+    assert least > 1.0 - 1e-5  # the bound is attained
+
+
+def test_the_sum_is_that_of_numpy_over_the_expected_cohort_and_has_noise_where_nobody_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = level()
+    updates = torch.randn(7, LAYOUT.size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noise = noiseless(client, updates[:0])
+    assert noise.shape == (LAYOUT.size,) and 0.05 < noise.std() < 0.2  # z C / 5
+    rows = updates.numpy() * np.minimum(1, 0.5 / np.linalg.norm(updates.numpy(), axis=1, keepdims=True))
+    total = noiseless(client, updates)
+    np.testing.assert_allclose((total - noise).numpy(), rows.sum(axis=0) / 5, atol=1e-6)
+    assert torch.equal(noiseless(client, updates, ranks=3), total)
+    assert torch.equal(noiseless(client, updates[:0], ranks=2), noise)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "federation": {"rounds": 4, "cohort_size": 2},  # of 8: with this seed one cohort is empty
+        "evaluation": {"every": 4, "max_examples": 4, "test_max_examples": 4},
+        "run": {"seed": 1},
+    }
+    runs = {}
+    for name, ranks in (("one", 1), ("three", 3)):
+        config = private(texts, tmp_path / name, **changes)
+        collectives = federate(config, ranks)
+        runs[name] = final(tmp_path / name)
+    config = private(texts, tmp_path / "resumed", **changes)
+    with pytest.raises(Interrupted):
+        federate(config, 3, stop_at=collectives // 2)
+    federate(config, 3)
+    runs["resumed"] = final(tmp_path / "resumed")
+    for name, tensors in runs.items():
+        rounds = table(tmp_path / name, "rounds")
+        accountant = Accountant("rdp", 0.01, Poisson(0.25))
+        assert rounds["epsilon"].tolist() == [accountant.epsilon(1.0, t) for t in range(5)]
+        assert 0 in rounds["cohort_size"][1:] and len(set(rounds["cohort_size"])) > 2
+        assert (rounds["update_norm"][1:] > 0).all()  # of noise at least
+        assert all(np.array_equal(tensors[key], runs["one"][key]) for key in tensors)
+    attributes = Results.read(tmp_path / "one" / "results.h5").attributes
+    assert attributes["epsilon"] == accountant.epsilon(1.0, 4)
+    assert (attributes["delta"], attributes["neighbouring_relation"]) == (0.01, "add-or-remove-one")
+
+
+def test_a_run_ends_with_its_budget_and_cannot_be_extended_beyond(texts: Path, tmp_path: Path) -> None:
+    spent = Accountant("rdp", 0.01, Poisson(0.25)).epsilon(1.0, 2)
+    small: dict[str, Any] = {"evaluation": {"every": 9, "max_examples": 4, "test_max_examples": 4}}
+    for rounds in (3, 5):
+        few = {"rounds": rounds, "cohort_size": 2}
+        config = private(texts, tmp_path / "run", {"epsilon": spent + 1e-9}, federation=few, **small)
+        federate(config)
+        found = table(tmp_path / "run", "rounds")
+        assert found["epsilon"].tolist() == [0, Accountant("rdp", 0.01, Poisson(0.25)).epsilon(1.0, 1), spent]
+        assert np.isfinite(found["eval_loss"][-1])
+    for change in ({"clip_norm": 0.6}, {"delta": 0.02}, {"noise_multiplier": 2.0}, {"sampling": "fixed"}):
+        budget = {"epsilon": spent + 1e-9, **change}
+        with pytest.raises(UserError, match=r"another configuration: privacy\."):
+            decide(private(texts, tmp_path / "run", budget, federation=few, **small), tmp_path / "run", fresh=False)
+
+
+def test_poisson_cohorts_are_as_they_should_be(texts: Path) -> None:
+    config = private(texts, texts / "run", federation={"cohort_size": 2})
+    population = Population(8, 0, 0.0)
+    devices = registry.choice("devices", "none")(config.devices, 0, population)
+    cohorts = [
+        draw_clients(config, population, devices, (t,), clients_drawn(config, population, t, 2)) for t in range(1, 2001)
+    ]
+    assert all(len(set(cohort)) == len(cohort) for cohort in cohorts)
+    sizes = np.bincount([min(len(cohort), 5) for cohort in cohorts], minlength=6)
+    expected = 2000 * np.append(stats.binom(8, 0.25).pmf(np.arange(5)), stats.binom(8, 0.25).sf(4))
+    assert stats.chisquare(sizes, expected).pvalue > 1e-4
+    times = np.bincount([c for cohort in cohorts for c in cohort], minlength=8)
+    assert np.abs(times / 2000 - 0.25).max() < 0.04
+    together = np.mean([{0, 1} <= set(cohort) for cohort in cohorts])
+    assert abs(together - 0.25**2) < 0.025  # each on its own
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"privacy": {"epsilon": 0.0}}, "privacy.epsilon: must be|privacy.epsilon: .*greater than 0"),
+        ({"privacy": {"clip_norm": None}}, "privacy.clip_norm"),
+        ({"privacy": {"noise_multiplier": None}}, "both missing"),
+        ({"privacy": {"sampling": "fixed", "accountant": "pld"}}, "no bound for cohorts of a fixed size"),
+        ({"server": {"aggregator": "median"}}, "use mean"),
+        ({"server": {"weighting": "examples"}}, "set server.weighting uniform"),
+        ({"federation": {"min_cohort": 2}}, "min_cohort"),
+        ({"client": {"scaffold": True}}, "client.scaffold"),
+        ({"mode": "local"}, "mode local"),
+    ],
+)
+def test_what_would_break_the_promise_is_refused(texts: Path, tmp_path: Path, change: Any, words: str) -> None:
+    privacy = change.pop("privacy", {})
+    with pytest.raises(UserError, match=words):
+        private(texts, tmp_path, privacy, **change)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "federation", "words"),
+    [
+        ({"delta": 0.2}, {}, "more than 1 / 8"),
+        ({"epsilon": 0.01}, {}, "less than one round spends"),
+        ({}, {"cohort_size": 9}, "population has 8 clients"),
+    ],
+)
+def test_what_the_population_cannot_have_is_refused(
+    texts: Path, tmp_path: Path, privacy: Any, federation: Any, words: str
+) -> None:
+    with pytest.raises(RefusedError, match=words):
+        federate(private(texts, tmp_path / "run", privacy, federation=federation))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_library_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(UserError, match=r"pip install 'fedhpc\[privacy\]'"):
+        level()
