@@ -159,7 +159,7 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
     of_run = (facts["max_length"], facts["precision"], chat_template)
     if "base_model_name_or_path" not in config:
         return Customized(ready, None, {}, *of_run)
-    tensors = adapter_tensors(folder)
+    tensors = adapter_tensors(folder, ready)
     _put_head(ready, tensors, folder)
     if config.get("format") == bottleneck.FORMAT:
         bottleneck.load(ready.model, folder)

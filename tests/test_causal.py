@@ -141,7 +141,7 @@ def same_as_alone(base: CausalLM, past: tuple[tuple[Tensor, Tensor], ...] = ()) 
     examples = examples_from(Tokens(np.concatenate(texts), offsets, np.array(PROMPTS, np.int32)))
     attached = Attached(past=tuple((k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in past))
     with torch.no_grad():
-        logits = base.logits(base.states(attached, base.batch(examples, np.arange(3))))
+        logits = base.base_logits(base.states(attached, base.batch(examples, np.arange(3))))
         written = base.generate(attached, [row[:-1] for row in texts], 5).tolist()
     wanted = [alone(base, row.tolist(), past)[p - 1 : -1] for row, p in zip(texts, PROMPTS, strict=True)]
     assert relative(logits, torch.cat(wanted)) < 1e-5
@@ -199,7 +199,7 @@ def test_an_exported_prefix_gives_the_same_logits_in_peft(family: str, init: str
     with torch.no_grad(), method.attach(values, values, torch.zeros(1, dtype=torch.int64)) as attached:
         for row in rows():
             ids = torch.from_numpy(row.astype(np.int64)).unsqueeze(0)
-            found = base.logits(base.read(attached, ids))
+            found = base.base_logits(base.read(attached, ids))
             assert relative(found, reference(input_ids=ids).logits) < 1e-4
             assert relative(found, base.model(input_ids=ids).logits) > 1e-2
 

@@ -153,7 +153,7 @@ def test_the_export_loads_in_peft_and_gives_the_same_logits(name: str, family: s
     views = method.payload.views(start)
     batch: Any = SimpleNamespace(ids=ids, row=torch.arange(2).repeat_interleave(9), positions=torch.arange(18))
     with torch.no_grad(), method.attach(views, views, torch.zeros(2, dtype=torch.int64)) as attached:
-        ours = base.logits(base.states(attached, batch)).view(2, 9, -1)
+        ours = base.logits(attached, base.states(attached, batch), batch.row).view(2, 9, -1)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).double()
     theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -9:]
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)

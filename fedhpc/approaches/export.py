@@ -14,6 +14,7 @@ from typing import Any
 from fedhpc import __version__
 from fedhpc.config import Config
 from fedhpc.data.chat_template import ChatTemplate
+from fedhpc.methods._linear import ends_with
 from fedhpc.methods.base import Method, Tensors
 from fedhpc.models.base import Base
 
@@ -49,6 +50,10 @@ _PREFIX = (
     "PEFT's own `generate` writes the same texts with transformers 5.20 to 5.23{alone}. **With transformers 5.24 and "
     "PEFT 0.21.2 it is wrong and says nothing:** it writes the text of the untuned base. Its losses and single forward "
     "passes are right. `fedhpc.load` is right with all of these versions."
+)
+_TIED = (
+    "It changes the output layer, whose weight this base shares with its embeddings. **Do not merge it into the base:**"
+    " PEFT's `merge_and_unload` would change the embeddings too."
 )
 # (type of adapter, type of task) -> with which versions PEFT is right; the others always are.
 _VERSIONS = {
@@ -108,10 +113,20 @@ def _card(base: Base, adapter: dict[str, Any], config: Config) -> str:
     if library == "peft" and base.task_type in _IN_PEFT:
         parts += ["The same with PEFT:", _code("python", _IN_PEFT[base.task_type].format(dtype=dtype))]
         parts.append(_VERSIONS.get((adapter["peft_type"], base.task_type), _RIGHT.get(base.task_type, "")))
+        parts.append(_TIED if _changes_embeddings(base, adapter) else "")
     elif library == "transformers":
         parts.append("It is a whole model: transformers loads the folder like any other.")
     parts.append(_rows(base, config, int(adapter.get("num_virtual_tokens", 0))))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _changes_embeddings(base: Base, adapter: dict[str, Any]) -> bool:
+    """Whether the adapter is on an output layer that has the weight of the embeddings."""
+    output = base.model.get_output_embeddings()
+    if output is None or output.weight is not base.model.get_input_embeddings().weight:
+        return False
+    paths = [path for path, module in base.model.named_modules() if module is output]
+    return any(ends_with(path, name) for path in paths for name in adapter.get("target_modules", ()))
 
 
 def _use(base: Base, config: Config) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.errors import UserError
-from fedhpc.lazy import Tensor, torch
+from fedhpc.lazy import torch
 from fedhpc.models.base import Predictor
 
 if TYPE_CHECKING:
@@ -18,7 +20,22 @@ if TYPE_CHECKING:
 _ROWS, _PROMPT, _TARGET = 3, 1, 22
 
 
-def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that a method adapts."""
+
+    module: Any
+    in_output: bool  # it is given the states of tokens and makes logits of them; any other, the rows of a batch
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """How wide its inputs and its outputs are: (in, out)."""
+        both = features(self.module)
+        assert both is not None, f"{type(self.module).__name__} is no linear layer"
+        return both
+
+
+def find_layers(base: Base, names: list[str], key: str) -> dict[str, Layer]:
     """Path -> linear layer whose path ends with one of `names`, in the model's order, as PEFT matches them.
 
     The head, which is trained as it is, does not count. UserError with the names that there are where one matches
@@ -32,51 +49,48 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Any]:
         )  # fmt: skip
     for name in names:
         if not any(ends_with(path, name) for path in linear):
-            output = getattr(base.model, "get_output_embeddings", lambda: None)()
-            there = sorted({path.rsplit(".", 1)[-1] for path, module in linear.items() if module is not output})
+            there = sorted({path.rsplit(".", 1)[-1] for path in linear})
             raise UserError(f"{key}: the model has no linear layer named {name}; it has: {', '.join(there)}")
     matching = {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
-    _require_rows(base, linear, matching, names, key)
-    return matching
+    in_output = _in_output(base, linear, matching, names, key)
+    return {path: Layer(module, path in in_output) for path, module in matching.items()}
 
 
-def _require_rows(
+def _in_output(
     base: Base, linear: Mapping[str, Any], layers: Mapping[str, Any], names: Sequence[str], key: str
-) -> None:
-    """UserError where a layer is part of the output layer, or is given something else than the rows of a batch.
+) -> set[str]:
+    """The layers among `layers` that make logits of the states of tokens.
 
-    Found by watching the layers while the base reads and predicts a few tokens. A layer that no text passes through,
-    as in a tower for images, is left alone, but not all by the same name.
+    UserError where a layer is given neither these states nor the rows of a batch. Found by watching the layers while
+    the base reads and predicts a few tokens. A layer that no text passes through, as in a tower for images, is left
+    alone, but not all by the same name.
     """
     every_token = {_ROWS * length for length in (_PROMPT, _TARGET, _PROMPT + _TARGET)}  # of encoders, decoders, or both
     seen: dict[str, set[tuple[int, ...]]] = {path: set() for path in linear}
     with torch.no_grad():
         with _watched(linear, seen):
             states = base.read_some(_ROWS, _PROMPT, _TARGET)
-        in_output: dict[str, set[tuple[int, ...]]] = {path: set() for path in layers}
+        of_states: dict[str, set[tuple[int, ...]]] = {path: set() for path in linear}
         if isinstance(base, Predictor):
-            with _watched(layers, in_output):
-                base.logits(states)
+            with _watched(linear, of_states):
+                base.base_logits(states)
     for path in layers:
-        name = path.rsplit(".", 1)[-1]
-        if in_output[path]:
-            raise UserError(
-                f"{key}: {name} is the output layer, which is given the supervised tokens of all clients together",
-                key=key, remedy="leave it out",
-            )  # fmt: skip
-        if not all(shape[0] == _ROWS if len(shape) > 1 else shape[0] in every_token for shape in seen[path]):
+        by_row = all(shape[0] == _ROWS if len(shape) > 1 else shape[0] in every_token for shape in seen[path])
+        by_token = all(prod(shape) == len(states) for shape in of_states[path])
+        if not by_row or not by_token or (seen[path] and of_states[path]):
             raise UserError(
                 f"{key}: {path} is not given the tokens row by row, as an expert is not that sees those sent to it, so "
                 "no client could have its own there",
                 key=key, remedy="choose layers that all tokens of a row pass through",
             )  # fmt: skip
     for name in names:
-        if not any(seen[path] for path in layers if ends_with(path, name)):
-            there = sorted({path.rsplit(".", 1)[-1] for path in linear if seen[path]})
+        if not any(seen[path] or of_states[path] for path in layers if ends_with(path, name)):
+            there = sorted({path.rsplit(".", 1)[-1] for path in linear if seen[path] or of_states[path]})
             raise UserError(
                 f"{key}: no text passes through the layers named {name}, which are for images, sound or the like; "
                 f"through these it does: {', '.join(there)}"
             )
+    return {path for path in layers if of_states[path]}
 
 
 @contextmanager
@@ -121,18 +135,6 @@ def features(module: Any) -> tuple[int, int] | None:
     if is_conv1d(module):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     return None
-
-
-def widths(layer: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer."""
-    both = features(layer)
-    assert both is not None, f"{type(layer).__name__} is no linear layer"
-    return both
-
-
-def by_row(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, T, width) of what goes into or comes out of a layer: OPT's feed-forward sees (B * T, width)."""
-    return x.reshape(len(rows), -1, x.shape[-1])
 
 
 def ends_with(path: str, name: str) -> bool:

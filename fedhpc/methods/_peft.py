@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedhpc.errors import UserError
+from fedhpc.lazy import Tensor, torch
 from fedhpc.methods._linear import ends_with
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fedhpc.models.base import Base
 
 
@@ -59,8 +58,11 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """The adapter_model.safetensors of an export. UserError where it cannot be read."""
+def adapter_tensors(folder: Path, base: Base) -> dict[str, Tensor]:
+    """The adapter_model.safetensors of an export, without weights of `base` under an adapted output layer.
+
+    PEFT saves these too. UserError where it cannot be read, and where the weights are other than the base's.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -68,6 +70,16 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{folder}': adapter_model.safetensors cannot be read: {error}") from None
+    bare = dict(zip(without_wrappers(tensors), tensors, strict=True))
+    parameters = dict(base.model.named_parameters(remove_duplicate=False))
+    for name in [name for name in bare if ".base_layer." in name]:
+        theirs, ours = tensors.pop(bare[name]), parameters.get(name.replace(".base_layer.", "."))
+        coarser = theirs.dtype if ours is None or theirs.itemsize < ours.itemsize else ours.dtype
+        if ours is None or not torch.equal(theirs.to(ours.device, coarser), ours.detach().to(coarser)):
+            raise UserError(
+                f"'{folder}' holds {name}, which is not that of '{base.name}'",
+                remedy="choose the base that it was trained on",
+            )
     return tensors
 
 

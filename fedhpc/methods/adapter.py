@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ from pydantic import Field
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._architectures import architecture
-from fedhpc.methods._linear import by_row, ends_with, features, find_layers, unreached, widths
+from fedhpc.methods._changes import Change, Rows, changed
+from fedhpc.methods._linear import Layer, ends_with, features, find_layers, unreached
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
@@ -59,7 +60,7 @@ class Adapter(Method):
         return unreached(self.base, self.options.feed_forward or [architecture(self.base).feed_forward_output])
 
     @cached_property
-    def _layers(self) -> dict[str, Any]:
+    def _layers(self) -> dict[str, Layer]:
         """Path in the base -> the linear layer behind which an adapter stands, in the model's order."""
         usual = architecture(self.base)
         attention = self.options.attention or list(usual.attention_output)
@@ -75,7 +76,7 @@ class Adapter(Method):
     def payload(self) -> Layout:
         shapes: dict[str, tuple[int, ...]] = {}
         for path, layer in self._layers.items():
-            width, m = widths(layer)[1], self.options.bottleneck
+            width, m = layer.widths[1], self.options.bottleneck
             shapes[f"{path}.adapter.down.weight"] = (m, width)
             shapes[f"{path}.adapter.down.bias"] = (m,)
             shapes[f"{path}.adapter.up.weight"] = (width, m)
@@ -97,27 +98,22 @@ class Adapter(Method):
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        with ExitStack() as attached:
-            for path, layer in self._layers.items():
-                parts = {part: trained[f"{path}.adapter.{part}"] for part in _PARTS}
-                attached.callback(layer.register_forward_hook(self._behind(parts, rows)).remove)
-            yield Attached()
+        with changed(self._layers, self._change, Rows(trained, received, rows)) as output:
+            yield Attached(output=output)
 
-    def _behind(self, parts: Mapping[str, Tensor], rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
-        """A forward hook that applies the adapter of row i's client: weights and biases (K, ...), rows (B,)."""
+    def _change(self, path: str, rows: Rows) -> Change:
+        """The adapter behind the layer at `path`, of the client of each row."""
+        parts = {part: rows.trained[f"{path}.adapter.{part}"] for part in _PARTS}  # each (K, ...)
         activation = _activation(self.options.activation)
 
         def affine(x: Tensor, name: str) -> Tensor:
             weight, bias = (parts[f"{name}.{part}"].to(x.dtype) for part in ("weight", "bias"))
             if len(weight) == 1:
                 return torch.nn.functional.linear(x, weight[0], bias[0])
-            return torch.baddbmm(kernels.of_rows(bias, rows).unsqueeze(1), x, kernels.of_rows(weight, rows).mT)
+            bias, weight = kernels.of_rows(bias, rows.clients), kernels.of_rows(weight, rows.clients)
+            return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
-        def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-            h = by_row(output, rows)  # (B, T, D)
-            return (h + affine(activation(affine(h, "down")), "up")).reshape(output.shape)
-
-        return hook
+        return Change(behind=lambda _, h: h + affine(activation(affine(h, "down")), "up"))
 
     def export(self, values: Tensors, path: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, for `load`."""

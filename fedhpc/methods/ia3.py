@@ -7,7 +7,7 @@ feed-forward's second layer. Payload and export are named and shaped as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from pydantic import Field
 
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._architectures import architecture
-from fedhpc.methods._linear import by_row, find_layers, is_conv1d, unreached, widths
+from fedhpc.methods._changes import Change, Rows, changed
+from fedhpc.methods._linear import Layer, find_layers, is_conv1d, unreached
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
@@ -46,7 +47,7 @@ class IA3(Method):
         return unreached(self.base, [*self.outputs, *self.inputs])
 
     @cached_property
-    def _layers(self) -> dict[str, tuple[Any, bool]]:
+    def _layers(self) -> dict[str, tuple[Layer, bool]]:
         """Path in the base -> (layer, whether its input is rescaled)."""
         outputs = find_layers(self.base, self.outputs, "method.outputs")
         inputs = find_layers(self.base, self.inputs, "method.inputs")
@@ -58,7 +59,7 @@ class IA3(Method):
     def payload(self) -> Layout:
         shapes: dict[str, tuple[int, ...]] = {}
         for path, (layer, is_input) in self._layers.items():
-            inside, outside = widths(layer)
+            inside, outside = layer.widths
             shapes[f"{path}.ia3_l"] = (1, inside) if is_input else (outside, 1)
         return Layout(shapes)
 
@@ -69,17 +70,20 @@ class IA3(Method):
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        with ExitStack() as attached:
-            for path, (layer, is_input) in self._layers.items():
-                vectors = trained[f"{path}.ia3_l"].flatten(1)  # (K, width)
-                per_row = kernels.of_rows(vectors, rows).unsqueeze(1)
-                hook = (
-                    layer.register_forward_pre_hook(lambda _, xs, v=per_row: (_scaled(xs[0], v, rows),))
-                    if is_input
-                    else layer.register_forward_hook(lambda _, xs, y, v=per_row: _scaled(y, v, rows))
-                )
-                attached.callback(hook.remove)
-            yield Attached()
+        layers = {path: layer for path, (layer, _) in self._layers.items()}
+        with changed(layers, self._change, Rows(trained, received, rows)) as output:
+            yield Attached(output=output)
+
+    def _change(self, path: str, rows: Rows) -> Change:
+        """The layer at `path` with its inputs or outputs rescaled."""
+        vectors = rows.trained[f"{path}.ia3_l"].flatten(1)  # (K, width)
+        factors = kernels.of_rows(vectors, rows.clients).unsqueeze(1)  # (B, 1, width)
+
+        def scaled(x: Tensor) -> Tensor:
+            return x * factors.to(x.dtype)
+
+        is_input = self._layers[path][1]
+        return Change(before=scaled) if is_input else Change(behind=lambda _, y: scaled(y))
 
     def export(self, values: Tensors, path: Path) -> None:
         """A PEFT (IA)^3 adapter."""
@@ -87,7 +91,7 @@ class IA3(Method):
             "peft_type": "IA3",
             "target_modules": [*self.outputs, *self.inputs],
             "feedforward_modules": self.inputs,
-            "fan_in_fan_out": any(is_conv1d(layer) for layer, _ in self._layers.values()),
+            "fan_in_fan_out": any(is_conv1d(layer.module) for layer, _ in self._layers.values()),
         }
         self.write_adapter(path, config, {f"base_model.model.{n}": t for n, t in values.items()})
 
@@ -96,8 +100,3 @@ class IA3(Method):
 
         require_method(config, "IA3")
         return as_payload(without_wrappers(tensors), self.payload.shapes)
-
-
-def _scaled(x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
-    """x with the factors (1 or B, 1, width) of its rows."""
-    return (by_row(x, rows) * factors.to(x.dtype)).reshape(x.shape)

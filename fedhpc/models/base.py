@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -37,12 +38,16 @@ class Attached:
     embeddings: (B, n, D) in front of the embedded text, or None.
     questions: what becomes of the vectors (B, D) of the rows' questions, for an encoder of sentences; None: nothing.
     by_position: hooks on layers tell the positions of a row apart, so a layer must be given all of them.
+    output: for a method on the output layer, which is given tokens and not rows: by the rows (S,) of all tokens and a
+        piece of these, while it is open, the output layer computes the tokens of the piece, each with what its row's
+        client has trained. None: nothing is attached there.
     """
 
     past: tuple[tuple[Tensor, Tensor], ...] = ()
     embeddings: Tensor | None = None
     questions: Callable[[Tensor], Tensor] | None = None
     by_position: bool = False
+    output: Callable[[Tensor, slice], AbstractContextManager[None]] | None = None
 
     @property
     def virtual_length(self) -> int:
@@ -293,8 +298,14 @@ class Predictor(Base):
         """
 
     @abstractmethod
-    def logits(self, states: Tensor) -> Tensor:
-        """states (..., D) -> logits (..., V)."""
+    def base_logits(self, states: Tensor) -> Tensor:
+        """The logits (..., V) that the base alone makes of states (..., D)."""
+
+    def logits(self, attached: Attached, states: Tensor, rows: Tensor, piece: slice = slice(None)) -> Tensor:
+        """Logits (s, V) of a piece of the states (S, D), in at least float32. rows (S,): the row of each state."""
+        with nullcontext() if attached.output is None else attached.output(rows, piece):
+            logits = self.base_logits(states[piece])
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
         """The `states` of rows of any tokens."""
@@ -306,14 +317,9 @@ class Predictor(Base):
         examples = examples_from(tokens, labels=np.zeros(rows, np.int32), label_names=["a", "b"])
         return self.states(Attached(), self.batch(examples, np.arange(rows)))
 
-    def frozen_head(self) -> Tensor | None:
+    def frozen_head(self, attached: Attached) -> Tensor | None:
         """The weight (V, D) of an output layer that is one product and not trained, in full precision, else None."""
         return None
-
-    def exact_logits(self, states: Tensor) -> Tensor:
-        """`logits` in at least float32."""
-        logits = self.logits(states)
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def pieces(self, tokens: int) -> list[slice]:
         """Cut `tokens` supervised tokens into pieces whose logits fit in memory at once."""
@@ -324,7 +330,7 @@ class Predictor(Base):
         """Logits of the supervised tokens in turn, in at least float32, a piece (s, V) at a time."""
         states = self.states(attached, batch)
         for piece in self.pieces(len(states)):
-            yield self.exact_logits(states[piece])
+            yield self.logits(attached, states, batch.row, piece)
 
     @abstractmethod
     def label_rows(self, examples: Examples, indices: Int64, targets: Sequence[str]) -> LabelRows:

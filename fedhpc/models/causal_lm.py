@@ -270,7 +270,7 @@ class CausalLM(Generative):
         cache = prefix_cache(attached.past, self.num_layers) if self.keys_and_values else None
         return self.hidden(batch.ids, None, cache, seen, batch.columns + n)
 
-    def logits(self, states: Tensor) -> Tensor:
+    def base_logits(self, states: Tensor) -> Tensor:
         return self._plain_logits(states) if self.plain_head else self._full_logits(states)
 
     def _plain_logits(self, states: Tensor) -> Tensor:
@@ -299,11 +299,11 @@ class CausalLM(Generative):
             return False
         return agree(theirs, self._plain_logits(states))
 
-    def frozen_head(self) -> Tensor | None:
+    def frozen_head(self, attached: Attached) -> Tensor | None:
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config(decoder=True)
         changed = any(getattr(config, key, None) is not None for key in _AFTER_THE_HEAD) or not self.plain_head
-        attached = layer._forward_hooks or layer._forward_pre_hooks
-        if type(layer) is not torch.nn.Linear or layer.bias is not None or changed or attached:
+        trained = attached.output is not None or layer._forward_hooks or layer._forward_pre_hooks
+        if type(layer) is not torch.nn.Linear or layer.bias is not None or changed or trained:
             return None
         exact = layer.weight.dtype in (torch.float32, torch.float64)
         frozen = exact and not layer.weight.requires_grad and not torch.is_autocast_enabled(self.device.type)
@@ -318,7 +318,7 @@ class CausalLM(Generative):
         with torch.no_grad():
             theirs = self.model(input_ids=ids, **with_cache(self.model, None)).logits
             alone = self.hidden(ids)
-            ours = self.logits(alone)
+            ours = self.base_logits(alone)
             others = [torch.cat([start, other], dim=1) for other in (end.flip(1), torch.full_like(end, self.pad_id))]
             beside = self.read(Attached(), torch.cat([ids, *others]))
         self.require_same_logits(theirs, ours)
@@ -466,9 +466,10 @@ class CausalLM(Generative):
         generated = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         lengths = kernels.on_device(np.array([len(prompt) for prompt in prompts]), device)
+        rows = torch.arange(len(prompts), device=device)
         written = self.continuation(attached, prompts)
         for step in range(max_new_tokens):
-            chosen = self.logits(written.states).argmax(dim=-1)
+            chosen = self.logits(attached, written.states, rows).argmax(dim=-1)
             for end in {self.tokenizer.eos_token_id, *ends}:
                 ended |= chosen == end
             generated[:, step] = torch.where(ended, -1, chosen)

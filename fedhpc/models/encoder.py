@@ -312,7 +312,7 @@ class Classifier(Encoder, Predictor):
         """The logits themselves: the head is a part of the network."""
         return self.class_logits(attached, batch.ids, batch.mask)
 
-    def logits(self, states: Tensor) -> Tensor:
+    def base_logits(self, states: Tensor) -> Tensor:
         return states
 
     def class_logits(self, attached: Attached, ids: Tensor, mask: Tensor) -> Tensor:

@@ -77,9 +77,9 @@ class Seq2Seq(Generative):
             states = base._decode(ids, states, torch.ones_like(ids), None)
         scaled = [replace(base, output_scale=scale) for scale in (1.0, base.hidden_size**-0.5)]
         with torch.inference_mode():
-            errors = [float((one.logits(states) - theirs).float().abs().max()) for one in scaled]
+            errors = [float((one.base_logits(states) - theirs).float().abs().max()) for one in scaled]
             base = scaled[errors.index(min(errors))]
-            base.require_same_logits(theirs, base.logits(states))
+            base.require_same_logits(theirs, base.base_logits(states))
         return base
 
     # ---- data
@@ -154,7 +154,7 @@ class Seq2Seq(Generative):
         """The positions of the encoder and of the decoder; None for T5, whose positions are relative."""
         return most_positions(self.model.config)
 
-    def logits(self, states: Tensor) -> Tensor:
+    def base_logits(self, states: Tensor) -> Tensor:
         """BART adds a bias to what comes out of the output layer, Gemma caps it."""
         logits: Tensor = self.model.get_output_embeddings()(states * self.output_scale)
         bias = getattr(self.model, "final_logits_bias", None)
@@ -261,9 +261,10 @@ class Seq2Seq(Generative):
         generated = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         ids = torch.full((len(prompts), 1), _start_id(self), dtype=torch.int64, device=device)
+        rows = torch.arange(len(prompts), device=device)
         for step in range(steps):
             hidden = self._decode(ids, states, mask, cache)[:, -1]
-            chosen = self.logits(hidden).argmax(dim=-1)
+            chosen = self.logits(attached, hidden, rows).argmax(dim=-1)
             for end in {self.tokenizer.eos_token_id, *ends}:
                 ended |= chosen == end
             generated[:, step] = torch.where(ended, -1, chosen)

@@ -140,7 +140,7 @@ class Preference(Objective):
         """Losses of the rows `indices` (R,) without the payload, summed over the tokens of each: float64 (R,)."""
         with torch.no_grad(), autocast(base, self.precision):
             texts = base.batch(rows, indices)
-            losses = _token_losses(base, base.states(Attached(), texts), texts.targets)
+            losses = _token_losses(base, Attached(), base.states(Attached(), texts), texts)
         return _summed(losses.double(), kernels.on_device(texts.supervised.astype(np.int64), base.device))
 
     def losses(self, base: Predictor, attached: Attached, batch: AnswerBatch) -> Tensor:
@@ -148,26 +148,33 @@ class Preference(Objective):
 
     def measured(self, base: Predictor, attached: Attached, batch: AnswerBatch) -> tuple[Tensor, Tensor]:
         """Losses and margins of the examples of a batch: (E,) each (see `outcome`)."""
-        return self._outcome(_token_losses(base, base.states(attached, batch.texts), batch.texts.targets), batch)
+        states = base.states(attached, batch.texts)
+        return self._outcome(_token_losses(base, attached, states, batch.texts), batch)
 
     def backward(
         self, base: Predictor, attached: Attached, batch: AnswerBatch, row_weights: Tensor, scale: float = 1.0
     ) -> Tensor:
         """Backpropagate through the losses of tokens, each by as much as its answer's likelihood counts."""
-        states, targets, head = base.states(attached, batch.texts), batch.texts.targets, base.frozen_head()
+        texts, head = batch.texts, base.frozen_head(attached)
+        states = base.states(attached, texts)
         detached, gradient = states.detach(), None
         with torch.no_grad():
             if head is None:
-                of_tokens = _token_losses(base, detached, targets)
+                of_tokens = _token_losses(base, attached, detached, texts)
             else:
-                of_tokens, gradient = through_frozen_head(detached, head, targets, detached.new_ones(len(detached)))
+                ones = detached.new_ones(len(detached))
+                of_tokens, gradient = through_frozen_head(detached, head, texts.targets, ones)
         of_tokens.requires_grad_()
         losses = self._outcome(of_tokens, batch)[0]
         (losses * row_weights.index_select(0, batch.row) * scale).sum().backward()
         weights = of_tokens.grad
         assert weights is not None
         if gradient is None:
-            through_logits(base, states, lambda logits, piece: _cross_entropy(logits, targets[piece]), weights)
+
+            def losses_of(logits: Tensor, piece: slice) -> Tensor:
+                return _cross_entropy(logits, texts.targets[piece])
+
+            through_logits(base, attached, states, texts.row, losses_of, weights)
         else:
             states.backward(gradient * weights.unsqueeze(1))
         return losses.detach()
@@ -210,9 +217,14 @@ class PairPreference(Preference):
         return self.losses_of(chosen, rejected), self.rewards(chosen) - self.rewards(rejected)
 
 
-def _token_losses(base: Predictor, states: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropies (T,) of the targets, by the states (T, D) that predict them."""
-    return torch.cat([_cross_entropy(base.exact_logits(states[p]), targets[p]) for p in base.pieces(len(states))])
+def _token_losses(base: Predictor, attached: Attached, states: Tensor, texts: TargetBatch) -> Tensor:
+    """The cross-entropies (T,) of the targets of `texts`, by the states (T, D) that predict them."""
+    return torch.cat(
+        [
+            _cross_entropy(base.logits(attached, states, texts.row, piece), texts.targets[piece])
+            for piece in base.pieces(len(states))
+        ]
+    )
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

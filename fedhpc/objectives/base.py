@@ -124,17 +124,25 @@ class PredictedObjective(Objective):
     def losses(self, base: Predictor, attached: Attached, batch: Batch) -> Tensor:
         states = self.states(base, attached, batch)
         pieces = base.pieces(len(states))
-        return torch.cat([self.losses_of(base.exact_logits(states[piece]), batch, piece) for piece in pieces])
+        return torch.cat(
+            [self.losses_of(base.logits(attached, states, batch.row, piece), batch, piece) for piece in pieces]
+        )
 
     def backward(
         self, base: Predictor, attached: Attached, batch: Any, row_weights: Tensor, scale: float = 1.0
     ) -> Tensor:
-        return self._through(base, self.states(base, attached, batch), batch, row_weights, scale)
+        return self._through(base, attached, self.states(base, attached, batch), batch, row_weights, scale)
 
-    def _through(self, base: Predictor, states: Tensor, batch: Batch, row_weights: Tensor, scale: float) -> Tensor:
+    def _through(
+        self, base: Predictor, attached: Attached, states: Tensor, batch: Batch, row_weights: Tensor, scale: float
+    ) -> Tensor:
         """Backpropagate through the logits and then through `states`."""
         weights = row_weights.index_select(0, batch.row) * scale
-        return through_logits(base, states, lambda logits, piece: self.losses_of(logits, batch, piece), weights)
+
+        def losses_of(logits: Tensor, piece: slice) -> Tensor:
+            return self.losses_of(logits, batch, piece)
+
+        return through_logits(base, attached, states, batch.row, losses_of, weights)
 
 
 class CrossEntropy(PredictedObjective):
@@ -150,9 +158,9 @@ class CrossEntropy(PredictedObjective):
         self, base: Predictor, attached: Attached, batch: TargetBatch, row_weights: Tensor, scale: float = 1.0
     ) -> Tensor:
         states = self.states(base, attached, batch)
-        head = base.frozen_head()
+        head = base.frozen_head(attached)
         if head is None:
-            return self._through(base, states, batch, row_weights, scale)
+            return self._through(base, attached, states, batch, row_weights, scale)
         weights = row_weights.index_select(0, batch.row) * scale
         losses, gradient = through_frozen_head(states.detach(), head, batch.targets, weights)
         states.backward(gradient)
@@ -160,24 +168,32 @@ class CrossEntropy(PredictedObjective):
 
 
 def through_logits(
-    base: Predictor, states: Tensor, losses_of: Callable[[Tensor, slice], Tensor], weights: Tensor
+    base: Predictor,
+    attached: Attached,
+    states: Tensor,
+    rows: Tensor,
+    losses_of: Callable[[Tensor, slice], Tensor],
+    weights: Tensor,
 ) -> Tensor:
     """Backpropagate sum_s weights[s] * loss_s through the logits, piece by piece, and then through `states` (S, D).
 
-    losses_of: the losses (s,) of a piece of the tokens, by their logits (s, V). Returns all of them (S,), detached.
+    rows (S,): the row of each state. losses_of: the losses (s,) of a piece of the tokens, by their logits (s, V).
+    Returns all of them (S,), detached.
     """
     pieces = base.pieces(len(states))
     if len(pieces) == 1:
-        losses = losses_of(base.exact_logits(states), pieces[0])
+        losses = losses_of(base.logits(attached, states, rows), pieces[0])
         (losses * weights).sum().backward()
         return losses.detach()
-    leaf = states.detach().requires_grad_()
+    # Where only the output layer is trained, nothing is below it.
+    leaf = states.detach().requires_grad_(states.requires_grad)
     done = []
     for piece in pieces:
-        losses = losses_of(base.exact_logits(leaf[piece]), piece)
+        losses = losses_of(base.logits(attached, leaf, rows, piece), piece)
         (losses * weights[piece]).sum().backward()
         done.append(losses.detach())
-    states.backward(leaf.grad)
+    if leaf.grad is not None:
+        states.backward(leaf.grad)
     return torch.cat(done)
 
 

@@ -29,7 +29,7 @@ class WarmStart:
         try:
             config = adapter_config(folder)
             _require_same_classes(method, folder)
-            tensors = adapter_tensors(folder) if "model_type" not in config else {}
+            tensors = adapter_tensors(folder, base) if "model_type" not in config else {}
             _require_finite(tensors)
             payload = method.imported(config, tensors)
         except UserError as error:

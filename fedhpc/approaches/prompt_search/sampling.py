@@ -30,7 +30,7 @@ def continuations(base: CausalLM, prompts: Sequence[Int32], uniform: Float64, te
     for step in range(uniform.shape[1]):
         if chosen:
             written.add(chosen[-1])
-        shares = (base.logits(written.states).double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+        shares = (base.base_logits(written.states).double() / temperature).softmax(dim=-1).cumsum(dim=-1)
         # The clamp is needed because the last sum may round to less than 1.
         token = torch.searchsorted(shares, draws[:, step : step + 1].contiguous()).clamp(max=shares.shape[1] - 1)
         chosen.append(token[:, 0])

@@ -188,7 +188,7 @@ def _after_prefixes(
 
 def _token_scores(base: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """The log-likelihood of every target token: hidden (R, A, D), targets (R, A) -> float64 (R, A)."""
-    logits = base.logits(hidden).float() if hidden.dtype != torch.float64 else base.logits(hidden)
+    logits = base.base_logits(hidden).float() if hidden.dtype != torch.float64 else base.base_logits(hidden)
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return -losses.double().view(targets.shape)
 

@@ -8,7 +8,7 @@ option `aggregation`; each rule is a file of this folder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,8 @@ from pydantic import Field
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods._architectures import architecture
-from fedhpc.methods._linear import find_layers, is_conv1d, names_of_experts, unreached, widths
+from fedhpc.methods._changes import Change, Rows, changed
+from fedhpc.methods._linear import find_layers, is_conv1d, names_of_experts, unreached
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.methods.lora.average import Average
 from fedhpc.methods.lora.exact import Exact
@@ -80,7 +81,7 @@ class Lora(Method):
         self.targets = options.targets or architecture(base).queries_and_values
         self._layers = find_layers(base, self.targets, "method.targets")
         _require_names_of_layers(base, self.targets)
-        sizes = {path: widths(layer) for path, layer in self._layers.items()}
+        sizes = {path: layer.widths for path, layer in self._layers.items()}
         rank, self._scale = max(options.ranks or [options.rank]), options.alpha / options.rank
         self._rule = _RULES[options.aggregation](Factors(sizes, rank, self._scale, seed), options, base)
 
@@ -112,19 +113,21 @@ class Lora(Method):
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        with ExitStack() as attached:
-            for number, (path, layer) in enumerate(self._layers.items()):
-                a, b = self._rule.term(path, trained)
-                gained, dropout = self._rule.gained(path, received), self._dropout(row_keys, number)
-                term = adds_term(a, b, self._scale, gained, rows, dropout)
-                attached.callback(layer.register_forward_hook(term).remove)
-            yield Attached(by_position=row_keys is not None and self.options.dropout > 0)
+        of_rows = Rows(trained, received, rows, row_keys if self.options.dropout else None)
+        with changed(self._layers, self._change, of_rows) as output:
+            yield Attached(by_position=of_rows.keys is not None, output=output)
 
-    def _dropout(self, row_keys: Tensor | None, number: int) -> Dropout | None:
-        """The dropout of an adapted layer, counted from 0."""
-        if row_keys is None or not self.options.dropout:
+    def _change(self, path: str, rows: Rows) -> Change:
+        """The term that is added behind the layer at `path`."""
+        a, b = self._rule.term(path, rows.trained)
+        gained, dropout = self._rule.gained(path, rows.received), self._dropout(path, rows.keys)
+        return Change(behind=adds_term(a, b, self._scale, gained, rows.clients, dropout))
+
+    def _dropout(self, path: str, keys: Tensor | None) -> Dropout | None:
+        """The dropout of the layer at `path`."""
+        if keys is None:
             return None
-        return Dropout(bits(row_keys, torch.tensor(number)), self.options.dropout)
+        return Dropout(bits(keys, torch.tensor(list(self._layers).index(path))), self.options.dropout)
 
     def export(self, values: Tensors, path: Path) -> None:
         """A PEFT LoRA adapter."""
@@ -136,7 +139,7 @@ class Lora(Method):
             "lora_dropout": self.options.dropout,
             "bias": "none",
             "target_modules": self.targets,
-            "fan_in_fan_out": any(is_conv1d(layer) for layer in self._layers.values()),
+            "fan_in_fan_out": any(is_conv1d(layer.module) for layer in self._layers.values()),
         }
         self.write_adapter(path, config, {f"base_model.model.{name}": t for name, t in tensors.items()})
 
@@ -147,7 +150,7 @@ class Lora(Method):
         wanted = options_of(config, tensors)
         if not self._rule.takes_any_rank:
             require({"rank": self.options.rank, "alpha": self.options.alpha}, {k: wanted[k] for k in ("rank", "alpha")})
-        sizes = {path: widths(layer) for path, layer in self._layers.items()}
+        sizes = {path: layer.widths for path, layer in self._layers.items()}
         factors = Factors(sizes, wanted["rank"], wanted["alpha"] / wanted["rank"], self.seed)
         bare = without_wrappers(tensors)
         if {name for name in bare if is_a(name)} != {name for name in factors.layout.shapes if is_a(name)}:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.methods._linear import by_row
 from fedhpc.rng import bits
 
 
@@ -15,7 +13,7 @@ from fedhpc.rng import bits
 class Dropout:
     """Which inputs of the term are left out."""
 
-    keys: Tensor  # int64 (B,): of the draws of each row
+    keys: Tensor  # int64 (B,): of the draws of each row, or of each token
     share: float  # of the inputs that are dropped
 
     def keeps(self, length: int, width: int) -> Tensor:
@@ -30,8 +28,8 @@ class Dropout:
 
 def adds_term(
     a: Tensor, b: Tensor, scale: float, gained: Tensor | None, rows: Tensor, dropout: Dropout | None
-) -> Callable[[Any, Any, Tensor], Tensor]:
-    """A forward hook that adds `scale` B A x, of the client of each row, to the output of a linear layer.
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What adds `scale` B A x, of the client of each row, to the outputs (B, T, out) of a linear layer.
 
     a (1 or K, r, in), b (1 or K, out, r), rows int64 (B,). gained: (1 or K, out, in) to be added to the weight.
     """
@@ -41,17 +39,16 @@ def adds_term(
         factor = factor.to(dtype)
         return factor if shared else kernels.of_rows(factor.expand(max(len(a), len(b)), -1, -1), rows)
 
-    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        x, y = by_row(inputs[0], rows), by_row(output, rows)  # (B, T, in), (B, T, out)
+    def with_term(x: Tensor, output: Tensor) -> Tensor:
         # What the layer computes in: under autocast its inputs are not in it yet.
-        x, dtype = x.to(output.dtype), output.dtype
+        x, y, dtype = x.to(output.dtype), output, output.dtype
         if gained is not None:
             more = gained.to(dtype)
             y = y + x @ (more if len(gained) == 1 else kernels.of_rows(more, rows)).mT
         if dropout is not None:
-            x = x * dropout.keeps(*x.shape[1:]) / (1 - dropout.share)
+            x = x * dropout.keeps(x.shape[:2].numel() // len(dropout.keys), x.shape[2]).view_as(x) / (1 - dropout.share)
         if shared:
             x, y = x.flatten(0, 1).unsqueeze(0), y.flatten(0, 1).unsqueeze(0)
         return kernels.add_low_rank(y, x, of_rows(a, dtype), of_rows(b, dtype), scale).view_as(output)
 
-    return hook
+    return with_term
