@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedhpc.config import Data
-from fedhpc.data import chats, sources
+from fedhpc.data import chats, files, rows, sources
+from fedhpc.data.chat_pairs import answers_in, chat_pairs, with_a_preference
+from fedhpc.data.chat_tokens import chats_in
 from fedhpc.errors import UserError
 
 CHAT = [
@@ -82,18 +85,56 @@ def test_what_is_no_chat_is_refused_in_one_line_with_its_row(value: Any, words: 
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_structured_column_is_kept_as_it_is_read(tmp_path: Path) -> None:
-    rows = [{"id": 1, "messages": CHAT}, {"id": 2, "messages": json.dumps(CHAT)}, {"id": 3, "messages": None}]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+def test_a_structured_column_is_what_is_read_of_it_or_why_it_cannot_be(tmp_path: Path) -> None:
+    wide: chats.Message = {
+        "role": "assistant",
+        "content": "é",
+        "reasoning": "half a \ud83d",
+        "weight": 1e-320,
+        "n": 2**70,
+    }
+    given = [{"id": 1, "messages": [*CHAT, wide]}, {"id": 2, "messages": json.dumps(CHAT)}, {"id": 3, "messages": None}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, given)))
     source = sources.open_source(Data.model_validate({"source": str(tmp_path)}))
     split = sources.find_split(source, "train")
     assert split is not None
     table = sources.read_table(
-        source, split, {"id": "data.where", "messages": "data.messages"}, structured=["messages"]
+        source, split, {"id": "data.where"}, structured=chats_in(Data(messages="messages", source="unused"))
     )
-    assert table.values == {"messages": [CHAT, json.dumps(CHAT), None]}
     assert [*table.rows] == [{"id": "1"}, {"id": "2"}, {"id": "3"}]
-    chosen = table.select([1])
-    assert chosen.values == {"messages": [json.dumps(CHAT)]} and [*chosen.rows] == [{"id": "2"}]
+    read = table.structures("data.messages", slice(None))
+    assert next(read) == messages([*CHAT, wide]) and next(read) == messages(CHAT)
+    with pytest.raises(UserError) as refused:
+        next(read)
+    with pytest.raises(UserError) as directly:
+        chats.messages(None, "data.messages", f"{tmp_path}/train.jsonl:3")
+    assert vars(refused.value) == vars(directly.value) and str(refused.value) == str(directly.value)
+    chosen = table.select([1])  # as a filter that leaves the third row out
+    assert [*chosen.structures("data.messages", slice(None))] == [messages(CHAT)]
+    assert [*chosen.structures("data.tools", slice(None))] == [None]
     with pytest.raises(UserError, match=r"train.jsonl:1: data.messages names the column 'chat', which is not there"):
-        sources.read_table(source, split, {"chat": "data.messages"}, structured=["chat"])
+        sources.read_table(source, split, {}, structured=chats_in(Data(messages="chat", source="unused")))
+
+
+def test_memory_is_that_of_few_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "AT_ONCE", 16)
+    monkeypatch.setattr(files, "_PART_BYTES", 2**14)
+    with open(tmp_path / "train.jsonl", "w") as file:
+        for number in range(500):
+            words = f"{number} {'word ' * 200}"
+            chat = [{"role": "user", "content": words}, {"role": "assistant", "content": "yes"}]
+            file.write(json.dumps({"messages": chat, "good": words, "bad": f"{words} bad"}) + "\n")
+    size = (tmp_path / "train.jsonl").stat().st_size
+    data = Data(source=str(tmp_path), messages="messages", chosen="good", rejected="bad")
+    source = sources.open_source(data)
+    tracemalloc.start()
+    try:
+        table = sources.read_table(source, str(source.find("train")), {}, structured=chats_in(data) | answers_in(data))
+        table, _ = with_a_preference(table)
+        for chosen, rejected in zip(*chat_pairs(table), strict=True):
+            assert chosen.messages[:2] == rejected.messages[:2] != rejected.messages[2:]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(table.rows) == 500
+    assert peak < 0.5 * size

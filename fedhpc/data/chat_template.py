@@ -21,8 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from fedhpc.data.chats import Json, Message
+from fedhpc.data.chats import Message
 from fedhpc.data.encoding import AS_TEXT, MARK, as_text, find_added, marked
+from fedhpc.data.structured import Json
 from fedhpc.errors import UserError
 
 if TYPE_CHECKING:

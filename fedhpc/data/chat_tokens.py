@@ -7,23 +7,28 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
+from fedhpc import config
 from fedhpc.config import Overlong, TrainOn
 from fedhpc.data import chats
 from fedhpc.data.chat_template import ChatTemplate
-from fedhpc.data.chats import Json, Message
+from fedhpc.data.chats import Message
 from fedhpc.data.encoding import MARK, encode, encode_parts
 from fedhpc.data.partitioners.base import Int64
+from fedhpc.data.rows import OnDemand
 from fedhpc.data.sources import Table
+from fedhpc.data.structured import Json, Structured
 from fedhpc.data.tokens import (
     OverlongError,
     Ragged,
     Spans,
     Tokens,
     cached,
+    joined,
+    offsets_of,
     tokenizer_content,
     update_digest,
 )
@@ -32,7 +37,7 @@ from fedhpc.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 2048  # chats tokenised at once: bounds the Python lists
+_CHUNK = 256  # chats tokenised at once: the tokenizer's own library holds 100 bytes and more for each of their tokens
 _CACHED = "fedhpc-chats-2"  # counts up with the rules by which chats become tokens
 
 
@@ -50,19 +55,46 @@ class Chat(NamedTuple):
         return self._replace(messages=self.messages[:last])
 
 
-def chats_of(table: Table, column: str, tools: str | None) -> list[Chat]:
-    """The chats in the columns of a table. UserError, with the row, for what is none or has no assistant's turn."""
-    conversations = []
-    of_tools: Sequence[object] = [None] * len(table.rows) if tools is None else table.values[tools]
-    for value, given, location in zip(table.values[column], of_tools, table.locations, strict=True):
-        messages = chats.messages(value, "data.messages", location)
-        if all(message["role"] != "assistant" for message in messages):
-            raise UserError(
-                "no message is the assistant's, so there is nothing to learn", key="data.messages", place=location,
-                remedy="mend the row, or take it out of the file",
-            )  # fmt: skip
-        conversations.append(Chat(messages, chats.tools(given, "data.tools", location), location))
-    return conversations
+def chats_in(data: config.Data) -> dict[str, Structured]:
+    """The columns of `data.messages` and `data.tools`, by these keys, and what is read of them."""
+    columns = {}
+    if data.messages is not None:
+        columns["data.messages"] = Structured(
+            data.messages, lambda value, location: [*chats.messages(value, "data.messages", location)]
+        )
+    if data.tools is not None:
+        columns["data.tools"] = Structured(
+            data.tools, lambda value, location: chats.tools(value, "data.tools", location)
+        )
+    return columns
+
+
+def chats_of(table: Table) -> Sequence[Chat]:
+    """The chats of a table. UserError, with the row, for what is none or has no assistant's turn."""
+
+    def some(rows: slice) -> list[Chat]:
+        conversations = []
+        columns = (messages_in(table, rows, "data.messages"), tools_in(table, rows), table.locations[rows])
+        for messages, tools, location in zip(*columns, strict=True):
+            if all(message["role"] != "assistant" for message in messages):
+                raise UserError(
+                    "no message is the assistant's, so there is nothing to learn", key="data.messages", place=location,
+                    remedy="mend the row, or take it out of the file",
+                )  # fmt: skip
+            conversations.append(Chat(messages, tools, location))
+        return conversations
+
+    return OnDemand(len(table.rows), some)
+
+
+def messages_in(table: Table, rows: slice, key: str) -> Iterator[list[Message]]:
+    """The messages of some rows in the column that `key` names; none where it names no column."""
+    return (cast("list[Message]", value or []) for value in table.structures(key, rows))
+
+
+def tools_in(table: Table, rows: slice) -> Iterator[list[Json] | None]:
+    """The tools of the chats of some rows."""
+    return (cast("list[Json] | None", value) for value in table.structures("data.tools", rows))
 
 
 @dataclass(frozen=True)
@@ -82,9 +114,13 @@ class Writer:
         turn. UserError as `ChatTemplate.rendered`, for a chat whose turns do not fit, unless `overlong` says what
         becomes of it, and for an answer that is a turn with what is in front of it.
         """
-        rows: list[_Row | OverlongError] = []
-        for at in range(0, len(conversations), _CHUNK):
-            rows += self._rows(conversations[at : at + _CHUNK])
+        return joined(
+            self._some_tokens(conversations[at : at + _CHUNK], asks) for at in range(0, len(conversations), _CHUNK)
+        )
+
+    def _some_tokens(self, conversations: Sequence[Chat], asks: bool) -> Tokens:
+        """`tokens` of a few chats."""
+        rows = list(self._rows(conversations))
         fitting = [row for row in rows if isinstance(row, _Row)]
         bounds = np.concatenate([np.empty((0, 2), np.int64), *(row.turns for row in fitting)]).astype(np.int32)
         asked = [chat for chat, row in zip(conversations, rows, strict=True) if asks and isinstance(row, _Row)]
@@ -205,8 +241,8 @@ def _ragged(rows: Sequence[list[int]]) -> Ragged:
     return Ragged(np.fromiter(chain.from_iterable(rows), np.int32), _offsets([len(row) for row in rows]))
 
 
-def _offsets(lengths: Sequence[int] | Int64) -> Int64:
-    return np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))]).astype(np.int64)
+def _offsets(lengths: Sequence[int]) -> Int64:
+    return offsets_of(np.array(lengths, np.int64))
 
 
 def cached_chats(
@@ -221,6 +257,10 @@ def cached_chats(
     settings = [writer.max_length, writer.train_on, writer.overlong, asks, tokenizer_content(tokenizer), program]
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     digest = hashlib.sha256(json.dumps([_CACHED, *settings, names], sort_keys=True).encode())
-    of_chats = [[chat.messages, chat.tools, chat.learned] for chat in conversations]
-    update_digest(digest, [json.dumps(one, sort_keys=True) for one in of_chats])
+
+    def as_json(rows: slice) -> list[str]:
+        of_chats = ([chat.messages, chat.tools, chat.learned] for chat in conversations[rows])
+        return [json.dumps(one, sort_keys=True) for one in of_chats]
+
+    update_digest(digest, OnDemand(len(conversations), as_json))
     return cached(digest, len(conversations), lambda: writer.tokens(conversations, asks), write, chats=True)

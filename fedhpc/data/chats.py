@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from fedhpc.data.structured import Json
 from fedhpc.data.values import text
 from fedhpc.errors import UserError, nearest
 
-Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 Message: TypeAlias = dict[str, Json]
 
 #: What data sets call the speakers, by what chat templates call them.

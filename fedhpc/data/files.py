@@ -21,6 +21,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
+from fedhpc.data.json_array import JsonArray
 from fedhpc.data.rows import AT_ONCE
 from fedhpc.data.values import CellKind
 from fedhpc.errors import UserError
@@ -249,7 +250,7 @@ def read_file(path: Path, together: Together | None = None) -> LocatedRows:
     if suffix == ".jsonl":
         return _read_jsonl(path, _lines(path))
     if suffix == ".json":
-        return _read_json(path, _content(path))
+        return _read_json(path)
     return (_read_parquet if suffix == ".parquet" else _read_arrow)(path)
 
 
@@ -319,21 +320,33 @@ def _read_jsonl(path: Path, lines: Iterable[bytes]) -> LocatedRows:
             yield location, _object(_parsed(content, location), location)
 
 
-def _read_json(path: Path, content: bytes) -> LocatedRows:
+def _read_json(path: Path) -> LocatedRows:
     """One array of objects; a file with an object in each line is read as JSON lines are."""
-    if not content.lstrip().startswith(b"["):
-        try:
+    array = JsonArray(_parts(path), str(path))
+    if array.begins():
+        for number, row in enumerate(array, 1):
+            yield f"{path} row {number}", _object(row, f"{path} row {number}")
+        return
+    lines = filter(bytes.strip, _lines(path))
+    if not _is_json(next(lines, b"")) or next(lines, None) is None:
+        content = _content(path)
+        if _is_json(content):
             value = json.loads(content)
-        except ValueError:
-            yield from _read_jsonl(path, content.split(b"\n"))
-            return
-        keys = f" with the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, dict) else ""
-        raise UserError(
-            f"{path}: holds one {type(value).__name__}{keys}; it must be an array of rows, [{{...}}, ...], or have a "
-            "row in each line: write it again with pandas' to_json(..., orient='records')"
-        )
-    for number, row in enumerate(_parsed(content, str(path)), 1):
-        yield f"{path} row {number}", _object(row, f"{path} row {number}")
+            keys = f" with the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, dict) else ""
+            raise UserError(
+                f"{path}: holds one {type(value).__name__}{keys}; it must be an array of rows, [{{...}}, ...], or "
+                "have a row in each line: write it again with pandas' to_json(..., orient='records')"
+            )
+    yield from _read_jsonl(path, _lines(path))
+
+
+def _is_json(content: bytes) -> bool:
+    """Whether this is one value of JSON."""
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _parsed(content: bytes, location: str) -> Any:

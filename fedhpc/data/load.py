@@ -14,10 +14,10 @@ import numpy as np
 
 from fedhpc import config, registry
 from fedhpc.data import sources
-from fedhpc.data.chat_pairs import chat_pairs, holds_chats
+from fedhpc.data.chat_pairs import answers_in, chat_pairs, holds_chats
 from fedhpc.data.chat_pairs import with_a_preference as chats_with_a_preference
 from fedhpc.data.chat_template import ChatTemplate
-from fedhpc.data.chat_tokens import Chat, Writer, cached_chats, chats_of
+from fedhpc.data.chat_tokens import Chat, Writer, cached_chats, chats_in, chats_of
 from fedhpc.data.encoding import marked
 from fedhpc.data.files import is_shard, numbered_beside
 from fedhpc.data.labels import UNLABELLED, class_order, is_number, no_class
@@ -163,7 +163,7 @@ def load_data(
             if writer is None:
                 prompts, targets, *_ = _texts(table, written)
             else:
-                chats = [[chats[0][row] for row in rows.tolist()]]
+                chats = _chats(table, data)
             if of_split is not None:
                 of_split = of_split._replace(variant=of_split.variant[rows])
             if train and true_labels is not None:
@@ -269,9 +269,9 @@ def _chat_writer(settings: config.Config, tokenizer: PreTrainedTokenizerBase, wr
     return Writer(tokenizer, chat_template, data.train_on, data.max_length, data.overlong)
 
 
-def _chats(table: Table, data: config.Data) -> Sequence[list[Chat]]:
+def _chats(table: Table, data: config.Data) -> Sequence[Sequence[Chat]]:
     """The chats of a table; of pairs the better ones and the worse ones."""
-    return [chats_of(table, str(data.messages), data.tools)] if data.chosen is None else chat_pairs(table, data)
+    return [chats_of(table)] if data.chosen is None else chat_pairs(table)
 
 
 def _answers(data: config.Data, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> dict[str, Template]:
@@ -383,11 +383,9 @@ def _read_splits(
     owner = {} if data.client is None or purpose == "test" else {data.client: "data.client"}
     of_target = written["data.target"].columns if "data.target" in written else ()
     references = [column for column in of_target if column != data.label]  # a class is no list
-    structured = {} if data.messages is None else {data.messages: "data.messages"}
-    if data.chosen is not None and data.rejected is not None and "data.rejected" not in written:  # pairs of chats
-        structured |= {data.chosen: "data.chosen", data.rejected: "data.rejected"}
-    if structured and data.tools is not None:
-        structured[data.tools] = "data.tools"
+    structured = chats_in(data) if data.messages is not None else {}
+    if data.chosen is not None and "data.rejected" not in written:  # pairs of chats
+        structured = chats_in(data) | answers_in(data)
     tables: dict[str, Table] = {}
     unseen = [
         (key, column, value)
@@ -425,9 +423,7 @@ def _read_splits(
         # Those whose labels are hidden may have no column for them.
         optional = data.label if split != "train" else None
         wanted = {**columns, **(owner if split == "train" else {})}
-        table = sources.read_table(
-            source, name_in_source, {**wanted, **structured}, optional, references, data.missing, structured
-        )
+        table = sources.read_table(source, name_in_source, wanted, optional, references, data.missing, structured)
         if split == "train" and owner:
             # Owners whose rows are all filtered out stay clients, without data.
             names_ = set(table.rows.column(str(data.client)))
@@ -437,9 +433,7 @@ def _read_splits(
         if data.chosen is not None:
             table = tables[split]
             of_texts = "data.rejected" in written
-            tables[split], line = (
-                with_a_preference(table, of_answers) if of_texts else chats_with_a_preference(table, data)
-            )
+            tables[split], line = with_a_preference(table, of_answers) if of_texts else chats_with_a_preference(table)
             messages += [] if line is None else [line]
         reason = "" if split == "train" or data.label is None else _hidden(tables, split, data.label)
         if reason and answers is None:

@@ -10,16 +10,18 @@ import os
 import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from string import digits
-from typing import BinaryIO, overload
+from typing import BinaryIO, TypeVar, overload
 
 import numpy as np
 
 from fedhpc.data.partitioners.base import Int64
 from fedhpc.data.templates import Template
 from fedhpc.errors import UserError
+
+_T = TypeVar("_T")
 
 AT_ONCE = 1024  # rows that are in memory at once
 _DIGITS = 18  # that a number of 64 bits always has room for
@@ -35,7 +37,10 @@ def unnamed_file() -> BinaryIO:
 
 def write(file: BinaryIO, content: bytes | memoryview) -> None:
     """Put bytes at the end of an unnamed file. UserError where there is no room."""
-    left = memoryview(content).cast("B")
+    left = memoryview(content)
+    if not left.nbytes:  # which cannot be cast
+        return
+    left = left.cast("B")
     try:
         while left:
             left = left[file.write(left) :]
@@ -67,24 +72,10 @@ class Rows(Sequence[dict[str, str]]):
     @classmethod
     def of(cls, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Rows:
         """Keep rows that are given as their texts, in the order of the columns."""
-        file, starts, lengths = unnamed_file(), [0], [np.zeros((0, len(columns)), np.uint32)]
-        texts: list[Sequence[str]] = []
-
-        def put() -> None:
-            encoded = [text.encode() for text in chain.from_iterable(texts)]
-            lengths.append(np.fromiter(map(len, encoded), np.uint32, len(encoded)).reshape(len(texts), len(columns)))
-            content = b"".join(encoded)
-            write(file, content)
-            starts.append(starts[-1] + len(content))
-            texts.clear()
-
+        builder = RowsBuilder(columns)
         for row in rows:
-            texts.append(row)
-            if len(texts) == AT_ONCE:
-                put()
-        put()
-        count = sum(map(len, lengths))
-        return cls(columns, file, np.array(starts[:-1], np.int64), np.concatenate(lengths), np.arange(count))
+            builder.add(row)
+        return builder.rows()
 
     def select(self, keep: Int64) -> Rows:
         """Some of these rows, which share the texts."""
@@ -151,6 +142,62 @@ class Rows(Sequence[dict[str, str]]):
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return b"".join(pieces)
+
+
+class RowsBuilder:
+    """Writes the texts of rows to an unnamed file, one row after the other."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
+        self._file, self._starts, self._lengths = unnamed_file(), [0], [np.zeros((0, len(columns)), np.uint32)]
+        self._texts: list[Sequence[str]] = []
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Keep the next row, given as its texts in the order of the columns."""
+        self._texts.append(texts)
+        if len(self._texts) == AT_ONCE:
+            self._put()
+
+    def rows(self) -> Rows:
+        """All rows that were added, in order."""
+        self._put()
+        count = sum(map(len, self._lengths))
+        starts = np.array(self._starts[:-1], np.int64)
+        return Rows(self.columns, self._file, starts, np.concatenate(self._lengths), np.arange(count))
+
+    def _put(self) -> None:
+        encoded = [text.encode() for text in chain.from_iterable(self._texts)]
+        lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
+        self._lengths.append(lengths.reshape(len(self._texts), len(self.columns)))
+        content = b"".join(encoded)
+        write(self._file, content)
+        self._starts.append(self._starts[-1] + len(content))
+        self._texts.clear()
+
+
+class OnDemand(Sequence[_T]):
+    """What is made of each row when it is asked for."""
+
+    def __init__(self, count: int, make: Callable[[slice], Sequence[_T]]) -> None:
+        """make: what there is of some of `count` rows."""
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | Sequence[_T]:
+        if isinstance(index, slice):
+            return self._make(index)
+        row = range(self._count)[index]
+        return self._make(slice(row, row + 1))[0]
+
+    def __iter__(self) -> Iterator[_T]:
+        for start in range(0, self._count, AT_ONCE):
+            yield from self._make(slice(start, start + AT_ONCE))
 
 
 class Rendered(Sequence[str]):

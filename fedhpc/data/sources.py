@@ -1,7 +1,7 @@
 """Reads the rows of a split from built-in data, a local folder or file, or a data set of the Hugging Face hub.
 
 A split is named (`train`) or given as a file (`other.csv`). Every value that is used becomes a text as it is read,
-but for chats, which are lists. A row remembers where it was read (`data/train.csv:7`), so that an error can name it.
+but for chats, which become JSON. A row remembers where it was read (`data/train.csv:7`), so that an error can name it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +24,8 @@ from fedhpc.data import files
 from fedhpc.data.client_files import Layout, files_by_client
 from fedhpc.data.files import INSTALL, LocatedRows
 from fedhpc.data.partitioners.base import Int64
-from fedhpc.data.rows import AT_ONCE, Locations, LocationsBuilder, Rows
+from fedhpc.data.rows import AT_ONCE, Locations, LocationsBuilder, Rows, RowsBuilder
+from fedhpc.data.structured import Json, Structured, parsed
 from fedhpc.data.values import is_character_text, is_missing, text
 from fedhpc.errors import UserError, nearest
 
@@ -39,7 +41,16 @@ class Table:
     rows: Rows  # of each row, the texts of its columns
     locations: Locations  # of each row, like "train.csv:7"
     nulls: Mapping[str, Int64]  # of each column, which rows have no value, ascending
-    values: Mapping[str, list[object]]  # columns that are no texts, as they were read
+    structured: Rows | None = None  # columns of lists and objects, by the configuration key that names each
+
+    def structures(self, key: str, rows: slice) -> Iterator[Json]:
+        """What was read of some rows in the column of lists and objects that `key` names; null where it names none.
+
+        UserError for a value that cannot be used.
+        """
+        if self.structured is None or key not in self.structured.columns:
+            return repeat(None, len(range(*rows.indices(len(self.rows)))))
+        return map(parsed, self.structured.texts(rows, [key])[0])
 
     def select(self, indices: Sequence[int] | Int64) -> Table:
         """The table of the rows with these indices."""
@@ -49,7 +60,7 @@ class Table:
             rows=self.rows.select(keep),
             locations=self.locations.select(keep),
             nulls={column: np.flatnonzero(np.isin(keep, rows)) for column, rows in self.nulls.items()},
-            values={column: [values[i] for i in keep.tolist()] for column, values in self.values.items()},
+            structured=None if self.structured is None else self.structured.select(keep),
         )
 
     def missing(self, column: str) -> list[int]:
@@ -118,23 +129,24 @@ def read_table(
     optional: str | None = None,
     references: Collection[str] = (),
     missing: Missing = "error",
-    structured: Collection[str] = (),
+    structured: Mapping[str, Structured] = MappingProxyType({}),
 ) -> Table:
     """Read all rows of a split, as `find_split` named it.
 
     columns: the columns to keep, each with the configuration key that asks for it, like {"mr": "data.prompt"}; see
     `lookup` for "a.b". optional: one that need not be there; then it has no value. references: the columns of a target,
     in which a list stands for as many rows with one reference each. missing: what becomes of a row without a column
-    that others have, as in `data.missing`. structured: those of lists and objects, such as chats, which are kept as
-    they are read (`Table.values`).
+    that others have, as in `data.missing`. structured: columns of lists and objects, such as chats, by the key that
+    asks for each (`Table.structured`).
     """
     locations = LocationsBuilder()
-    values_of: dict[str, list[object]] = {column: [] for column in structured}
+    structures = RowsBuilder([*structured]) if structured else None
     nulls: dict[str, list[int]] = {}
     lacking: dict[str, tuple[Mapping[str, Any], str]] = {}  # the first row without a column, and where it is
     seen: set[str] = set()
-    texts = [column for column in columns if column not in values_of]
-    plain = texts if not values_of else None  # the columns of a row that may have a text in each
+    texts = [*columns]
+    plain = texts if structures is None else None  # the columns of a row that may have a text in each
+    asked = [*columns.items(), *((one.column, key) for key, one in structured.items())]
 
     def rows() -> Iterator[Sequence[str]]:
         count = 0
@@ -146,7 +158,7 @@ def read_table(
                 yield ready
                 continue
             picked: dict[str, Any] = {}
-            for column, key in columns.items():
+            for column, key in asked:
                 if (missing == "empty" or column == optional) and not _has(values, column):
                     lacking.setdefault(column, (values, location))
                     picked[column] = None
@@ -155,8 +167,8 @@ def read_table(
                     if column in values or picked[column] is not None:
                         seen.add(column)
             for one in _each_reference(picked, references, location):
-                for column in values_of:
-                    values_of[column].append(one[column])
+                if structures is not None:
+                    structures.add([of.written(one[of.column], location) for of in structured.values()])
                 row = [_text(one[column], column, columns[column], location) for column in texts]
                 for column, written in zip(texts, row, strict=True):
                     if not written and is_missing(one[column]):
@@ -168,11 +180,13 @@ def read_table(
     rows_of_split = Rows.of(texts, rows())
     for column, (values, location) in lacking.items():
         if column not in seen and column != optional:  # no row has it: rather a mistake than a value that is missing
-            _value(values, column, columns[column], location)
+            _value(values, column, next(key for name, key in asked if name == column), location)
     if not rows_of_split:
         raise UserError(f"{split}: the split has no rows")
     of_nulls = {column: np.array(numbers, np.int64) for column, numbers in nulls.items()}
-    return Table(split, rows_of_split, locations.locations(), of_nulls, values_of)
+    return Table(
+        split, rows_of_split, locations.locations(), of_nulls, None if structures is None else structures.rows()
+    )
 
 
 def _plain_texts(values: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -263,9 +263,61 @@ def ranges(starts: Int64, ends: Int64) -> Int64:
 
 
 def _ragged(values: Int32, offsets: Int64, chosen: Int64) -> tuple[Int32, Int64]:
-    """The values of some rows of a ragged array, one behind the other, and their offsets."""
+    """The values of some rows of a ragged array, one behind the other in an unnamed file, and their offsets."""
     starts, ends = offsets[chosen], offsets[chosen + 1]
-    return values[ranges(starts, ends)], np.concatenate([[0], np.cumsum(ends - starts)])
+    with unnamed_file() as file:
+        for at in range(0, len(starts), AT_ONCE):
+            write(file, values[ranges(starts[at : at + AT_ONCE], ends[at : at + AT_ONCE])].data)
+            release(values)
+        return mapped(file), offsets_of(ends - starts)
+
+
+def offsets_of(lengths: Int64) -> Int64:
+    """Where rows of these lengths begin, one behind the other, and where the last one ends: int64 (n + 1,)."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+class _RaggedBuilder:
+    """Writes rows of token ids to an unnamed file, part by part."""
+
+    def __init__(self) -> None:
+        self._file, self._lengths = unnamed_file(), [np.zeros(0, np.int64)]
+
+    def add(self, ids: Int32, offsets: Int64) -> None:
+        """Put rows behind those that are there."""
+        write(self._file, ids.data)
+        self._lengths.append(np.diff(offsets))
+
+    def ragged(self) -> Ragged:
+        """All rows that were added, in order."""
+        with self._file:
+            return Ragged(mapped(self._file), offsets_of(np.concatenate(self._lengths)))
+
+
+def joined(parts: Iterable[Tokens]) -> Tokens:
+    """The tokens of chats that come in parts, of which one is in memory at a time."""
+    ids, questions, replies = _RaggedBuilder(), _RaggedBuilder(), _RaggedBuilder()
+    of_each: dict[str, list[NDArray[Any]]] = {name: [] for name in (*_OF_EACH, "overlong")}
+    spans: list[Spans] = []
+    for part in parts:
+        ids.add(part.ids, part.offsets)
+        for name, arrays in of_each.items():
+            arrays.append(getattr(part, name))
+        assert part.spans is not None and part.questions is not None and part.replies is not None
+        spans.append(part.spans)
+        questions.add(*part.questions)
+        replies.add(*part.replies)
+    counts = np.concatenate([np.diff(one.offsets) for one in spans])
+    starts, ends = (np.concatenate([getattr(one, name) for one in spans]) for name in ("starts", "ends"))
+    return Tokens(
+        *ids.ragged(),
+        **{name: np.concatenate(arrays) for name, arrays in of_each.items()},
+        spans=Spans(offsets_of(counts), starts, ends),
+        questions=questions.ragged(),
+        replies=replies.ragged(),
+    )
 
 
 def examples_from(
@@ -385,11 +437,9 @@ def tokenize(
             write(file, np.fromiter(chain.from_iterable(pieces), np.int32).data)
         ids = mapped(file)
     fits = too_long == 0
-    offsets = np.zeros(np.count_nonzero(fits) + 1, np.int64)
-    np.cumsum(lengths[fits], out=offsets[1:])
     return Tokens(
         ids,
-        offsets,
+        offsets_of(lengths[fits]),
         prompt_lengths[fits],
         lost=lost[fits],
         needed=needed[fits],
@@ -548,8 +598,13 @@ def pieces_of(array: NDArray[Any]) -> Iterator[memoryview]:
     each = max(_PIECE // flat.itemsize, 1)
     for start in range(0, len(flat), each):
         yield flat[start : start + each].data
-        if isinstance(array.base, mmap.mmap):
-            array.base.madvise(mmap.MADV_DONTNEED)
+        release(array)
+
+
+def release(array: NDArray[Any]) -> None:
+    """Let the pages of a memory map leave memory; they are read again where they are needed."""
+    if isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _load(folder: Path, count: int, chats: bool = False) -> Tokens | None:
