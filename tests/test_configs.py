@@ -20,7 +20,7 @@ def test_resolves(path: Path) -> None:
     assert config.run.name != "demo", "a committed configuration has a run name of its own"
 
 
-@pytest.mark.parametrize("name", ["chats", "classification", "skewed", "reparametrised", "million"])
+@pytest.mark.parametrize("name", ["chats", "classification", "late", "skewed", "reparametrised", "million"])
 def test_check_passes_and_writes_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,20 +5,47 @@ The optimisation is that of the quadratic clients of test_quadratic.py, against 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedhpc import config as configuration
+from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.data import Population
 from fedhpc.errors import UserError
+from fedhpc.participation.plan import Plan
+from fedhpc.participation.schedules.buffered import Buffered
 from fedhpc.participation.schedules.synchronous import Synchronous
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.report.__main__ import main as report
+from fedhpc.rng import generator
+from fedhpc.updates.pipeline import Pipeline
 from tests import tiny
 from tests.federations import table
 from tests.test_participation import population, settings
-from tests.test_quadratic import START, agree, fedavg, federated, thetas
+from tests.test_quadratic import (
+    BATCH,
+    COHORT,
+    COUNTS,
+    LR,
+    ROUNDS,
+    SIZE,
+    START,
+    STEPS,
+    agree,
+    by_steps,
+    cohorts,
+    fedavg,
+    federated,
+    gradient,
+    sgd,
+    thetas,
+)
+from tests.test_seams import EightBits, in_every_way
 
 SIZES = [1, 9, 4, 0, 7, 2, 12, 5, 3, 6, 8, 3]
 DATA = tiny.examples(sum(SIZES))
@@ -194,6 +221,233 @@ def test_a_deadline_before_anybody_arrives_voids_the_round(tmp_path: Path) -> No
 def test_what_does_not_go_together_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         configuration.load(None, overrides)
+
+
+# ---------------------------------------------------------------- buffered rounds
+
+
+def buffered(concurrency: int, size: int, **options: Any) -> dict[str, Any]:
+    schedule = {"name": "buffered", "concurrency": concurrency, "buffer_size": size, **options}
+    return {"cohort_size": None, "schedule": schedule}
+
+
+# Speeds that are no multiples of each other, so that no two clients end at once.
+SPEEDS = [3.1, 1.7, 8.9, 2.3, 40.0, 5.3]
+
+
+def seconds_of(client: int) -> float:
+    """Of the trace below: the payload both ways, and the rows of all its steps of one token each."""
+    return 8 * SIZE * 2 / (50 + client) + STEPS[client] * BATCH / SPEEDS[client]
+
+
+def unequal(folder: Path) -> dict[str, Any]:
+    rows = [f"{c},{speed},{50 + c},{50 + c}" for c, speed in enumerate(SPEEDS)]
+    return {"name": "trace", "file": write_trace(folder / "devices.csv", rows)}
+
+
+def everybody_at_work(size: int, step: Callable[..., np.ndarray], train: Callable[..., np.ndarray]) -> list[Any]:
+    """FedBuff's loop with all six clients at work, event by event: (time, theta, (client, staleness) of the buffer).
+
+    A client that has sent its update starts again after the step that uses it.
+    """
+    x, now, buffer, steps = START, 0.0, list[Any](), list[Any]()
+    ends = {c: (seconds_of(c), 0, x) for c in range(6)}
+    while len(steps) < ROUNDS:
+        client = min(ends, key=lambda c: ends[c][0])
+        now, version, start = ends.pop(client)
+        buffer.append((client, len(steps) - version, start, train(client, start, version)))
+        if len(buffer) == size:
+            x = step(x, buffer)
+            steps.append((now, x, {(c, s) for c, s, *_ in buffer}))
+            ends |= {c: (now + seconds_of(c), len(steps), x) for c, *_ in buffer}
+            buffer = []
+    return steps
+
+
+def test_fedbuff_is_the_paper_s(tmp_path: Path) -> None:
+    """Nguyen et al. 2022, algorithm 1: w <- w - eta_g / K sum_i s(tau_i) Delta_i, also with falling rates."""
+
+    def train(client: int, x: np.ndarray, version: int) -> np.ndarray:
+        for _ in range(STEPS[client]):
+            x = x - LR * (1 - version / ROUNDS) * gradient(client, x)
+        return x
+
+    def step(x: np.ndarray, buffer: Sequence[Any]) -> np.ndarray:
+        return x - 0.7 / len(buffer) * sum((start - end) / np.sqrt(1 + s) for _, s, start, end in buffer)
+
+    found = thetas(
+        federated(
+            tmp_path,
+            devices=unequal(tmp_path),
+            federation=buffered(6, 2),
+            client={"schedule": "linear", "schedule_per": "round"},
+            server={"weighting": "uniform", "lr": 0.7},
+        )
+    )
+    wanted = everybody_at_work(2, step, train)
+    agree(found, [x for _, x, _ in wanted], START)
+    rounds, clients = (table(tmp_path, name) for name in ("rounds", "clients"))
+    assert np.allclose(np.cumsum(rounds["virtual_seconds"])[1:], [now for now, *_ in wanted], rtol=1e-12)
+    for r, (_, _, buffer) in enumerate(wanted, 1):
+        of_round = clients["round"] == r
+        assert set(zip(clients["client_id"][of_round], clients["staleness"][of_round], strict=True)) == buffer
+        assert rounds["staleness"][r] == np.mean([s for _, s in buffer])
+    assert clients["staleness"].max() >= 2
+    assert (rounds["bytes_down"][1:] == 2 * SIZE * 8).all() and (rounds["completed"][1:] == 2).all()
+
+
+def test_fedasync_is_the_paper_s(tmp_path: Path) -> None:
+    """Xie et al. 2019, algorithm 1: x <- (1 - alpha_t) x + alpha_t x_new with alpha_t = alpha (1 + t - tau)^-a."""
+
+    def train(client: int, x: np.ndarray, version: int) -> np.ndarray:
+        return by_steps(client, x, 0.8)
+
+    def step(x: np.ndarray, buffer: Sequence[Any]) -> np.ndarray:
+        ((_, staleness, _, new),) = buffer
+        alpha = 0.6 * (1 + staleness) ** -0.3
+        return (1 - alpha) * x + alpha * new
+
+    found = thetas(
+        federated(
+            tmp_path,
+            devices=unequal(tmp_path),
+            federation=buffered(6, 1, contribution="model", staleness_exponent=0.3),
+            client={"proximal": 0.8},
+            server={"lr": 0.6},
+        )
+    )
+    agree(found, [x for _, x, _ in everybody_at_work(1, step, train)], START)
+
+
+def test_a_buffer_of_equal_clients_is_a_synchronous_round(tmp_path: Path) -> None:
+    """To the bit, and with the same clients, where the buffer is all that are at work."""
+    equal = {"devices": EQUAL, "client": {"steps": 3}}
+    one = federated(tmp_path / "synchronous", **equal)
+    other = federated(tmp_path / "buffered", **equal, federation=buffered(COHORT, COHORT))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(thetas(one), thetas(other), strict=True))
+    for r, group in enumerate(cohorts(tmp_path / "synchronous")):
+        assert np.array_equal(group, cohorts(tmp_path / "buffered")[r])
+    assert (table(tmp_path / "buffered", "clients")["staleness"] == 0).all()
+
+
+def test_buffered_rounds_on_any_number_of_ranks_and_after_a_resume(tmp_path: Path) -> None:
+    """With what clients keep for a transform, with dropout, and with more clients than are at work."""
+
+    def change(approach: Averaging) -> None:
+        approach.training.pipeline = Pipeline([EightBits(None)], approach.config.run.seed, SIZE, torch.float64)
+
+    federation = {**buffered(4, 2), "dropout": 0.2}
+    found = in_every_way(tmp_path, change, devices={"name": "lognormal", "speed_sigma": 1.0}, federation=federation)
+    clients = table(tmp_path / "1", "clients")
+    assert set(clients["status"]) == {0, 1} and set(clients["staleness"]) > {0, 1}
+    residuals = {i: np.zeros(SIZE) for i in range(len(COUNTS))}
+    thetas_of, x = [START], START
+    for r in range(1, ROUNDS + 1):
+        rows = np.flatnonzero((clients["round"] == r) & (clients["status"] == 0))
+        assert len(rows) == 2
+        total = np.zeros(SIZE)
+        for i, staleness in zip(clients["client_id"][rows], clients["staleness"][rows], strict=True):
+            start = thetas_of[r - 1 - staleness]
+            wanted = start - sgd(i, start, STEPS[i]) + residuals[i]
+            unit = np.abs(wanted).max() / 127
+            sent = np.floor(wanted / unit + generator(0, "transforms.0.rounding", r, i).random(SIZE)) * unit
+            residuals[i] = wanted - sent
+            total += sent / np.sqrt(1 + staleness) / 2
+        x = x - total
+        thetas_of.append(x)
+    agree(found, thetas_of[1:], START)
+
+
+def plans(rounds: int, clients: Any = None, block_size: int = 2, **sections: Any) -> list[Plan]:
+    """The plans of buffered rounds; asked for again in another order they are the same."""
+
+    def schedule() -> Buffered:
+        return Buffered(settings(**sections), clients or population(SIZES), DATA, [0], block_size)
+
+    one, other = schedule(), schedule()
+    in_order = [one.plan(r) for r in range(1, rounds + 1)]
+    assert [other.plan(rounds), other.plan(1), other.plan(1)] == [in_order[-1], in_order[0], in_order[0]]
+    return in_order
+
+
+def test_a_buffered_plan_has_every_client_once_and_keeps_the_versions_that_are_needed() -> None:
+    sections = {"devices": {"name": "lognormal"}, "federation": {**buffered(7, 3), "dropout": 0.2}}
+    at_work: dict[int, int] = {}
+    made = plans(60, **sections)
+    for plan in made:
+        assert len(set(plan.cohort)) == len(plan.cohort) and len(plan.training) == 3
+        assert plan.empty <= {3} and not plan.late
+        assert all(0 <= version < plan.round for version in plan.versions)
+        needed = {v for later in made[plan.round :] for v in later.versions if v < plan.round}
+        if plan.round < 50:  # by then all that are at work have ended
+            assert set(plan.needed_later) == needed
+        for client, version in zip(plan.cohort, plan.versions, strict=True):
+            assert at_work.get(client, -1) < version  # it ended before it started again
+            at_work[client] = plan.round - 1
+    assert set(at_work) == set(range(12))
+
+
+def test_blocks_of_buffered_rounds_are_as_full_as_synchronous_ones() -> None:
+    def occupancy(made: Sequence[Plan]) -> float:
+        blocks = [len(block.clients) for plan in made for block in plan.blocks]
+        return float(np.mean(blocks)) / 4
+
+    clients = population(np.random.default_rng(0).integers(3, 9, 60).tolist())
+    data, sections = tiny.examples(600), {"devices": {"name": "lognormal", "speed_sigma": 1.0}}
+    rounds = range(1, 41)
+    late = Buffered(settings(**sections, federation=buffered(32, 16)), clients, data, [0], 4)
+    plain = Synchronous(settings(**sections, federation={"cohort_size": 16}), clients, data, [0], 4)
+    assert occupancy([late.plan(r) for r in rounds]) >= 0.9 * occupancy([plain.plan(r) for r in rounds])
+
+
+def test_a_buffered_round_of_a_million_clients_touches_only_those_at_work() -> None:
+    config = settings(
+        partition={"name": "virtual", "num_clients": 10**6, "examples_per_client": 5},
+        devices={"name": "lognormal", "availability": 0.8, "queue": "lognormal"},
+        federation=buffered(20, 10),
+    )
+    drawn: set[int] = set()
+
+    def draw(client: int) -> np.ndarray:
+        drawn.add(client)
+        return np.arange(5)
+
+    schedule = Buffered(config, Population(10**6, 0, 0.0, draw=draw, drawn=5), DATA, [0], 2)
+    ended = {client for r in range(1, 31) for client in schedule.plan(r).cohort}
+    assert ended < drawn and len(drawn) <= len(ended) + 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["devices.name=none"], r"buffered needs devices, which say who arrives when: give devices\.name"),
+        (["federation.schedule.buffer_size=21"], r"buffer_size 21 is more than federation\.schedule\.concurrency 20"),
+        (["federation.cohort_size=5"], r"take federation\.cohort_size out"),
+        (["federation.cohort_fraction=0.5"], r"take federation\.cohort_fraction out"),
+        (["client.optimizer=sgd", "client.scaffold=true"], "buffered ones start from several: give one of the two"),
+        (["devices.name=none", "method.name=fedbpt"], "buffered needs devices"),
+        (["federation.schedule.deadline_s=5"], r"unknown key 'federation\.schedule\.deadline_s'"),
+        (["federation.schedule.contribution=half"], "must be 'update' or 'model', got 'half'"),
+    ],
+)
+def test_what_does_not_go_with_buffered_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configuration.load(None, ["federation.schedule.name=buffered", "devices.name=lognormal", *overrides])
+
+
+def test_a_run_whose_trace_has_changed_does_not_resume(tmp_path: Path) -> None:
+    federation = {**buffered(6, 2), "rounds": 2}
+    federated(tmp_path, devices=unequal(tmp_path), federation=federation)
+    with (tmp_path / "devices.csv").open("a") as file:
+        file.write("6,1,1,1\n")
+    changed = {"name": "trace", "file": str(tmp_path / "devices.csv")}
+    with pytest.raises(RefusedError, match="the content of the data changed since the run began"):
+        federated(tmp_path, devices=changed, federation={**federation, "rounds": 3})
+
+
+def test_more_clients_at_work_than_there_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="concurrency is 7, and the population has 6 clients; lower it"):
+        federated(tmp_path, devices=EQUAL, federation=buffered(7, 2))
 
 
 # ---------------------------------------------------------------- reports

@@ -33,7 +33,7 @@ def headline(approach: AnyApproach, transport: Transport) -> str:
     more = f" (up to {approach.most_together} on one GPU)" if joined else ""
     sampled = cohort_size(config, population)
     of_fewer = config.mode == "federated" and config.federation.cohort_size is None and sampled < COHORT_SIZE
-    everybody = " (all of them)" if of_fewer and config.federation.cohort_fraction is None else ""
+    everybody = " (all of them)" if of_fewer and sampled == population.num_clients else ""
     return (
         f"{config.run.name}: {config.mode} {config.method.name} of {approach.base.name} "
         f"({approach.summary()}), {population.num_clients:,} clients, "

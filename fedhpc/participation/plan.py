@@ -35,6 +35,9 @@ class Plan:
     blocks: tuple[Block, ...]
     late: frozenset[int] = frozenset()  # cut off: their updates are not waited for, so they are not computed
     times: Times | None = None  # None: nobody takes time
+    weights: tuple[float, ...] = ()  # per client of the cohort: what its update is multiplied by; empty: nothing
+    pulls_to_models: bool = False  # whether an update leads from the newest state, and not from the client's start
+    needed_later: tuple[int, ...] = ()  # versions before this round's step from which later rounds have clients
 
     @property
     def training(self) -> tuple[int, ...]:

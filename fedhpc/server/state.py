@@ -69,6 +69,8 @@ class ParameterState(ServerState):
         self.memory = dict(memory or {})
         #: What has been spent of a privacy budget (fedhpc.privacy), by name.
         self.privacy = dict(privacy or {})
+        #: theta (P,) of earlier versions from which clients still train, by version.
+        self.past: dict[int, Tensor] = {}
         #: Which of the evaluated states was best, and theta (P,) after that round, where it is wanted at the end.
         self.selection = Selection()
         self.best: Tensor | None = None
@@ -77,6 +79,11 @@ class ParameterState(ServerState):
     def chosen(self) -> Tensor:
         """theta (P,) that the run ends with: the last, or the best one."""
         return self.theta if self.best is None else self.best
+
+    def keep_past(self, version: int, needed_later: Sequence[int]) -> None:
+        """Keep theta as `version`, and the earlier ones, as far as later rounds need them."""
+        versions = self.past | {version: self.theta}
+        self.past = {v: versions[v] for v in needed_later}
 
     def step(self, gradient: Tensor) -> float:
         """Move by the aggregated pseudo-gradient (P,) float64; returns the L2 norm of the move."""
@@ -96,13 +103,14 @@ class ParameterState(ServerState):
         self.control = (self.control.double() + change).to(self.control.dtype)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """theta, the optimizer's buffers, c, what transforms, aggregator and privacy keep, and the versions."""
+        """theta of now and earlier, the buffers, c, what transforms, aggregator and privacy keep, and the versions."""
         tensors = {f"server.{name}": buffer.numpy() for name, buffer in self._buffers.items()}
         if self.control is not None:
             tensors["control"] = self.control.numpy()
         tensors |= {name: tensor.numpy() for name, tensor in self.transforms.items()}
         tensors |= {f"aggregator.{name}": tensor.numpy() for name, tensor in self.memory.items()}
         tensors |= {f"privacy.{name}": tensor.numpy() for name, tensor in self.privacy.items()}
+        tensors |= {f"past.{version}": theta.numpy() for version, theta in self.past.items()}
         if self.best is not None:
             tensors["best"] = self.best.numpy()
         tensors |= self.selection.tensors()
@@ -118,5 +126,7 @@ class ParameterState(ServerState):
         self.privacy = {name: torch.from_numpy(tensors[f"privacy.{name}"].copy()) for name in self.privacy}
         if self.control is not None:
             self.control = torch.from_numpy(tensors["control"].copy())
+        past = [name for name in tensors if name.startswith("past.")]
+        self.past = {int(name.removeprefix("past.")): torch.from_numpy(tensors[name].copy()) for name in past}
         self.best = torch.from_numpy(tensors["best"].copy()) if "best" in tensors else None
         self.selection.load(tensors)

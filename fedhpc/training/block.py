@@ -47,6 +47,7 @@ class Work:
 
     client_id: int
     indices: np.ndarray  # its training examples
+    round: int | None = None  # whose draws and learning rates it has; None: the round of all
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,22 @@ class _Clients:
 
     def __init__(self, works: Sequence[Work], local: LocalTraining) -> None:
         draw = batches if local.privacy is None else poisson_batches
-        plans = [draw(len(w.indices), local, local.seed, local.round, w.client_id) for w in works]
+        rounds = [local.round if w.round is None else w.round for w in works]
+        plans = [
+            draw(len(w.indices), local, local.seed, round_, w.client_id)
+            for w, round_ in zip(works, rounds, strict=True)
+        ]
         steps = np.array([len(plan) for plan in plans], dtype=np.int64)
         #: For each row of the block's tensors, which of `works` it is; and the other way round.
         self.order = np.argsort(-steps, kind="stable")
         self._rows = np.argsort(self.order)
         self._works = [works[i] for i in self.order]
         self._plans = [plans[i] for i in self.order]
-        self._rates = [learning_rates(local, local.round, local.rounds, len(plan)) for plan in self._plans]
+        self.rounds = [rounds[i] for i in self.order]
+        self._rates = [
+            learning_rates(local, round_, local.rounds, len(plan))
+            for round_, plan in zip(self.rounds, self._plans, strict=True)
+        ]
         self.steps = steps[self.order]  # int64 (K,)
 
     @property
@@ -197,7 +206,8 @@ class _Model:
         self.parameters = method.trainable.flatten(expanded).clone()
         self.gradient = torch.zeros_like(self.parameters)
         self.parameters.requires_grad_().grad = self.gradient
-        keys = [torch_seed(local.seed, "noise", local.round, client) for client in clients.ids]
+        draws = zip(clients.rounds, clients.ids, strict=True)
+        keys = [torch_seed(local.seed, "noise", round_, client) for round_, client in draws]
         #: int64 (K,): the key of each client's random draws.
         self.client_keys = kernels.on_device(np.array(keys, dtype=np.int64), base.device)
         #: Forward passes of a row in a step.

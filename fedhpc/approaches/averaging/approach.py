@@ -169,7 +169,17 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             theta, control = both.split(size)
         elif self.config.mode != "local":
             theta = self._theta(transport, state)
-        return Download(theta, control, self._versions(transport, state, plan.cohort))
+        past = self._past(transport, state, plan)
+        return Download(theta, control, self._versions(transport, state, plan.cohort), past)
+
+    def _past(self, transport: Transport, state: ParameterState | None, plan: Plan) -> dict[int, Tensor]:
+        """theta (S,) of the earlier versions from which clients of this round start, on the CPU of every rank."""
+        newest = plan.round - 1
+        versions = sorted({plan.versions[plan.index[client]] for client in plan.training} - {newest})
+        past = {v: self._on_every_rank(transport, state.past[v] if state else None) for v in versions}
+        if state:
+            state.keep_past(newest, plan.needed_later)
+        return past
 
     def _theta(self, transport: Transport, state: ParameterState | None) -> Tensor:
         """theta_t (S,) on the CPU of every rank."""
@@ -189,7 +199,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return broadcast_versions(transport, state, clients) if self.keeps_client_state else {}
 
     def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
-        return self.training.train(plan.round, clients, down, self.progress.add, self.examples_that_fit)
+        return self.training.train(plan, clients, down, self.progress.add, self.examples_that_fit)
 
     def combine(
         self, transport: Transport, state: ParameterState | None, plan: Plan, results: Sequence[BlockResult[Upload]]
@@ -248,10 +258,14 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         options, optimizer = self.config.client, self.training.optimizer
 
         @cache
-        def of_steps(steps: int) -> float:
-            return optimizer.movement(learning_rates(options, plan.round, self.rounds, steps))
+        def of_steps(version: int, steps: int) -> float:
+            return optimizer.movement(learning_rates(options, version + 1, self.rounds, steps))
 
-        return lambda client: of_steps(num_steps(self.data.population.num_examples(client), options))
+        def of_client(client: int) -> float:
+            steps = num_steps(self.data.population.num_examples(client), options)
+            return of_steps(plan.versions[plan.index[client]], steps)
+
+        return of_client
 
     def step(self, state: ParameterState, plan: Plan, combined: Combined | None) -> float:
         """Run the transforms' server halves over the aggregate, then the server optimizer's step."""

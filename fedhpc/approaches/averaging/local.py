@@ -18,6 +18,7 @@ from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
+from fedhpc.participation.plan import Plan
 from fedhpc.privacy.base import Privacy
 from fedhpc.training import client_state
 from fedhpc.training.block import Trained, Work, train_block
@@ -37,6 +38,7 @@ class Download:
     theta: Tensor | None  # (S,): theta_t; None in local mode, where nothing is exchanged
     control: Tensor | None  # (S,): c, with client.scaffold
     versions: Mapping[int, int]  # client -> the round whose file holds its state, 0: none yet; empty where none is kept
+    past: Mapping[int, Tensor]  # (S,) each: theta of the earlier versions from which clients of this round start
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class BlockTraining:
 
     def train(
         self,
-        round_: int,
+        plan: Plan,
         clients: Sequence[int],
         down: Download,
         on_step: Callable[[float], None],
@@ -100,15 +102,17 @@ class BlockTraining:
 
         fit: as in `LocalTraining.of`.
         """
-        config = self.config
+        config, round_ = self.config, plan.round
+        versions = [plan.versions[plan.index[client]] for client in clients]
         tensors = client_state.read(config.run_dir, clients, down.versions, self.keepers)
-        starts = self._starts(down, tensors)
+        theta = self._theta(plan, down, versions)
+        starts = self._starts(theta, tensors)
         trained = train_block(
             self.base,
             self.method,
             self.objective,
             starts,
-            [Work(c, self.data.population.indices(c)) for c in clients],
+            [Work(c, self.data.population.indices(c), v + 1) for c, v in zip(clients, versions, strict=True)],
             self.data.train,
             replace(LocalTraining.of(config, round_, self.rounds, fit), packing=config.client.packing),
             None if self._memory is None else Memory.of(tensors),
@@ -142,7 +146,7 @@ class BlockTraining:
             bytes_up = self.masked_bytes(clients)
         return BlockResult(
             clients=tuple(clients),
-            upload=Upload(updates, changes),
+            upload=Upload(self._counted(plan, clients, down, theta, updates), changes),
             reason=np.where(finite, 0, 1),
             tokens=trained.tokens,
             steps=trained.steps,
@@ -169,12 +173,31 @@ class BlockTraining:
         start = self.personal.initial_payload().unsqueeze(0)
         train_block(self.base, self.method, self.objective, start, works, self.data.train, local)
 
-    def _starts(self, down: Download, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _theta(self, plan: Plan, down: Download, versions: Sequence[int]) -> Tensor | None:
+        """The shared parts from which K clients train: (K, S), or (1, S) where they share one; None in local mode."""
+        if down.theta is None or all(version == plan.round - 1 for version in versions):
+            return None if down.theta is None else down.theta.unsqueeze(0)
+        thetas = {**down.past, plan.round - 1: down.theta}
+        return torch.stack([thetas[version] for version in versions])
+
+    def _starts(self, theta: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
         """The payloads from which K clients train: (K, P), or (1, P) where they share one."""
         if self._payload is not None:
             return self._payload.of_clients(tensors)
-        assert down.theta is not None
-        return self.split.join(down.theta.unsqueeze(0), self.personal.of_clients(tensors))
+        assert theta is not None
+        return self.split.join(theta, self.personal.of_clients(tensors))
+
+    def _counted(
+        self, plan: Plan, clients: Sequence[int], down: Download, theta: Tensor | None, updates: Tensor
+    ) -> Tensor:
+        """The updates (K, S) of clients that started from `theta`, as they count in a schedule where some are stale."""
+        if plan.pulls_to_models:
+            assert theta is not None and down.theta is not None
+            updates = updates + (down.theta - theta)
+        if not plan.weights:
+            return updates
+        weights = torch.tensor([plan.weights[plan.index[client]] for client in clients], dtype=updates.dtype)
+        return updates * weights.unsqueeze(1)
 
     def _tensors_after(
         self, tensors: Mapping[str, Tensor], starts: Tensor, trained: Trained, changes: Tensor | None
