@@ -25,6 +25,7 @@ _MODULES = {
     "Config": "fedhpc.config",
     "UserError": "fedhpc.errors",
     "Method": "fedhpc.methods.base",
+    "Attack": "fedhpc.attacks.base",
     "Aggregator": "fedhpc.server.aggregators.base",
     "Preaggregator": "fedhpc.server.preaggregators.base",
     "ServerOptimizer": "fedhpc.server.optimizers.base",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fedhpc.api import load_config as load_config
     from fedhpc.api import open_run as open_run
     from fedhpc.api import run as run
+    from fedhpc.attacks.base import Attack as Attack
     from fedhpc.config import Config as Config
     from fedhpc.customized import load as load
     from fedhpc.data.partitioners.base import Partitioner as Partitioner

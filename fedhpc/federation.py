@@ -44,6 +44,7 @@ def run_round(
             results += approach.local_in_parts(plan, block.clients, download)
             transport.progress.finish(len(block.clients))
     with clock("reduce"):
+        results = approach.attacked(transport, plan, results)
         combined = approach.combine(transport, server_state, plan, results)
         reports = collect(transport, plan, results, approach, fitted, clock.seconds("local"), wire_bytes)
     if server_state is None or reports is None:

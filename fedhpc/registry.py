@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent
 #: family -> its files, as patterns below the package; the part for * is the name of the choice.
 FAMILIES = {
     "aggregators": ["server/aggregators/*.py"],
+    "attacks": ["attacks/*.py"],
     "client_optimizers": ["training/optimizers/*.py"],
     "devices": ["participation/devices/*.py"],
     "methods": ["methods/*.py", "methods/*/__init__.py", "approaches/*/options.py"],
@@ -57,6 +58,7 @@ FAMILIES = {
 #: family -> its base class, as module:class; imported when a choice is, so that nothing here depends on it.
 BASES = {
     "aggregators": "fedhpc.server.aggregators.base:Aggregator",
+    "attacks": "fedhpc.attacks.base:Attack",
     "client_optimizers": "fedhpc.training.optimizers.base:ClientOptimizer",
     "devices": "fedhpc.participation.devices.base:Devices",
     "methods": "fedhpc.methods.base:Method",

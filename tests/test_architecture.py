@@ -110,7 +110,7 @@ LAYERS = [
     {"models", "secure"},
     {"updates", "objectives"},
     {"methods", "privacy"},
-    {"server", "training", "report"},
+    {"attacks", "server", "training", "report"},
     {"participation", "evaluation"},
     {"approaches"},
     {"federation"},
@@ -153,7 +153,14 @@ def test_who_may_import_what(library: str, allowed: set[str]) -> None:
 
 def test_methods_and_rules_know_nothing_of_a_run() -> None:
     edges = graph(only_at_run_time=False, group=top)
-    leaves = ("server.aggregators", "updates.transforms", "training.optimizers", "server.optimizers", "methods")
+    leaves = (
+        "attacks",
+        "server.aggregators",
+        "updates.transforms",
+        "training.optimizers",
+        "server.optimizers",
+        "methods",
+    )
     allowed = {"errors", "lazy", "registry", "rng", "updates", "models", "kernels", "", "methods"}
     for module in modules():
         if module.removeprefix("fedhpc.").startswith(leaves):

@@ -10,6 +10,7 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import registry
+from fedhpc.attacks.base import attacked
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.server.state import ParameterState
 from fedhpc.updates.cohort import Cohort
@@ -27,6 +28,7 @@ def made(family: str, name: str) -> Any:
     raw: dict[str, Any] = {"partition": {"name": "iid"}, "client": {"optimizer": "sgd"}}
     section, key = {
         "aggregators": ("server", "aggregator"),
+        "attacks": ("attack", "name"),
         "client_optimizers": ("client", "optimizer"),
         "server_optimizers": ("server", "optimizer"),
         "transforms": ("transforms", "name"),
@@ -152,6 +154,41 @@ def test_a_preaggregator_gives_the_same_bits_in_any_order_and_on_any_number_of_r
     client, size = values(len(CLIENTS))[1].double(), LAYOUT.size
     of_one = mixed(name, [1])
     assert torch.equal(of_one[:size], client) and torch.equal(of_one[size : 2 * size], client)
+
+
+# ---------------------------------------------------------------- attacks
+
+
+def attacked_rows(name: str, order: list[int], who: list[int], ranks: int = 1) -> dict[int, torch.Tensor]:
+    """What each client sends in round 3, the clients in this order being dealt out to the ranks."""
+    updates, chosen = values(len(CLIENTS)), np.array(order)
+    attack = made("attacks", name)
+
+    def one(transport: Transport) -> dict[int, torch.Tensor]:
+        mine = np.arange(len(order))[transport.rank :: ranks][::-1].copy()
+        rows, planned = updates[torch.from_numpy(chosen[mine])], [CLIENTS[i] for i in order]
+        cohort = Cohort(transport, LAYOUT, planned, SHARES[chosen], mine, rows)
+        sent = attacked(attack, cohort, who, 3, 0)
+        assert torch.equal(rows, updates[torch.from_numpy(chosen[mine])]) and sent.dtype == rows.dtype
+        return dict(zip(cohort.my_clients, sent, strict=True))
+
+    return {client: row for part in on_threads(ranks, one) for client, row in part.items()}
+
+
+@pytest.mark.parametrize("name", registry.names("attacks"))
+def test_an_attack_changes_attackers_alone_to_the_same_bits_on_any_number_of_ranks(name: str) -> None:
+    alone, honest = attacked_rows(name, [0, 1, 2, 3, 4], [9, 7]), values(len(CLIENTS))
+    for order, ranks in (([3, 0, 4, 1, 2], 1), ([0, 1, 2, 3, 4], 3), ([4, 3, 2, 1, 0], 2)):
+        several = attacked_rows(name, order, [9, 7], ranks)
+        assert several.keys() == alone.keys()
+        assert all(torch.equal(several[client], row) for client, row in alone.items())
+    for i, client in enumerate(CLIENTS):
+        assert torch.isfinite(alone[client]).all()
+        assert client in (9, 7) or torch.equal(alone[client], honest[i])
+    nobody = attacked_rows(name, [0, 1, 2, 3, 4], [3])
+    everybody = attacked_rows(name, [0, 1, 2, 3, 4], CLIENTS)
+    for i, client in enumerate(CLIENTS):  # nobody of this round, or all: then there is nobody to attack
+        assert torch.equal(nobody[client], honest[i]) and torch.equal(everybody[client], honest[i])
 
 
 # ---------------------------------------------------------------- transforms

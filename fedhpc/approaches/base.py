@@ -250,6 +250,12 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def _can_halve_forwards(self) -> bool:
         return self.trains_in_steps and self._examples_at_once > 1 and not self.objective.needs_full_steps
 
+    def attacked(
+        self, transport: Transport, plan: Plan, results: list[BlockResult[UploadT]]
+    ) -> list[BlockResult[UploadT]]:
+        """The contributions of this rank's blocks once attackers have changed theirs. Collective."""
+        return results
+
     @abstractmethod
     def combine(
         self, transport: Transport, server_state: StateT | None, plan: Plan, results: Sequence[BlockResult[UploadT]]
@@ -267,6 +273,12 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def epsilon(self, server_state: StateT) -> float | None:
         """What the rounds so far have spent of a privacy budget, on rank 0; None where nothing is promised."""
         return None
+
+    # ---- what else is told of a round
+
+    def client_columns(self, plan: Plan) -> dict[str, np.ndarray]:
+        """The values of those `columns` that are of /clients, (C,) each by the name of the column."""
+        return {}
 
     # ---- bytes
 

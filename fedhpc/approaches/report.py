@@ -170,6 +170,7 @@ def _client_columns(
         "status": status,
         "worker": np.array([trained_in.get(c, (-1, -1))[0] for c in plan.cohort]),
         "block": np.array([trained_in.get(c, (-1, -1))[1] for c in plan.cohort]),
+        **approach.client_columns(plan),
         **({} if plan.times is None else {"virtual_seconds": plan.times.clients, "staleness": plan.staleness}),
     }
 

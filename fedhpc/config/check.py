@@ -122,6 +122,11 @@ def conflicts(config: Config) -> None:
             f"server.aggregator {aggregator} is defined for updates that are sums of gradients, which those "
             f"of client.optimizer {optimizer} are not: use sgd, or aggregator mean"
         )
+    if config.attack.name != "none" and config.mode != "federated":
+        raise UserError(
+            f"attacks are on a federation, and with mode {config.mode} every client trains alone",
+            key="attack.name", remedy="take it out",
+        )  # fmt: skip
     if needs_movements and config.server.preaggregator.name != "none":
         raise UserError(
             f"server.aggregator {aggregator} weighs the local steps of each client, and mixed updates are of several",

@@ -247,6 +247,11 @@ class ObjectiveChoice(Open):
     name: Annotated[str, Choice("objectives")] = Field("auto", description="what the loss of a batch is; by the model")
 
 
+class AttackChoice(Open):
+    name: Annotated[str, Choice("attacks")] = Field("none", description="what attackers do (attacks/)")
+    fraction: float = Field(0.2, gt=0, lt=1, description="share of the population that attacks, drawn by run.seed")
+
+
 class Partition(Open):
     name: Annotated[str, Choice("partitioners")] = Field("dirichlet", description="who holds which example")
 
@@ -296,6 +301,7 @@ class Config(Section):
     client: SerializeAsAny[Client]
     server: SerializeAsAny[Server]
     secure: SerializeAsAny[Secure]
+    attack: SerializeAsAny[AttackChoice]
     transforms: tuple[SerializeAsAny[Transformation], ...]
     privacy: SerializeAsAny[Protection]
     trackers: tuple[SerializeAsAny[Tracking], ...]
@@ -342,6 +348,7 @@ SECTIONS: dict[str, type[Section]] = {
     "client": Client,
     "server": Server,
     "secure": Secure,
+    "attack": AttackChoice,
     "transforms": Transformation,
     "privacy": Protection,
     "trackers": Tracking,

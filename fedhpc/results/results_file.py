@@ -75,9 +75,10 @@ CLIENTS = {
     "worker": Column(np.int64, "rank that trained it; -1 none"),
     "block": Column(np.int64, "block it trained in; -1 none"),
 }
-# Columns that only some runs have: of a privacy budget, and of clients that take virtual time.
+# Columns that only some runs have: of a privacy budget, of attackers, and of clients that take virtual time.
 SOMETIMES = {
     "rounds/epsilon": Column(np.float64, "differential privacy: what the rounds so far have spent, at privacy.delta"),
+    "clients/attacker": Column(np.int8, "1: it attacks (attack.name)"),
     "rounds/late": Column(np.int64, "clients that were cut off: their updates came after those that were taken"),
     "rounds/virtual_seconds": Column(np.float64, "virtual time of the round: from the step before it to its own"),
     "rounds/staleness": Column(np.float64, "mean over the updates used: server steps since the client started"),

@@ -57,13 +57,14 @@ class Cohort:
         movement: Callable[[int], float] | None = None,
         memory: dict[str, Tensor] | None = None,
         masking: Masking | None = None,
+        expected: int | None = None,
     ) -> None:
         """Collective.
 
         planned: the clients of the planned cohort, and shares float64 (len(planned),): each one's share of its weight;
         the same on every rank. positions int64 (c,): where in `planned` this rank's accepted clients are, whose updates
         (c, S) these are. movement: |a_i| of a client, see `movements`. memory: see there. masking: how the
-        uploads are masked, so that rank 0 learns their sums alone.
+        uploads are masked, so that rank 0 learns their sums alone. expected: see there; default all planned.
         """
         self._transport, self._layout, self._movement, self._masking = transport, layout, movement, masking
         chosen, owners = accepted(transport, positions, len(planned))
@@ -73,6 +74,8 @@ class Cohort:
         self._rows = np.argsort(order)[np.searchsorted(chosen, positions)]  # int64 (c,): the row of each update here
         #: Clients of the planned cohort, accepted or not.
         self.num_planned = len(planned)
+        #: How many updates the round is to have: where more clients are sampled than needed, fewer than that.
+        self.expected = len(planned) if expected is None else expected
         #: The accepted clients, ascending (C,).
         self.clients = [planned[i] for i in chosen[order]]
         #: Share of each accepted client in the weight of the planned cohort, float64 (C,): they add up to at most 1.
@@ -89,6 +92,16 @@ class Cohort:
     def size(self) -> int:
         """S, the length of an update."""
         return self._layout.size
+
+    @property
+    def mine(self) -> Tensor:
+        """The updates of this rank's clients (c, S), in the order in which they were given."""
+        return self._updates
+
+    @property
+    def my_clients(self) -> list[int]:
+        """The clients of `mine`."""
+        return [self.clients[row] for row in self._rows]
 
     @cached_property
     def movements(self) -> np.ndarray:
@@ -135,6 +148,12 @@ class Cohort:
         matrix: M, float64 (C', C), the same on every rank. The shares are mixed too.
         """
         return _Mixture(self, matrix)
+
+    def everywhere(self, vector: Tensor) -> Tensor:
+        """What a verb has given on rank 0, float64 (S,), on every rank. Collective."""
+        sent = vector.contiguous() if self._transport.rank == 0 else torch.empty(self.size, dtype=torch.float64)
+        self._transport.broadcast(sent)
+        return sent
 
     def _with(self, **changed: object) -> Cohort:
         other = object.__new__(type(self))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedhpc import registry
 from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines, turn_lines
-from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload
+from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload, with_updates
 from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.averaging.warm_start import WarmStart
@@ -29,6 +29,7 @@ from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broa
 from fedhpc.approaches.export import export, write_client_names
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.report import peak_memory
+from fedhpc.attacks.base import Attack, attacked, attackers
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
 from fedhpc.methods import make_method
@@ -99,11 +100,25 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         self.evaluation = Evaluation(config, self.method, self.data, self.evaluator)
         #: The largest memory of this process in bytes, once a step was rehearsed.
         self._peak: int | None = None
+        #: What attackers do, and who they are.
+        self.attack: Attack = registry.choice("attacks", config.attack.name)(config.attack)
+        self.attackers: frozenset[int] = frozenset() if config.attack.name == "none" else self._attackers()
         self.aggregation = Aggregation(config.server, seed, cohort_size(config, self.data.population))
         self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
         if config.masks_uploads:
             primitives.require()
             self._protocol.require(cohort_size(config, self.data.population))
+
+    def _attackers(self) -> frozenset[int]:
+        fraction, population = self.config.attack.fraction, self.data.population.num_clients
+        chosen = attackers(fraction, population, self.config.run.seed)
+        if not 0 < len(chosen) < population:
+            who = "nobody" if not len(chosen) else "everybody"
+            raise UserError(
+                f"{fraction:g} of {population} clients is {who}",
+                key="attack.fraction", remedy="choose another one, or more clients (partition)",
+            )  # fmt: skip
+        return frozenset(chosen.tolist())
 
     @property
     def block_size(self) -> int:
@@ -118,7 +133,13 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def messages(self) -> list[str]:
         adapter = self._adapter.messages if self._adapter else ()
         statement = self.privacy.statement(self.rounds)
-        return [*super().messages, *self.method.messages, *adapter, *([statement] if statement else [])]
+        more = [*([statement] if statement else []), *([self._attack_message()] if self.attackers else [])]
+        return [*super().messages, *self.method.messages, *adapter, *more]
+
+    def _attack_message(self) -> str:
+        some, population = sorted(self.attackers), self.data.population.num_clients
+        shown = ", ".join(map(str, some[:10])) + (", ..." if len(some) > 10 else "")
+        return f"attack: {self.config.attack.name} by {len(some)} of {population:,} clients: {shown}"
 
     @property
     def fingerprint(self) -> str:
@@ -207,20 +228,13 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """Aggregate the accepted updates of all ranks: `server` on a `Cohort`, where FedAvg's sum is."""
         if not self.moves_server:
             return None
-        layout, positions = self.split.shared, accepted_indices(plan, results)
-        none = torch.empty(0, layout.size, dtype=self.payload_dtype)
-        used = [(result.upload, torch.from_numpy(result.accepted)) for result in results]
-        updates = torch.cat([none, *(upload.updates[ok] for upload, ok in used)])
-        shares = self._shares(plan)
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
-        movement, masking = self._movement(plan), self._masking(plan)
-        cohort = Cohort(transport, layout, plan.cohort, shares, positions, updates, movement, memory, masking)
+        masking = self._masking(plan)
+        cohort = self._cohort(transport, plan, results, memory, masking)
         total = self.privacy.combine(cohort, plan.round, self._aggregate)
         if not self.config.corrects_drift:
             return Combined(total, None, cohort.clients, memory, masking)
-        changes = cohort.replaced(
-            torch.cat([none, *(upload.changes[ok] for upload, ok in used if upload.changes is not None)])
-        )
+        changes = cohort.replaced(self._accepted_rows(results, [result.upload.changes for result in results]))
         change = changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
         return Combined(total, change, cohort.clients, memory, masking)
 
@@ -244,6 +258,41 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         if len(cohort) < self.aggregation.fewest:
             return torch.zeros(cohort.size, dtype=torch.float64)
         return self.aggregation.combine(cohort, round_)
+
+    def _cohort(
+        self,
+        transport: Transport,
+        plan: Plan,
+        results: Sequence[BlockResult[Upload]],
+        memory: dict[str, Tensor] | None = None,
+        masking: Masking | None = None,
+    ) -> Cohort:
+        """The accepted updates of all ranks. Collective."""
+        updates = self._accepted_rows(results, [result.upload.updates for result in results])
+        return Cohort(
+            transport, self.split.shared, plan.cohort, self._shares(plan), accepted_indices(plan, results), updates,
+            self._movement(plan), memory, masking, cohort_size(self.config, self.data.population),
+        )  # fmt: skip
+
+    def _accepted_rows(self, results: Sequence[BlockResult[Upload]], sent: Sequence[Tensor | None]) -> Tensor:
+        """What accepted clients have sent, (c, S). sent: for each of the results (K, S)."""
+        none = torch.empty(0, self.split.shared.size, dtype=self.payload_dtype)
+        accepted = [torch.from_numpy(result.accepted) for result in results]
+        return torch.cat([none, *(rows[ok] for rows, ok in zip(sent, accepted, strict=True) if rows is not None)])
+
+    def attacked(
+        self, transport: Transport, plan: Plan, results: list[BlockResult[Upload]]
+    ) -> list[BlockResult[Upload]]:
+        if not self.attackers.intersection(plan.training):
+            return results
+        cohort = self._cohort(transport, plan, results)
+        rows = iter(attacked(self.attack, cohort, self.attackers, plan.round, self.config.run.seed))
+        return [with_updates(result, rows) for result in results]
+
+    def client_columns(self, plan: Plan) -> dict[str, np.ndarray]:
+        if not self.attackers:
+            return {}
+        return {"attacker": np.array([client in self.attackers for client in plan.cohort])}
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
@@ -443,7 +492,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     @property
     def columns(self) -> list[str]:
-        return ["rounds/epsilon"] if self.privacy.spends else []
+        of_budget, of_attack = ["rounds/epsilon"] * self.privacy.spends, ["clients/attacker"] * bool(self.attackers)
+        return [*of_budget, *of_attack]
 
     def attributes(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,6 +47,20 @@ class Upload:
 
     updates: Tensor  # (K, S): of the shared part, after the transforms
     changes: Tensor | None  # (K, S): of the control variates, with client.scaffold
+
+
+def with_updates(result: BlockResult[Upload], rows: Iterator[Tensor]) -> BlockResult[Upload]:
+    """A block whose accepted clients send other updates, the next of `rows`; those that are not finite are rejected."""
+    accepted = result.accepted
+    if not accepted.any():
+        return result
+    updates, reason, norms = result.upload.updates.clone(), result.reason.copy(), result.norms.copy()
+    for row in np.flatnonzero(accepted):
+        updates[row] = next(rows)
+    finite = _finite(updates)
+    reason[accepted & ~finite] = 1
+    norms[accepted] = torch.linalg.vector_norm(updates.double(), dim=1).numpy()[accepted]
+    return replace(result, upload=Upload(updates, result.upload.changes), reason=reason, norms=norms)
 
 
 class BlockTraining:

@@ -25,7 +25,7 @@ class Krum(Byzantine):
         return 2 * f + 3 if f else 1  # C > 2 f + 2, as proposition 4.2 asks for
 
     def combine(self, cohort: Cohort) -> Tensor:
-        best = scores(gram_of(cohort), self.wrong(cohort.num_planned)).argmin()
+        best = scores(gram_of(cohort), self.wrong(cohort.expected)).argmin()
         return cohort.weighted_sum(np.eye(len(cohort))[best])
 
 

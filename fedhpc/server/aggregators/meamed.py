@@ -16,7 +16,7 @@ class MeaMed(Byzantine):
     """The mean, in every coordinate, of the C - f values that are closest to the median."""
 
     def combine(self, cohort: Cohort) -> Tensor:
-        cut = self.wrong(cohort.num_planned)
+        cut = self.wrong(cohort.expected)
         return cohort.by_coordinate(lambda values: mean_around_median(values, cut))
 
 

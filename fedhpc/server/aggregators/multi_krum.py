@@ -19,7 +19,7 @@ class MultiKrum(_Krum):
     """The mean, unweighted, of the C - f updates with the lowest scores."""
 
     def combine(self, cohort: Cohort) -> Tensor:
-        f = self.wrong(cohort.num_planned)
+        f = self.wrong(cohort.expected)
         stay = np.argsort(scores(gram_of(cohort), f), kind="stable")[: len(cohort) - f]
         weights = np.zeros(len(cohort))
         weights[stay] = 1 / len(stay)

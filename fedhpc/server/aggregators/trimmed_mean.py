@@ -15,5 +15,5 @@ class TrimmedMean(Byzantine):
     """The mean of every coordinate without its f smallest and f largest values."""
 
     def combine(self, cohort: Cohort) -> Tensor:
-        cut = self.wrong(cohort.num_planned)
+        cut = self.wrong(cohort.expected)
         return cohort.by_coordinate(lambda values: mean_of(in_order(values)[cut : len(values) - cut]))

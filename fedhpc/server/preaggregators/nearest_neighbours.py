@@ -19,7 +19,7 @@ class NearestNeighbours(Preaggregator):
     Options = ByzantineOptions
 
     def mixed(self, cohort: Cohort, draws: np.random.Generator) -> Cohort:
-        count = max(1, len(cohort) - wrong(self.options.byzantine, cohort.num_planned))
+        count = max(1, len(cohort) - wrong(self.options.byzantine, cohort.expected))
         nearest = np.argsort(squared_distances(gram_of(cohort)), axis=1, kind="stable")[:, :count]
         matrix = np.zeros((len(cohort), len(cohort)))
         np.put_along_axis(matrix, nearest, 1 / count, axis=1)
