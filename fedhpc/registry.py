@@ -84,11 +84,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    #: Why federation.rounds of a run that began cannot change; empty where it can.
-    fixes_rounds: ClassVar[str] = ""
-
     #: What of the configuration is read with these options, as section or section.key; None: anything may be.
     reads: ClassVar[frozenset[str] | None] = None
+
+    @property
+    def fixes_rounds(self) -> str:
+        """Why federation.rounds of a run that began cannot change; empty where it can."""
+        return ""
 
     def conflict(self, config: Any) -> str | None:
         """What in the whole configuration does not go with these options, in one line; None where all does."""

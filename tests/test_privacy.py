@@ -212,6 +212,8 @@ def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Pat
     attributes = Results.read(tmp_path / "one" / "results.h5").attributes
     assert attributes["epsilon"] == accountant.epsilon(1.0, 4)
     assert (attributes["delta"], attributes["neighbouring_relation"]) == (0.01, "add-or-remove-one")
+    card = (tmp_path / "one" / "adapter" / "README.md").read_text()
+    assert f"every client is protected with epsilon {attributes['epsilon']:.4g} at delta 0.01" in card
 
 
 def test_a_run_ends_with_its_budget_and_cannot_be_extended_beyond(texts: Path, tmp_path: Path) -> None:
@@ -228,6 +230,18 @@ def test_a_run_ends_with_its_budget_and_cannot_be_extended_beyond(texts: Path, t
         budget = {"epsilon": spent + 1e-9, **change}
         with pytest.raises(UserError, match=r"another configuration: privacy\."):
             decide(private(texts, tmp_path / "run", budget, federation=few, **small), tmp_path / "run", fresh=False)
+
+
+def test_rounds_for_which_the_noise_was_chosen_cannot_change(texts: Path, tmp_path: Path) -> None:
+    few, budget = {"every": 9, "max_examples": 4, "test_max_examples": 4}, {"noise_multiplier": None, "epsilon": 9.0}
+    runs = {
+        rounds: private(texts, tmp_path, budget, federation={"rounds": rounds, "cohort_size": 2}, evaluation=few)
+        for rounds in (2, 3)
+    }
+    federate(runs[2])
+    assert 8.9 < table(tmp_path, "rounds")["epsilon"][-1] <= 9.0
+    with pytest.raises(UserError, match=r"federation.rounds 2 -> 3: the noise was chosen .* start over with --fresh"):
+        decide(runs[3], tmp_path, fresh=False)
 
 
 def test_poisson_cohorts_are_as_they_should_be(texts: Path) -> None:

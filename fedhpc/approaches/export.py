@@ -77,8 +77,8 @@ def write_client_names(folder: Path, names: Sequence[str] | None) -> None:
         (folder / CLIENTS).write_text(text + "\n", encoding="utf-8")
 
 
-def export(method: Method, values: Tensors, folder: Path, config: Config) -> None:
-    """Write a payload to `folder`, with what is needed to use it."""
+def export(method: Method, values: Tensors, folder: Path, config: Config, promise: str = "") -> None:
+    """Write a payload to `folder`, with what is needed to use it. promise: of its privacy, a line for the card."""
     folder.mkdir(parents=True, exist_ok=True)
     method.export(values, folder)
     file = folder / "adapter_config.json"
@@ -96,10 +96,10 @@ def export(method: Method, values: Tensors, folder: Path, config: Config) -> Non
     if config.data.messages is not None and config.data.chat_template is not None:
         program = ChatTemplate.load(base.tokenizer, config.data.chat_template).program()
         (folder / TEMPLATE).write_text(program, encoding="utf-8")
-    (folder / "README.md").write_text(_card(base, adapter, config), encoding="utf-8")
+    (folder / "README.md").write_text(_card(base, adapter, config, promise), encoding="utf-8")
 
 
-def _card(base: Base, adapter: dict[str, Any], config: Config) -> str:
+def _card(base: Base, adapter: dict[str, Any], config: Config, promise: str) -> str:
     """The README.md of an export. adapter: its adapter_config.json, empty for a model folder."""
     library = "peft" if "peft_type" in adapter else "fedhpc" if adapter else "transformers"
     dtype = str(base.dtype).removeprefix("torch.")
@@ -116,7 +116,7 @@ def _card(base: Base, adapter: dict[str, Any], config: Config) -> str:
         parts.append(_TIED if _changes_embeddings(base, adapter) else "")
     elif library == "transformers":
         parts.append("It is a whole model: transformers loads the folder like any other.")
-    parts.append(_rows(base, config, int(adapter.get("num_virtual_tokens", 0))))
+    parts += [_rows(base, config, int(adapter.get("num_virtual_tokens", 0))), promise]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

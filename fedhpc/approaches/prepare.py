@@ -29,7 +29,8 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
     """
     finished = on_server(transport, lambda: decide(config, config.run_dir, fresh) == "finished")
     if finished and transport.is_server:
-        longer = "" if config.method.fixes_rounds else ", a larger federation.rounds extends it"
+        fixed = config.method.fixes_rounds or config.privacy.fixes_rounds
+        longer = "" if fixed else ", a larger federation.rounds extends it"
         print(f"{config.run_dir}: this run is finished; --fresh starts it over{longer}")
     return finished
 

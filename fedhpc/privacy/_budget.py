@@ -23,6 +23,10 @@ class Budget(Section):
     accountant: Method = Field("pld", description="how rounds add up: privacy loss distributions, or Renyi divergences")
 
     @property
+    def fixes_rounds(self) -> str:
+        return "" if self.noise_multiplier else "the noise was chosen so that these spend privacy.epsilon"
+
+    @property
     def problem(self) -> str | None:
         """What is wrong with these keys among themselves, in one line."""
         if self.noise_multiplier is None and self.epsilon is None:

@@ -72,6 +72,16 @@ class Privacy(ABC):
         """What a run of `rounds` rounds promises, in one line; empty where it promises nothing."""
         return ""
 
+    def promise(self, spent: Mapping[str, Tensor]) -> str:
+        """What the state after the rounds that `spent` has noted promises, in a sentence; empty where nothing."""
+        facts = self.attributes(spent)
+        if not facts:
+            return ""
+        return (
+            f"Differential privacy: every {facts['protects']} is protected with epsilon {facts['epsilon']:.4g} at "
+            f"delta {facts['delta']:g}, between data sets that are neighbours by {facts['neighbouring_relation']}."
+        )
+
     def attributes(self, spent: Mapping[str, Tensor]) -> dict[str, str | float]:
         """Root attributes of results.h5 once the rounds that `spent` has noted are all."""
         return {}

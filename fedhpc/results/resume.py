@@ -172,9 +172,10 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any], complete:
             f"{directory}: federation.rounds {before} -> {rounds} would change the learning rates of the "
             "rounds done; it needs client.schedule constant and client.warmup 0; start over with --fresh"
         )
-    if rounds != before and config.method.fixes_rounds:
+    fixed = config.method.fixes_rounds or config.privacy.fixes_rounds
+    if rounds != before and fixed:
         raise UserError(
-            f"{directory}: federation.rounds {before} -> {rounds}: {config.method.fixes_rounds}; give {before}, choose "
+            f"{directory}: federation.rounds {before} -> {rounds}: {fixed}; give {before}, choose "
             "another run.dir, or start over with --fresh"
         )
     return rounds > before

@@ -439,7 +439,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             write_client_names(folder, self.data.population.names)
         else:
             views = layout.views(self.split.join(state.chosen, self.personal.initial_part))
-            export(self.method, views, folder, config)
+            export(self.method, views, folder, config, self.privacy.promise(state.privacy))
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
         return FinalResults(
             test=final.metrics,

@@ -5,7 +5,7 @@ What a round does is in approaches/rag.py; here are its options.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,10 @@ from fedhpc.registry import Section
 
 class Options(Section):
     reads = ALWAYS
-    fixes_rounds: ClassVar[str] = "they share out the questions of data.test, and other rounds would ask some twice"
+
+    @property
+    def fixes_rounds(self) -> str:
+        return "they share out the questions of data.test, and other rounds would ask some twice"
 
     index: Literal["dense", "lexical", "hybrid"] = Field(
         "lexical", description="vectors of a sentence encoder, BM25, or the sum of both"
