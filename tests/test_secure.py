@@ -267,7 +267,10 @@ def test_the_number_of_neighbours_is_the_smallest_that_keeps_the_promises() -> N
     for n in (64, 128, 1000, 10_000):
         k = enough_neighbours(n)
         assert k < n - 1 and keeps(k, n) and not keeps(k - 2, n)
-    assert enough_neighbours(10) == 9
+    for few in (10, 16):
+        assert enough_neighbours(few) == few - 1
+        graphs = [protocol(name).graph(few, np.random.default_rng(0)) for name in ("sparse", "pairwise")]
+        assert graphs[0] == graphs[1]
 
 
 # ---------------------------------------------------------------- runs

@@ -4,6 +4,7 @@ python -m fedhpc.bench [--repeats 5] [--quick] [--json]           all ratios tha
 python -m fedhpc.bench --peers DIR [--environment DIR] [...]      whole programs: fedhpc and its peers
 python -m fedhpc.bench --scale [--quick] [--json]                 how a round grows with ranks, cohort and population
 python -m fedhpc.bench --private [--quick] [--json]               steps of DP-SGD, beside plain ones and Opacus
+python -m fedhpc.bench --secure [--quick] [--json]                a client's part of secure aggregation, beside Flower's
 python -m fedhpc.bench --gpu [--only PART,...] [--quick] [--json] blocks and runs on a GPU
 """
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--environment", type=Path, metavar="DIR", help="virtual environment of pfl (FB_VENVS/venv-pfl)"
     )
     parser.add_argument("--scale", action="store_true", help="rounds against ranks, cohort and population instead")
+    parser.add_argument("--secure", action="store_true", help="a client's part of secure aggregation instead")
     parser.add_argument("--private", action="store_true", help="steps with privacy of single examples instead")
     parser.add_argument("--gpu", action="store_true", help="blocks and runs on this machine's GPU instead")
     parser.add_argument(
@@ -41,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least one is needed")
-    if bool(options.scale) + bool(options.peers) + bool(options.gpu) + bool(options.private) > 1:
-        parser.error("--scale, --peers, --private and --gpu are different measurements: run one after the other")
+    others = (options.scale, options.peers, options.gpu, options.private, options.secure)
+    if sum(map(bool, others)) > 1:
+        parser.error("--scale, --peers, --private, --secure and --gpu are different measurements: run one at a time")
     if options.only and not (options.peers or options.gpu):
         parser.error("--only chooses workloads of --peers or parts of --gpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -85,6 +88,10 @@ def measure(options: argparse.Namespace) -> int:
         from fedhpc.bench import gpu
 
         parts = gpu.parts(options.only, options.quick, options.repeats or 3)
+    elif options.secure:
+        from fedhpc.bench import secure
+
+        parts = secure.parts(options.repeats or 5, options.quick)
     elif options.private:
         from fedhpc.bench import private
 

@@ -34,11 +34,11 @@ class Sparse(Protocol):
         )
 
     def graph(self, count: int, generator: np.random.Generator) -> list[list[int]]:
-        half = self._degree(count) // 2
-        if 2 * half >= count - 1:
+        degree = self._degree(count)
+        if degree >= count - 1:
             return [[other for other in range(count) if other != client] for client in range(count)]
         ring = generator.permutation(count)
-        steps = [step for step in range(-half, half + 1) if step]
+        steps = [step for step in range(-(degree // 2), degree // 2 + 1) if step]
         near = {int(ring[at]): sorted(int(ring[(at + step) % count]) for step in steps) for at in range(count)}
         return [near[client] for client in range(count)]
 
