@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
+from fedhpc.bench import secure
 from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
@@ -24,6 +25,7 @@ from fedhpc.secure.protocols.base import Protocol, two_thirds
 from fedhpc.secure.protocols.sparse import CORRUPT, DROPPING, enough_neighbours
 from fedhpc.updates import cohort as cohorts
 from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.exact_sum import FixedGrid
 from fedhpc.updates.layout import Layout
 from tests.federations import (
     Interrupted,
@@ -144,6 +146,17 @@ def test_the_server_holds_masked_numbers_alone(monkeypatch: pytest.MonkeyPatch) 
 
     assert sorted(correlations(None))[-3] > 0.99  # so that the test would see an upload
     assert max(correlations(protocol("pairwise"))) < 0.15  # 1515 numbers without relation: 0.026 is one deviation
+
+
+def test_noise_comes_on_top_of_the_unmasked_sum() -> None:
+    """With the fixed grid and the noise of client-level privacy."""
+
+    def noisy(masking: Masking | None) -> torch.Tensor:
+        everyone, shares = np.arange(len(PLANNED)), np.full(len(PLANNED), 1.0)
+        cohort = Cohort(LoopbackTransport(), LAYOUT, PLANNED, shares, everyone, UPDATES, masking=masking)
+        return cohort.weighted_sum(shares, FixedGrid(-20, torch.arange))
+
+    assert torch.equal(noisy(Masking(protocol("pairwise"), 0, 1, PLANNED)), noisy(None))
 
 
 def test_masks_cancel_and_no_two_sums_share_one() -> None:
@@ -271,6 +284,12 @@ def test_the_number_of_neighbours_is_the_smallest_that_keeps_the_promises() -> N
         assert enough_neighbours(few) == few - 1
         graphs = [protocol(name).graph(few, np.random.default_rng(0)) for name in ("sparse", "pairwise")]
         assert graphs[0] == graphs[1]
+
+
+def test_a_client_of_the_benchmark_sends_what_the_protocol_says() -> None:
+    (row, _), nothing = (part() for part in secure.parts(1, quick=True))
+    up, down = 64 + 15 * 82 + 16 * 33 + 8 * 100_000, 15 * (64 + 82 + 1)
+    assert row.measured > 0 and row.note.endswith(f"{up:,} bytes up, {down:,} down") and nothing == []
 
 
 # ---------------------------------------------------------------- runs

@@ -56,6 +56,15 @@ class Masking:
             f"{self.thresholds[client]} are needed to recover it"
         )
 
+    def describe(self) -> str:
+        """Who shares masks with whom, and how many can recover one, in a line."""
+        fewest, most = min(map(len, self.neighbours)), max(map(len, self.neighbours))
+        degrees = str(most) if fewest == most else f"{fewest} to {most}"
+        return (
+            f"{len(self._clients)} clients share masks with {degrees} others each; {max(self.thresholds)} of "
+            f"{most + 1} that hold shares recover one"
+        )
+
     def expected_bytes(self, uploading: Sequence[int]) -> tuple[int, int]:
         """Bytes of one sum to the server and from it, beside the uploads, where these clients upload."""
         degrees = [len(near) for near in self.neighbours]

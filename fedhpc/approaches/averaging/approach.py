@@ -549,12 +549,14 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
                 f"memory per worker: {most / 2**20:,.0f} MiB, as a step of the largest block on its longest rows took: "
                 f"{parts}, the rest activations and the program"
             )
+        masking = self._masking(plan)
         clients, examples = self.fits
         fewer = f"{clients} clients, and {examples} examples of a client" if examples else f"{clients} clients"
         return [
             f"payload: {payload.size:,} parameters in {len(payload.shapes)} tensors, "
             f"{payload.size * item / 2**20:.2f} MiB",
             *([stays] if personal.shapes else []),
+            *([f"secure {config.secure.name}: {masking.describe()}"] if masking else []),
             memory,
             *([f"memory is enough for {fewer} at a time: larger blocks train in parts"] if clients else []),
         ]
