@@ -196,7 +196,7 @@ def test_an_attack_changes_attackers_alone_to_the_same_bits_on_any_number_of_ran
 
 def sent(name: str, updates: torch.Tensor, clients: list[int], kept: dict[str, torch.Tensor] | None = None) -> Any:
     """What those clients send, in round 3."""
-    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size, updates.dtype)
+    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT, updates.dtype)
     if kept is None:
         kept = {key: torch.stack([pipeline.initial(key) for _ in clients]) for key in pipeline.keeps}
     return pipeline.on_clients(updates, 3, clients, kept, np.full(len(clients), 4 * LAYOUT.size))
@@ -238,7 +238,7 @@ def test_what_a_transform_sends_takes_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", registry.names("transforms"))
 def test_the_server_half_of_a_transform_goes_on_from_what_it_kept(name: str) -> None:
-    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT.size, torch.float32)
+    pipeline = Pipeline([made("transforms", name)], 0, LAYOUT, torch.float32)
     total = values(1)[0].double()
 
     def after(rounds: list[int], kept: dict[str, torch.Tensor]) -> torch.Tensor:

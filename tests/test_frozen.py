@@ -62,6 +62,7 @@ PURPOSES: dict[str, int | str] = {
     "demonstrations": 2,
     "device": 1,
     "direction": 3,
+    "downlink.{}.{}": 1,
     "dropout": 2,
     "evaluated clients": 0,
     "evaluation subset": 0,

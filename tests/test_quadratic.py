@@ -136,7 +136,7 @@ def federated(
         "runtime": {"block_size": 3},
     }
     for section, values in sections.items():
-        raw[section] = {**raw.get(section, {}), **values}
+        raw[section] = {**raw.get(section, {}), **values} if isinstance(values, Mapping) else values
     if "steps" in raw["client"]:
         del raw["client"]["epochs"]
     config = settings(folder, raw)

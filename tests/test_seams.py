@@ -22,6 +22,7 @@ from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.rng import generator
 from fedhpc.server.aggregators.base import Aggregator
 from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.layout import Layout
 from fedhpc.updates.pipeline import Pipeline
 from fedhpc.updates.transforms.base import Transform, TransformContext
 from tests.federations import table
@@ -103,7 +104,7 @@ class Noise(Transform):
 
     keeps_on_server = ("rounds",)
 
-    def shape(self, name: str, size: int) -> tuple[int, ...]:
+    def shape(self, name: str, layout: Layout) -> tuple[int, ...]:
         return ()
 
     def on_server(self, total: Tensor, context: TransformContext) -> Tensor:
@@ -201,7 +202,9 @@ def test_an_aggregator(
 def test_transforms_with_memory_draws_bytes_and_server_halves(tmp_path: Path) -> None:
     def change(approach: Averaging) -> None:
         transforms = [EightBits(None), Noise(None), Halve(None)]
-        approach.training.pipeline = Pipeline(transforms, approach.config.run.seed, SIZE, torch.float64)
+        approach.training.pipeline = Pipeline(
+            transforms, approach.config.run.seed, approach.split.shared, torch.float64
+        )
 
     found = in_every_way(tmp_path, change)
     agree(found, list(quantized(cohorts(tmp_path / "1"), 0)), START)
@@ -220,7 +223,9 @@ def test_a_rejected_client_keeps_what_it_had(tmp_path: Path) -> None:
             return sent if context.round != 2 else sent / 0
 
     def change(approach: Averaging) -> None:
-        approach.training.pipeline = Pipeline([Once(None)], approach.config.run.seed, SIZE, torch.float64)
+        approach.training.pipeline = Pipeline(
+            [Once(None)], approach.config.run.seed, approach.split.shared, torch.float64
+        )
 
     everybody = {"federation": {"rounds": 3, "cohort_size": 6}, "server": {"weighting": "uniform"}}
     found = thetas(federated(tmp_path, 2, change, **everybody))
@@ -238,7 +243,7 @@ def test_a_rejected_client_keeps_what_it_had(tmp_path: Path) -> None:
 def test_a_transform_that_breaks_its_word_is_an_error(broken: Callable[..., Tensor], said: str) -> None:
     transform = EightBits(None)
     transform.on_client = broken  # type: ignore[method-assign]
-    pipeline = Pipeline([transform], 0, 3, torch.float32)
+    pipeline = Pipeline([transform], 0, Layout({"x": (3,)}), torch.float32)
     kept = {name: torch.zeros(2, 3) for name in pipeline.keeps}
     with pytest.raises(ValueError, match=f"EightBits {said}"):
         pipeline.on_clients(torch.ones(2, 3), 1, [4, 5], kept, np.zeros(2, np.int64))

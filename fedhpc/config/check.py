@@ -169,6 +169,7 @@ def conflicts(config: Config) -> None:
             "personalization.parts stay on the clients, which have those of their last round alone",
             key="evaluation.keep", remedy="use last",
         )  # fmt: skip
+    _check_compression(config)
     if config.client.scaffold:
         _check_scaffold(config)
     if config.masks_uploads:
@@ -271,7 +272,7 @@ def _check_secure(config: Config) -> None:
             key="federation.schedule.name", remedy="use synchronous",
         )  # fmt: skip
     for position, transform in enumerate(config.transforms):
-        if registry.choice("transforms", transform.name).packs:
+        if registry.choice("transforms", transform.name).packs and getattr(transform, "direction", "up") != "down":
             raise UserError(
                 f"transforms: {transform.name} packs an update in fewer bytes, and secure.name {name} sends masked "
                 "integers of 8 bytes, which cannot be packed", key=f"transforms[{position}]",
@@ -279,6 +280,41 @@ def _check_secure(config: Config) -> None:
             )  # fmt: skip
     if cohort is not None:
         registry.choice("secure_protocols", name)(config.secure).require(cohort)
+
+
+def _check_compression(config: Config) -> None:
+    """Compressors come last, in an order in which each gets what it can pack, and the model's way is defined."""
+    ranks = {"coordinates": 1, "codes": 2, "factors": 2}
+    for link in ("up", "down"):
+        before: list[tuple[str, int]] = []
+        for position, section in enumerate(config.transforms):
+            key, transform = f"transforms[{position}]", registry.choice("transforms", section.name)
+            sends = getattr(transform, "sends", "")
+            if getattr(section, "direction", "up") not in (link, "both"):
+                continue
+            rank = ranks.get(sends, 2 if transform.packs else 0)
+            for other, others in before:
+                if rank < others:
+                    raise UserError(
+                        f"{section.name} comes after {other}, which has packed the update", key=key,
+                        remedy=f"put {section.name} in front of {other}",
+                    )  # fmt: skip
+                if rank == others == 2 or (sends and rank == others):
+                    raise UserError(
+                        f"{section.name} and {other} both pack the update", key=key, remedy="give one of the two"
+                    )
+                if sends == "factors" and others:
+                    raise UserError(
+                        f"{section.name} packs whole matrices, of which {other} sends some coordinates", key=key,
+                        remedy="give one of the two",
+                    )  # fmt: skip
+            before.append((section.name, rank))
+            if link == "down" and (config.mode != "federated" or config.federation.schedule.name != "synchronous"):
+                where = f"mode {config.mode}" if config.mode != "federated" else "federation.schedule"
+                raise UserError(
+                    f"the model goes down compressed in synchronous rounds of mode federated, not with {where}",
+                    key=f"{key}.direction", remedy="use up",
+                )  # fmt: skip
 
 
 def _check_personalization(config: Config) -> None:

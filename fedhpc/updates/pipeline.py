@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from fedhpc.lazy import Tensor, torch
+from fedhpc.updates.layout import Layout
 from fedhpc.updates.transforms.base import Transform, TransformContext
 
 
@@ -24,9 +25,9 @@ class Sent:
 class Pipeline:
     """The transforms of a run, in their order. S is the size of an update."""
 
-    def __init__(self, transforms: Sequence[Transform], seed: int, size: int, dtype: torch.dtype) -> None:
-        """dtype: of the updates and of what clients keep."""
-        self.transforms, self._seed, self._size, self._dtype = list(transforms), seed, size, dtype
+    def __init__(self, transforms: Sequence[Transform], seed: int, layout: Layout, dtype: torch.dtype) -> None:
+        """layout: of an update. dtype: of the updates and of what clients keep."""
+        self.transforms, self._seed, self._layout, self._dtype = list(transforms), seed, layout, dtype
 
     @property
     def keeps(self) -> list[str]:
@@ -40,7 +41,7 @@ class Pipeline:
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
-            _key(position, name): transform.shape(name, self._size)
+            _key(position, name): transform.shape(name, self._layout)
             for position, transform in enumerate(self.transforms)
             for name in transform.keeps
         }
@@ -60,14 +61,19 @@ class Pipeline:
         """
         bytes_up = bytes_up.copy()
         after: dict[str, Tensor] = {}
+        coordinates: list[np.ndarray | None] = [None] * len(clients)
+        coordinate_bytes = np.zeros(len(clients), np.int64)
         for position, transform in enumerate(self.transforms):
             tensors = {name: client_tensors[_key(position, name)] for name in transform.keeps}
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
-            context = TransformContext(round_, clients, tensors, bytes_up, self._seed, position)
+            context = TransformContext(
+                round_, clients, tensors, bytes_up, self._layout, self._seed, position,
+                coordinates=coordinates, coordinate_bytes=coordinate_bytes,
+            )  # fmt: skip
             updates = transform.on_client(updates, context)
             bytes_up = context.bytes_up
             shape = getattr(updates, "shape", None)
-            _require(transform, shape == (len(clients), self._size), "changed the shape of the updates")
+            _require(transform, shape == (len(clients), self._layout.size), "changed the shape of the updates")
             new_shapes = {name: tensor.shape for name, tensor in context.tensors.items()}
             _require(transform, new_shapes == shapes, "kept other tensors than it says")
             after |= {_key(position, name): tensor for name, tensor in context.tensors.items()}
@@ -76,7 +82,7 @@ class Pipeline:
     def server_tensors(self) -> dict[str, Tensor]:
         """What the server keeps for the transforms before the first round, float64."""
         return {
-            _key(position, name): torch.zeros(transform.shape(name, self._size), dtype=torch.float64)
+            _key(position, name): torch.zeros(transform.shape(name, self._layout), dtype=torch.float64)
             for position, transform in enumerate(self.transforms)
             for name in transform.keeps_on_server
         }
@@ -90,10 +96,11 @@ class Pipeline:
         """
         for position, transform in reversed(list(enumerate(self.transforms))):
             tensors = {name: tensors_of_server[_key(position, name)] for name in transform.keeps_on_server}
-            context = TransformContext(round_, clients, tensors, np.zeros(len(clients), np.int64), self._seed, position)
+            no_bytes = np.zeros(len(clients), np.int64)
+            context = TransformContext(round_, clients, tensors, no_bytes, self._layout, self._seed, position)
             total = transform.on_server(total, context)
             shape = getattr(total, "shape", None)
-            _require(transform, shape == (self._size,), "changed the shape of the aggregate")
+            _require(transform, shape == (self._layout.size,), "changed the shape of the aggregate")
             tensors_of_server.update({_key(position, name): tensor for name, tensor in context.tensors.items()})
         return total
 

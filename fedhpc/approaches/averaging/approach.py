@@ -177,21 +177,28 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         config, theta = self.config, self.split.apart(self.initial_payload())[0]
         optimizer = registry.choice("server_optimizers", config.server.optimizer)(config.server)
         tensors = self.training.pipeline.server_tensors()
+        if self.training.downlink is not None:
+            tensors |= self.training.downlink.initial(theta)
         optimizer = optimizer if config.mode == "federated" else None
         memory = self.aggregation.initial_memory(len(theta))
         return ParameterState(theta, optimizer, config.corrects_drift, tensors, memory, self.privacy.initial())
 
     def download(self, transport: Transport, state: ParameterState | None, plan: Plan) -> Download:
-        theta = control = None
+        theta = control = sent_bytes = None
         if self.config.corrects_drift:
             size = self.split.shared.size
             both = state.with_control() if state else torch.empty(2 * size, dtype=self.payload_dtype)
             transport.broadcast(both)
             theta, control = both.split(size)
+        elif self.training.downlink is not None:
+            known = None
+            if state is not None:
+                known, sent_bytes = self.training.downlink.send(state.theta, plan.round, plan.cohort, state.transforms)
+            theta = self._on_every_rank(transport, known)
         elif self.config.mode != "local":
             theta = self._theta(transport, state)
         past = self._past(transport, state, plan)
-        return Download(theta, control, self._versions(transport, state, plan.cohort), past)
+        return Download(theta, control, self._versions(transport, state, plan.cohort), past, sent_bytes)
 
     def _past(self, transport: Transport, state: ParameterState | None, plan: Plan) -> dict[int, Tensor]:
         """theta (S,) of the earlier versions from which clients of this round start, on the CPU of every rank."""
@@ -333,17 +340,19 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def bytes_down(self, plan: Plan, download: Download | None = None) -> int:
         """The shared part, with client.scaffold c too, to every client of the cohort.
 
-        In an estimate also what secure aggregation sends down.
+        In an estimate also what secure aggregation sends down, and a compressed model at its full size, the most it is.
         """
         if self.config.mode != "federated":
             return 0
+        if download is not None and download.bytes is not None:
+            return download.bytes
         masking = self._masking(plan) if download is None else None
         told = 0 if masking is None else masking.expected_bytes(plan.training)[1]
         times = 2 if self.config.corrects_drift else 1
         return times * self.payload_dtype.itemsize * self.split.shared.size * len(plan.cohort) + told
 
     def bytes_up(self, plan: Plan) -> int:
-        """The updates as they are before the transforms, with client.scaffold the changes of c_i too.
+        """The updates as they are sent, with client.scaffold the changes of c_i too.
 
         Masked ones with what their masks take.
         """
@@ -352,7 +361,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         masking = self._masking(plan)
         if masking is not None:
             return int(self.training.masked_bytes(plan.training).sum()) + masking.expected_bytes(plan.training)[0]
-        return (2 if self.config.corrects_drift else 1) * int(self.training.raw_bytes(plan.training).sum())
+        return (2 if self.config.corrects_drift else 1) * int(self.training.expected_bytes(plan.training).sum())
 
     def bytes_fetched(self, plan: Plan, combined: Combined | None) -> int:
         """Keys, shares and what unmasked the sum, of secure aggregation."""

@@ -28,7 +28,9 @@ from fedhpc.training.memory import Memory, OptimizerMemory
 from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.rules import scaffold
 from fedhpc.training.schedule import examples_per_step
+from fedhpc.updates.downlink import Downlink
 from fedhpc.updates.pipeline import Pipeline
+from fedhpc.updates.transforms._compressor import Compressor
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Download:
     control: Tensor | None  # (S,): c, with client.scaffold
     versions: Mapping[int, int]  # client -> the round whose file holds its state, 0: none yet; empty where none is kept
     past: Mapping[int, Tensor]  # (S,) each: theta of the earlier versions from which clients of this round start
+    bytes: int | None = None  # of a compressed theta for all clients of the cohort, on rank 0
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,13 @@ class BlockTraining:
         self.personal, self.split, self.privacy, self.rounds = personal, personal.split, privacy, rounds
         self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
         transforms = [registry.choice("transforms", section.name)(section) for section in config.transforms]
+        of_updates = [one for one in transforms if one.direction != "down"]
+        of_model = [one for one in transforms if isinstance(one, Compressor) and one.direction != "up"]
+        seed, dtype = config.run.seed, personal.dtype
         #: What is done to the updates before they are sent, and to their aggregate on the server.
-        self.pipeline = Pipeline(transforms, config.run.seed, self.split.shared.size, personal.dtype)
+        self.pipeline = Pipeline(of_updates, seed, self.split.shared, dtype)
+        #: How the server's model is sent where it is compressed; None: as it is.
+        self.downlink = Downlink(of_model, seed, self.split.shared, dtype) if of_model else None
         alone = config.mode != "federated"
         self._payload = OwnPayload(personal.initial_payload) if config.mode == "local" else None
         self._memory = OptimizerMemory(self.optimizer, method.trainable.size, personal.dtype) if alone else None
@@ -103,6 +111,18 @@ class BlockTraining:
     def masked_bytes(self, clients: Sequence[int]) -> np.ndarray:
         """Bytes of each client's masked update (section `secure`), an int64 of every coordinate: int64 (K,)."""
         return np.full(len(clients), 8 * self.split.shared.size, dtype=np.int64)
+
+    def expected_bytes(self, clients: Sequence[int]) -> np.ndarray:
+        """Bytes of each client's update as it is sent: int64 (K,). How well normal numbers can be packed decides."""
+        raw = self.raw_bytes(clients)
+        if not len(raw) or not any(transform.packs for transform in self.pipeline.transforms):
+            return raw
+        update = torch.randn(
+            1, self.split.shared.size, generator=torch.Generator().manual_seed(0), dtype=self.personal.dtype
+        )
+        tensors = {name: self.pipeline.initial(name).unsqueeze(0) for name in self.pipeline.keeps}
+        sent = self.pipeline.on_clients(update, 1, clients[:1], tensors, raw[:1])
+        return np.repeat(sent.bytes_up, len(raw))
 
     def train(
         self,

@@ -15,7 +15,7 @@ class Quantize(Transform):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy as np
 from fedhpc import rng
 from fedhpc.lazy import Tensor
 from fedhpc.registry import Open, Section
+from fedhpc.updates.layout import Layout
 
 
 @dataclass
@@ -44,8 +45,17 @@ class TransformContext:
     #: way writes here how many bytes that takes.
     bytes_up: np.ndarray
 
+    #: Names and shapes of the tensors of an update, S numbers in all.
+    layout: Layout
+
     seed: int
     position: int  # of the transform in the list `transforms`
+
+    #: The coordinates that each client sends where an earlier transform has chosen some, int64 ascending; None: all.
+    coordinates: list[np.ndarray | None] = field(default_factory=list)
+
+    #: int64 (K,): how many of `bytes_up` say which coordinates these are.
+    coordinate_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def generator(self, purpose: str, client: int | None = None) -> np.random.Generator:
         """A generator of random draws, the same on any number of ranks and after a resume.
@@ -68,8 +78,11 @@ class Transform:
     #: Whether it packs an update in another number of bytes, which masked integers (section `secure`) cannot be.
     packs: ClassVar[bool] = False
 
+    #: Which way it works: on the clients' updates (up), on the server's model (down), or on both.
+    direction: str = "up"
+
     #: Names of the tensors that each client keeps from round to round, see `shape`.
-    keeps: ClassVar[tuple[str, ...]] = ()
+    keeps: tuple[str, ...] = ()
 
     #: Names of the tensors that the server keeps from round to round; they are in the checkpoint.
     keeps_on_server: ClassVar[tuple[str, ...]] = ()
@@ -78,9 +91,9 @@ class Transform:
         """options: its item of the list `transforms` in the configuration."""
         self.options = options
 
-    def shape(self, name: str, size: int) -> tuple[int, ...]:
-        """Shape of the tensor that is kept under `name`; size: S, that of an update, which is the default."""
-        return (size,)
+    def shape(self, name: str, layout: Layout) -> tuple[int, ...]:
+        """Shape of the tensor that is kept under `name`, by default that of an update: (S,)."""
+        return (layout.size,)
 
     def on_client(self, updates: Tensor, context: TransformContext) -> Tensor:
         """Change the updates of K clients (K, S), a row each, into what arrives at the server, of the same shape.
