@@ -21,7 +21,7 @@ from fedhpc.participation.sampling import clients_drawn, draw_clients
 from fedhpc.privacy import client as client_level
 from fedhpc.privacy._accountant import Accountant, Fixed, Poisson
 from fedhpc.privacy._discrete_gaussian import discrete_gaussian
-from fedhpc.privacy.client import Client
+from fedhpc.privacy.client import Client, clipped
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.results_file import Results
@@ -120,15 +120,17 @@ def level(clip_norm: float = 0.5, **options: Any) -> Client:
     return Client(configuration.resolve(raw), Population(20, 0, 0.0), LAYOUT.size, 5)
 
 
-def noiseless(client: Client, updates: torch.Tensor, ranks: int = 1) -> torch.Tensor:
-    """The pseudo-gradient of a cohort whose noise is taken away."""
+def pseudo_gradient(
+    client: Client, updates: torch.Tensor, ranks: int = 1, spent: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """What a round of a cohort with these updates gives."""
 
     def one(transport: Transport) -> torch.Tensor:
         mine = np.arange(len(updates))[transport.rank :: ranks]
-        sent = client.on_client(updates[torch.from_numpy(mine)])
         shares = np.ones(len(updates)) / max(len(updates), 1)
-        cohort = Cohort(transport, LAYOUT, list(range(len(updates))), shares, mine, sent)
-        return client.combine(cohort, 1, lambda cohort, round_: pytest.fail("not without privacy"))
+        cohort = Cohort(transport, LAYOUT, list(range(len(updates))), shares, mine, updates[mine])
+        here = spent if spent is not None and transport.is_server else {}
+        return client.combine(transport, cohort, 1, lambda cohort, round_: pytest.fail("without privacy"), here)
 
     return on_threads(ranks, one)[0]
 
@@ -136,10 +138,9 @@ def noiseless(client: Client, updates: torch.Tensor, ranks: int = 1) -> torch.Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("clip_norm", [0.3, 1.0, 7e-4])
 def test_updates_are_clipped_to_the_norm_and_never_beyond(clip_norm: float, dtype: torch.dtype) -> None:
-    client = level(clip_norm)
     rows = torch.randn(200, LAYOUT.size, generator=torch.Generator().manual_seed(1)).to(dtype)
     rows[:100] *= clip_norm / 100
-    sent = client.on_client(rows)
+    sent = clipped(rows, level(clip_norm).bound(clip_norm))
     norms = torch.linalg.vector_norm(sent.double(), dim=1)
     assert torch.equal(sent[:100], rows[:100]) and sent.dtype == dtype
     assert (norms <= clip_norm).all() and norms[100:].min() > clip_norm * (1 - 1e-5)
@@ -157,13 +158,13 @@ def test_one_client_changes_the_sum_by_the_clip_norm_and_one_replaced_by_twice_t
         updates = 10.0 ** float(trial % 5 - 3) * torch.randn(6, LAYOUT.size, generator=generator)
         if trial % 2:
             updates[5] = -updates[4]
-        whole = noiseless(client, updates) * client.cohort_size
+        whole = pseudo_gradient(client, updates) * client.cohort_size
         for out in range(len(updates)):
-            without = noiseless(client, updates[torch.arange(6) != out]) * client.cohort_size
+            without = pseudo_gradient(client, updates[torch.arange(6) != out]) * client.cohort_size
             assert torch.linalg.vector_norm(whole - without) <= 0.5 + step / 1e3
         replaced = updates.clone()
         replaced[4] = -updates[4]
-        changed = torch.linalg.vector_norm(noiseless(client, replaced) * client.cohort_size - whole)
+        changed = torch.linalg.vector_norm(pseudo_gradient(client, replaced) * client.cohort_size - whole)
         assert changed <= 1.0 + step / 1e3
         least = max(least, float(changed))
     assert least > 1.0 - 1e-5  # the bound is attained
@@ -174,13 +175,39 @@ def test_the_sum_is_that_of_numpy_over_the_expected_cohort_and_has_noise_where_n
 ) -> None:
     client = level()
     updates = torch.randn(7, LAYOUT.size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    noise = noiseless(client, updates[:0])
+    noise = pseudo_gradient(client, updates[:0])
     assert noise.shape == (LAYOUT.size,) and 0.05 < noise.std() < 0.2  # z C / 5
     rows = updates.numpy() * np.minimum(1, 0.5 / np.linalg.norm(updates.numpy(), axis=1, keepdims=True))
-    total = noiseless(client, updates)
+    total = pseudo_gradient(client, updates)
     np.testing.assert_allclose((total - noise).numpy(), rows.sum(axis=0) / 5, atol=1e-6)
-    assert torch.equal(noiseless(client, updates, ranks=3), total)
-    assert torch.equal(noiseless(client, updates[:0], ranks=2), noise)
+    assert torch.equal(pseudo_gradient(client, updates, ranks=3), total)
+    assert torch.equal(pseudo_gradient(client, updates[:0], ranks=2), noise)
+
+
+def test_an_adaptive_clip_norm_follows_the_quantile_of_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equations of Andrew et al. 2021, section 2.1 and theorem 1, in numpy; the same on three ranks."""
+    client = level(0.1, adaptive={"quantile": 0.7, "lr": 0.3, "count_noise": 2.0})
+    assert client.noise_of_updates**-2 + 4.0**-2 == pytest.approx(1.0)  # z^-2
+    with pytest.raises(UserError, match="leaves nothing for the updates"):
+        level(adaptive={})  # a twentieth of 5 clients
+    updates = torch.randn(60, LAYOUT.size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    updates *= torch.linspace(0.1, 3, 60).unsqueeze(1)
+    norms = np.linalg.norm(updates.numpy(), axis=1)
+    after = {}
+    for ranks in (1, 3):
+        spent = client.initial()
+        pseudo_gradient(client, updates, ranks, spent)
+        after[ranks] = spent["clip_norm"]
+    assert torch.equal(after[1], after[3]) and int(spent["rounds"]) == 0
+    count = (norms <= 0.1).sum() - 30  # of b - 1/2
+    noise = (np.log(0.1 / float(after[1])) / 0.3 + 0.7 - 0.5) * 5 - count
+    assert 0 < abs(noise) < 4 * 2.0
+    monkeypatch.setattr(client_level, "discrete_gaussian", lambda sigma, count, generator: np.zeros(count, np.int64))
+    client = Client(client.config, client.population, LAYOUT.size, 60)
+    spent = client.initial()
+    for _ in range(60):
+        pseudo_gradient(client, updates, 1, spent)
+    assert abs((norms <= float(spent["clip_norm"])).mean() - 0.7) < 0.05
 
 
 # ---------------------------------------------------------------- runs
@@ -192,12 +219,13 @@ def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Pat
         "evaluation": {"every": 4, "max_examples": 4, "test_max_examples": 4},
         "run": {"seed": 1},
     }
+    adaptive = {"adaptive": {"lr": 0.5, "count_noise": 1.0}}
     runs = {}
     for name, ranks in (("one", 1), ("three", 3)):
-        config = private(texts, tmp_path / name, **changes)
+        config = private(texts, tmp_path / name, adaptive, **changes)
         collectives = federate(config, ranks)
         runs[name] = final(tmp_path / name)
-    config = private(texts, tmp_path / "resumed", **changes)
+    config = private(texts, tmp_path / "resumed", adaptive, **changes)
     with pytest.raises(Interrupted):
         federate(config, 3, stop_at=collectives // 2)
     federate(config, 3)

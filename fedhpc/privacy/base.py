@@ -12,6 +12,7 @@ from fedhpc.registry import Section
 if TYPE_CHECKING:
     from fedhpc.config import Config
     from fedhpc.data.population import Population
+    from fedhpc.ranks.transport.base import Transport
     from fedhpc.updates.cohort import Cohort
 
 
@@ -37,14 +38,18 @@ class Privacy(ABC):
 
     # ---- what a round does
 
-    def on_client(self, updates: Tensor) -> Tensor:
-        """Change the updates (K, S) of a block just before they are sent."""
-        return updates
-
-    def combine(self, cohort: Cohort, round_: int, aggregate: Callable[[Cohort, int], Tensor]) -> Tensor:
+    def combine(
+        self,
+        transport: Transport,
+        cohort: Cohort,
+        round_: int,
+        aggregate: Callable[[Cohort, int], Tensor],
+        spent: dict[str, Tensor],
+    ) -> Tensor:
         """Make one pseudo-gradient of the accepted updates, float64 (S,) on rank 0. Collective.
 
-        aggregate: what combines the cohort of a round without privacy.
+        aggregate: what combines the cohort of a round without privacy. spent: as `initial` has it, on rank 0, where its
+        values may be replaced by those after the round; empty elsewhere.
         """
         return aggregate(cohort, round_)
 

@@ -9,13 +9,16 @@ Sum and noise are integers. The grid's step is fixed by C, not by the updates as
 grid is within C too. The noise is discrete Gaussian (Canonne, Kamath and Steinke 2020, arXiv 2004.00010): it has the
 Renyi divergences of the continuous one (proposition 5 and corollary 16), and its steps are 2^30 to a C, so that it is
 the continuous one rounded, but for a share of 2^-60 of every probability.
+
+With `adaptive` C follows a quantile of the norms (Andrew et al. 2021, arXiv 1905.03871): a second noisy sum counts the
+updates within C, and C falls where they are more than their share, exp(-lr (count / (q N) - quantile)).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -28,16 +31,27 @@ from fedhpc.privacy._accountant import Accountant, Fixed, Poisson, require_libra
 from fedhpc.privacy._budget import Budget
 from fedhpc.privacy._discrete_gaussian import discrete_gaussian
 from fedhpc.privacy.base import Privacy
+from fedhpc.registry import Section
 from fedhpc.updates.exact_sum import FixedGrid
+from fedhpc.updates.layout import Layout
 from fedhpc.updates.transforms.base import Transform
 
 if TYPE_CHECKING:
     from fedhpc.config import Config
     from fedhpc.data.population import Population
+    from fedhpc.ranks.transport.base import Transport
     from fedhpc.updates.cohort import Cohort
 
 _STEPS = 30  # bits: a coordinate of an update is at most 2^30 steps of the grid, and 2^31 clients fit into 62 bits
 _MARGIN = 2.0**-20  # of the norm: more than a clipped update gains where it is rounded to float32
+
+
+class Adaptive(Section):
+    quantile: float = Field(0.5, gt=0, lt=1, description="share of the updates that clip_norm leaves as they are")
+    lr: float = Field(0.2, gt=0, description="how fast clip_norm follows that share, from round to round")
+    count_noise: float | None = Field(
+        None, gt=0, description="standard deviation of the noise in their number; default a twentieth of the cohort"
+    )
 
 
 class Client(Privacy):
@@ -48,6 +62,9 @@ class Client(Privacy):
     class Options(Budget):
         sampling: Literal["poisson", "fixed"] = Field(
             "poisson", description="every client on its own, so that cohorts vary in size; or cohorts of one size"
+        )
+        adaptive: Adaptive | None = Field(
+            None, description="clip_norm is that of round 1, and follows a quantile of the norms of the updates"
         )
 
         def conflict(self, config: Any) -> str | None:
@@ -65,6 +82,8 @@ class Client(Privacy):
             )  # fmt: skip
         sampling = Poisson(cohort_size / clients) if options.sampling == "poisson" else Fixed(cohort_size, clients)
         self.accountant = Accountant(options.accountant, options.delta, sampling)
+        if options.adaptive is not None:
+            self._require_noise_for_updates()
 
     @cached_property
     def noise_multiplier(self) -> float:
@@ -77,33 +96,74 @@ class Client(Privacy):
     # ---- what a round does
 
     @property
-    def _exponent(self) -> int:
-        """log2 of a step of the grid."""
-        return math.ceil(math.log2(self.options.clip_norm)) - _STEPS
+    def noise_of_updates(self) -> float:
+        """The noise multiplier of the sum of updates: more than z where their number within C takes noise too.
+
+        Both sums together are one Gaussian mechanism of multiplier z: z^-2 = z_u^-2 + (2 s)^-2 (Andrew et al., theorem
+        1), where s is the standard deviation of the noise in the number.
+        """
+        if self.options.adaptive is None:
+            return self.noise_multiplier
+        return float((self.noise_multiplier**-2 - (2 * self._count_noise) ** -2) ** -0.5)
+
+    def _require_noise_for_updates(self) -> None:
+        if 2 * self._count_noise <= self.noise_multiplier:
+            raise UserError(
+                f"privacy.adaptive.count_noise {self._count_noise:.4g} is at most half of the noise multiplier "
+                f"{self.noise_multiplier:.4g}, which leaves nothing for the updates",
+                key="privacy.adaptive.count_noise", remedy="raise it, or federation.cohort_size",
+            )  # fmt: skip
 
     @property
-    def bound(self) -> float:
+    def _count_noise(self) -> float:
+        given = self.options.adaptive.count_noise
+        return self.cohort_size / 20 if given is None else float(given)
+
+    def bound(self, clip_norm: float) -> float:
         """The norm to which updates are clipped: C, but for what rounding to the grid may add, half a step each way."""
-        rounding = math.sqrt(self.size) / 2 * 2.0**self._exponent
-        return (float(self.options.clip_norm) - rounding) * (1 - _MARGIN)
+        rounding = math.sqrt(self.size) / 2 * 2.0 ** _exponent(clip_norm)
+        return (clip_norm - rounding) * (1 - _MARGIN)
 
-    def on_client(self, updates: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(updates.double(), dim=1, keepdim=True)
-        return (updates.double() * (self.bound / norms).clamp(max=1.0)).to(updates.dtype)
+    def combine(
+        self,
+        transport: Transport,
+        cohort: Cohort,
+        round_: int,
+        aggregate: Callable[[Cohort, int], Tensor],
+        spent: dict[str, Tensor],
+    ) -> Tensor:
+        clip_norm = self._clip_norm(transport, spent)
+        draws = rng.generator(self.config.run.seed, "privacy", round_)
+        ones, exponent = np.ones(len(cohort)), _exponent(clip_norm)
+        grid = _noisy_grid(exponent, self.noise_of_updates * clip_norm, draws)
+        total = cohort.mapped(partial(clipped, bound=self.bound(clip_norm))).weighted_sum(ones, grid)
+        if self.options.adaptive is not None:
+            within = cohort.mapped(partial(_signs_within, norm=clip_norm), Layout({"within": (1,)}))
+            signs = within.weighted_sum(ones, _noisy_grid(-_STEPS, 2 * self._count_noise, draws))
+            share = 0.5 + float(signs) / 2 / self.cohort_size
+            if spent:
+                spent["clip_norm"] = torch.tensor([self._next(clip_norm, share)], dtype=torch.float64)
+        return total / self.cohort_size
 
-    def combine(self, cohort: Cohort, round_: int, aggregate: Callable[[Cohort, int], Tensor]) -> Tensor:
-        sigma = self.noise_multiplier * self.options.clip_norm / 2.0**self._exponent
-        generator = rng.generator(self.config.run.seed, "privacy", round_)
+    def _clip_norm(self, transport: Transport, spent: Mapping[str, Tensor]) -> float:
+        """C of this round, on every rank. Collective."""
+        if self.options.adaptive is None:
+            return float(self.options.clip_norm)
+        now = spent["clip_norm"].clone() if spent else torch.zeros(1, dtype=torch.float64)
+        transport.broadcast(now)
+        return float(now)
 
-        def noise(count: int) -> Tensor:
-            return torch.from_numpy(discrete_gaussian(sigma, count, generator))
-
-        return cohort.weighted_sum(np.ones(len(cohort)), FixedGrid(self._exponent, noise)) / self.cohort_size
+    def _next(self, clip_norm: float, share: float) -> float:
+        """C of the next round: it follows the quantile of the norms (Andrew et al., section 2.1)."""
+        adaptive = self.options.adaptive
+        return float(clip_norm * math.exp(-adaptive.lr * (share - adaptive.quantile)))
 
     # ---- what the rounds spend
 
     def initial(self) -> dict[str, Tensor]:
-        return {"rounds": torch.zeros(1, dtype=torch.int64)}
+        clip_norm = torch.tensor([self.options.clip_norm], dtype=torch.float64)
+        adaptive = {} if self.options.adaptive is None else {"clip_norm": clip_norm}
+        return {"rounds": torch.zeros(1, dtype=torch.int64), **adaptive}
 
     def account(self, spent: Mapping[str, Tensor], clients: Sequence[int]) -> None:
         spent["rounds"].add_(1)
@@ -129,11 +189,12 @@ class Client(Privacy):
     def statement(self, rounds: int) -> str:
         options, asked = self.options, self.config.federation.rounds
         fewer = f", where the budget of {options.epsilon:g} ends" if rounds < asked else ""
+        moves = "" if options.adaptive is None else f" (of round 1; it follows quantile {options.adaptive.quantile:g})"
         epsilon = self.accountant.epsilon(self.noise_multiplier, rounds)
         return (
             f"privacy: every client is protected with epsilon {epsilon:.4g} at delta {options.delta:g} "
             f"({self.accountant.sampling.relation}) after {rounds} rounds{fewer}; noise {self.noise_multiplier:.4g} "
-            f"times clip_norm {options.clip_norm:g}, {self.accountant.sampling}, {options.accountant}"
+            f"times clip_norm {options.clip_norm:g}{moves}, {self.accountant.sampling}, {options.accountant}"
         )
 
     def attributes(self, spent: Mapping[str, Tensor]) -> dict[str, str | float]:
@@ -144,6 +205,36 @@ class Client(Privacy):
             "neighbouring_relation": self.accountant.sampling.relation,
             "protects": "client",
         }
+
+
+def clipped(updates: Tensor, bound: float) -> Tensor:
+    """Shorten each update (c, S) that is longer than `bound` to that length."""
+    return (updates.double() * (bound / _norms(updates)).clamp(max=1.0)).to(updates.dtype)
+
+
+def _signs_within(updates: Tensor, norm: float) -> Tensor:
+    """1 for each update (c, S) that is not longer than `norm`, -1 for the others: (c, 1)."""
+    return 2.0 * (_norms(updates) <= norm).double() - 1.0
+
+
+def _norms(updates: Tensor) -> Tensor:
+    """L2 norm of each row, float64 (c, 1); row by row, so that no bit depends on the others of its rank."""
+    norms = [torch.linalg.vector_norm(row.double()) for row in updates]
+    return torch.stack(norms).unsqueeze(1) if norms else torch.empty(0, 1, dtype=torch.float64)
+
+
+def _exponent(clip_norm: float) -> int:
+    """log2 of a step of the grid."""
+    return math.ceil(math.log2(clip_norm)) - _STEPS
+
+
+def _noisy_grid(exponent: int, deviation: float, draws: np.random.Generator) -> FixedGrid:
+    """The grid of steps 2^exponent, with noise of a standard deviation."""
+
+    def noise(count: int) -> Tensor:
+        return torch.from_numpy(discrete_gaussian(deviation / 2.0**exponent, count, draws))
+
+    return FixedGrid(exponent, noise)
 
 
 def _conflict(options: Any, config: Any) -> str | None:
@@ -174,6 +265,13 @@ def _conflict(options: Any, config: Any) -> str | None:
         return (
             f"secure.name {config.secure.name} makes a round void that has too few clients, which under "
             "privacy.sampling poisson depends on who is there: use fixed"
+        )
+    if config.masks_uploads and options.adaptive is not None:
+        return "privacy.adaptive adds up twice a round, and secure masks are for one sum: take one of the two out"
+    if config.attack.name != "none":
+        return (
+            f"attack.name {config.attack.name}: what attackers send depends on other clients, which privacy.name "
+            "client does not account for: take one of the two out"
         )
     if config.client.scaffold:
         return "client.scaffold sends control variates beside the update, without noise: take it out, or privacy"

@@ -116,6 +116,13 @@ class Cohort:
         """A cohort of the same clients with other tensors that they sent, (c, S), in the same order."""
         return self._with(_updates=updates)
 
+    def mapped(self, change: Callable[[Tensor], Tensor], layout: Layout | None = None) -> Cohort:
+        """A cohort of the same clients whose updates are changed where they are: (c, S) -> (c, S'), a row alone.
+
+        layout: of the new ones, where it is another.
+        """
+        return self._with(_updates=change(self._updates), _layout=layout or self._layout)
+
     def with_row(self, row: Tensor) -> Cohort:
         """A cohort with one more row, the last, that is the server's: (S,), of meaning on rank 0 alone; its share is 0.
 

@@ -58,6 +58,7 @@ class Combined:
     change: Tensor | None  # float64 (S,): 1/N of the changes of c_i, with client.scaffold
     clients: list[int]  # the accepted ones
     memory: dict[str, Tensor]  # what the aggregator keeps now; of meaning on rank 0
+    spent: dict[str, Tensor]  # what privacy keeps now; of meaning on rank 0
     masking: Masking | None  # what secure aggregation sent
 
 
@@ -238,12 +239,13 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
         masking = self._masking(plan)
         cohort = self._cohort(transport, plan, results, memory, masking)
-        total = self.privacy.combine(cohort, plan.round, self._aggregate)
+        spent = dict(state.privacy) if state else {}
+        total = self.privacy.combine(transport, cohort, plan.round, self._aggregate, spent)
         if not self.config.corrects_drift:
-            return Combined(total, None, cohort.clients, memory, masking)
+            return Combined(total, None, cohort.clients, memory, spent, masking)
         changes = cohort.replaced(self._accepted_rows(results, [result.upload.changes for result in results]))
         change = changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
-        return Combined(total, change, cohort.clients, memory, masking)
+        return Combined(total, change, cohort.clients, memory, spent, masking)
 
     def _masking(self, plan: Plan) -> Masking | None:
         """How the updates of a round are masked: of all clients of the cohort that have data; None where none are."""
@@ -331,7 +333,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         named = ", ".join(transform.name for transform in self.config.transforms)
         _expect_finite(total, plan.round, "transforms", named)
         norm: float = state.step(total)
-        state.memory = combined.memory
+        state.memory, state.privacy = combined.memory, combined.spent
         self.privacy.account(state.privacy, plan.training)
         if combined.change is not None:
             state.correct(combined.change)

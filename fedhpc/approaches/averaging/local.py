@@ -160,9 +160,8 @@ class BlockTraining:
         updates, personal = self.split.apart(trained.updates)
         finite = _finite(updates) & _finite(personal)
         sent = self.pipeline.on_clients(updates, round_, clients, tensors, self.raw_bytes(clients))
-        sent_updates = self.privacy.on_client(sent.updates)
-        if sent_updates is not updates:
-            updates = sent_updates
+        if sent.updates is not updates:
+            updates = sent.updates
             finite &= _finite(updates)
         if changes is not None:
             finite &= _finite(changes)
