@@ -18,10 +18,11 @@ from fedhpc.bench import secure
 from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
-from fedhpc.registry import choice, options
+from fedhpc.registry import choice, names, options
 from fedhpc.secure import primitives, shamir
 from fedhpc.secure.masked_sum import Masking
 from fedhpc.secure.protocols.base import Protocol, two_thirds
+from fedhpc.secure.protocols.pairwise import Pairwise
 from fedhpc.secure.protocols.sparse import CORRUPT, DROPPING, enough_neighbours
 from fedhpc.updates import cohort as cohorts
 from fedhpc.updates.cohort import Cohort
@@ -251,6 +252,27 @@ def test_a_stream_can_be_entered_anywhere_and_wraps_around() -> None:
     assert (largest < 0).any()
     primitives.add_stream(largest, b"k" * 32, 0, -1)
     assert (largest == 2**63 - 1).all()
+
+
+@pytest.mark.parametrize("name", [name for name in names("secure_protocols") if name != "none"])
+def test_in_every_protocol_neighbours_know_each_other_and_some_of_the_holders_are_enough(name: str) -> None:
+    for count in (3, 8, 64):
+        one = protocol(name)
+        one.require(count)
+        masking = Masking(one, 0, 1, range(count))  # it refuses a graph with arrows
+        assert all(near for near in masking.neighbours)
+        assert all(2 <= t <= len(near) + 1 for t, near in zip(masking.thresholds, masking.neighbours, strict=True))
+        again = [Masking(one, 0, round_, range(count)).neighbours for round_ in (1, 2)]
+        assert again[0] == masking.neighbours and (again[1] == again[0]) == (len(masking.neighbours[0]) == count - 1)
+
+
+def test_a_graph_with_arrows_is_refused() -> None:
+    class Arrows(Pairwise):
+        def graph(self, count: int, generator: np.random.Generator) -> list[list[int]]:
+            return [[(client + 1) % count] for client in range(count)]
+
+    with pytest.raises(UserError, match="a neighbour that it is no neighbour of"):
+        Masking(Arrows(Pairwise.Options()), 0, 1, PLANNED)
 
 
 @pytest.mark.parametrize("count", [5, 40, 64, 300])

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedhpc import rng
+from fedhpc.errors import UserError
 from fedhpc.ranks.collectives import gather_bytes, scatter_bytes
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.secure.client import ADVERT_BYTES, SEALED_BYTES, Client
@@ -37,6 +38,12 @@ class Masking:
         #: The number of each client among those that take part.
         self.numbers = {client: number for number, client in enumerate(self._clients)}
         self.neighbours = protocol.graph(len(self._clients), rng.generator(seed, "secure.graph", round_))
+        for client, near in enumerate(self.neighbours):
+            if any(client == one or client not in self.neighbours[one] for one in near):
+                raise UserError(
+                    f"in the graph of {type(protocol).__name__} a client has a neighbour that it is no neighbour of",
+                    key="secure.name",
+                )
         self.thresholds = [protocol.threshold(1 + len(near)) for near in self.neighbours]
         #: What the protocol has sent so far, in bytes, as the server saw it (on rank 0): to it, and from it.
         self.bytes_up = self.bytes_down = 0
