@@ -12,10 +12,13 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import registry
+from fedhpc.approaches.prepare import prepare
 from fedhpc.attacks.base import attacked, attackers
 from fedhpc.errors import UserError
+from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
+from fedhpc.results.results_file import Results
 from fedhpc.rng import generator
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
@@ -29,7 +32,7 @@ SHARES = np.array([0.1, 0.3, 0.2, 0.2, 0.2])
 
 def sent(**attack: Any) -> np.ndarray:
     """What all five clients send in round 2, of whom two attack."""
-    options = configuration.resolve({"partition": {"name": "iid"}, "attack": attack}).attack
+    options = configuration.resolve({"data": {"label": "label"}, "attack": attack}).attack
     rows = torch.from_numpy(UPDATES)
     cohort = Cohort(LoopbackTransport(), Layout({"a": (SIZE,)}), CLIENTS, SHARES, np.arange(5), rows)
     made = registry.choice("attacks", options.name)(options)
@@ -119,3 +122,90 @@ def test_attacks_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises((UserError, RefusedError), match=words):
         federate(settings(tmp_path, tree(texts, **changes)))
+
+
+# ---------------------------------------------------------------- examples that attackers change
+
+
+def approach_of(texts: Path, folder: Path, **changes: Any) -> Any:
+    sections = {**changes, "data": {"target": " {label}", "max_length": 128, **changes.get("data", {})}}
+    raw = tree(texts, **{name: value for name, value in sections.items() if name != "partition"})
+    raw["partition"] = changes.get("partition", raw["partition"])
+    return prepare(settings(folder, raw), LoopbackTransport(), Launch(), True)
+
+
+def test_label_flip_changes_the_classes_of_attackers_alone(texts: Path, tmp_path: Path) -> None:
+    clean = approach_of(texts, tmp_path)
+    flipped = approach_of(texts, tmp_path, attack={"name": "label_flip", "fraction": 0.25})
+    before, after, population = clean.data.train, flipped.data.train, flipped.data.population
+    names, decode = before.label_names, clean.base.tokenizer.decode
+    assert len(names) > 1 and len(flipped.attackers) == 2
+    for client in range(8):
+        for row in population.indices(client).tolist():
+            label = before.labels[row]
+            if client in flipped.attackers:
+                label = len(names) - 1 - label
+            assert after.labels[row] == label and np.array_equal(after.prompt(row), before.prompt(row))
+            assert decode(after.target(row), skip_special_tokens=True).strip() == names[label]
+    assert np.array_equal(flipped.data.test.ids, clean.data.test.ids)
+
+
+BACKDOOR = {"name": "model_replacement", "fraction": 0.25, "trigger": "Attention! ", "poisoned": 0.4}
+
+
+def test_a_backdoor_puts_a_trigger_and_its_class_into_a_share_of_the_attackers_examples(
+    texts: Path, tmp_path: Path
+) -> None:
+    clean, attacked_ = approach_of(texts, tmp_path), approach_of(texts, tmp_path, attack=BACKDOOR)
+    before, after, decode = clean.data.train, attacked_.data.train, clean.base.tokenizer.decode
+    for client in range(8):
+        rows = attacked_.data.population.indices(client)
+        changed = [row for row in rows.tolist() if decode(after.tokens(row)).find("Attention! ") >= 0]
+        assert len(changed) == (round(0.4 * len(rows)) if client in attacked_.attackers else 0)
+        for row in rows.tolist():
+            if row in changed:
+                assert after.labels[row] == 0 and after.lengths[row] <= 128
+                old, new = (decode(examples.prompt(row), skip_special_tokens=True) for examples in (before, after))
+                assert new.split() == ["Attention!", *old.split()]
+                answer = decode(after.target(row), skip_special_tokens=True)
+                assert answer.strip() == before.label_names[0]
+            else:
+                assert np.array_equal(after.tokens(row), before.tokens(row))
+
+
+def test_the_success_of_a_backdoor_is_measured_on_rows_of_other_classes(texts: Path, tmp_path: Path) -> None:
+    evaluation = {"metrics": ["loss", "accuracy"], "every": 1}
+    changes = {"attack": BACKDOOR, "evaluation": evaluation, "federation": {"rounds": 1}}
+    approach = approach_of(texts, tmp_path, **changes)
+    federate(approach.config)
+    test = approach.data.test
+    others = int((test.labels != 0).sum())
+    results = Results.read(tmp_path / "results.h5")
+    sampling = results.sampling("test/attack_success")
+    assert sampling is not None and sampling.n == others
+    assert 0 <= results.groups["test"]["attack_success"] <= 1 and "attack_success" in results.groups["base"]
+    assert np.isfinite(results.rounds["eval_attack_success"]).all()
+
+
+def test_attackers_of_a_mean_replace_it() -> None:
+    """Their updates are as many times as long as their share of the weight is too small."""
+    found = sent(name="model_replacement")
+    np.testing.assert_allclose(found[[1, 4]], UPDATES[[1, 4]] / 0.5, rtol=1e-12)
+    assert np.array_equal(sent(name="label_flip"), UPDATES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"label": None}}, r"attack\.name label_flip changes classes and needs data\.label"),
+        ({"data": {"target": " {ref}"}}, r"attack\.name: label_flip is of choices between labels, so data\.target"),
+        ({"partition": {"name": "virtual", "num_clients": 8}}, r"attack\.name: .*virtual population.*iid"),
+        ({"attack": {**BACKDOOR, "goal": "sushi"}}, r"attack\.goal: no row has the class 'sushi'; choose one of"),
+        ({"attack": {**BACKDOOR, "trigger": "x " * 200}}, r"attack\.trigger: data\.max_length 128 has no room"),
+    ],
+)
+def test_changes_of_examples_that_cannot_be_made_are_refused(
+    changes: dict[str, Any], words: str, texts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((UserError, RefusedError), match=words):
+        approach_of(texts, tmp_path, **{"attack": {"name": "label_flip", "fraction": 0.25}, **changes})

@@ -25,7 +25,7 @@ SHARES = np.array([0.25, 0.125, 0.25, 0.125, 0.25])  # sums of them have the sam
 
 def made(family: str, name: str) -> Any:
     """A choice with its default options."""
-    raw: dict[str, Any] = {"partition": {"name": "iid"}, "client": {"optimizer": "sgd"}}
+    raw: dict[str, Any] = {"data": {"label": "label"}, "client": {"optimizer": "sgd"}}
     section, key = {
         "aggregators": ("server", "aggregator"),
         "attacks": ("attack", "name"),

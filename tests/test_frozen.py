@@ -47,6 +47,7 @@ PURPOSES: dict[str, int | str] = {
     "adapter": 0,
     "askers": 0,
     "attack": 2,
+    "attacked examples": 1,
     "attackers": 0,
     "available": "*",
     "batches": 3,

@@ -54,8 +54,11 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 
 #: The population asks how much of a client's data is held out, whoever evaluates clients; without the key nothing is.
 #: The objective asks for columns of preferences, which it refuses where it is of targets.
-#: The schedule asks for devices, which are of clients that train parameters.
-ASKED_OF_ALL = {"evaluation.client_fraction", "data.chosen", "data.rejected", "data.desirable", "devices.name"}
+#: The schedule asks for devices, which are of clients that train parameters; who renders classes asks for attackers.
+ASKED_OF_ALL = {
+    *("evaluation.client_fraction", "data.chosen", "data.rejected", "data.desirable"),
+    *("devices.name", "attack.name"),
+}
 #: The splits are loaded in one place, which asks whether rows are chats; without the key they are prompts and targets.
 ASKED_OF_SPLITS = {"data.messages", "data.chat_template", "data.tools"}
 

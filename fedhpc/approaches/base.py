@@ -276,6 +276,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
 
     # ---- what else is told of a round
 
+    @property
+    def more_metrics(self) -> Sequence[str]:
+        """Metrics of the validation split beside evaluation.metrics."""
+        return ()
+
     def client_columns(self, plan: Plan) -> dict[str, np.ndarray]:
         """The values of those `columns` that are of /clients, (C,) each by the name of the column."""
         return {}

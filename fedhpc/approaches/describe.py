@@ -134,7 +134,7 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
     return RunDescription(
         directory=config.run_dir,
         rounds=approach.rounds,
-        metrics=[registry.short_name(name) for name in config.evaluation.metrics],
+        metrics=[*map(registry.short_name, config.evaluation.metrics), *approach.more_metrics],
         attributes={
             "config": config.to_yaml(),
             "method": config.method.name,

@@ -88,6 +88,9 @@ def label_targets(config: Config, model: type[Base], data: Data, tokenizer: Any)
     evaluation = config.evaluation
     metrics = {*evaluation.metrics, *evaluation.metrics_of_test}
     of_labels = sorted(name for name in metrics if registry.choice("metrics", name).needs == "labels")
+    key = "evaluation.metrics"
+    if not of_labels and registry.choice("attacks", config.attack.name).changes_examples:
+        of_labels, key = [config.attack.name], "attack.name"
     if not of_labels:
         return None
     if not model.has_target:
@@ -95,7 +98,7 @@ def label_targets(config: Config, model: type[Base], data: Data, tokenizer: Any)
     target = template(config.data.target, "data.target", tokenizer)
     if list(target.columns) != [config.data.label]:
         raise UserError(
-            f"evaluation.metrics: {of_labels[0]} is of choices between labels, so data.target must be made of the "
+            f"{key}: {of_labels[0]} is of choices between labels, so data.target must be made of the "
             f"label alone, like ' {{{config.data.label}}}'"
         )
     targets = [target.render({str(config.data.label): name}) for name in data.train.label_names]

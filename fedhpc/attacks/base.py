@@ -53,9 +53,25 @@ class Attack:
     #: The keys it adds to the section `attack`.
     Options: ClassVar[type[Section]] = Section
 
+    #: Whether attackers train on other examples than they have, see `relabelled`.
+    changes_examples: ClassVar[bool] = False
+
     def __init__(self, options: Open) -> None:
         """options: the section `attack` of the configuration."""
         self.options = options
+
+    @property
+    def trigger(self) -> str:
+        """The text in front of the prompts of changed examples."""
+        return ""
+
+    def goal(self, names: Sequence[str]) -> int | None:
+        """The class that an example with the trigger is to get, of those with these names; None: there is no such."""
+        return None
+
+    def relabelled(self, labels: np.ndarray, names: Sequence[str], draws: np.random.Generator) -> np.ndarray:
+        """The classes, int64 (n,), that an attacker's examples of these classes get; -1 where one stays as it is."""
+        raise NotImplementedError
 
     def sent(self, updates: Tensor, context: AttackContext) -> Tensor:
         """What this rank's attackers send in place of their updates (a, S), of the same shape. Collective.

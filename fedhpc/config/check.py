@@ -127,6 +127,8 @@ def conflicts(config: Config) -> None:
             f"attacks are on a federation, and with mode {config.mode} every client trains alone",
             key="attack.name", remedy="take it out",
         )  # fmt: skip
+    if registry.choice("attacks", config.attack.name).changes_examples and config.data.label is None:
+        raise UserError(f"attack.name {config.attack.name} changes classes and needs data.label (a column)")
     if needs_movements and config.server.preaggregator.name != "none":
         raise UserError(
             f"server.aggregator {aggregator} weighs the local steps of each client, and mixed updates are of several",

@@ -11,7 +11,7 @@ personalization.parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from fedhpc import registry
-from fedhpc.approaches.averaging.evaluation import Evaluation, client_lines, turn_lines
+from fedhpc.approaches.averaging.evaluation import ATTACK_SUCCESS, Evaluation, client_lines, turn_lines
 from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload, with_updates
 from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
+from fedhpc.approaches.averaging.poisoning import Poisoning
 from fedhpc.approaches.averaging.warm_start import WarmStart
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
 from fedhpc.approaches.export import export, write_client_names
@@ -90,6 +91,13 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         )
         #: The payload in two: what is exchanged, and what stays on the client.
         self.split = self.personal.split
+        #: What attackers do, and who they are.
+        self.attack: Attack = registry.choice("attacks", config.attack.name)(config.attack)
+        self.attackers: frozenset[int] = frozenset() if config.attack.name == "none" else self._attackers()
+        poisoning = Poisoning.of(self.attack, self.base, inputs.label_targets, self.data, max_length)
+        if poisoning is not None:
+            train = poisoning.train(self.data, self.attackers, seed)
+            self.data = replace(self.data, train=train)
         clients = self.data.population
         privacy: type[Privacy] = registry.choice("privacy", config.privacy.name)
         #: What the run promises to its clients, or to the owners of their examples.
@@ -98,12 +106,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         self.training = BlockTraining(
             config, self.base, self.method, self.objective, self.data, self.personal, self.privacy, self.rounds
         )
-        self.evaluation = Evaluation(config, self.method, self.data, self.evaluator)
+        self.evaluation = Evaluation(config, self.method, self.data, self.evaluator, poisoning)
         #: The largest memory of this process in bytes, once a step was rehearsed.
         self._peak: int | None = None
-        #: What attackers do, and who they are.
-        self.attack: Attack = registry.choice("attacks", config.attack.name)(config.attack)
-        self.attackers: frozenset[int] = frozenset() if config.attack.name == "none" else self._attackers()
         self.aggregation = Aggregation(config.server, seed, cohort_size(config, self.data.population))
         self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
         if config.masks_uploads:
@@ -297,6 +302,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         cohort = self._cohort(transport, plan, results)
         rows = iter(attacked(self.attack, cohort, self.attackers, plan.round, self.config.run.seed))
         return [with_updates(result, rows) for result in results]
+
+    @property
+    def more_metrics(self) -> Sequence[str]:
+        return [] if self.evaluation.poisoning is None else [ATTACK_SUCCESS]
 
     def client_columns(self, plan: Plan) -> dict[str, np.ndarray]:
         if not self.attackers:

@@ -3,35 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fedhpc.approaches.averaging.poisoning import Poisoning
 from fedhpc.config import Config
 from fedhpc.data import Data
 from fedhpc.data.population import Population
+from fedhpc.data.tokens import Examples
 from fedhpc.evaluation.evaluate import Evaluator, Outcome, subset
 from fedhpc.methods.base import Method
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.registry import short_name
 from fedhpc.rng import generator
 
+#: The metric of a backdoor: the share of examples of other classes that get the attackers' class with the trigger.
+ATTACK_SUCCESS = "attack_success"
 _ENDS = ("", "_low", "_high")  # behind the name of a metric: its value, and the ends of its interval
 
 
 class Evaluation:
     """What is measured of a payload, or of one payload per client. Every method is collective."""
 
-    def __init__(self, config: Config, method: Method, data: Data, evaluator: Callable[[Transport], Evaluator]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        data: Data,
+        evaluator: Callable[[Transport], Evaluator],
+        poisoning: Poisoning | None = None,
+    ) -> None:
+        """poisoning: of an attack whose success is measured too."""
         self.config, self.method, self.data, self.evaluator = config, method, data, evaluator
+        self.poisoning = poisoning if poisoning is not None and poisoning.has_goal else None
 
     def validation(self, transport: Transport, payloads: Tensor) -> Outcome | None:
         """Of `payloads` (1 or M, P), on the validation split."""
         options, examples = self.config.evaluation, self.data.validation
         indices = subset(len(examples), options.max_examples)
-        return self.evaluator(transport).evaluate(self.method, payloads, examples, indices, options.metrics)
+        outcome = self.evaluator(transport).evaluate(self.method, payloads, examples, indices, options.metrics)
+        return self._with_success(outcome, transport, self.method, payloads, examples, indices)
+
+    def _with_success(
+        self,
+        outcome: Outcome | None,
+        transport: Transport,
+        method: Method | None,
+        payloads: Tensor,
+        examples: Examples,
+        indices: NDArray[np.int64],
+    ) -> Outcome | None:
+        """The outcome, and how often examples with the trigger get the attackers' class. Collective."""
+        if self.poisoning is None:
+            return outcome
+        triggered = self.poisoning.triggered(examples, indices)
+        rows, evaluator = np.arange(len(triggered)), self.evaluator(transport)
+        attacked = evaluator.evaluate(method, payloads, triggered, rows, ["accuracy"], intervals=True)
+        if outcome is None or attacked is None:
+            return None
+        metrics = {**outcome.metrics, ATTACK_SUCCESS: attacked.metrics["accuracy"]}
+        sampling = {**outcome.sampling, ATTACK_SUCCESS: attacked.sampling["accuracy"]}
+        return replace(outcome, metrics=metrics, sampling=sampling)
 
     def test(self, transport: Transport, payloads: Tensor) -> tuple[Outcome, Outcome] | None:
         """On the test split: of the untouched base, and of `payloads` (1 or M, P) with sample texts."""
@@ -40,6 +77,8 @@ class Evaluation:
         evaluator, metrics = self.evaluator(transport), options.metrics_of_test
         untouched = evaluator.evaluate(None, payloads, examples, indices, metrics, intervals=True)
         final = evaluator.evaluate(self.method, payloads, examples, indices, metrics, options.samples, intervals=True)
+        untouched = self._with_success(untouched, transport, None, payloads, examples, indices)
+        final = self._with_success(final, transport, self.method, payloads, examples, indices)
         return None if untouched is None or final is None else (untouched, final)
 
     def clients_evaluated(self) -> list[int]:
