@@ -6,6 +6,7 @@ The optimisation is that of the quadratic clients of test_quadratic.py, against 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_a_trace_without_clients_gives_each_a_row(tmp_path: Path) -> None:
     (tmp_path / "devices.jsonl").write_text(lines)
     other = synchronous(devices={"name": "trace", "file": str(tmp_path / "devices.jsonl")}).devices
     assert other.of(3) == (1.0, 1.0, 1.0, 1.0) and other.fingerprint != devices.fingerprint
+
+
+def test_a_trace_names_the_owners_of_a_natural_partition(tmp_path: Path) -> None:
+    clients = replace(population([2, 3]), names=["north", "south"])
+    options = {"name": "trace", "file": write_trace(tmp_path / "devices.csv", ["south,2,1,1", "north,1,1,1"])}
+    devices = synchronous(clients, devices=options, federation={"cohort_size": 2}).devices
+    assert [devices.of(c).tokens_per_s for c in range(2)] == [1.0, 2.0]
+    named = replace(clients, names=["north", "east"])
+    with pytest.raises(UserError, match=r"has no row for client 1 \(east\)"):
+        synchronous(named, devices=options)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +369,23 @@ def test_buffered_rounds_on_any_number_of_ranks_and_after_a_resume(tmp_path: Pat
     agree(found, thetas_of[1:], START)
 
 
+def test_a_stale_attacker_counts_as_little_as_others(tmp_path: Path) -> None:
+    """What it sends in place of its update has the weight of the update."""
+    sections = {"devices": unequal(tmp_path), "federation": buffered(6, 2), "server": {"weighting": "uniform"}}
+    found = thetas(federated(tmp_path / "run", attack={"name": "sign_flip", "fraction": 0.34}, **sections))
+    clients, thetas_of = table(tmp_path / "run", "clients"), [START]
+    for r in range(1, ROUNDS + 1):
+        rows, total = np.flatnonzero(clients["round"] == r), np.zeros(SIZE)
+        for row in rows:
+            staleness, client = clients["staleness"][row], clients["client_id"][row]
+            start = thetas_of[r - 1 - staleness]
+            sign = -1 if clients["attacker"][row] else 1
+            total += sign * (start - sgd(client, start, STEPS[client])) / np.sqrt(1 + staleness) / 2
+        thetas_of.append(thetas_of[-1] - total)
+    agree(found, thetas_of[1:], START)
+    assert clients["staleness"][clients["attacker"] == 1].max() > 0
+
+
 def plans(rounds: int, clients: Any = None, block_size: int = 2, **sections: Any) -> list[Plan]:
     """The plans of buffered rounds; asked for again in another order they are the same."""
 
@@ -468,6 +496,7 @@ def test_reports_tell_virtual_time(tmp_path: Path, capsys: pytest.CaptureFixture
     target = float(rounds["eval_loss"][rounds["round"] == 5][0])
     assert report([*runs, "--out", str(tmp_path / "two"), "--target-loss", str(target)]) == 0
     assert "| virtual seconds to it |" in (tmp_path / "two" / "comparison.md").read_text()
+    assert (tmp_path / "two" / "eval_loss_by_time.png").stat().st_size > 10_000
     lines = (tmp_path / "two" / "efficiency.csv").read_text().splitlines()
     cells = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     reached = int(cells[1]["round_to_target"])

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from fedhpc.report import costs
-from fedhpc.report.plots import compared_loss, compared_test, plotted_axes
+from fedhpc.report.plots import compared_loss, compared_loss_by_time, compared_test, plotted_axes
 from fedhpc.report.runs import (
     AxisLine,
     LoadedRun,
@@ -79,6 +79,7 @@ def compare(
     written = []
     plots = [
         ("eval_loss.png", compared_loss(groups)),
+        ("eval_loss_by_time.png", compared_loss_by_time(groups)),
         ("test.png", compared_test(groups)),
         ("axes.png", plotted_axes(axes, lines)),
     ]

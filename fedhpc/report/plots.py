@@ -187,6 +187,27 @@ def compared_loss(groups: Sequence[SeedGroup]) -> Any:
     return canvas
 
 
+def compared_loss_by_time(groups: Sequence[SeedGroup]) -> Any:
+    """Validation loss by virtual time, a line for each run; None where no run has virtual time."""
+    timed = [g for g in groups if all("virtual_seconds" in run.rounds for run in g.runs)]
+    if not timed:
+        return None
+    canvas, (axis,) = _axes(width=7.5, height=4.2)
+    for i, (g, label) in enumerate(zip(timed, _labels(timed), strict=True)):
+        for run in g.runs:
+            rounds, measured = run.rounds, ~np.isnan(run.rounds["eval_loss"])
+            hours = np.cumsum(rounds["virtual_seconds"])[measured] / 3600
+            style = {"color": COLOURS[i % len(COLOURS)], "label": label if run is g.runs[0] else None}
+            axis.plot(hours, rounds["eval_loss"][measured], linewidth=1.2, **style)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("virtual hours")
+    _within(axis, "loss")
+    axis.set_ylabel("validation loss [nats per token]")
+    axis.set_title("Validation loss by virtual time, a line for each seed", loc="left")
+    axis.legend(frameon=False)
+    return canvas
+
+
 def compared_test(groups: Sequence[SeedGroup]) -> Any:
     """Test metrics of every group and of the base models before training; None without any.
 

@@ -244,6 +244,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
         masking = self._masking(plan)
         cohort = self._cohort(transport, plan, results, memory, masking)
+        if plan.weights:
+            cohort = cohort.replaced(self._weighted(plan, results))
         spent = dict(state.privacy) if state else {}
         total = self.privacy.combine(transport, cohort, plan.round, self._aggregate, spent)
         if not self.config.corrects_drift:
@@ -293,6 +295,12 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         none = torch.empty(0, self.split.shared.size, dtype=self.payload_dtype)
         accepted = [torch.from_numpy(result.accepted) for result in results]
         return torch.cat([none, *(rows[ok] for rows, ok in zip(sent, accepted, strict=True) if rows is not None)])
+
+    def _weighted(self, plan: Plan, results: Sequence[BlockResult[Upload]]) -> Tensor:
+        """The accepted updates (c, S), each times the weight that its staleness leaves it."""
+        updates = self._accepted_rows(results, [result.upload.updates for result in results])
+        weights = np.array(plan.weights)[accepted_indices(plan, results)]
+        return updates * torch.from_numpy(weights).to(updates.dtype).unsqueeze(1)
 
     def attacked(
         self, transport: Transport, plan: Plan, results: list[BlockResult[Upload]]

@@ -179,7 +179,7 @@ class BlockTraining:
             bytes_up = self.masked_bytes(clients)
         return BlockResult(
             clients=tuple(clients),
-            upload=Upload(self._counted(plan, clients, down, theta, updates), changes),
+            upload=Upload(self._from_newest(plan, down, theta, updates), changes),
             reason=np.where(finite, 0, 1),
             tokens=trained.tokens,
             steps=trained.steps,
@@ -220,17 +220,12 @@ class BlockTraining:
         assert theta is not None
         return self.split.join(theta, self.personal.of_clients(tensors))
 
-    def _counted(
-        self, plan: Plan, clients: Sequence[int], down: Download, theta: Tensor | None, updates: Tensor
-    ) -> Tensor:
-        """The updates (K, S) of clients that started from `theta`, as they count in a schedule where some are stale."""
-        if plan.pulls_to_models:
-            assert theta is not None and down.theta is not None
-            updates = updates + (down.theta - theta)
-        if not plan.weights:
+    def _from_newest(self, plan: Plan, down: Download, theta: Tensor | None, updates: Tensor) -> Tensor:
+        """The updates (K, S) of clients that started from `theta`; with pulls_to_models those from the newest state."""
+        if not plan.pulls_to_models:
             return updates
-        weights = torch.tensor([plan.weights[plan.index[client]] for client in clients], dtype=updates.dtype)
-        return updates * weights.unsqueeze(1)
+        assert theta is not None and down.theta is not None
+        return updates + (down.theta - theta)
 
     def _tensors_after(
         self, tensors: Mapping[str, Tensor], starts: Tensor, trained: Trained, changes: Tensor | None
