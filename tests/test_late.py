@@ -341,11 +341,24 @@ def test_a_buffer_of_equal_clients_is_a_synchronous_round(tmp_path: Path) -> Non
     assert (table(tmp_path / "buffered", "clients")["staleness"] == 0).all()
 
 
+def test_packed_updates_arrive_earlier(tmp_path: Path) -> None:
+    slow = {"name": "lognormal", "up_bytes_per_s": 1.0, "down_bytes_per_s": 1e9, "tokens_per_s": 1e9, "link_sigma": 0.0}
+    seconds = {}
+    for transforms in ([], [{"name": "topk", "fraction": 0.2}]):
+        folder = tmp_path / str(len(transforms))
+        federated(folder, devices=slow, transforms=transforms, federation={**buffered(3, 2), "rounds": 2})
+        seconds[len(transforms)] = table(folder, "clients")["virtual_seconds"]
+        sent = table(folder, "rounds")["bytes_up"][1:].sum() / len(seconds[len(transforms)])
+        assert seconds[len(transforms)] == pytest.approx(sent, rel=1e-6)
+    assert seconds[1].max() < seconds[0].min()
+
+
 def test_buffered_rounds_on_any_number_of_ranks_and_after_a_resume(tmp_path: Path) -> None:
     """With what clients keep for a transform, with dropout, and with more clients than are at work."""
 
     def change(approach: Averaging) -> None:
-        approach.training.pipeline = Pipeline([EightBits(None)], approach.config.run.seed, SIZE, torch.float64)
+        seed, layout = approach.config.run.seed, approach.split.shared
+        approach.training.pipeline = Pipeline([EightBits(None)], seed, layout, torch.float64)
 
     federation = {**buffered(4, 2), "dropout": 0.2}
     found = in_every_way(tmp_path, change, devices={"name": "lognormal", "speed_sigma": 1.0}, federation=federation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
 from fedhpc.participation.plan import Plan
 from fedhpc.privacy.base import Privacy
+from fedhpc.rng import generator
 from fedhpc.training import client_state
 from fedhpc.training.block import Trained, Work, train_block
 from fedhpc.training.client_state import Keeper, OwnPayload
@@ -114,15 +116,17 @@ class BlockTraining:
 
     def expected_bytes(self, clients: Sequence[int]) -> np.ndarray:
         """Bytes of each client's update as it is sent: int64 (K,). How well normal numbers can be packed decides."""
-        raw = self.raw_bytes(clients)
-        if not len(raw) or not any(transform.packs for transform in self.pipeline.transforms):
-            return raw
-        update = torch.randn(
-            1, self.split.shared.size, generator=torch.Generator().manual_seed(0), dtype=self.personal.dtype
-        )
+        if not any(transform.packs for transform in self.pipeline.transforms):
+            return self.raw_bytes(clients)
+        return np.full(len(clients), self._packed_bytes, dtype=np.int64)
+
+    @cached_property
+    def _packed_bytes(self) -> int:
+        """Bytes of an update of normal numbers as it is sent; the same on every processor, since plans hang on it."""
+        numbers = generator(self.config.run.seed, "packed bytes").standard_normal((1, self.split.shared.size))
         tensors = {name: self.pipeline.initial(name).unsqueeze(0) for name in self.pipeline.keeps}
-        sent = self.pipeline.on_clients(update, 1, clients[:1], tensors, raw[:1])
-        return np.repeat(sent.bytes_up, len(raw))
+        update = torch.from_numpy(numbers).to(self.personal.dtype)
+        return int(self.pipeline.on_clients(update, 1, [0], tensors, self.raw_bytes([0])).bytes_up[0])
 
     def train(
         self,
