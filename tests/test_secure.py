@@ -91,7 +91,9 @@ def test_the_masked_sum_has_the_bits_of_the_plain_one_on_any_number_of_ranks(
         total, masking = summed(ranks, accepted, protocol(name, **given))
         assert torch.equal(total, plain)
         assert masking is not None
-        assert (masking.bytes_up, masking.bytes_down) == masking.expected_bytes([PLANNED[i] for i in accepted])
+        assert (masking.bytes_up, masking.bytes_down) == masking.expected_bytes(
+            [PLANNED[i] for i in accepted], LAYOUT.size
+        )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_noise_comes_on_top_of_the_unmasked_sum() -> None:
 
 def test_masks_cancel_and_no_two_sums_share_one() -> None:
     masking = Masking(protocol("sparse", neighbours=4), 0, 1, PLANNED)
-    masks = [masking.begin(LoopbackTransport(), PLANNED, [0] * len(PLANNED)) for _ in range(2)]
+    masks = [masking.begin(LoopbackTransport(), PLANNED, [0] * len(PLANNED), 1000) for _ in range(2)]
     totals = []
     for one in masks:
         hidden = np.zeros((len(PLANNED), 1000), dtype=np.int64)
@@ -372,6 +374,24 @@ def test_a_sparse_graph_gives_the_same_run(texts: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(masked[name], plain[name]) for name in plain)
 
 
+def test_several_sums_of_a_round_are_masked_and_counted(texts: Path, tmp_path: Path) -> None:
+    """With adaptive clipping of client-level privacy, whose noisy count is a sum of its own."""
+    privacy = {"name": "client", "sampling": "fixed", "accountant": "rdp", "clip_norm": 1.0, "noise_multiplier": 0.5}
+    raw = {
+        **raw_of(
+            texts, privacy={**privacy, "delta": 0.1, "adaptive": {"quantile": 0.5}}, server={"weighting": "uniform"}
+        ),
+        "federation": {"rounds": 2, "cohort_size": 6},
+    }
+    for name in ("none", "pairwise"):
+        federate(settings(tmp_path / name, {**raw, "secure": {"name": name}}), ranks=2)
+    masked, plain = final(tmp_path / "pairwise"), final(tmp_path / "none")
+    assert all(np.array_equal(masked[name], plain[name]) for name in plain)
+    numbers = sum(tensor.size for tensor in plain.values()) + 1
+    wanted = 2 * 6 * (64 + 5 * 82 + 6 * 33) + 6 * 8 * numbers
+    assert (table(tmp_path / "pairwise", "rounds")["bytes_up"][1:] == wanted).all()
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -389,6 +409,8 @@ def test_a_sparse_graph_gives_the_same_run(texts: Path, tmp_path: Path) -> None:
         ({"server": {"aggregator": "krum"}}, "and aggregator krum asks for more"),
         ({"server": {"preaggregator": {"name": "bucketing"}}}, "secure.name pairwise lets nobody mix single updates"),
         ({"client": {"optimizer": "sgd", "scaffold": True}}, "client.scaffold: secure.name pairwise masks the updates"),
+        ({"attack": {"name": "alie"}}, "secure.name pairwise hides what honest clients send, which attack.name alie"),
+        ({"transforms": [{"name": "sign"}]}, "transforms: sign packs an update in fewer bytes"),
         ({"mode": "centralized"}, "with mode centralized they send nothing"),
         ({"method": {"name": "fedbpt"}}, "secure.name: method.name fedbpt does not read it"),
     ],

@@ -56,6 +56,9 @@ class Attack:
     #: Whether attackers train on other examples than they have, see `relabelled`.
     changes_examples: ClassVar[bool] = False
 
+    #: Whether it asks what honest clients send (`AttackContext.honest`), which nobody knows where it is masked.
+    sees_others: ClassVar[bool] = True
+
     def __init__(self, options: Open) -> None:
         """options: the section `attack` of the configuration."""
         self.options = options

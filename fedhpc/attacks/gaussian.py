@@ -13,6 +13,8 @@ from fedhpc.registry import Section
 class Gaussian(Attack):
     """Normal numbers of mean 0, drawn anew for each attacker and round."""
 
+    sees_others = False
+
     class Options(Section):
         std: float = Field(1.0, gt=0, description="standard deviation of every number")
 

@@ -12,6 +12,8 @@ from fedhpc.attacks.base import Attack
 class LabelFlip(Attack):
     """Of L classes in order, the examples of class l have class L - 1 - l."""
 
+    sees_others = False
+
     changes_examples = True
 
     def relabelled(self, labels: np.ndarray, names: Sequence[str], draws: np.random.Generator) -> np.ndarray:

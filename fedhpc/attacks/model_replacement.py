@@ -20,6 +20,8 @@ from fedhpc.registry import Section
 class ModelReplacement(Attack):
     """Each attacker's update, trained on a backdoor, times `scale`."""
 
+    sees_others = False
+
     class Options(Section):
         trigger: str = Field("cf ", min_length=1, description="text in front of the prompts of changed examples")
         goal: str | None = Field(None, description="class of these examples; default the first one")

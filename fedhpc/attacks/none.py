@@ -7,3 +7,5 @@ from fedhpc.attacks.base import Attack
 
 class Nobody(Attack):
     """Leaves all updates as they are."""
+
+    sees_others = False

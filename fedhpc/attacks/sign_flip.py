@@ -12,6 +12,8 @@ from fedhpc.registry import Section
 class SignFlip(Attack):
     """Each attacker's own update times -`scale`."""
 
+    sees_others = False
+
     class Options(Section):
         scale: float = Field(1.0, gt=0, description="how many times as long as the update")
 

@@ -263,6 +263,11 @@ def _check_secure(config: Config) -> None:
             f"secure.name {name} lets nobody mix single updates", key="server.preaggregator.name",
             remedy="give one of the two",
         )  # fmt: skip
+    if registry.choice("attacks", config.attack.name).sees_others:
+        raise UserError(
+            f"secure.name {name} hides what honest clients send, which attack.name {config.attack.name} asks for",
+            key="attack.name", remedy="give one of the two",
+        )  # fmt: skip
     if config.client.scaffold:
         raise UserError(
             f"secure.name {name} masks the updates, not the control variates that go beside them",

@@ -266,8 +266,6 @@ def _conflict(options: Any, config: Any) -> str | None:
             f"secure.name {config.secure.name} makes a round void that has too few clients, which under "
             "privacy.sampling poisson depends on who is there: use fixed"
         )
-    if config.masks_uploads and options.adaptive is not None:
-        return "privacy.adaptive adds up twice a round, and secure masks are for one sum: take one of the two out"
     if config.attack.name != "none":
         return (
             f"attack.name {config.attack.name}: what attackers send depends on other clients, which privacy.name "

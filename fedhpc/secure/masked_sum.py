@@ -28,6 +28,8 @@ from fedhpc.secure.protocols.base import FEWEST, Protocol
 from fedhpc.secure.server import Server, irrecoverable
 from fedhpc.secure.shamir import SHARE_BYTES
 
+NUMBER_BYTES = 8  # of a masked coordinate
+
 
 class Masking:
     """Secure aggregation in one round: who shares masks with whom, and the masks of each sum of the round."""
@@ -72,19 +74,21 @@ class Masking:
             f"{most + 1} that hold shares recover one"
         )
 
-    def expected_bytes(self, uploading: Sequence[int]) -> tuple[int, int]:
-        """Bytes of one sum to the server and from it, beside the uploads, where these clients upload."""
+    def expected_bytes(self, uploading: Sequence[int], size: int) -> tuple[int, int]:
+        """Bytes of one sum to the server and from it, where these clients upload `size` numbers each."""
         degrees = [len(near) for near in self.neighbours]
         answering = [degrees[self.numbers[client]] for client in uploading]
-        up = sum(ADVERT_BYTES + SEALED_BYTES * k for k in degrees) + sum(SHARE_BYTES * (k + 1) for k in answering)
+        keys = sum(ADVERT_BYTES + SEALED_BYTES * k for k in degrees)
+        up = keys + sum(NUMBER_BYTES * size + SHARE_BYTES * (k + 1) for k in answering)
         return up, sum((ADVERT_BYTES + SEALED_BYTES) * k for k in degrees) + sum(answering)
 
-    def begin(self, transport: Transport, uploaded: Sequence[int], ranks: Sequence[int]) -> Masks:
-        """The masks of the next sum, for steps 0 and 1. Collective.
+    def begin(self, transport: Transport, uploaded: Sequence[int], ranks: Sequence[int], size: int) -> Masks:
+        """The masks of the next sum, after steps 0 and 1. Collective.
 
-        uploaded: the clients whose uploads will come, and the rank that has each of them.
+        uploaded: the clients whose uploads will come, of `size` numbers, and the rank that has each of them.
         """
         self._sums += 1
+        self.bytes_up += NUMBER_BYTES * size * len(uploaded)
         # Who does not upload trained nowhere, or was refused: it is dealt out to the ranks that have clients.
         workers = list(range(1, transport.world_size)) or [0]
         rank_of = dict(zip(uploaded, ranks, strict=True))

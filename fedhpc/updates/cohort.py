@@ -176,9 +176,11 @@ class Cohort:
         if not len(self) and grid is None:
             return self._elsewhere()
         transport, layout, updates = self._transport, self._layout, self._updates
-        masks = None if self._masking is None else self._masking.begin(transport, self.clients, self._owners.tolist())
-        if self._masking is not None and self._masking.shortfall(self.clients):
-            return self._elsewhere()  # nobody could unmask it: the round is void
+        masks = None
+        if self._masking is not None:
+            masks = self._masking.begin(transport, self.clients, self._owners.tolist(), layout.size)
+            if self._masking.shortfall(self.clients):
+                return self._elsewhere()  # nobody could unmask it: the round is void
         mine = torch.from_numpy(weights[self._rows])
         if grid is None:
             highest = largest_exponents(updates, mine, layout)

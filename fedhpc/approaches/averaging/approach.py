@@ -366,7 +366,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         if download is not None and download.bytes is not None:
             return download.bytes
         masking = self._masking(plan) if download is None else None
-        told = 0 if masking is None else masking.expected_bytes(plan.training)[1]
+        told = 0 if masking is None else masking.expected_bytes(plan.training, self.split.shared.size)[1]
         times = 2 if self.config.corrects_drift else 1
         return times * self.payload_dtype.itemsize * self.split.shared.size * len(plan.cohort) + told
 
@@ -379,11 +379,11 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             return 0
         masking = self._masking(plan)
         if masking is not None:
-            return int(self.training.masked_bytes(plan.training).sum()) + masking.expected_bytes(plan.training)[0]
+            return masking.expected_bytes(plan.training, self.split.shared.size)[0]
         return (2 if self.config.corrects_drift else 1) * int(self.training.expected_bytes(plan.training).sum())
 
     def bytes_fetched(self, plan: Plan, combined: Combined | None) -> int:
-        """Keys, shares and what unmasked the sum, of secure aggregation."""
+        """Masked updates, keys, shares and what unmasked the sum, of secure aggregation."""
         return combined.masking.bytes_up if combined and combined.masking else 0
 
     def bytes_told(self, plan: Plan, combined: Combined | None) -> int:

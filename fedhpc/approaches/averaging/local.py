@@ -110,10 +110,6 @@ class BlockTraining:
         numbers = [self.method.numbers_sent(client) - self.split.personal.size for client in clients]
         return self.personal.dtype.itemsize * np.array(numbers, dtype=np.int64)
 
-    def masked_bytes(self, clients: Sequence[int]) -> np.ndarray:
-        """Bytes of each client's masked update (section `secure`), an int64 of every coordinate: int64 (K,)."""
-        return np.full(len(clients), 8 * self.split.shared.size, dtype=np.int64)
-
     def expected_bytes(self, clients: Sequence[int]) -> np.ndarray:
         """Bytes of each client's update as it is sent: int64 (K,). How well normal numbers can be packed decides."""
         if not any(transform.packs for transform in self.pipeline.transforms):
@@ -177,10 +173,8 @@ class BlockTraining:
         client_state.write(config.run_dir, clients, round_, tensors_after | sent.tensors, finite)
         # Control variates go beside the updates, as they are.
         bytes_up = sent.bytes_up if changes is None else sent.bytes_up + self.raw_bytes(clients)
-        if config.masks_uploads:
-            if (bytes_up != self.raw_bytes(clients)).any():
-                raise UserError("a transform packs the updates, which cannot be masked then", key="transforms")
-            bytes_up = self.masked_bytes(clients)
+        if config.masks_uploads and (bytes_up != self.raw_bytes(clients)).any():
+            raise UserError("a transform packs the updates, which cannot be masked then", key="transforms")
         return BlockResult(
             clients=tuple(clients),
             upload=Upload(self._from_newest(plan, down, theta, updates), changes),
@@ -191,7 +185,8 @@ class BlockTraining:
             loss_first=trained.loss_first,
             loss_last=trained.loss_last,
             norms=torch.linalg.vector_norm(updates.double(), dim=1).numpy(),
-            bytes_up=bytes_up if config.mode == "federated" else np.zeros_like(bytes_up),
+            # Masked updates are counted where they are masked, in `Masking`.
+            bytes_up=bytes_up if config.mode == "federated" and not config.masks_uploads else np.zeros_like(bytes_up),
             padded_tokens=trained.padded_tokens,
         )
 
