@@ -22,7 +22,21 @@ from fedhpc.updates.layout import Layout
 from fedhpc.updates.pipeline import Pipeline, Sent
 from fedhpc.updates.transforms._compressor import pack, unpack
 from tests.federations import table
-from tests.test_quadratic import COHORT, ROUNDS, SIZE, START, STEPS, B, H, agree, cohorts, federated, sgd, thetas
+from tests.test_quadratic import (
+    COHORT,
+    ROUNDS,
+    SIZE,
+    START,
+    STEPS,
+    B,
+    H,
+    OneVector,
+    agree,
+    cohorts,
+    federated,
+    sgd,
+    thetas,
+)
 from tests.test_seams import in_every_way
 
 LAYOUT = Layout({"a": (40,), "b": (12, 3, 5), "c": (7,)})  # 227 numbers
@@ -345,6 +359,14 @@ def test_runs_have_the_same_bits_on_any_ranks_and_when_resumed_and_learn(name: s
     one, other = (table(tmp_path / way, "rounds") for way in ("1", "resumed"))
     for column in ("bytes_up", "bytes_down"):
         assert np.array_equal(one[column], other[column])
+
+
+def test_updates_that_are_sent_as_factors_are_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA's exact sum: what would be packed is not what a client sends."""
+    monkeypatch.setattr(OneVector, "numbers_sent", lambda method, client: SIZE - 1)
+    with pytest.raises(UserError, match=r"sends other numbers than its payload's.*; take out what packs"):
+        federated(tmp_path, transforms=[{"name": "quantize"}])
+    federated(tmp_path, transforms=[{"name": "quantize", "direction": "down"}], federation={"rounds": 1})
 
 
 def test_a_round_is_what_the_papers_say(tmp_path: Path) -> None:

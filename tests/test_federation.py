@@ -173,7 +173,10 @@ def test_a_run_is_the_formula(tmp_path: Path, texts: Path, variant: str, dtype: 
 MODES: dict[str, dict[str, Any]] = {
     "federated": {"client": {"optimizer": "adamw", "lr": 0.05}},
     "dropout-adam": {"federation": {"dropout": 0.3}, "server": {"optimizer": "adam", "lr": 0.05}},
-    "median": {"server": {"aggregator": "median"}, "transforms": [{"name": "clip", "norm": 0.5}]},
+    "median": {
+        "server": {"aggregator": "median"},
+        "transforms": [{"name": "clip", "norm": 0.5}, {"name": "powersgd", "direction": "both"}],
+    },
     "centralized": {"mode": "centralized", "client": {"optimizer": "adamw", "lr": 0.05}},
     "local": {"mode": "local", "client": {"optimizer": "adamw", "lr": 0.05}, "local": {"max_clients": 5}},
     "full": {"method": {"name": "full"}, "federation": {"cohort_size": 3}},

@@ -181,7 +181,7 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         return schedule(self.config, splits.population, splits.train, self.workers, self.block_size, self._traffic)
 
     def _traffic(self, client: int) -> tuple[int, int]:
-        """Protocol bytes that a client receives and sends in a round, before the transforms."""
+        """Protocol bytes that a client receives and sends in a round, as estimated before it."""
         alone = Plan(1, (client,), (0,), frozenset(), frozenset(), ())
         return self.bytes_down(alone), self.bytes_up(alone)
 

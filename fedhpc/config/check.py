@@ -317,7 +317,8 @@ def _check_compression(config: Config) -> None:
                     )  # fmt: skip
             before.append((section.name, rank))
             if link == "down" and (config.mode != "federated" or config.federation.schedule.name != "synchronous"):
-                where = f"mode {config.mode}" if config.mode != "federated" else "federation.schedule"
+                schedule = config.federation.schedule.name
+                where = f"mode {config.mode}" if config.mode != "federated" else f"federation.schedule {schedule}"
                 raise UserError(
                     f"the model goes down compressed in synchronous rounds of mode federated, not with {where}",
                     key=f"{key}.direction", remedy="use up",

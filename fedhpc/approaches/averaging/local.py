@@ -93,6 +93,12 @@ class BlockTraining:
         self.pipeline = Pipeline(of_updates, seed, self.split.shared, dtype)
         #: How the server's model is sent where it is compressed; None: as it is.
         self.downlink = Downlink(of_model, seed, self.split.shared, dtype) if of_model else None
+        packs = any(transform.packs for transform in of_updates)
+        if packs and method.numbers_sent(0) != method.payload.size:
+            raise UserError(
+                f"{config.method.name} with these options sends other numbers than its payload's, which are packed",
+                key="transforms", remedy="take out what packs them (lora: or use aggregation average or ffa)",
+            )  # fmt: skip
         alone = config.mode != "federated"
         self._payload = OwnPayload(personal.initial_payload) if config.mode == "local" else None
         self._memory = OptimizerMemory(self.optimizer, method.trainable.size, personal.dtype) if alone else None
