@@ -28,6 +28,7 @@ def test_check_passes_and_writes_nothing(
     assert main([str(CONFIGS / f"{name}.yaml"), "--check"]) == 0
     out = capsys.readouterr().out
     assert "payload:" in out and f"at the end all {161 if name == 'chats' else 300} test examples" in out
+    assert ("0% of the clients late, staleness 1." in out) == (name == "late")
     assert (":>>>News from the kitchens. The Blue Barrel" in out) == (name == "chats")
     assert not list(tmp_path.iterdir())
 

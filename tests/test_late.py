@@ -26,7 +26,8 @@ from fedhpc.report.__main__ import main as report
 from fedhpc.rng import generator
 from fedhpc.updates.pipeline import Pipeline
 from tests import tiny
-from tests.federations import table
+from tests.federations import federate, final, table, tree, write_texts
+from tests.federations import settings as settings_of
 from tests.test_participation import population, settings
 from tests.test_quadratic import (
     BATCH,
@@ -397,6 +398,30 @@ def test_a_stale_attacker_counts_as_little_as_others(tmp_path: Path) -> None:
         thetas_of.append(thetas_of[-1] - total)
     agree(found, thetas_of[1:], START)
     assert clients["staleness"][clients["attacker"] == 1].max() > 0
+
+
+def test_prefixes_with_parts_of_their_own_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """A real model: blocks whose clients start from several versions, each with the part that stays with it."""
+    changes: dict[str, Any] = {
+        "method": {"name": "lora", "rank": 2},
+        "federation": {**buffered(4, 3), "rounds": 4},
+        "devices": {"name": "lognormal", "speed_sigma": 1.0},
+        "personalization": {"parts": ["*lora_B*"]},
+        "evaluation": {"every": 4, "client_fraction": 0.2, "samples": 0, "max_examples": 4, "test_max_examples": 4},
+        "runtime": {"block_size": 3},
+        "client": {"lr": 0.5, "steps": 1},
+    }
+    raw = tree(write_texts(tmp_path), **changes)
+    raw["method"] = changes["method"]
+    for ranks in (1, 3):
+        federate(settings_of(tmp_path / f"run{ranks}", raw), ranks)
+    one, three = (final(tmp_path / f"run{ranks}") for ranks in (1, 3))
+    assert all(one[name].tobytes() == three[name].tobytes() for name in one)
+    clients, evaluated = table(tmp_path / "run1", "clients"), table(tmp_path / "run1", "client_eval")
+    assert clients["staleness"].max() > 0 and (clients["status"] == 0).all()
+    assert np.array_equal(evaluated["loss_personal"], table(tmp_path / "run3", "client_eval")["loss_personal"])
+    mixed = [clients["staleness"][(clients["round"] == r) & (clients["block"] == 0)] for r in range(1, 5)]
+    assert any(len(set(staleness)) > 1 for staleness in mixed)
 
 
 def plans(rounds: int, clients: Any = None, block_size: int = 2, **sections: Any) -> list[Plan]:

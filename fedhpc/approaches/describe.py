@@ -23,6 +23,7 @@ from fedhpc.results.record import RunDescription, Scalar
 from fedhpc.results.results_file import Results
 from fedhpc.results.resume import decide
 
+_ROUNDS = 50  # whose plans are looked at for the virtual time
 _SHOWN = 400  # characters of a turn that --check shows
 
 
@@ -63,16 +64,23 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         f"{largest}, {approach.work(plan)} each",
         "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
         exchanged,
-        *([] if plan.times is None else [_virtual_time(plan)]),
+        *([] if plan.times is None else [_virtual_time(approach)]),
         f"bytes per round: {approach.bytes_down(plan):,} down, {approach.bytes_up(plan):,} up (protocol)",
         *rest,
     ]
 
 
-def _virtual_time(plan: Plan) -> str:
-    assert plan.times is not None
-    late = f", {len(plan.late)} clients are late" if plan.late else ""
-    return f"virtual time: round 1 takes {plan.times.round:,.1f} s{late}"
+def _virtual_time(approach: AnyApproach) -> str:
+    """What the devices make of the first rounds."""
+    plans = [approach.plan(round_) for round_ in range(1, min(approach.rounds, _ROUNDS) + 1)]
+    seconds = np.mean([plan.times.round for plan in plans if plan.times is not None])
+    asked, late = (sum(len(clients) for clients in of) for of in zip(*((p.cohort, p.late) for p in plans), strict=True))
+    blocks = [len(block.clients) for plan in plans for block in plan.blocks]
+    staleness = [steps for plan in plans for steps in plan.staleness]
+    return (
+        f"virtual time: {seconds:,.1f} s a round (mean of {len(plans)}), {late / asked:.0%} of the clients late, "
+        f"staleness {np.mean(staleness):.2f}, {np.mean(blocks or [0]):.2f} clients in a block"
+    )
 
 
 def first_pair(tokenizer: Any, pairs: Examples) -> list[str]:

@@ -179,7 +179,7 @@ def conflicts(config: Config) -> None:
     problem = config.method.conflict(config) or config.privacy.conflict(config)
     if problem:
         raise UserError(problem)
-    for key, choice in (("devices.name", config.devices), ("federation.schedule", config.federation.schedule)):
+    for key, choice in (("devices.name", config.devices), ("federation.schedule.name", config.federation.schedule)):
         problem = choice.conflict(config)
         if problem:
             raise UserError(problem, key=key)
