@@ -105,8 +105,11 @@ def _check_forks(forks: int | None, config: Config, launch: Launch) -> None:
 
 def _imports(model: Model | None = None) -> None:
     """The heavy modules of a run; with `model` also those of its architecture, for the ranks that are forked."""
-    from fedhpc import federation  # noqa: F401
+    from fedhpc.models.imports import transformers_for_a_run
     from fedhpc.models.load import import_classes
+
+    transformers_for_a_run()
+    from fedhpc import federation  # noqa: F401
 
     if model is not None:
         import_classes(model)

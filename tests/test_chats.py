@@ -13,6 +13,7 @@ from fedhpc.config import Data
 from fedhpc.data import chats, files, rows, sources
 from fedhpc.data.chat_pairs import answers_in, chat_pairs, with_a_preference
 from fedhpc.data.chat_tokens import chats_in
+from fedhpc.data.structured import parsed
 from fedhpc.errors import UserError
 
 CHAT = [
@@ -114,6 +115,17 @@ def test_a_structured_column_is_what_is_read_of_it_or_why_it_cannot_be(tmp_path:
     assert [*chosen.structures("data.tools", slice(None))] == [None]
     with pytest.raises(UserError, match=r"train.jsonl:1: data.messages names the column 'chat', which is not there"):
         sources.read_table(source, split, {}, structured=chats_in(Data(messages="chat", source="unused")))
+
+
+def test_what_is_nested_too_deeply_is_refused_in_one_line() -> None:
+    arguments: dict[str, Any] = {}
+    for _ in range(5_000):
+        arguments = {"a": arguments}
+    written = chats_in(Data(messages="chat"))["data.messages"].written(
+        [{"role": "assistant", "content": "yes", "tool_calls": [arguments]}], "train.jsonl:7"
+    )
+    with pytest.raises(UserError, match=r"^train.jsonl:7: the column 'chat' holds lists and objects within each other"):
+        parsed(written)
 
 
 def test_memory_is_that_of_few_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

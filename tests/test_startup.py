@@ -64,3 +64,34 @@ def test_what_transformers_would_import_unasked_stays_out_until_it_is_asked_for(
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines() == ["", f"{tmp_path}/scipy.py jinja2"]
+
+
+def test_what_a_run_has_no_use_for_is_not_imported(tmp_path: Path) -> None:
+    """Torch's compiler and its tensors over many ranks take memory in every rank, other libraries time."""
+    program = """
+import sys
+from fedhpc.main import main
+
+unused = "_dynamo _inductor onnx distributed.tensor distributed.fsdp".split()
+unused = [*(f"torch.{name}" for name in unused), "peft", "datasets", "pyarrow", "pandas", "scipy", "sklearn", "jinja2"]
+unused += ["sacrebleu", "rouge_score", "matplotlib", "mpi4py", "wandb"]
+for options in (["--check"], ["run.dir=run", "federation.rounds=1", "evaluation.metrics=[loss]"]):
+    assert main(["evaluation.max_examples=8", "client.steps=1", *options]) == 0
+    print("unused:", *{*unused} & {*sys.modules})
+
+import torch
+from fedhpc.models.imports import without_compiler
+
+with without_compiler():
+    left_out = torch.compiler.disable(lambda x: (torch.compiler.is_compiling(), x))
+    print(left_out(1), "torch._inductor" in sys.modules, torch._dynamo.config.__name__)  # which imports it
+print(left_out(2), "torch._inductor" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("unused:")] == ["unused:", "unused:"]
+    assert lines[-2:] == ["(False, 1) False torch._dynamo.config", "(False, 2) True"]

@@ -29,8 +29,14 @@ class Structured:
         """What is read of a value, as a text."""
         try:
             return json.dumps(self.read(value, location))
-        except UserError as error:
-            return _REFUSED + json.dumps([error.message, error.key, error.place, error.remedy])
+        except UserError as refused:
+            error = refused
+        except RecursionError:
+            error = UserError(
+                f"the column '{self.column}' holds lists and objects within each other, deeper than Python can read",
+                place=location, remedy="mend the row, or take it out of the file",
+            )  # fmt: skip
+        return _REFUSED + json.dumps([error.message, error.key, error.place, error.remedy])
 
 
 def parsed(written: str) -> Json:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache, wraps
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from fedhpc.errors import UserError
 from fedhpc.models.base import Absent, Base
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier, SentenceEncoder
+from fedhpc.models.imports import transformers, without_compiler
 from fedhpc.models.seq2seq import Seq2Seq
 from fedhpc.rng import torch_seed
 
@@ -37,9 +36,6 @@ _UNTRAINABLE = {
     "perceiver": "turns a text into latents, which its layers see in place of the tokens",
     "reformer": "has reversible layers, which train in train mode alone, where they draw at random",
 }
-# What transformers imports where it is installed: for the losses of object detection, assisted generation, templates
-# of chats.
-_UNASKED = ("scipy", "sklearn", "jinja2")
 
 
 def source_of(model: Model) -> str:
@@ -53,46 +49,10 @@ def source_of(model: Model) -> str:
     return os.path.abspath(path) if looks_local else model.name
 
 
-@cache
-def _transformers() -> Any:
-    """transformers, without what it would import unasked: a fifth of its time, and 34 MB in every process."""
-    absent = [name for name in _UNASKED if name not in sys.modules]
-    modules: dict[str, Any] = sys.modules
-    modules.update(dict.fromkeys(absent))  # None tells Python that there is no such module
-    try:
-        import transformers
-        from transformers.utils import is_scipy_available, is_sklearn_available
-
-        for remembers in (is_scipy_available, is_sklearn_available):  # most of its modules are imported later
-            remembers()
-        _import_jinja_when_asked()
-    finally:
-        for name in absent:
-            del modules[name]
-    return transformers
-
-
-def _import_jinja_when_asked() -> None:
-    """Let the first template of a chat that transformers renders import jinja2, which is hidden now.
-
-    Its module about such templates looks for jinja2 once, when it is imported, and asks `is_jinja_available` again
-    before it compiles one.
-    """
-    from transformers.utils import chat_template_utils, import_utils
-
-    def look_again() -> bool:
-        import_utils.is_jinja_available.cache_clear()
-        importlib.reload(chat_template_utils)  # in place: functions that others have imported see its new names
-        return bool(import_utils.is_jinja_available())
-
-    if getattr(chat_template_utils, "jinja2", None) is None:
-        chat_template_utils.is_jinja_available = look_again
-
-
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer of `model`."""
     with _loading(model, "tokenizer"):
-        return _transformers().AutoTokenizer.from_pretrained(
+        return transformers().AutoTokenizer.from_pretrained(
             source_of(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
 
@@ -126,7 +86,7 @@ def import_classes(model: Model) -> None:
     """Import all that `load_base` and `load_tokenizer` will need. UserError where there is no such model."""
     config, chosen = _load_config(model), model_class(model)
     with _loading(model, "model"):
-        getattr(_transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
+        getattr(transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
 
 
 def stored_classes(model: Model) -> list[str]:
@@ -147,8 +107,8 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     tokenizer = load_tokenizer(model)
     chosen = model_class(model)
     config = _load_config(model, **chosen.config_options(labels))
-    with _loading(model, "model"):
-        network, info = getattr(_transformers(), chosen.auto_class).from_pretrained(
+    with _loading(model, "model"), without_compiler():
+        network, info = getattr(transformers(), chosen.auto_class).from_pretrained(
             source,
             config=config,
             revision=model.revision,
@@ -258,7 +218,7 @@ def _quantization(model: Model, device: torch.device) -> dict[str, Any]:
         )
     import torch
 
-    options = _transformers().BitsAndBytesConfig
+    options = transformers().BitsAndBytesConfig
     chosen = (
         options(load_in_8bit=True)
         if model.quantize == "8bit"
@@ -278,7 +238,7 @@ def autocast(base: Base, precision: str) -> AbstractContextManager[object]:
 
 def _load_config(model: Model, **options: Any) -> Any:
     with _loading(model, "model"):
-        return _transformers().AutoConfig.from_pretrained(
+        return transformers().AutoConfig.from_pretrained(
             source_of(model), revision=model.revision, trust_remote_code=model.trust_remote_code, **options
         )
 
@@ -324,7 +284,7 @@ class _loading:  # noqa: N801  a context manager used like a function
         self.model, self.what = model, what
 
     def __enter__(self) -> None:
-        logging = _transformers().utils.logging
+        logging = transformers().utils.logging
         logging.disable_progress_bar()  # one per rank would tear the run's own display
         logging.set_verbosity_error()  # what matters of its warnings is an error here
 

@@ -1,0 +1,144 @@
+"""Imports transformers without what it would import unasked."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial, wraps
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# What transformers imports where it is installed: for the losses of object detection, assisted generation, templates
+# of chats.
+_UNASKED = ("scipy", "sklearn", "jinja2")
+_DYNAMO = "torch._dynamo"
+#: What models of transformers import, which would import torch's compiler.
+_OF_MODELS = ("transformers.modeling_utils", "transformers.masking_utils", "transformers.generation.utils")
+
+
+@cache
+def transformers() -> Any:
+    """transformers, without what it would import unasked: a fifth of its time, and 34 MB in every process."""
+    absent = [name for name in _UNASKED if name not in sys.modules]
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(absent))  # None tells Python that there is no such module
+    try:
+        import transformers
+        from transformers.utils import is_scipy_available, is_sklearn_available
+
+        for remembers in (is_scipy_available, is_sklearn_available):  # most of its modules are imported later
+            remembers()
+        _import_jinja_when_asked()
+    finally:
+        for name in absent:
+            del modules[name]
+    return transformers
+
+
+def _import_jinja_when_asked() -> None:
+    """Let the first template of a chat that transformers renders import jinja2, which is hidden now.
+
+    Its module about such templates looks for jinja2 once, when it is imported, and asks `is_jinja_available` again
+    before it compiles one.
+    """
+    from transformers.utils import chat_template_utils, import_utils
+
+    def look_again() -> bool:
+        import_utils.is_jinja_available.cache_clear()
+        importlib.reload(chat_template_utils)  # in place: functions that others have imported see its new names
+        return bool(import_utils.is_jinja_available())
+
+    if getattr(chat_template_utils, "jinja2", None) is None:
+        chat_template_utils.is_jinja_available = look_again
+
+
+def transformers_for_a_run() -> None:
+    """Import transformers with its models, but not torch's compiler, tensors over many ranks, and their algebra.
+
+    A run uses none of them; they take 80 MB, and a third of the time of all imports. For a process in which nothing
+    else uses transformers: it can no longer divide a model among ranks there.
+    """
+    import torch
+
+    transformers()
+    is_available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        from transformers.utils import is_torch_distributed_available
+
+        is_torch_distributed_available()  # which remembers
+    finally:
+        torch.distributed.is_available = is_available
+    with without_compiler():
+        for name in _OF_MODELS:
+            importlib.import_module(name)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Let functions be marked for torch's compiler, or called behind such a mark, without importing it.
+
+    Where it is there already nothing changes.
+    """
+    import torch
+
+    if _DYNAMO in sys.modules:
+        yield
+        return
+    spec = find_spec(_DYNAMO)
+    assert spec is not None
+    stand_in = _Dynamo(_DYNAMO)
+    stand_in.__spec__, stand_in.__path__ = spec, list(spec.submodule_search_locations or ())  # some in it can do alone
+    sys.modules[_DYNAMO] = stand_in
+    torch._dynamo = stand_in
+    try:
+        yield
+    finally:
+        stand_in.leave()
+
+
+class _Dynamo(ModuleType):
+    """Stands in for torch's compiler where functions are marked for it; for all else the compiler is imported."""
+
+    @staticmethod
+    def disable(
+        function: Callable[..., Any] | None = None, recursive: bool = True, **options: Any
+    ) -> Callable[..., Any]:
+        """Mark a function that the compiler leaves out, if it is ever imported."""
+        if function is None:
+            return partial(_Dynamo.disable, recursive=recursive, **options)
+
+        @wraps(function)
+        def called(*args: Any, **named: Any) -> Any:
+            compiler = sys.modules.get(_DYNAMO)
+            if compiler is None or isinstance(compiler, _Dynamo):
+                return function(*args, **named)
+            return compiler.disable(function, recursive, **options)(*args, **named)
+
+        return called
+
+    @staticmethod
+    def allow_in_graph(function: _Function) -> _Function:
+        """Mark a function that is compiled as it stands, which only makes it quicker."""
+        return function
+
+    assume_constant_result = allow_in_graph
+
+    def leave(self) -> None:
+        """Let the compiler be imported from now on."""
+        import torch
+
+        if sys.modules.get(_DYNAMO) is self:
+            del sys.modules[_DYNAMO]
+            delattr(torch, "_dynamo")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks every module for some while importing
+            raise AttributeError(name)
+        self.leave()
+        return getattr(importlib.import_module(_DYNAMO), name)
