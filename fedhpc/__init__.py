@@ -34,6 +34,8 @@ _MODULES = {
     "Objective": "fedhpc.objectives.base",
     "Metric": "fedhpc.evaluation.metrics.base",
     "Partitioner": "fedhpc.data.partitioners.base",
+    "Schedule": "fedhpc.participation.schedules.base",
+    "Devices": "fedhpc.participation.devices.base",
     "Tracker": "fedhpc.results.trackers.base",
 }
 
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from fedhpc.evaluation.metrics.base import Metric as Metric
     from fedhpc.methods.base import Method as Method
     from fedhpc.objectives.base import Objective as Objective
+    from fedhpc.participation.devices.base import Devices as Devices
+    from fedhpc.participation.schedules.base import Schedule as Schedule
     from fedhpc.results.trackers.base import Tracker as Tracker
     from fedhpc.server.aggregators.base import Aggregator as Aggregator
     from fedhpc.server.optimizers.base import ServerOptimizer as ServerOptimizer

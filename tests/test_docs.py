@@ -72,7 +72,7 @@ def plain(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np
 
 def test_every_section_has_an_example_of_few_lines() -> None:
     assert sorted(EXAMPLES) == sorted(
-        ["trimmed", "krum", "rounded", "vectors", "short", "in_turn", "signs", "lines", "smoothed"]
+        ["trimmed", "krum", "rounded", "vectors", "short", "in_turn", "signs", "lines", "smoothed", "two_sites"]
     )
     for name, (_, code) in EXAMPLES.items():
         lines = [line for line in code.splitlines() if line and not line.startswith(("from ", "import "))]
@@ -110,6 +110,11 @@ def test_what_is_told(texts: Path, plain: dict[str, np.ndarray]) -> None:
     assert not differ(run(texts, line), plain)
     assert np.isfinite(table(Path("run"), "rounds")["eval_short"]).all()
     assert [row.split(",")[0] for row in Path("losses.csv").read_text().split()] == ["0", "1", "2"]
+
+
+def test_devices(texts: Path, plain: dict[str, np.ndarray]) -> None:
+    assert not differ(run(texts, EXAMPLES["two_sites"][0]), plain)  # nobody is late
+    assert (table(Path("run"), "clients")["virtual_seconds"] > 0).all()
 
 
 def test_an_objective(texts: Path, plain: dict[str, np.ndarray]) -> None:

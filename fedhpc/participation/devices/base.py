@@ -60,7 +60,7 @@ class Timed(Section):
 class Devices(ABC):
     """A device model says what each client computes and communicates with."""
 
-    Options: ClassVar[type[Section]] = Section
+    Options: ClassVar[type[Section]] = Timed
 
     #: Whether clients take time at all.
     takes_time: ClassVar[bool] = True

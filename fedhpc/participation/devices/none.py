@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 from fedhpc.participation.devices.base import Device, Devices
+from fedhpc.registry import Section
 
 
 class NoTime(Devices):
     """Every client can always be asked, and has its update ready at once."""
 
+    Options = Section
     takes_time = False
     lowest_availability = 1.0
 
