@@ -5,6 +5,7 @@ python -m fedhpc.bench --peers DIR [--environment DIR] [...]      whole programs
 python -m fedhpc.bench --scale [--quick] [--json]                 how a round grows with ranks, cohort and population
 python -m fedhpc.bench --private [--quick] [--json]               steps of DP-SGD, beside plain ones and Opacus
 python -m fedhpc.bench --secure [--quick] [--json]                a client's part of secure aggregation, beside Flower's
+python -m fedhpc.bench --robust [--quick] [--json]                robust rules, beside ByzFL
 python -m fedhpc.bench --gpu [--only PART,...] [--quick] [--json] blocks and runs on a GPU
 """
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", action="store_true", help="rounds against ranks, cohort and population instead")
     parser.add_argument("--secure", action="store_true", help="a client's part of secure aggregation instead")
     parser.add_argument("--private", action="store_true", help="steps with privacy of single examples instead")
+    parser.add_argument("--robust", action="store_true", help="rules that withstand wrong updates instead")
     parser.add_argument("--gpu", action="store_true", help="blocks and runs on this machine's GPU instead")
     parser.add_argument(
         "--json", action="store_true", help="JSON instead of a table, with --scale and --gpu one object per row"
@@ -43,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least one is needed")
-    others = (options.scale, options.peers, options.gpu, options.private, options.secure)
+    others = (options.scale, options.peers, options.gpu, options.private, options.secure, options.robust)
     if sum(map(bool, others)) > 1:
-        parser.error("--scale, --peers, --private, --secure and --gpu are different measurements: run one at a time")
+        parser.error(
+            "--scale, --peers, --private, --secure, --robust and --gpu are different measurements: run one at a time"
+        )
     if options.only and not (options.peers or options.gpu):
         parser.error("--only chooses workloads of --peers or parts of --gpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -92,6 +96,10 @@ def measure(options: argparse.Namespace) -> int:
         from fedhpc.bench import secure
 
         parts = secure.parts(options.repeats or 5, options.quick)
+    elif options.robust:
+        from fedhpc.bench import robust
+
+        parts = robust.parts(options.repeats or 3, options.quick)
     elif options.private:
         from fedhpc.bench import private
 

@@ -102,6 +102,27 @@ def tree_merge(transport: Transport, mine: Tensor, merge: Callable[[Tensor, Tens
     return mine
 
 
+def in_ascending_order(values: Tensor, positions: np.ndarray) -> Tensor:
+    """The rows of `values` in the order of their positions, int64 (c,); not copied where they are so already."""
+    order = np.argsort(positions, kind="stable")
+    return values if np.array_equal(order, np.arange(len(order))) else values[torch.from_numpy(order)]
+
+
+def columns_of_all(transport: Transport, mine: Tensor, bounds: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+    """Give each rank its columns of everybody's rows: from each rank r (counts[r], columns of this rank, ...).
+
+    mine: this rank's rows (c, N, ...). bounds: rank r gets the columns from bounds[r] to bounds[r + 1].
+    """
+    world, rank, nothing = transport.world_size, transport.rank, mine.new_empty(0)
+    parts = [mine[:, bounds[r] : bounds[r + 1]] for r in range(world)]
+    send = [nothing if r == rank else parts[r].contiguous() for r in range(world)]
+    width, rest = bounds[rank + 1] - bounds[rank], mine.shape[2:]
+    receive = [nothing.clone() if r == rank else mine.new_empty(counts[r], width, *rest) for r in range(world)]
+    transport.all_to_all(send, receive)
+    receive[rank] = parts[rank]  # as it is, without a copy
+    return receive
+
+
 def combine_shards(
     transport: Transport,
     positions: np.ndarray,
@@ -120,20 +141,19 @@ def combine_shards(
     all ranks. like: an empty tensor (0, ...) of the shape and type that `combine` returns.
     """
     world, rank = transport.world_size, transport.rank
-    rows_of = [np.flatnonzero(np.asarray(owners) == r) for r in range(world)]
-    mine = values[torch.from_numpy(np.argsort(positions, kind="stable"))]
+    rows_of = [np.flatnonzero(np.asarray(owners) == r).tolist() for r in range(world)]
+    mine = in_ascending_order(values, positions)
     columns, rest = mine.shape[1], mine.shape[2:]
     total = like.new_empty(columns, *like.shape[1:]) if rank == 0 else None
     for begin in range(0, columns, chunk):
         end = min(begin + chunk, columns)
         bounds = np.linspace(begin, end, world + 1).astype(np.int64)
         width = int(bounds[rank + 1] - bounds[rank])
-        send = [mine[:, bounds[r] : bounds[r + 1]].contiguous() for r in range(world)]
-        receive = [mine.new_empty(len(rows_of[r]), width, *rest) for r in range(world)]
-        transport.all_to_all(send, receive)
+        receive = columns_of_all(transport, mine, bounds.tolist(), [len(rows) for rows in rows_of])
         arrived = mine.new_empty(len(owners), width, *rest)
         for r in range(world):
-            arrived[torch.from_numpy(rows_of[r])] = receive[r]
+            for row, received in zip(rows_of[r], receive[r], strict=True):
+                arrived[row] = received
         shard = combine(arrived) if width else like
         results = [shard if r == 0 else like for r in range(world)]
         sizes = bounds[1:] - bounds[:-1] if rank == 0 else np.zeros(world, dtype=np.int64)

@@ -14,13 +14,15 @@ import numpy as np
 
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
-from fedhpc.ranks.collectives import combine_shards
+from fedhpc.ranks.collectives import columns_of_all, combine_shards, in_ascending_order
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.secure.masked_sum import Masking
 from fedhpc.updates.exact_sum import FixedGrid, from_grid, grid_exponents, largest_exponents, to_grid
 from fedhpc.updates.layout import Layout
 
 _CHUNK = 2**20  # coordinates per collective: bounds the 8-byte buffers whatever P is
+_BLOCK = 2**14  # coordinates of a sum that are turned into integers at once, and values of all of its clients, which
+_CACHED = 2**17  # are to stay in a core's cache
 _VALUES = 2**23  # and values of all clients together, where a rank sees each of them
 _GRAM_VALUES = 2**21  # values of all clients in one chunk of `Cohort.gram`; its bits depend on it
 
@@ -181,7 +183,10 @@ class Cohort:
             masks = self._masking.begin(transport, self.clients, self._owners.tolist(), layout.size)
             if self._masking.shortfall(self.clients):
                 return self._elsewhere()  # nobody could unmask it: the round is void
-        mine = torch.from_numpy(weights[self._rows])
+        mine, rows = torch.from_numpy(weights[self._rows]), self._rows
+        if masks is None and not mine.all():  # nothing of them is in the sum
+            some = mine.nonzero().squeeze(1)
+            updates, mine, rows = updates[some], mine[some], rows[some.numpy()]
         if grid is None:
             highest = largest_exponents(updates, mine, layout)
             transport.all_reduce_max(highest)
@@ -192,14 +197,17 @@ class Cohort:
         parts = [slice(begin, min(begin + _CHUNK, layout.size)) for begin in range(0, layout.size, _CHUNK)]
         for part in parts:
             acc = torch.zeros(part.stop - part.start, dtype=torch.int64)
-            together = max(1, _CHUNK // len(acc))  # clients at once: many small updates cost what few large ones do
-            for first in range(0, len(updates), together):
-                some = slice(first, first + together)
-                sent = to_grid(updates[some, part], mine[some].unsqueeze(1), steps[part])
-                if masks is not None:
-                    for values, row in zip(sent, self._rows[some], strict=True):
-                        masks.hide(self.clients[row], values.numpy(), part.start)
-                acc += sent.sum(dim=0)
+            for begin in range(part.start, part.stop, _BLOCK):
+                block = slice(begin, min(begin + _BLOCK, part.stop))
+                inside = slice(block.start - part.start, block.stop - part.start)
+                together = max(1, _CACHED // (block.stop - block.start))  # clients at once
+                for first in range(0, len(updates), together):
+                    few = slice(first, first + together)
+                    sent = to_grid(updates[few, block], mine[few].unsqueeze(1), steps[block])
+                    if masks is not None:
+                        for values, row in zip(sent, rows[few], strict=True):
+                            masks.hide(self.clients[row], values.numpy(), block.start)
+                    acc[inside] += sent.sum(dim=0)
             transport.reduce_sum(acc)
             if transport.rank == 0:
                 total.view(torch.int64)[part] = acc
@@ -245,19 +253,18 @@ class Cohort:
         self._refuse_masked()
         transport, count = self._transport, len(self)
         world, rank = transport.world_size, transport.rank
-        rows_of = [torch.from_numpy(np.flatnonzero(self._owners == r)) for r in range(world)]
-        mine = self._updates[torch.from_numpy(np.argsort(self._rows))]
+        rows_of = [np.flatnonzero(self._owners == r).tolist() for r in range(world)]
+        mine = in_ascending_order(self._updates, self._rows)
         width = max(1, count, _GRAM_VALUES // max(count, 1))
         total = torch.zeros(count, count, dtype=torch.float64)
         none = total[:0]
         for begin in range(0, self.size, width * world):
             bounds = [min(begin + r * width, self.size) for r in range(world + 1)]
-            send = [mine[:, bounds[r] : bounds[r + 1]].contiguous() for r in range(world)]
-            receive = [mine.new_empty(len(rows_of[r]), bounds[rank + 1] - bounds[rank]) for r in range(world)]
-            transport.all_to_all(send, receive)
+            receive = columns_of_all(transport, mine, bounds, [len(rows) for rows in rows_of])
             values = torch.empty(count, bounds[rank + 1] - bounds[rank], dtype=torch.float64)
             for r in range(world):
-                values[rows_of[r]] = receive[r].double()
+                for row, received in zip(rows_of[r], receive[r], strict=True):
+                    values[row].copy_(received)  # in one go with the conversion
             parts = [torch.empty_like(total if rank == 0 else none) for _ in range(world)]
             transport.all_to_all([values @ values.T if r == 0 else none for r in range(world)], parts)
             for part in parts if rank == 0 else ():

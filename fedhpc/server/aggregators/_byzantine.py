@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from fedhpc.lazy import Tensor, torch
+from fedhpc.lazy import Tensor
 from fedhpc.registry import Section
 from fedhpc.server.aggregators.base import Aggregator
 
@@ -73,8 +73,9 @@ def distances_from(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def in_order(values: Tensor) -> Tensor:
-    """Each column in ascending order: (C, n). numpy's sort takes a tenth of the time of torch's."""
-    return torch.from_numpy(np.sort(values.numpy(), axis=0))
+    """Put each column in ascending order, in place: (C, n). numpy's sort takes a tenth of the time of torch's."""
+    values.numpy().sort(axis=0)
+    return values
 
 
 def mean_of(rows: Tensor) -> Tensor:
