@@ -57,7 +57,7 @@ def run_round(
             server_state.keep_versions([c for c, ok in zip(plan.cohort, completed, strict=True) if ok], round_)
     down = approach.bytes_down(plan, download) + approach.bytes_told(plan, combined)
     up = approach.bytes_fetched(plan, combined)
-    epsilon = approach.epsilon(server_state)
+    epsilon = approach.spend(server_state, plan)
     record = make_record(approach, plan, reports, clock, norm, down, up, transport.evaluators, epsilon)
     if not shortfall:
         return record

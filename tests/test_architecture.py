@@ -109,9 +109,10 @@ LAYERS = [
     {"ranks"},
     {"models", "secure"},
     {"updates", "objectives"},
-    {"methods", "privacy"},
+    {"methods"},
     {"attacks", "server", "training", "report"},
     {"participation", "evaluation"},
+    {"privacy"},
     {"approaches"},
     {"federation"},
     {"main", "bench", "sweep", "api", "customized"},
@@ -272,7 +273,7 @@ def raw_of(family: str, name: str) -> dict[str, Any]:
         return {**raw, "method": {"name": "prompt_search", "proposers": [{"name": name}]}}
     if family == "metrics":
         return {**raw, "evaluation": {"metrics": [name]}}
-    if (family, name) == ("privacy", "client"):
+    if family == "privacy" and name != "none":
         options = {"clip_norm": 1.0, "delta": 0.01, "noise_multiplier": 1.0}
         return {**raw, "server": {"weighting": "uniform"}, "privacy": {"name": name, **options}}
     section, key = next((s, k) for s, keys in CHOOSING.items() for k, f in keys.items() if f == family)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import dp_accounting
 import numpy as np
 import pytest
 import torch
+from dp_accounting import rdp
 from scipy import stats
 
+from fedhpc.approaches.prepare import prepare
+from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
+from fedhpc.privacy._accountant import _ORDERS, Accountant, Poisson
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
+from fedhpc.results.results_file import Results
 from fedhpc.training.block import Trained, Work, train_block
 from fedhpc.training.example_privacy import ExamplePrivacy
 from fedhpc.training.local import LocalTraining
@@ -18,7 +29,17 @@ from fedhpc.training.schedule import batches, poisson_batches, sampling_rate
 from tests import test_kinds as classifiers
 from tests import test_methods as decoders
 from tests import tiny
-from tests.federations import compare_with_peft
+from tests.federations import (
+    Interrupted,
+    compare_with_peft,
+    federate,
+    final,
+    save_random_bert,
+    table,
+    tree,
+    write_texts,
+)
+from tests.federations import settings as settings_of
 from tests.test_block import settings, works
 
 FREE = ExamplePrivacy(clip_norm=1e9, noise_multiplier=0.0)  # neither clipped nor noisy
@@ -173,7 +194,7 @@ def test_noise_is_normal_and_keyed_by_round_client_and_step() -> None:
     def drawn(*key: int) -> np.ndarray:
         noise = torch.zeros(2, size, dtype=torch.float64)
         seed, round_, step, *clients = key
-        privacy.add_noise(noise, seed, round_, step, clients)
+        privacy.add_noise(noise, seed, [round_] * len(clients), step, clients)
         return noise.numpy()
 
     noise = drawn(0, 1, 2, 7, 8)
@@ -196,7 +217,7 @@ def test_a_step_without_examples_is_noise_alone() -> None:
         base, method, tiny.objective(base), start, [Work(0, np.arange(9))], data, replace(local, steps=1)
     )
     noise = torch.zeros(1, method.payload.size, dtype=torch.float64)
-    ExamplePrivacy(0.1, 2.0).add_noise(noise, seed, 1, 0, [0])
+    ExamplePrivacy(0.1, 2.0).add_noise(noise, seed, [1], 0, [0])
     torch.testing.assert_close(first.updates, noise)
     assert first.tokens[0] == 0
     whole = train_block(base, method, tiny.objective(base), start, [Work(0, np.arange(9))], data, local)
@@ -220,3 +241,141 @@ def test_every_example_is_in_a_batch_with_the_same_probability() -> None:
     assert len(poisson_batches(7, settings(batch_size=3).client, 0, 1, 3)) == len(
         batches(7, settings(batch_size=3).client, 0, 1, 3)
     )
+
+
+# ---------------------------------------------------------------- runs
+
+PRIVACY = {"name": "example", "clip_norm": 0.5, "delta": 0.01, "noise_multiplier": 1.5, "accountant": "rdp"}
+
+PARTITION = {"name": "quantity_skew", "num_clients": 4, "alpha": 2.0}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_texts(tmp_path_factory.mktemp("texts"))
+    save_random_bert(folder / "bert")
+    return folder
+
+
+def private(texts: Path, folder: Path, privacy: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A small federation whose clients, of unequal sizes, take batches of 4."""
+    few = {"every": 9, "max_examples": 4, "test_max_examples": 4}
+    client = {"batch_size": 4, "steps": None, "epochs": 1, "lr": 0.5, **changes.pop("client", {})}
+    whole = {name: changes.pop(name) for name in ("method", "partition") if name in changes}
+    raw = tree(
+        texts,
+        **{
+            "evaluation": few,
+            "client": client,
+            "federation": {"cohort_size": 3},
+            **changes,
+            "privacy": {**PRIVACY, **(privacy or {})},
+        },
+    )
+    return settings_of(folder, {**raw, "partition": PARTITION, **whole})
+
+
+def spent_by_hand(config: Any, rounds: int) -> float:
+    """The largest epsilon of a client, by dp-accounting's own events for the steps that it took."""
+    approach = prepare(config, LoopbackTransport(), Launch(), write_cache=False)
+    worst = 0.0
+    for client in range(approach.data.population.num_clients):
+        size = approach.data.population.num_examples(client)
+        times = sum(client in approach.plan(t).training for t in range(1, rounds + 1))
+        if not times:
+            continue
+        event = dp_accounting.PoissonSampledDpEvent(min(1.0, 4 / size), dp_accounting.GaussianDpEvent(1.5))
+        accountant = rdp.RdpAccountant(_ORDERS).compose(event, times * math.ceil(size / 4))
+        worst = max(worst, accountant.get_epsilon(0.01))
+    return worst
+
+
+def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Path, tmp_path: Path) -> None:
+    changes = {"federation": {"rounds": 3, "cohort_size": 3}, "method": {"name": "lora", "rank": 2}}
+    runs: dict[str, Any] = {}
+    for name, ranks in (("one", 1), ("three", 3)):
+        config = private(texts, tmp_path / name, **changes)
+        collectives = federate(config, ranks)
+        runs[name] = final(tmp_path / name)
+    config = private(texts, tmp_path / "resumed", **changes)
+    with pytest.raises(Interrupted):
+        federate(config, 2, stop_at=collectives // 2)
+    federate(config, 2)
+    runs["resumed"] = final(tmp_path / "resumed")
+    wanted = [spent_by_hand(config, t) for t in range(4)]
+    assert wanted[0] == 0 < wanted[1] < wanted[3]
+    for name, tensors in runs.items():
+        np.testing.assert_allclose(table(tmp_path / name, "rounds")["epsilon"], wanted, rtol=1e-9)
+        assert all(np.array_equal(tensors[key], runs["one"][key]) for key in tensors)
+    attributes = Results.read(tmp_path / "one" / "results.h5").attributes
+    assert attributes["epsilon"] == pytest.approx(wanted[3])
+    assert (attributes["protects"], attributes["neighbouring_relation"]) == ("example", "add-or-remove-one")
+    # Blocks of one client: other forwards, in 32 bits.
+    federate(private(texts, tmp_path / "alone", **changes, runtime={"block_size": 1}))
+    for key, tensor in final(tmp_path / "alone").items():
+        np.testing.assert_allclose(tensor, runs["one"][key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["centralized", "local"])
+def test_clients_without_a_federation_spend_too(mode: str, texts: Path, tmp_path: Path) -> None:
+    config = private(texts, tmp_path / mode, mode=mode, federation={"rounds": 2, "cohort_size": 3})
+    federate(config)
+    found = table(tmp_path / mode, "rounds")["epsilon"]
+    np.testing.assert_allclose(found, [spent_by_hand(config, t) for t in range(len(found))], rtol=1e-9)
+    assert len(found) > 1
+
+
+def level(texts: Path, folder: Path, privacy: dict[str, Any]) -> Any:
+    """The privacy of a run of four rounds, two clients each, and in how many rounds each client trains."""
+    config = private(texts, folder, privacy, federation={"rounds": 4, "cohort_size": 2})
+    made = prepare(config, LoopbackTransport(), Launch(), write_cache=False).privacy
+    return made, made._planned(4)
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_what_is_spent_is_what_the_worst_client_has_spent(accountant: Any, texts: Path, tmp_path: Path) -> None:
+    privacy, times = level(texts, tmp_path, {"accountant": accountant, "noise_multiplier": 3.0})
+    each = [
+        Accountant(accountant, 0.01, Poisson(min(1, 4 / n))).epsilon(3.0, t * math.ceil(n / 4))
+        for n, t in zip(privacy.population.sizes().tolist(), times.tolist(), strict=True)
+    ]
+    assert privacy._most_spent(times) == max(each) > min(each)
+
+
+def test_the_noise_for_a_budget_is_that_of_the_client_that_needs_the_most(texts: Path, tmp_path: Path) -> None:
+    privacy, times = level(texts, tmp_path, {"noise_multiplier": None, "epsilon": 3.0})
+    assert 2.95 < privacy._most_spent(times) <= 3.0
+
+
+def test_a_run_ends_with_its_budget(texts: Path, tmp_path: Path) -> None:
+    few = {"rounds": 4, "cohort_size": 4}
+    config = private(texts, tmp_path / "run", federation=few)
+    budget = spent_by_hand(config, 2)
+    assert spent_by_hand(config, 1) < budget < spent_by_hand(config, 3)
+    federate(private(texts, tmp_path / "run", {"epsilon": budget * (1 + 1e-9)}, federation=few))
+    assert len(table(tmp_path / "run", "rounds")["epsilon"]) == 3
+    with pytest.raises(RefusedError, match="less than one round spends"):
+        federate(private(texts, tmp_path / "none", {"epsilon": 1e-3}, federation=few))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"method": {"name": "full"}}, "method.name full has no gradient for each example"),
+        ({"method": {"name": "fedkseed"}, "client": {"optimizer": "sgd"}}, "method.name fedkseed has no gradient"),
+        ({"privacy": {"delta": 0.9}}, "one over the examples of the largest client"),
+        ({"partition": {"name": "virtual"}}, "gives an example to several clients"),
+        ({"client": {"packing": True}}, "client.packing puts several examples into one row"),
+        ({"client": {"scaffold": True}}, "client.scaffold is not defined with privacy.name example"),
+        ({"personalization": {"finetune_steps": 2}, "evaluation": {"client_fraction": 0.2}}, "finetune_steps would"),
+        ({"privacy": {"noise_multiplier": None}}, "both missing"),
+        ({"privacy": {"sampling": "fixed"}}, "sampling"),
+    ],
+)
+def test_what_has_no_examples_of_its_own_is_refused(
+    texts: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    changes = dict(change)
+    with pytest.raises((UserError, RefusedError), match=words):
+        federate(private(texts, tmp_path / "run", changes.pop("privacy", None), **changes))
+    assert not (tmp_path / "run").exists()

@@ -270,8 +270,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def step(self, server_state: StateT, plan: Plan, combined: CombinedT) -> float:
         """Move the server's state; returns the L2 norm of the move."""
 
-    def epsilon(self, server_state: StateT) -> float | None:
-        """What the rounds so far have spent of a privacy budget, on rank 0; None where nothing is promised."""
+    def spend(self, server_state: StateT, plan: Plan) -> float | None:
+        """Note on rank 0 that the clients of a round have trained, also where it is void.
+
+        Returns the epsilon of all rounds so far; None where nothing is promised.
+        """
         return None
 
     # ---- what else is told of a round

@@ -12,7 +12,10 @@ from fedhpc.registry import Section
 if TYPE_CHECKING:
     from fedhpc.config import Config
     from fedhpc.data.population import Population
+    from fedhpc.methods.base import Method
+    from fedhpc.objectives.base import Objective
     from fedhpc.ranks.transport.base import Transport
+    from fedhpc.training.example_privacy import ExamplePrivacy
     from fedhpc.updates.cohort import Cohort
 
 
@@ -28,15 +31,32 @@ class Privacy(ABC):
     #: Whether a round counts whoever completed it, also where nobody did.
     any_cohort: ClassVar[bool] = False
 
-    def __init__(self, config: Config, population: Population, size: int, cohort_size: int) -> None:
-        """size: S, the length of an update. cohort_size: clients of a round, or how many are expected.
+    def __init__(
+        self,
+        config: Config,
+        population: Population,
+        size: int,
+        cohort_size: int,
+        trains: Callable[[int], Sequence[int]],
+    ) -> None:
+        """size: S, the length of an update. cohort_size: clients of a round, or how many are expected. trains: the
+        clients that train in a round, by the plan.
 
         UserError where the population is too small for what is promised.
         """
         self.config, self.population, self.size, self.cohort_size = config, population, size, cohort_size
+        self._trains = trains
         self.options: Any = config.privacy
 
+    def check(self, method: Method, objective: Objective) -> None:  # noqa: B027  most have nothing to refuse
+        """UserError where clients train in a way that this cannot protect."""
+
     # ---- what a round does
+
+    @property
+    def of_examples(self) -> ExamplePrivacy | None:
+        """What a client does to the gradients of its single examples; None: nothing."""
+        return None
 
     def combine(
         self,

@@ -259,8 +259,8 @@ class _Model:
             if self._scale != 1.0:
                 of_examples.div_(self._scale)
             privacy.add_clipped(gradient, of_examples, forward.owners)
-        clients = self.clients.ids[: len(gradient)]
-        privacy.add_noise(gradient, self.local.seed, self.local.round, step.number, clients)
+        rounds, clients = self.clients.rounds[: len(gradient)], self.clients.ids[: len(gradient)]
+        privacy.add_noise(gradient, self.local.seed, rounds, step.number, clients)
         expected = self.clients.expected_examples(self.local, len(gradient))
         gradient.mul_(kernels.on_device(1.0 / expected, gradient.device, gradient.dtype).unsqueeze(1))
         return losses

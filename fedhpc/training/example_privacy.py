@@ -38,13 +38,16 @@ class ExamplePrivacy:
         norms = torch.linalg.vector_norm(of_examples, dim=1, keepdim=True)
         gradient.index_add_(0, owners, of_examples.mul_((self.clip_norm / norms).clamp(max=1.0)))
 
-    def add_noise(self, gradient: Tensor, seed: int, round_: int, step: int, clients: Sequence[int]) -> None:
-        """Add the noise of a step to the sums (K, T) of `clients`, in place: the same numbers on any device."""
+    def add_noise(self, gradient: Tensor, seed: int, rounds: Sequence[int], step: int, clients: Sequence[int]) -> None:
+        """Add the noise of a step to the sums (K, T) of `clients`, in place: the same numbers on any device.
+
+        rounds: whose draws each client has.
+        """
         if not self.noise_multiplier:
             return
         draws = [
             generator(seed, "example noise", round_, client, step).standard_normal(gradient.shape[1])
-            for client in clients
+            for round_, client in zip(rounds, clients, strict=True)
         ]
         noise = kernels.on_device(np.stack(draws), gradient.device, gradient.dtype)
         gradient.add_(noise, alpha=self.noise_multiplier * self.clip_norm)

@@ -101,7 +101,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         clients = self.data.population
         privacy: type[Privacy] = registry.choice("privacy", config.privacy.name)
         #: What the run promises to its clients, or to the owners of their examples.
-        self.privacy = privacy(config, clients, self.split.shared.size, cohort_size(config, clients))
+        self.privacy = privacy(config, clients, self.split.shared.size, cohort_size(config, clients), self._trains)
+        self.privacy.check(self.method, self.objective)
         self.rounds = self.privacy.affordable(self.rounds)
         self.training = BlockTraining(
             config, self.base, self.method, self.objective, self.data, self.personal, self.privacy, self.rounds
@@ -125,6 +126,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
                 key="attack.fraction", remedy="choose another one, or more clients (partition)",
             )  # fmt: skip
         return frozenset(chosen.tolist())
+
+    def _trains(self, round_: int) -> tuple[int, ...]:
+        """The clients that train in a round."""
+        return self.plan(round_).training
 
     @property
     def block_size(self) -> int:
@@ -351,7 +356,6 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         _expect_finite(total, plan.round, "transforms", named)
         norm: float = state.step(total)
         state.memory, state.privacy = combined.memory, combined.spent
-        self.privacy.account(state.privacy, plan.training)
         if combined.change is not None:
             state.correct(combined.change)
         return norm
@@ -390,8 +394,11 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """The neighbours' keys and shares, and who uploaded, of secure aggregation."""
         return combined.masking.bytes_down if combined and combined.masking else 0
 
-    def epsilon(self, server_state: ParameterState) -> float | None:
-        return self.privacy.epsilon(server_state.privacy) if self.privacy.spends else None
+    def spend(self, server_state: ParameterState, plan: Plan) -> float | None:
+        if not self.privacy.spends:
+            return None
+        self.privacy.account(server_state.privacy, plan.training)
+        return self.privacy.epsilon(server_state.privacy)
 
     # ---- results
 

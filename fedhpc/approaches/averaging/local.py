@@ -154,7 +154,7 @@ class BlockTraining:
             starts,
             [Work(c, self.data.population.indices(c), v + 1) for c, v in zip(clients, versions, strict=True)],
             self.data.train,
-            replace(LocalTraining.of(config, round_, self.rounds, fit), packing=config.client.packing),
+            self._local(round_, fit),
             None if self._memory is None else Memory.of(tensors),
             None if down.control is None else scaffold.corrections(tensors, down.control),
             on_step,
@@ -201,8 +201,7 @@ class BlockTraining:
 
         fit: as in `LocalTraining.of`.
         """
-        local = LocalTraining.of(self.config, 1, self.rounds, fit)
-        local = replace(local, steps=1, epochs=None, packing=self.config.client.packing)
+        local = replace(self._local(1, fit), steps=1, epochs=None)
         works = []
         for client in clients:
             indices = self.data.population.indices(client)
@@ -210,6 +209,11 @@ class BlockTraining:
             works.append(Work(client, indices[by_length[: examples_per_step(local)]]))
         start = self.personal.initial_payload().unsqueeze(0)
         train_block(self.base, self.method, self.objective, start, works, self.data.train, local)
+
+    def _local(self, round_: int, fit: int | None) -> LocalTraining:
+        """How clients train in a round. fit: as in `LocalTraining.of`."""
+        local = LocalTraining.of(self.config, round_, self.rounds, fit)
+        return replace(local, packing=self.config.client.packing, privacy=self.privacy.of_examples)
 
     def _theta(self, plan: Plan, down: Download, versions: Sequence[int]) -> Tensor | None:
         """The shared parts from which K clients train: (K, S), or (1, S) where they share one; None in local mode."""
