@@ -53,6 +53,11 @@ def memory_of(name: str) -> dict[str, torch.Tensor]:
     return {key: torch.zeros(LAYOUT.size, dtype=torch.float64) for key in names}
 
 
+def root_of(name: str, update: torch.Tensor) -> torch.Tensor | None:
+    """The server's own update, where an aggregator asks for one."""
+    return update if made("aggregators", name).needs_root else None
+
+
 def aggregated(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
     """Of the clients in this order, dealt out to the ranks."""
     updates, chosen = values(len(CLIENTS)), np.array(order)
@@ -68,6 +73,7 @@ def aggregated(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
             updates[torch.from_numpy(chosen[mine])],
             lambda client: 0.5 * client,
             memory_of(name),
+            root=root_of(name, updates[torch.from_numpy(np.sort(chosen))].mean(dim=0)),
         )
         total: torch.Tensor = made("aggregators", name).combine(cohort)
         return total
@@ -87,7 +93,9 @@ def test_an_aggregator_of_one_client_is_the_identity(name: str) -> None:
 def test_an_aggregator_of_equal_updates_is_that_update(name: str) -> None:
     updates = values(1).expand(3, -1)
     three, shares, memory = CLIENTS[:3], SHARES[[0, 2, 4]], memory_of(name)
-    cohort = Cohort(LoopbackTransport(), LAYOUT, three, shares, np.arange(3), updates, lambda client: 2.0, memory)
+    cohort = Cohort(
+        LoopbackTransport(), LAYOUT, three, shares, np.arange(3), updates, lambda client: 2.0, memory, root=updates[0]
+    )
     torch.testing.assert_close(made("aggregators", name).combine(cohort), updates[0].double(), rtol=1e-14, atol=0)
 
 
@@ -109,7 +117,10 @@ def test_an_aggregator_goes_on_from_what_it_kept(name: str) -> None:
             for seed in seeds:
                 updates = values(len(CLIENTS), seed)[torch.from_numpy(mine)]
                 before = dict(memory) if transport.rank == 0 else {key: torch.empty(0) for key in memory}
-                cohort = Cohort(transport, LAYOUT, CLIENTS, SHARES, mine, updates, lambda client: 2.0, before)
+                root = root_of(name, values(1, seed)[0])
+                cohort = Cohort(
+                    transport, LAYOUT, CLIENTS, SHARES, mine, updates, lambda client: 2.0, before, root=root
+                )
                 total: torch.Tensor = made("aggregators", name).combine(cohort)
                 if transport.rank == 0:
                     memory.update(cohort.memory)

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
+from fedhpc.approaches.averaging.root import Root
+from fedhpc.approaches.prepare import prepare
 from fedhpc.errors import UserError
+from fedhpc.evaluation.evaluate import subset
+from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
 from fedhpc.server.aggregation import Aggregation
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
@@ -192,6 +197,28 @@ def test_one_enormous_update_does_not_win(aggregator: str, scale: float) -> None
     assert np.abs(aggregated(updates, aggregator=aggregator)).max() < 10
 
 
+def test_fltrust_weighs_by_the_angle_to_the_server_s_update() -> None:
+    root = np.random.default_rng(9).normal(size=SIZE) + 0.5
+    norms, length = np.linalg.norm(UPDATES, axis=1), np.linalg.norm(root)
+    trust = np.maximum(UPDATES @ root / norms / length, 0)
+    wanted = (trust * length / norms) @ UPDATES / trust.sum()
+    made = aggregation(aggregator="fltrust")
+    cohort = cohort_of(UPDATES)
+    cohort.root = torch.from_numpy(root)
+    np.testing.assert_allclose(made.combine(cohort, 1).numpy(), wanted, rtol=1e-10, atol=1e-12)
+    against = cohort_of(-abs(UPDATES))  # nobody goes where the server goes
+    against.root = torch.from_numpy(abs(root))
+    assert not made.combine(against, 1).any()
+    assert np.abs(trusted_with_an_enormous_update()).max() < 10
+
+
+def trusted_with_an_enormous_update() -> np.ndarray:
+    cohort = cohort_of(np.vstack([UPDATES[:4], np.full((1, SIZE), 1e200)]))
+    cohort.root = torch.from_numpy(UPDATES[0])
+    total: np.ndarray = aggregation(5, aggregator="fltrust").combine(cohort, 1).numpy()
+    return total
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -209,6 +236,45 @@ def test_memory_is_the_same_on_three_ranks_and_after_a_resume(texts: Path, tmp_p
     one = final(tmp_path / "one")
     for folder in ("three", "resumed"):
         assert all(np.array_equal(one[name], other) for name, other in final(tmp_path / folder).items())
+
+
+def test_the_server_s_own_training_is_the_same_on_three_ranks_and_after_a_resume(texts: Path, tmp_path: Path) -> None:
+    small = {"max_examples": 4, "test_max_examples": 4}
+    raw = tree(texts, server={"aggregator": "fltrust", "root_examples": 5}, federation={"rounds": 2}, evaluation=small)
+    for folder, ranks, rounds in (("one", 1, 2), ("three", 3, 2), ("resumed", 1, 1), ("resumed", 2, 2)):
+        raw["federation"]["rounds"] = rounds
+        federate(settings(tmp_path / folder, raw), ranks)
+    one = final(tmp_path / "one")
+    for folder in ("three", "resumed"):
+        assert all(np.array_equal(one[name], other) for name, other in final(tmp_path / folder).items())
+    config = settings(tmp_path / "one", raw)
+    root = Root(config, prepare(config, LoopbackTransport(), Launch(), True).data)
+    assert len(root.indices) == 5 and not set(root.indices) & set(subset(10, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"server": {"aggregator": "fltrust", "root_examples": 7}}, r"root_examples: 7 of 10 validation examples.* 4"),
+        (
+            {"server": {"aggregator": "fltrust"}, "mode": "centralized"},
+            r"server\.aggregator fltrust .*mode centralized",
+        ),
+        ({"server": {"aggregator": "krum", "byzantine": 0.5}}, r"server\.byzantine: .*less than 0\.5"),
+        ({"server": {"aggregator": "krum", "byzantine": 0.4}}, r"krum needs 7 updates where 0\.4 of 6 sampled"),
+        ({"server": {"aggregator": "median", "byzantine": 0.2}}, r"unknown key 'server\.byzantine'"),
+        (
+            {"server": {"aggregator": "fednova", "preaggregator": {"name": "bucketing"}}},
+            r"server\.preaggregator: .*fednova weighs",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_kept_are_refused(
+    changes: dict[str, Any], words: str, texts: Path, tmp_path: Path
+) -> None:
+    small = {"evaluation": {"max_examples": 4, "test_max_examples": 4}}
+    with pytest.raises((UserError, RefusedError), match=words):
+        prepare(settings(tmp_path, tree(texts, **small, **changes)), LoopbackTransport(), Launch(), True)
 
 
 def test_a_round_with_too_few_clients_for_the_rule_changes_nothing(texts: Path, tmp_path: Path) -> None:

@@ -69,7 +69,6 @@ def measure(name: str, repeats: int, parameters: int) -> dict[str, Any]:
     import torch
 
     from fedhpc import config as configuration
-    from fedhpc import rng
     from fedhpc.bench.compute import peak_bytes, reset_peak
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.transport import open_transport
@@ -83,7 +82,7 @@ def measure(name: str, repeats: int, parameters: int) -> dict[str, Any]:
     layout, shares, port = Layout({"all": (parameters,)}), np.full(CLIENTS, 1 / CLIENTS), free_port()
 
     def update(client: int) -> torch.Tensor:
-        return torch.from_numpy(rng.generator(0, "update", client).standard_normal(parameters, dtype=np.float32))
+        return torch.from_numpy(np.random.default_rng(client).standard_normal(parameters, dtype=np.float32))
 
     def work(rank: int, folder: Path) -> None:
         cpu = torch.device("cpu")

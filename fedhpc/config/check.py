@@ -129,6 +129,17 @@ def conflicts(config: Config) -> None:
         )  # fmt: skip
     if registry.choice("attacks", config.attack.name).changes_examples and config.data.label is None:
         raise UserError(f"attack.name {config.attack.name} changes classes and needs data.label (a column)")
+    if registry.choice("aggregators", aggregator).needs_root:
+        if config.mode != "federated":
+            raise UserError(
+                f"server.aggregator {aggregator} measures clients by the server, and mode {config.mode} has one owner",
+                key="server.aggregator", remedy="use mean",
+            )  # fmt: skip
+        if config.data.chosen is not None:
+            raise UserError(
+                f"server.aggregator {aggregator} trains on validation examples, and those of preferences are pairs",
+                key="server.aggregator", remedy="use another one, such as geometric_median",
+            )  # fmt: skip
     if needs_movements and config.server.preaggregator.name != "none":
         raise UserError(
             f"server.aggregator {aggregator} weighs the local steps of each client, and mixed updates are of several",

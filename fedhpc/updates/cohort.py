@@ -60,6 +60,7 @@ class Cohort:
         memory: dict[str, Tensor] | None = None,
         masking: Masking | None = None,
         expected: int | None = None,
+        root: Tensor | None = None,
     ) -> None:
         """Collective.
 
@@ -67,6 +68,7 @@ class Cohort:
         the same on every rank. positions int64 (c,): where in `planned` this rank's accepted clients are, whose updates
         (c, S) these are. movement: |a_i| of a client, see `movements`. memory: see there. masking: how the
         uploads are masked, so that rank 0 learns their sums alone. expected: see there; default all planned.
+        root: see there.
         """
         self._transport, self._layout, self._movement, self._masking = transport, layout, movement, masking
         chosen, owners = accepted(transport, positions, len(planned))
@@ -85,6 +87,10 @@ class Cohort:
         #: What the aggregator keeps on the server from round to round (`Aggregator.keeps_on_server`), float64 (S,)
         #: by name; of meaning on rank 0 alone. What an aggregator puts here is here again in the next round.
         self.memory = {} if memory is None else memory
+
+        #: The update that the server has trained on examples of its own (`Aggregator.needs_root`), (S,); of meaning on
+        #: rank 0 alone, and None where nobody asks for it.
+        self.root = root
 
     def __len__(self) -> int:
         """C, the number of accepted clients."""

@@ -25,6 +25,7 @@ from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload, w
 from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.averaging.poisoning import Poisoning
+from fedhpc.approaches.averaging.root import Root
 from fedhpc.approaches.averaging.warm_start import WarmStart
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
 from fedhpc.approaches.export import export, write_client_names
@@ -111,6 +112,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         #: The largest memory of this process in bytes, once a step was rehearsed.
         self._peak: int | None = None
         self.aggregation = Aggregation(config.server, seed, cohort_size(config, self.data.population))
+        needs_root = config.mode == "federated" and self.aggregation.aggregator.needs_root
+        self._root = Root(config, self.data) if needs_root else None
         self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
         if config.masks_uploads:
             primitives.require()
@@ -248,7 +251,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             return None
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
         masking = self._masking(plan)
-        cohort = self._cohort(transport, plan, results, memory, masking)
+        cohort = self._cohort(transport, plan, results, memory, masking, self._root_update(state, plan))
         if plan.weights:
             cohort = cohort.replaced(self._weighted(plan, results))
         spent = dict(state.privacy) if state else {}
@@ -287,13 +290,22 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         results: Sequence[BlockResult[Upload]],
         memory: dict[str, Tensor] | None = None,
         masking: Masking | None = None,
+        root: Tensor | None = None,
     ) -> Cohort:
         """The accepted updates of all ranks. Collective."""
         updates = self._accepted_rows(results, [result.upload.updates for result in results])
         return Cohort(
             transport, self.split.shared, plan.cohort, self._shares(plan), accepted_indices(plan, results), updates,
-            self._movement(plan), memory, masking, cohort_size(self.config, self.data.population),
+            self._movement(plan), memory, masking, cohort_size(self.config, self.data.population), root,
         )  # fmt: skip
+
+    def _root_update(self, state: ParameterState | None, plan: Plan) -> Tensor | None:
+        """What the server trains on its own, (S,) on rank 0; None where nobody asks for it."""
+        if self._root is None:
+            return None
+        if state is None:
+            return torch.empty(0)
+        return self._root.update(self.base, self.method, self.objective, self.personal, state.theta, plan.round)
 
     def _accepted_rows(self, results: Sequence[BlockResult[Upload]], sent: Sequence[Tensor | None]) -> Tensor:
         """What accepted clients have sent, (c, S). sent: for each of the results (K, S)."""

@@ -20,6 +20,8 @@ def conflict(config: Any, objective: str) -> str | None:
     if config.mode == "local":
         return f"mode local: {name} searches over all clients together; use federated, or centralized for one owner"
     aggregator = config.server.aggregator
+    if registry.choice("aggregators", aggregator).needs_root:
+        return f"server.aggregator {aggregator} trains on the server, and {name} trains nothing: use median"
     if registry.choice("aggregators", aggregator).keeps_on_server:
         return f"server.aggregator {aggregator} goes on from the last round, and {name} scores others: use median"
     if registry.choice("aggregators", aggregator).needs_movements:

@@ -33,6 +33,9 @@ class Aggregator(ABC):
     #: Names of the vectors that the server keeps for it from round to round, zeros at first: `Cohort.memory`.
     keeps_on_server: ClassVar[tuple[str, ...]] = ()
 
+    #: Whether the server trains on examples of its own too, whose update is `Cohort.root`.
+    needs_root: ClassVar[bool] = False
+
     def __init__(self, options: Open) -> None:
         """options: the section `server` of the configuration."""
         self.options = options
