@@ -14,12 +14,13 @@ from dp_accounting import NeighboringRelation, pld, rdp
 from scipy import stats
 
 from fedhpc import config as configuration
-from fedhpc import registry, rng
+from fedhpc import rng
 from fedhpc.data.population import Population
 from fedhpc.errors import UserError
-from fedhpc.participation.sampling import clients_drawn, draw_clients
+from fedhpc.participation.sampling import draw_by_poisson
 from fedhpc.privacy import client as client_level
 from fedhpc.privacy._accountant import Accountant, Fixed, Poisson
+from fedhpc.privacy._banded_noise import square_root_of_sums
 from fedhpc.privacy._discrete_gaussian import discrete_gaussian
 from fedhpc.privacy.client import Client, clipped
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
@@ -99,7 +100,7 @@ def test_a_fixed_cohort_is_accounted_for_with_twice_the_sensitivity() -> None:
     assert everybody.epsilon(4.0, 1) == pytest.approx(Accountant("rdp", 1e-3, Poisson(1.0)).epsilon(2.0, 1), rel=0.02)
 
 
-@pytest.mark.parametrize("sampling", [Poisson(0.05), Fixed(5, 100)])
+@pytest.mark.parametrize("sampling", [Poisson(0.05), pytest.param(Fixed(5, 100), marks=pytest.mark.slow)])
 def test_noise_for_a_budget_spends_it_and_no_more(sampling: Any) -> None:
     accountant = Accountant("rdp", 1e-3, sampling)
     noise = accountant.noise_multiplier(2.0, 12)
@@ -121,7 +122,11 @@ def level(clip_norm: float = 0.5, **options: Any) -> Client:
 
 
 def pseudo_gradient(
-    client: Client, updates: torch.Tensor, ranks: int = 1, spent: dict[str, torch.Tensor] | None = None
+    client: Client,
+    updates: torch.Tensor,
+    ranks: int = 1,
+    spent: dict[str, torch.Tensor] | None = None,
+    round_: int = 1,
 ) -> torch.Tensor:
     """What a round of a cohort with these updates gives."""
 
@@ -130,7 +135,7 @@ def pseudo_gradient(
         shares = np.ones(len(updates)) / max(len(updates), 1)
         cohort = Cohort(transport, LAYOUT, list(range(len(updates))), shares, mine, updates[mine])
         here = spent if spent is not None and transport.is_server else {}
-        return client.combine(transport, cohort, 1, lambda cohort, round_: pytest.fail("without privacy"), here)
+        return client.combine(transport, cohort, round_, lambda cohort, round_: pytest.fail("without privacy"), here)
 
     return on_threads(ranks, one)[0]
 
@@ -203,11 +208,39 @@ def test_an_adaptive_clip_norm_follows_the_quantile_of_the_norms(monkeypatch: py
     noise = (np.log(0.1 / float(after[1])) / 0.3 + 0.7 - 0.5) * 5 - count
     assert 0 < abs(noise) < 4 * 2.0
     monkeypatch.setattr(client_level, "discrete_gaussian", lambda sigma, count, generator: np.zeros(count, np.int64))
-    client = Client(client.config, client.population, LAYOUT.size, 60, lambda round_: range(60))
+    client = Client(client.config, Population(80, 0, 0.0), LAYOUT.size, 60, lambda round_: range(60))
     spent = client.initial()
     for _ in range(60):
         pseudo_gradient(client, updates, 1, spent)
     assert abs((norms <= float(spent["clip_norm"])).mean() - 0.7) < 0.05
+
+
+def test_banded_noise_is_a_factorization_of_sums_that_a_client_changes_by_one() -> None:
+    """The noise of all rounds is C^-1 z: C times it is independent and normal, of standard deviation z C."""
+    rounds, bands = 12, 4
+    client = level(bands=bands)
+    column = square_root_of_sums(bands)
+    np.testing.assert_allclose(column / column[0], [1, 1 / 2, 3 / 8, 5 / 16])
+    C = sum(np.diag(np.full(rounds - k, column[k]), -k) for k in range(bands))
+    norms = np.linalg.norm(C, axis=0)
+    assert norms.max() == pytest.approx(1) and (C.T @ C)[0, bands:].max() == 0
+    whole = square_root_of_sums(9)
+    toeplitz = sum(np.diag(np.full(9 - k, whole[k] / whole[0]), -k) for k in range(9))
+    np.testing.assert_allclose(toeplitz @ toeplitz, np.tril(np.ones((9, 9))), atol=1e-12)  # the square root
+    spent, noise = client.initial(), []
+    nobody = torch.empty(0, LAYOUT.size, dtype=torch.float64)
+    for round_ in range(1, rounds + 1):
+        noise.append(pseudo_gradient(client, nobody, 1, spent, round_).numpy() * client.cohort_size)
+    z = C @ np.stack(noise) / 0.5
+    assert stats.kstest(z.ravel(), "norm").pvalue > 1e-3
+    assert np.abs(np.corrcoef(z)[~np.eye(rounds, dtype=bool)]).max() < 0.5  # of 55 numbers each
+    sums = np.stack(noise).cumsum(axis=0) / 0.5
+    assert sums[-1].std() < 0.8 * np.sqrt(rounds)  # than that of independent noise of the same z
+    once = Accountant("rdp", 0.01, Poisson(1.0))
+    assert client.accountant.sampling == once.sampling
+    assert client.epsilon({"rounds": torch.tensor([rounds])}) == once.epsilon(1.0, 3)
+    with pytest.raises(UserError, match="is more than one in privacy"):
+        level(bands=5)
 
 
 # ---------------------------------------------------------------- runs
@@ -217,7 +250,7 @@ def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Pat
     changes: dict[str, Any] = {
         "federation": {"rounds": 4, "cohort_size": 2},  # of 8: with this seed one cohort is empty
         "evaluation": {"every": 4, "max_examples": 4, "test_max_examples": 4},
-        "run": {"seed": 1},
+        "run": {"seed": 3},
     }
     adaptive = {"adaptive": {"lr": 0.5, "count_noise": 1.0}}
     runs = {}
@@ -242,6 +275,32 @@ def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Pat
     assert (attributes["delta"], attributes["neighbouring_relation"]) == (0.01, "add-or-remove-one")
     card = (tmp_path / "one" / "adapter" / "README.md").read_text()
     assert f"every client is protected with epsilon {attributes['epsilon']:.4g} at delta 0.01" in card
+
+
+def test_correlated_noise_goes_on_after_a_resume(texts: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "federation": {"rounds": 4, "cohort_size": 2},
+        "evaluation": {"every": 9, "max_examples": 4, "test_max_examples": 4},
+    }
+    whole = private(texts, tmp_path / "whole", {"bands": 3}, **changes)
+    collectives = federate(whole)
+    half = private(texts, tmp_path / "half", {"bands": 3}, **changes)
+    with pytest.raises(Interrupted):
+        federate(half, stop_at=collectives // 2)
+    federate(half, 2)
+    assert "resumed" in table(tmp_path / "half", "events")["kind"]
+    one, other = final(tmp_path / "whole"), final(tmp_path / "half")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_secure_sum_of_private_updates_is_that_sum(texts: Path, tmp_path: Path) -> None:
+    found, options = [], {"sampling": "fixed", "adaptive": {"count_noise": 2.0}}
+    for name in ("none", "pairwise"):
+        changes = {"federation": {"rounds": 2, "cohort_size": 5}, "secure": {"name": name}}
+        few = {"every": 9, "max_examples": 4, "test_max_examples": 4}
+        federate(private(texts, tmp_path / name, options, evaluation=few, **changes))
+        found.append(final(tmp_path / name))
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_run_ends_with_its_budget_and_cannot_be_extended_beyond(texts: Path, tmp_path: Path) -> None:
@@ -275,10 +334,7 @@ def test_rounds_for_which_the_noise_was_chosen_cannot_change(texts: Path, tmp_pa
 def test_poisson_cohorts_are_as_they_should_be(texts: Path) -> None:
     config = private(texts, texts / "run", federation={"cohort_size": 2})
     population = Population(8, 0, 0.0)
-    devices = registry.choice("devices", "none")(config.devices, 0, population)
-    cohorts = [
-        draw_clients(config, population, devices, (t,), clients_drawn(config, population, t, 2)) for t in range(1, 2001)
-    ]
+    cohorts = [draw_by_poisson(config, population, t, 2) for t in range(1, 2001)]
     assert all(len(set(cohort)) == len(cohort) for cohort in cohorts)
     sizes = np.bincount([min(len(cohort), 5) for cohort in cohorts], minlength=6)
     expected = 2000 * np.append(stats.binom(8, 0.25).pmf(np.arange(5)), stats.binom(8, 0.25).sf(4))
@@ -287,6 +343,14 @@ def test_poisson_cohorts_are_as_they_should_be(texts: Path) -> None:
     assert np.abs(times / 2000 - 0.25).max() < 0.04
     together = np.mean([{0, 1} <= set(cohort) for cohort in cohorts])
     assert abs(together - 0.25**2) < 0.025  # each on its own
+
+
+def test_a_banded_cohort_is_of_every_bands_th_client(texts: Path) -> None:
+    config = private(texts, texts / "run", {"bands": 3}, federation={"cohort_size": 2})
+    cohorts = [draw_by_poisson(config, Population(8, 0, 0.0), t, 2) for t in range(1, 1501)]
+    assert all(c % 3 == (t - 1) % 3 for t, cohort in enumerate(cohorts, 1) for c in cohort)
+    times = np.bincount([c for cohort in cohorts for c in cohort], minlength=8)
+    assert np.abs(times / 500 - 0.75).max() < 0.08
 
 
 @pytest.mark.parametrize(

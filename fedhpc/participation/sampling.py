@@ -71,15 +71,18 @@ def draw_clients(
     return tuple(islice(free, count))
 
 
-def clients_drawn(config: Config, population: Population, round_: int, expected: int) -> int:
-    """How many clients a round draws where `expected` are: with privacy.sampling poisson a binomial number.
+def draw_by_poisson(config: Config, population: Population, round_: int, expected: int) -> tuple[int, ...]:
+    """The clients of a round into which each is drawn on its own, in sampling order; `expected` of them on average.
 
-    With any clients in that number every client is drawn on its own, with probability expected / N.
+    With privacy.bands b only every b-th client can be, another b-th in the next round. A binomial number of clients,
+    and any of them in that number, is the same as a draw for each, and costs nothing per client of the population.
     """
-    if getattr(config.privacy, "sampling", "fixed") == "fixed":
-        return expected
-    n = population.num_clients
-    return int(generator(config.run.seed, "cohort size", round_).binomial(n, expected / n))
+    n, bands = population.num_clients, config.privacy.bands
+    first = (round_ - 1) % bands
+    members = len(range(first, n, bands))
+    draws = generator(config.run.seed, "cohort", round_)
+    size = draws.binomial(members, expected * bands / n)
+    return tuple(first + bands * int(member) for member in draws.choice(members, size, replace=False))
 
 
 def drops_out(config: Config, round_: int, client: int) -> bool:

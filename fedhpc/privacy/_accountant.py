@@ -14,7 +14,7 @@ Two ways to draw the records of a sum, each with the relation between neighbouri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -95,14 +95,16 @@ class Accountant:
         def event(noise_multiplier: float) -> Any:
             return dp.SelfComposedDpEvent(self.event(noise_multiplier), sums)
 
-        high = 1.0
+        high, factor = 1.0, 2.0
+        if self.method == "pld":  # slower, and a little less than by rdp
+            high, factor = replace(self, method="rdp").noise_multiplier(epsilon, sums), 1.15
         while self.epsilon(high, sums) > epsilon:
-            high *= 2
-        low = high / 2
+            high *= factor
+        low = max(high / factor, LEAST_NOISE)
         while self.epsilon(low, sums) <= epsilon:
             if low == LEAST_NOISE:
                 return low
-            low, high = max(low / 2, LEAST_NOISE), low
+            low, high = max(low / factor, LEAST_NOISE), low
         bracket = dp.ExplicitBracketInterval(low, high)
         return float(dp.calibrate_dp_mechanism(self._fresh, event, epsilon, self.delta, bracket, tol=_TOLERANCE))
 

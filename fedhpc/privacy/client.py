@@ -12,6 +12,9 @@ the continuous one rounded, but for a share of 2^-60 of every probability.
 
 With `adaptive` C follows a quantile of the norms (Andrew et al. 2021, arXiv 1905.03871): a second noisy sum counts the
 updates within C, and C falls where they are more than their share, exp(-lr (count / (q N) - quantile)).
+
+With `bands` the noise of consecutive rounds is correlated, so that less of it adds up in theta (Choquette-Choo et al.
+2023, arXiv 2306.08153, algorithm 1 and theorem 4): see `BandedNoise`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from fedhpc import registry, rng
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.privacy._accountant import Accountant, Fixed, Poisson, require_library
+from fedhpc.privacy._banded_noise import BandedNoise
 from fedhpc.privacy._budget import Budget
 from fedhpc.privacy._discrete_gaussian import discrete_gaussian
 from fedhpc.privacy.base import Privacy
@@ -63,6 +67,9 @@ class Client(Privacy):
         sampling: Literal["poisson", "fixed"] = Field(
             "poisson", description="every client on its own, so that cohorts vary in size; or cohorts of one size"
         )
+        bands: int = Field(
+            1, ge=1, description="rounds over which noise is correlated; a client is in every bands-th at most"
+        )
         adaptive: Adaptive | None = Field(
             None, description="clip_norm is that of round 1, and follows a quantile of the norms of the updates"
         )
@@ -87,7 +94,13 @@ class Client(Privacy):
                 "allow to publish one of them",
                 key="privacy.delta", remedy="lower it",
             )  # fmt: skip
-        sampling = Poisson(cohort_size / clients) if options.sampling == "poisson" else Fixed(cohort_size, clients)
+        if cohort_size * options.bands > clients:
+            raise UserError(
+                f"a cohort of {cohort_size} is more than one in privacy.bands {options.bands} of {clients} clients",
+                key="privacy.bands", remedy="lower it, or federation.cohort_size",
+            )  # fmt: skip
+        rate = cohort_size * options.bands / clients
+        sampling = Poisson(rate) if options.sampling == "poisson" else Fixed(cohort_size, clients)
         self.accountant = Accountant(options.accountant, options.delta, sampling)
         if options.adaptive is not None:
             self._require_noise_for_updates()
@@ -98,7 +111,11 @@ class Client(Privacy):
         options = self.options
         if options.noise_multiplier is not None:
             return float(options.noise_multiplier)
-        return self.accountant.noise_multiplier(options.epsilon, self.config.federation.rounds)
+        return self.accountant.noise_multiplier(options.epsilon, self._sums(self.config.federation.rounds))
+
+    def _sums(self, rounds: int) -> int:
+        """The number of independent noisy sums that rounds amount to: a client can be in one of `bands` of them."""
+        return math.ceil(rounds / self.options.bands)
 
     # ---- what a round does
 
@@ -143,7 +160,13 @@ class Client(Privacy):
         draws = rng.generator(self.config.run.seed, "privacy", round_)
         ones, exponent = np.ones(len(cohort)), _exponent(clip_norm)
         grid = _noisy_grid(exponent, self.noise_of_updates * clip_norm, draws)
+        banded = None
+        if self.options.bands > 1:
+            banded = BandedNoise(grid.noise, self.options.bands, spent.get("noise"))
+            grid = FixedGrid(exponent, banded)
         total = cohort.mapped(partial(clipped, bound=self.bound(clip_norm))).weighted_sum(ones, grid)
+        if banded is not None and spent:
+            spent["noise"] = banded.latest()
         if self.options.adaptive is not None:
             within = cohort.mapped(partial(_signs_within, norm=clip_norm), Layout({"within": (1,)}))
             signs = within.weighted_sum(ones, _noisy_grid(-_STEPS, 2 * self._count_noise, draws))
@@ -170,26 +193,28 @@ class Client(Privacy):
     def initial(self) -> dict[str, Tensor]:
         clip_norm = torch.tensor([self.options.clip_norm], dtype=torch.float64)
         adaptive = {} if self.options.adaptive is None else {"clip_norm": clip_norm}
-        return {"rounds": torch.zeros(1, dtype=torch.int64), **adaptive}
+        past = torch.zeros(self.options.bands - 1, self.size, dtype=torch.float64)
+        banded = {"noise": past} if self.options.bands > 1 else {}
+        return {"rounds": torch.zeros(1, dtype=torch.int64), **adaptive, **banded}
 
     def account(self, spent: Mapping[str, Tensor], clients: Sequence[int]) -> None:
         spent["rounds"].add_(1)
 
     def epsilon(self, spent: Mapping[str, Tensor]) -> float:
-        return self.accountant.epsilon(self.noise_multiplier, int(spent["rounds"]))
+        return self.accountant.epsilon(self.noise_multiplier, self._sums(int(spent["rounds"])))
 
     def affordable(self, rounds: int) -> int:
         options = self.options
         if options.noise_multiplier is None or options.epsilon is None:
             return rounds
-        affordable = self.accountant.affordable(self.noise_multiplier, options.epsilon, rounds)
+        affordable = self.accountant.affordable(self.noise_multiplier, options.epsilon, self._sums(rounds))
         if affordable == 0:
             one = self.accountant.epsilon(self.noise_multiplier, 1)
             raise UserError(
                 f"privacy.epsilon {options.epsilon} is less than one round spends ({one:.4g})",
                 key="privacy.epsilon", remedy="raise privacy.noise_multiplier or privacy.epsilon",
             )  # fmt: skip
-        return affordable
+        return min(rounds, affordable * int(options.bands))
 
     # ---- what is said of it
 
@@ -197,7 +222,8 @@ class Client(Privacy):
         options, asked = self.options, self.config.federation.rounds
         fewer = f", where the budget of {options.epsilon:g} ends" if rounds < asked else ""
         moves = "" if options.adaptive is None else f" (of round 1; it follows quantile {options.adaptive.quantile:g})"
-        epsilon = self.accountant.epsilon(self.noise_multiplier, rounds)
+        moves += "" if options.bands == 1 else f" in bands of {options.bands} rounds"
+        epsilon = self.accountant.epsilon(self.noise_multiplier, self._sums(rounds))
         return (
             f"privacy: every client is protected with epsilon {epsilon:.4g} at delta {options.delta:g} "
             f"({self.accountant.sampling.relation}) after {rounds} rounds{fewer}; noise {self.noise_multiplier:.4g} "
@@ -250,6 +276,10 @@ def _conflict(options: Any, config: Any) -> str | None:
         return f"privacy.name client protects clients from a federation, and mode {config.mode} has none: take it out"
     if options.sampling == "fixed" and options.accountant == "pld":
         return "privacy.accountant pld has no bound for cohorts of a fixed size: use rdp, or privacy.sampling poisson"
+    if options.bands > 1 and options.sampling == "fixed":
+        return "privacy.bands needs clients that are drawn on their own: use privacy.sampling poisson"
+    if options.bands > 1 and options.adaptive is not None:
+        return "privacy.bands is of one clip_norm for all rounds: take it out, or privacy.adaptive"
     if config.server.aggregator != "mean":
         return (
             f"server.aggregator {config.server.aggregator} has no bound on what one client changes, which privacy.name "

@@ -106,6 +106,10 @@ def _facts(run: LoadedRun) -> Grid:
         ]
     rows += [[key.replace("_", " "), str(a[key])] for key in ("mode", "method", "model", "seed") if key in a]
     rows += [["trainable parameters", as_count(run.parameters)]]
+    if "epsilon" in run.rounds:
+        delta, relation = a.get("delta", NONE), a.get("neighbouring_relation", NONE)
+        spent = f"epsilon {run.rounds['epsilon'][-1]:.4g} after {run.rounds['round'][-1]} rounds"
+        rows += [["differential privacy", f"{spent}, delta {delta}, {relation}"]]
     for key in ("best_round", "world_size", "transport", "device", "block_size", "created_utc", "fedhpc_version"):
         if key in a:
             rows.append([key.replace("_", " "), str(a[key])])

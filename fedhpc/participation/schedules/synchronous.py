@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fedhpc.errors import UserError
 from fedhpc.participation.plan import Plan, Times
-from fedhpc.participation.sampling import clients_drawn, cohort_size, draw_clients, drops_out, fixed_clients
+from fedhpc.participation.sampling import cohort_size, draw_by_poisson, draw_clients, drops_out, fixed_clients
 from fedhpc.participation.schedules.base import Schedule
 from fedhpc.registry import Section
 
@@ -47,8 +47,10 @@ class Synchronous(Schedule):
         if self.config.mode != "federated":
             cohort, dropped = fixed_clients(self.config, self.population), frozenset[int]()
         else:
-            size = clients_drawn(self.config, self.population, round_, self._sampled)
-            cohort = draw_clients(self.config, self.population, self.devices, (round_,), size)
+            if getattr(self.config.privacy, "sampling", "fixed") == "poisson":
+                cohort = draw_by_poisson(self.config, self.population, round_, self._wanted)
+            else:
+                cohort = draw_clients(self.config, self.population, self.devices, (round_,), self._sampled)
             dropped = frozenset(c for c in cohort if drops_out(self.config, round_, c))
         empty = self.empty(cohort) - dropped
         reporting = [c for c in cohort if c not in dropped and c not in empty]
