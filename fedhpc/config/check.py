@@ -301,34 +301,32 @@ def _check_secure(config: Config) -> None:
 
 
 def _check_compression(config: Config) -> None:
-    """Compressors come last, in an order in which each gets what it can pack, and the model's way is defined."""
-    ranks = {"coordinates": 1, "codes": 2, "factors": 2}
-    for link in ("up", "down"):
+    """What changes numbers comes first, then what chooses some of them, last what packs them; on each way by itself."""
+    stages = {"coordinates": 1, "codes": 2, "factors": 2}
+    for way in ("up", "down"):
         before: list[tuple[str, int]] = []
         for position, section in enumerate(config.transforms):
-            key, transform = f"transforms[{position}]", registry.choice("transforms", section.name)
-            sends = getattr(transform, "sends", "")
-            if getattr(section, "direction", "up") not in (link, "both"):
+            if getattr(section, "direction", "up") not in (way, "both"):
                 continue
-            rank = ranks.get(sends, 2 if transform.packs else 0)
-            for other, others in before:
-                if rank < others:
+            name, key, transform = section.name, f"transforms[{position}]", registry.choice("transforms", section.name)
+            sends = getattr(transform, "sends", "")  # transforms of other people may pack in a way of their own
+            stage = stages.get(sends, 2 if transform.packs else 0)
+            for other, earlier in before:
+                if stage < earlier:
                     raise UserError(
-                        f"{section.name} comes after {other}, which has packed the update", key=key,
-                        remedy=f"put {section.name} in front of {other}",
+                        f"{name} comes after {other}, which has packed the update", key=key,
+                        remedy=f"put {name} in front of {other}",
                     )  # fmt: skip
-                if rank == others == 2 or (sends and rank == others):
+                if stage == earlier > 0:
+                    raise UserError(f"{name} and {other} both pack the update", key=key, remedy="give one of the two")
+                if sends == "factors" and earlier:
                     raise UserError(
-                        f"{section.name} and {other} both pack the update", key=key, remedy="give one of the two"
-                    )
-                if sends == "factors" and others:
-                    raise UserError(
-                        f"{section.name} packs whole matrices, of which {other} sends some coordinates", key=key,
+                        f"{name} packs whole matrices, of which {other} sends some coordinates", key=key,
                         remedy="give one of the two",
                     )  # fmt: skip
-            before.append((section.name, rank))
-            if link == "down" and (config.mode != "federated" or config.federation.schedule.name != "synchronous"):
-                schedule = config.federation.schedule.name
+            before.append((name, stage))
+            schedule = config.federation.schedule.name
+            if way == "down" and (config.mode != "federated" or schedule != "synchronous"):
                 where = f"mode {config.mode}" if config.mode != "federated" else f"federation.schedule {schedule}"
                 raise UserError(
                     f"the model goes down compressed in synchronous rounds of mode federated, not with {where}",
