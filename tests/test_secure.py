@@ -260,7 +260,7 @@ def test_a_stream_can_be_entered_anywhere_and_wraps_around() -> None:
 def test_in_every_protocol_neighbours_know_each_other_and_some_of_the_holders_are_enough(name: str) -> None:
     for count in (3, 8, 64):
         one = protocol(name)
-        one.require(count)
+        one.require(count, count)
         masking = Masking(one, 0, 1, range(count))  # it refuses a graph with arrows
         assert all(near for near in masking.neighbours)
         assert all(2 <= t <= len(near) + 1 for t, near in zip(masking.thresholds, masking.neighbours, strict=True))
@@ -311,9 +311,14 @@ def test_the_number_of_neighbours_is_the_smallest_that_keeps_the_promises() -> N
 
 
 def test_a_client_of_the_benchmark_sends_what_the_protocol_says() -> None:
-    (row, _), nothing = (part() for part in secure.parts(1, quick=True))
+    (server, row, _), nothing = (part() for part in secure.parts(1, quick=True))
     up, down = 64 + 15 * 82 + 16 * 33 + 8 * 100_000, 15 * (64 + 82 + 1)
-    assert row.measured > 0 and row.note.endswith(f"{up:,} bytes up, {down:,} down") and nothing == []
+    assert (
+        server.measured > 0
+        and row.measured > 0
+        and row.note.endswith(f"{up:,} bytes up, {down:,} down")
+        and nothing == []
+    )
 
 
 # ---------------------------------------------------------------- runs
@@ -420,6 +425,14 @@ def test_what_cannot_be_masked_is_refused_in_one_line(changes: dict[str, Any], m
     with pytest.raises(UserError) as raised:
         configuration.resolve(raw)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "given"), [("pairwise", {}), ("sparse", {"neighbours": 8})])
+def test_a_cohort_of_which_too_few_are_awaited_is_refused(name: str, given: dict[str, Any]) -> None:
+    protocol(name, **given).require(12, 10)
+    with pytest.raises(UserError, match=r"a round awaits 8 of 15 clients, and a mask can be recovered by (11|7) of"):
+        protocol(name, **given).require(15, 8)
+    protocol(name, threshold=4, **given).require(15, 8)
 
 
 def test_a_rule_that_sees_single_updates_gets_none() -> None:

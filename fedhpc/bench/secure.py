@@ -20,6 +20,7 @@ import numpy as np
 
 from fedhpc import registry
 from fedhpc.bench.table import Part, Row, skipped
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.secure.client import Client
 from fedhpc.secure.masked_sum import Masking
 from fedhpc.secure.protocols.base import Protocol
@@ -58,12 +59,20 @@ def _of_cohort(count: int, name: str, repeats: int) -> list[Row]:
     what = f"{count} clients, {len(near)} neighbours: "
     ours = _median(repeats, lambda: _client(masking))
     shown = f"{1000 * ours.seconds:.1f} ms, {ours.bytes_up:,} bytes up, {ours.bytes_down:,} down"
+    gone = count // 16
+    seconds = statistics.median(_server(masking, gone) for _ in range(repeats))
+    server = Row(f"{what}the server, {gone} of them gone", 1000 * seconds, unit="ms")
     if find_spec("flwr") is None:
-        return [Row(f"{what}a client", 1000 * ours.seconds, unit="ms", note=shown), skipped(what, "there is no flwr")]
+        return [
+            server,
+            Row(f"{what}a client", 1000 * ours.seconds, unit="ms", note=shown),
+            skipped(what, "there is no flwr"),
+        ]
     theirs = _median(1 if count > 16 else repeats, lambda: _flower(count, len(near) + 1, threshold))
     beside = f"{1000 * theirs.seconds:.0f} ms, {theirs.bytes_up:,} bytes up, {theirs.bytes_down:,} down"
     note = f"{shown}; Flower {beside}"
     return [
+        server,
         Row(f"{what}Flower's time over ours, of a client", theirs.seconds / ours.seconds, 1.0, note=note),
         Row(f"{what}Flower's bytes over ours, the masked numbers apart", theirs.beside / ours.beside, 1.0),
     ]
@@ -100,6 +109,22 @@ def _client(masking: Masking) -> Cost:
     sent += [values.tobytes(), client.answer(asked)]
     seconds = time.process_time() - began
     return Cost(seconds, sum(map(len, sent)), len(told(0)) + len(received) + len(asked))
+
+
+def _server(masking: Masking, gone: int) -> float:
+    """Seconds of the processor to unmask a sum of zeros that the first `gone` clients did not add to."""
+    count = len(masking.neighbours)
+    transport, uploaded = LoopbackTransport(), range(gone, count)
+    masks = masking.begin(transport, uploaded, [transport.rank] * len(uploaded), _NUMBERS)
+    total = np.zeros(_NUMBERS, dtype=np.int64)
+    for client in uploaded:
+        masks.hide(client, total, 0)
+    began = time.process_time()
+    masks.recover()
+    masks.lift(total, 0)
+    seconds = time.process_time() - began
+    assert not total.any(), "the masks of a sum of zeros were not all taken out"
+    return seconds
 
 
 def _flower(count: int, holders: int, threshold: int) -> Cost:

@@ -296,8 +296,8 @@ def _check_secure(config: Config) -> None:
                 "integers of 8 bytes, which cannot be packed", key=f"transforms[{position}]",
                 remedy="give one of the two",
             )  # fmt: skip
-    if cohort is not None:
-        registry.choice("secure_protocols", name)(config.secure).require(cohort)
+    if cohort is not None and config.federation.schedule.over_selection == 1:
+        registry.choice("secure_protocols", name)(config.secure).require(cohort, cohort)
 
 
 def _check_compression(config: Config) -> None:

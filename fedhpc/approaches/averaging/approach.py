@@ -117,7 +117,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
         if config.masks_uploads:
             primitives.require()
-            self._protocol.require(cohort_size(config, self.data.population))
+            self._protocol.require(len(self.plan(1).cohort), cohort_size(config, self.data.population))
 
     def _attackers(self) -> frozenset[int]:
         fraction, population = self.config.attack.fraction, self.data.population.num_clients

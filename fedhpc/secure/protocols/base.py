@@ -34,27 +34,35 @@ class Protocol(ABC):
         """
 
     @abstractmethod
+    def degree(self, count: int) -> int:
+        """How many neighbours the clients of a cohort of `count` have."""
+
+    @abstractmethod
     def threshold(self, holders: int) -> int:
         """How many of the `holders` of the shares of a secret, a client and its neighbours, can recover it."""
 
-    def require(self, count: int) -> None:
-        """UserError where the options do not go with cohorts of `count` clients."""
-        if count < FEWEST:
+    def require(self, sampled: int, awaited: int) -> None:
+        """UserError where the options do not go with cohorts of `sampled` clients, of which a round awaits some."""
+        if awaited < FEWEST:
             raise UserError(
-                f"with secure aggregation the sum of {count} updates tells a client what another one sent",
+                f"with secure aggregation the sum of {awaited} updates tells a client what another one sent",
                 key="federation.cohort_size", remedy=f"sample at least {FEWEST} clients",
+            )  # fmt: skip
+        holders = 1 + self.degree(sampled)
+        threshold = self.threshold(holders)
+        if threshold > holders:
+            raise UserError(
+                f"secure.threshold is {threshold}, but {holders} clients of a cohort hold shares of a mask",
+                key="secure.threshold", remedy=f"give at most {holders}",
+            )  # fmt: skip
+        if threshold * sampled > holders * awaited:
+            raise UserError(
+                f"a round awaits {awaited} of {sampled} clients, and a mask can be recovered by {threshold} of the "
+                f"{holders} that hold its shares", key="secure.threshold",
+                remedy=f"give at most {holders * awaited // sampled}, or lower federation.schedule.over_selection",
             )  # fmt: skip
 
 
 def two_thirds(holders: int) -> int:
     """The default threshold: floor(2n/3) + 1 of n (Bonawitz et al. 2017, section 6, for a server that may lie)."""
     return 2 * holders // 3 + 1
-
-
-def require_reach(threshold: int | None, holders: int) -> None:
-    """UserError where the holders of the shares of a secret are fewer than the threshold."""
-    if threshold is not None and threshold > holders:
-        raise UserError(
-            f"secure.threshold is {threshold}, but {holders} clients of a cohort hold shares of a mask",
-            key="secure.threshold", remedy=f"give at most {holders}",
-        )  # fmt: skip

@@ -13,5 +13,8 @@ class NoMasks(Protocol):
     def graph(self, count: int, generator: np.random.Generator) -> list[list[int]]:
         return [[] for _ in range(count)]
 
+    def degree(self, count: int) -> int:
+        return 0
+
     def threshold(self, holders: int) -> int:
         return holders

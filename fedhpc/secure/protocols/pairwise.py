@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from fedhpc.registry import Section
-from fedhpc.secure.protocols.base import Protocol, require_reach, two_thirds
+from fedhpc.secure.protocols.base import Protocol, two_thirds
 
 
 class Pairwise(Protocol):
@@ -20,9 +20,8 @@ class Pairwise(Protocol):
     def graph(self, count: int, generator: np.random.Generator) -> list[list[int]]:
         return [[other for other in range(count) if other != client] for client in range(count)]
 
+    def degree(self, count: int) -> int:
+        return count - 1
+
     def threshold(self, holders: int) -> int:
         return two_thirds(holders) if self.options.threshold is None else int(self.options.threshold)
-
-    def require(self, count: int) -> None:
-        super().require(count)
-        require_reach(self.options.threshold, count)

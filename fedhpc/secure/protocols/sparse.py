@@ -14,7 +14,7 @@ from pydantic import Field
 
 from fedhpc.errors import UserError
 from fedhpc.registry import Section
-from fedhpc.secure.protocols.base import Protocol, require_reach, two_thirds
+from fedhpc.secure.protocols.base import Protocol, two_thirds
 
 # What `enough_neighbours` guards against, and how surely.
 CORRUPT, DROPPING = 0.2, 0.05  # shares of the clients that tell the server all they know, and that drop out
@@ -34,7 +34,7 @@ class Sparse(Protocol):
         )
 
     def graph(self, count: int, generator: np.random.Generator) -> list[list[int]]:
-        degree = self._degree(count)
+        degree = self.degree(count)
         if degree >= count - 1:
             return [[other for other in range(count) if other != client] for client in range(count)]
         ring = generator.permutation(count)
@@ -45,18 +45,15 @@ class Sparse(Protocol):
     def threshold(self, holders: int) -> int:
         return two_thirds(holders) if self.options.threshold is None else int(self.options.threshold)
 
-    def require(self, count: int) -> None:
-        super().require(count)
-        neighbours = self.options.neighbours
-        if neighbours is not None and neighbours >= count:
+    def require(self, sampled: int, awaited: int) -> None:
+        if self.degree(sampled) >= sampled:
             raise UserError(
-                f"secure.neighbours is {neighbours}, but a client of a cohort of {count} has {count - 1} others",
-                key="secure.neighbours", remedy=f"give at most {2 * ((count - 1) // 2)}",
+                f"secure.neighbours is {self.degree(sampled)}, but a client of a cohort of {sampled} has {sampled - 1} "
+                "others", key="secure.neighbours", remedy=f"give at most {2 * ((sampled - 1) // 2)}",
             )  # fmt: skip
-        require_reach(self.options.threshold, 1 + self._degree(count))
+        super().require(sampled, awaited)
 
-    def _degree(self, count: int) -> int:
-        """k, for a cohort of `count` clients."""
+    def degree(self, count: int) -> int:
         return enough_neighbours(count) if self.options.neighbours is None else int(self.options.neighbours)
 
 
