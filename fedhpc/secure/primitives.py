@@ -59,6 +59,7 @@ def add_stream(values: np.ndarray, key: bytes, begin: int, sign: int) -> None:
 
     begin: the number of the first coordinate, which is even: a block of the cipher has two numbers. sign: 1 or -1.
     """
+    assert begin % 2 == 0
     counter = _ciphers.modes.CTR((begin // 2).to_bytes(16, "big"))
     stream = _ciphers.Cipher(_ciphers.algorithms.AES(key), counter).encryptor()
     buffer = bytearray(8 * min(_PIECE, len(values)) + 15)  # the cipher asks for room beyond what it writes
