@@ -18,7 +18,7 @@ from fedhpc.updates.layout import Layout
 from fedhpc.updates.pipeline import Pipeline
 from tests.federations import on_threads
 
-LAYOUT = Layout({"a": (40,), "b": (3, 5)})
+LAYOUT = Layout({"a": (40,), "b": (6, 5)})
 CLIENTS = [4, 9, 2, 7, 5]
 SHARES = np.array([0.25, 0.125, 0.25, 0.125, 0.25])  # sums of them have the same bits in any order
 
