@@ -25,6 +25,7 @@ from fedhpc.ranks.verdict import RefusedError
 from fedhpc.report.__main__ import main as report
 from fedhpc.rng import generator
 from fedhpc.updates.pipeline import Pipeline
+from fedhpc.updates.transforms.base import Transform, TransformContext
 from tests import tiny
 from tests.federations import federate, final, table, tree, write_texts
 from tests.federations import settings as settings_of
@@ -276,6 +277,25 @@ def everybody_at_work(size: int, step: Callable[..., np.ndarray], train: Callabl
     return steps
 
 
+def replayed(folder: Path, sent: Callable[[int, int, np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    """theta after every round with the clients and staleness that a run had: FedBuff's mean of two updates.
+
+    sent: what arrives in a round of a client that started from a state.
+    """
+    clients, thetas_of = table(folder, "clients"), [START]
+    for r in range(1, ROUNDS + 1):
+        total = np.zeros(SIZE)
+        for row in np.flatnonzero((clients["round"] == r) & (clients["status"] == 0)):
+            client, staleness = int(clients["client_id"][row]), int(clients["staleness"][row])
+            total += sent(r, client, thetas_of[r - 1 - staleness]) / np.sqrt(1 + staleness) / 2
+        thetas_of.append(thetas_of[-1] - total)
+    return thetas_of[1:]
+
+
+def trained(client: int, start: np.ndarray) -> np.ndarray:
+    return start - sgd(client, start, STEPS[client])
+
+
 def test_fedbuff_is_the_paper_s(tmp_path: Path) -> None:
     """Nguyen et al. 2022, algorithm 1: w <- w - eta_g / K sum_i s(tau_i) Delta_i, also with falling rates."""
 
@@ -342,6 +362,21 @@ def test_a_buffer_of_equal_clients_is_a_synchronous_round(tmp_path: Path) -> Non
     assert (table(tmp_path / "buffered", "clients")["staleness"] == 0).all()
 
 
+def test_a_void_round_keeps_the_versions_that_clients_have_started_from(tmp_path: Path) -> None:
+    class Broken(Transform):
+        def on_client(self, updates: torch.Tensor, context: TransformContext) -> torch.Tensor:
+            return updates / 0 if context.round == 2 else updates
+
+    def change(approach: Averaging) -> None:
+        seed, layout = approach.config.run.seed, approach.split.shared
+        approach.training.pipeline = Pipeline([Broken(None)], seed, layout, torch.float64)
+
+    sections = {"devices": unequal(tmp_path), "federation": buffered(6, 2), "server": {"weighting": "uniform"}}
+    found = thetas(federated(tmp_path / "run", 2, change, **sections))
+    assert np.array_equal(found[0], found[1])
+    agree(found, replayed(tmp_path / "run", lambda r, client, start: trained(client, start)), START)
+
+
 def test_packed_updates_arrive_earlier(tmp_path: Path) -> None:
     slow = {"name": "lognormal", "up_bytes_per_s": 1.0, "down_bytes_per_s": 1e9, "tokens_per_s": 1e9, "link_sigma": 0.0}
     seconds = {}
@@ -366,37 +401,28 @@ def test_buffered_rounds_on_any_number_of_ranks_and_after_a_resume(tmp_path: Pat
     clients = table(tmp_path / "1", "clients")
     assert set(clients["status"]) == {0, 1} and set(clients["staleness"]) > {0, 1}
     residuals = {i: np.zeros(SIZE) for i in range(len(COUNTS))}
-    thetas_of, x = [START], START
-    for r in range(1, ROUNDS + 1):
-        rows = np.flatnonzero((clients["round"] == r) & (clients["status"] == 0))
-        assert len(rows) == 2
-        total = np.zeros(SIZE)
-        for i, staleness in zip(clients["client_id"][rows], clients["staleness"][rows], strict=True):
-            start = thetas_of[r - 1 - staleness]
-            wanted = start - sgd(i, start, STEPS[i]) + residuals[i]
-            unit = np.abs(wanted).max() / 127
-            sent = np.floor(wanted / unit + generator(0, "transforms.0.rounding", r, i).random(SIZE)) * unit
-            residuals[i] = wanted - sent
-            total += sent / np.sqrt(1 + staleness) / 2
-        x = x - total
-        thetas_of.append(x)
-    agree(found, thetas_of[1:], START)
+
+    def sent(r: int, client: int, start: np.ndarray) -> np.ndarray:
+        wanted = trained(client, start) + residuals[client]
+        unit = np.abs(wanted).max() / 127
+        rounded = np.floor(wanted / unit + generator(0, "transforms.0.rounding", r, client).random(SIZE)) * unit
+        residuals[client] = wanted - rounded
+        return np.asarray(rounded)
+
+    agree(found, replayed(tmp_path / "1", sent), START)
 
 
 def test_a_stale_attacker_counts_as_little_as_others(tmp_path: Path) -> None:
     """What it sends in place of its update has the weight of the update."""
     sections = {"devices": unequal(tmp_path), "federation": buffered(6, 2), "server": {"weighting": "uniform"}}
     found = thetas(federated(tmp_path / "run", attack={"name": "sign_flip", "fraction": 0.34}, **sections))
-    clients, thetas_of = table(tmp_path / "run", "clients"), [START]
-    for r in range(1, ROUNDS + 1):
-        rows, total = np.flatnonzero(clients["round"] == r), np.zeros(SIZE)
-        for row in rows:
-            staleness, client = clients["staleness"][row], clients["client_id"][row]
-            start = thetas_of[r - 1 - staleness]
-            sign = -1 if clients["attacker"][row] else 1
-            total += sign * (start - sgd(client, start, STEPS[client])) / np.sqrt(1 + staleness) / 2
-        thetas_of.append(thetas_of[-1] - total)
-    agree(found, thetas_of[1:], START)
+    clients = table(tmp_path / "run", "clients")
+    marked = set(clients["client_id"][clients["attacker"] == 1].tolist())
+
+    def sent(r: int, client: int, start: np.ndarray) -> np.ndarray:
+        return -trained(client, start) if client in marked else trained(client, start)
+
+    agree(found, replayed(tmp_path / "run", sent), START)
     assert clients["staleness"][clients["attacker"] == 1].max() > 0
 
 

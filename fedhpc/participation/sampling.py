@@ -22,7 +22,8 @@ COHORT_SIZE = 10  # where neither federation.cohort_size nor cohort_fraction is 
 
 
 def cohort_size(config: Config, population: Population) -> int:
-    """Clients sampled per round. UserError where the population is smaller than that."""
+    """Clients whose updates make a round: those that are sampled, unless the schedule samples more for the case that
+    some are late. UserError where the population is smaller than that."""
     n = population.num_clients
     if config.mode != "federated":
         return min(n, config.local.max_clients)
