@@ -10,8 +10,11 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import registry
-from fedhpc.attacks.base import attacked
+from fedhpc.attacks.base import AttackContext, attacked
+from fedhpc.errors import UserError
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
+from fedhpc.secure.masked_sum import Masking
+from fedhpc.secure.protocols.pairwise import Pairwise
 from fedhpc.server.state import ParameterState
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
@@ -58,8 +61,8 @@ def root_of(name: str, update: torch.Tensor) -> torch.Tensor | None:
     return update if made("aggregators", name).needs_root else None
 
 
-def aggregated(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
-    """Of the clients in this order, dealt out to the ranks."""
+def aggregated(name: str, order: list[int], ranks: int = 1, masked: bool = False) -> torch.Tensor:
+    """Of the clients in this order, dealt out to the ranks, with and without secure aggregation."""
     updates, chosen = values(len(CLIENTS)), np.array(order)
 
     def one(transport: Transport) -> torch.Tensor:
@@ -73,6 +76,7 @@ def aggregated(name: str, order: list[int], ranks: int = 1) -> torch.Tensor:
             updates[torch.from_numpy(chosen[mine])],
             lambda client: 0.5 * client,
             memory_of(name),
+            Masking(Pairwise(Pairwise.Options()), 0, 1, CLIENTS) if masked else None,
             root=root_of(name, updates[torch.from_numpy(np.sort(chosen))].mean(dim=0)),
         )
         total: torch.Tensor = made("aggregators", name).combine(cohort)
@@ -167,6 +171,17 @@ def test_a_preaggregator_gives_the_same_bits_in_any_order_and_on_any_number_of_r
     assert torch.equal(of_one[:size], client) and torch.equal(of_one[size : 2 * size], client)
 
 
+@pytest.mark.parametrize("name", registry.names("aggregators"))
+def test_an_aggregator_says_whether_weighted_sums_are_all_that_it_asks_for(name: str) -> None:
+    """Then masked updates give the same bits."""
+    order = [0, 1, 2, 3, 4]
+    if registry.choice("aggregators", name).sums_only:
+        assert torch.equal(aggregated(name, order, ranks=3, masked=True), aggregated(name, order))
+    else:
+        with pytest.raises(UserError, match="more of the updates than weighted sums"):
+            aggregated(name, order, masked=True)
+
+
 # ---------------------------------------------------------------- attacks
 
 
@@ -200,6 +215,16 @@ def test_an_attack_changes_attackers_alone_to_the_same_bits_on_any_number_of_ran
     everybody = attacked_rows(name, [0, 1, 2, 3, 4], CLIENTS)
     for i, client in enumerate(CLIENTS):  # nobody of this round, or all: then there is nobody to attack
         assert torch.equal(nobody[client], honest[i]) and torch.equal(everybody[client], honest[i])
+
+
+@pytest.mark.parametrize("name", registry.names("attacks"))
+def test_an_attack_says_whether_it_asks_what_others_send(name: str) -> None:
+    attack, nobody = made("attacks", name), AttackContext(3, [9, 7], None, 0.5, 0)  # type: ignore[arg-type]
+    if attack.sees_others:
+        with pytest.raises(AttributeError):
+            attack.sent(values(2), nobody)
+    else:
+        assert attack.sent(values(2), nobody).shape == (2, LAYOUT.size)
 
 
 # ---------------------------------------------------------------- transforms
@@ -243,8 +268,10 @@ def test_a_transform_changes_nothing_in_place_and_keeps_the_dtype(name: str) -> 
 
 @pytest.mark.parametrize("name", registry.names("transforms"))
 def test_what_a_transform_sends_takes_bytes(name: str) -> None:
+    """And one that sends other bytes than the numbers take says so: masked updates (`secure`) cannot be packed."""
     result = sent(name, values(len(CLIENTS)), CLIENTS)
     assert result.bytes_up.shape == (len(CLIENTS),) and (result.bytes_up > 0).all()
+    assert made("transforms", name).packs or (result.bytes_up == 4 * LAYOUT.size).all()
 
 
 @pytest.mark.parametrize("name", registry.names("transforms"))
