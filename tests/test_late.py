@@ -177,7 +177,7 @@ def test_the_first_to_arrive_are_taken() -> None:
         seconds = dict(zip(plan.cohort, plan.times.clients, strict=True))
         reporting = [c for c in plan.cohort if c != 3]
         assert set(plan.training) == set(sorted(reporting, key=lambda c: seconds[c])[:5])
-        assert plan.late == set(reporting) - set(plan.training)
+        assert plan.late == set(reporting) - set(plan.training) and list(plan.sending) == reporting
         assert plan.times.round == max(seconds[c] for c in plan.training)
         assert sorted(c for block in plan.blocks for c in block.clients) == sorted(plan.training)
         some_late += len(plan.late)

@@ -42,8 +42,12 @@ class Plan:
     @property
     def training(self) -> tuple[int, ...]:
         """Clients that train, in cohort order."""
-        absent = self.dropped | self.empty | self.late
-        return tuple(c for c in self.cohort if c not in absent)
+        return tuple(c for c in self.sending if c not in self.late)
+
+    @property
+    def sending(self) -> tuple[int, ...]:
+        """Clients whose updates leave them, in cohort order: those that train, and those that are late."""
+        return tuple(c for c in self.cohort if c not in self.dropped and c not in self.empty)
 
     @property
     def staleness(self) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ class Privacy(ABC):
         trains: Callable[[int], Sequence[int]],
     ) -> None:
         """size: S, the length of an update. cohort_size: clients of a round, or how many are expected. trains: the
-        clients that train in a round, by the plan.
+        clients that train in a round, by the plan, late ones too.
 
         UserError where the population is too small for what is promised.
         """

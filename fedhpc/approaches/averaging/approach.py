@@ -102,7 +102,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         clients = self.data.population
         privacy: type[Privacy] = registry.choice("privacy", config.privacy.name)
         #: What the run promises to its clients, or to the owners of their examples.
-        self.privacy = privacy(config, clients, self.split.shared.size, cohort_size(config, clients), self._trains)
+        self.privacy = privacy(config, clients, self.split.shared.size, cohort_size(config, clients), self._sends)
         self.privacy.check(self.method, self.objective)
         self.rounds = self.privacy.affordable(self.rounds)
         self.training = BlockTraining(
@@ -130,9 +130,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             )  # fmt: skip
         return frozenset(chosen.tolist())
 
-    def _trains(self, round_: int) -> tuple[int, ...]:
-        """The clients that train in a round."""
-        return self.plan(round_).training
+    def _sends(self, round_: int) -> tuple[int, ...]:
+        """The clients that send an update in a round, in time or not."""
+        return self.plan(round_).sending
 
     @property
     def block_size(self) -> int:
@@ -409,7 +409,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def spend(self, server_state: ParameterState, plan: Plan) -> float | None:
         if not self.privacy.spends:
             return None
-        self.privacy.account(server_state.privacy, plan.training)
+        self.privacy.account(server_state.privacy, plan.sending)
         return self.privacy.epsilon(server_state.privacy)
 
     # ---- results
