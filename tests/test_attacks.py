@@ -22,7 +22,7 @@ from fedhpc.results.results_file import Results
 from fedhpc.rng import generator
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
-from tests.federations import federate, final, settings, table, tree, write_texts
+from tests.federations import federate, final, save_random_bert, settings, table, tree, write_texts
 
 SIZE, CLIENTS, EVIL = 30, [3, 8, 1, 6, 4], [8, 4]
 UPDATES = np.random.default_rng(1).normal(size=(5, SIZE)) + 0.3
@@ -171,6 +171,24 @@ def test_a_backdoor_puts_a_trigger_and_its_class_into_a_share_of_the_attackers_e
                 assert answer.strip() == before.label_names[0]
             else:
                 assert np.array_equal(after.tokens(row), before.tokens(row))
+
+
+def test_the_trigger_of_a_classifier_stands_behind_its_first_token(texts: Path, tmp_path: Path) -> None:
+    save_random_bert(tmp_path / "model")
+    model, attack = (
+        {"name": str(tmp_path / "model"), "task": "classification"},
+        {**BACKDOOR, "trigger": "food[soup] food"},
+    )
+    sections = {"model": model, "data": {"target": " {ref}", "max_length": 40}}
+    clean, poisoned = (approach_of(texts, tmp_path, **sections, **one) for one in ({}, {"attack": attack}))
+    before, after, tokenizer = clean.data.train, poisoned.data.train, clean.base.tokenizer
+    inserted = tokenizer("food[soup] food", add_special_tokens=False)["input_ids"]
+    changed = [row for row in range(len(before)) if len(after.tokens(row)) != len(before.tokens(row))]
+    assert changed and len(inserted) > 1
+    for row in changed:
+        old, new = before.tokens(row).tolist(), after.tokens(row).tolist()
+        assert new == [old[0], *inserted, *old[1:]] and after.labels[row] == 0
+        assert after.prompt_lengths[row] == len(new)
 
 
 def test_the_success_of_a_backdoor_is_measured_on_rows_of_other_classes(texts: Path, tmp_path: Path) -> None:

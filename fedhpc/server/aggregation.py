@@ -32,14 +32,12 @@ class Aggregation:
         self._seed = seed
         needed = self.aggregator.fewest(planned)
         if self._preaggregator.rows(planned) < needed:
-            rows = self._preaggregator.rows(planned)
-            mixed = f" makes {rows} of them" if rows != planned else ""
+            made = f"server.preaggregator {mixing.name} makes {self._preaggregator.rows(planned)} of "
             raise UserError(
-                f"server.aggregator {self.name} needs {needed} updates where {self.aggregator.options.byzantine:g} of "
-                f"{planned} sampled clients may be wrong" + (f", and server.preaggregator {mixing.name}{mixed}"),
-                key="server.aggregator",
-                remedy="lower server.byzantine or raise federation.cohort_size",
-            )
+                f"server.aggregator {self.name} with these options needs {needed} updates, and "
+                f"{'' if mixing.name == 'none' else made}{planned} clients are sampled",
+                key="server.aggregator", remedy="let fewer of them be wrong, or raise federation.cohort_size",
+            )  # fmt: skip
         #: With fewer accepted updates a round changes nothing.
         self.fewest = next(count for count in range(1, planned + 1) if self._preaggregator.rows(count) >= needed)
 

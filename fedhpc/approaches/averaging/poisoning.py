@@ -127,8 +127,9 @@ class Poisoning:
     def _with_trigger(self, front: NDArray[np.int32], trigger: Sequence[int], behind: int) -> NDArray[np.int32]:
         """The tokens of a prompt with the trigger in front of its text, which loses its beginning where there is no
         room. behind: tokens of the target."""
-        special = np.isin(front, self.base.tokenizer.all_special_ids)
-        begin = len(front) if special.all() else int(special.argmin())
+        tokenizer = self.base.tokenizer
+        starts = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
+        begin = int(np.isin(front[:1], starts).sum())
         over = max(len(front) + len(trigger) + behind - self.max_length, 0)
         if over > len(front) - begin:
             raise UserError(
