@@ -59,7 +59,6 @@ PURPOSES: dict[str, int | str] = {
     "centroids": 1,
     "cma": "*",
     "cohort": "*",
-    "cohort size": 1,
     "demonstrations": 2,
     "device": 1,
     "direction": 3,

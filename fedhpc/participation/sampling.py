@@ -81,7 +81,8 @@ def draw_by_poisson(config: Config, population: Population, round_: int, expecte
     n, bands = population.num_clients, config.privacy.bands
     first = (round_ - 1) % bands
     members = len(range(first, n, bands))
-    draws = generator(config.run.seed, "cohort", round_)
+    keys = (round_,)  # as `draw_clients` has them
+    draws = generator(config.run.seed, "cohort", *keys)
     size = draws.binomial(members, expected * bands / n)
     return tuple(first + bands * int(member) for member in draws.choice(members, size, replace=False))
 
