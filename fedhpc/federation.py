@@ -57,8 +57,8 @@ def run_round(
             server_state.keep_versions([c for c, ok in zip(plan.cohort, completed, strict=True) if ok], round_)
     down = approach.bytes_down(plan, download) + approach.bytes_told(plan, combined)
     up = approach.bytes_fetched(plan, combined)
-    epsilon = approach.spend(server_state, plan)
-    record = make_record(approach, plan, reports, clock, norm, down, up, transport.evaluators, epsilon)
+    spent = approach.spend(server_state, plan)
+    record = make_record(approach, plan, reports, clock, norm, down, up, transport.evaluators, spent)
     if not shortfall:
         return record
     return replace(record, events=[*record.events, Event("void", shortfall)])

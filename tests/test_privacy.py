@@ -107,6 +107,8 @@ def test_noise_for_a_budget_spends_it_and_no_more(sampling: Any) -> None:
     assert accountant.epsilon(noise, 12) <= 2.0 < accountant.epsilon(noise - 5e-4, 12)
     assert accountant.affordable(noise, 2.0, 20) == 12
     assert accountant.noise_multiplier(1e6, 1) == 0.05
+    with pytest.raises(UserError, match="needs noise of more than"):
+        Accountant("rdp", 1e-12, sampling).noise_multiplier(1e-9, 10_000)
 
 
 # ---------------------------------------------------------------- clipping, and what one client changes
@@ -269,6 +271,7 @@ def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Pat
         assert rounds["epsilon"].tolist() == [accountant.epsilon(1.0, t) for t in range(5)]
         assert 0 in rounds["cohort_size"][1:] and len(set(rounds["cohort_size"])) > 2
         assert (rounds["update_norm"][1:] > 0).all()  # of noise at least
+        assert (rounds["clip_norm"][1:] > 0).all() and len(set(rounds["clip_norm"][1:])) == 4
         assert all(np.array_equal(tensors[key], runs["one"][key]) for key in tensors)
     attributes = Results.read(tmp_path / "one" / "results.h5").attributes
     assert attributes["epsilon"] == accountant.epsilon(1.0, 4)

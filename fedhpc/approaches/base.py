@@ -270,12 +270,12 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def step(self, server_state: StateT, plan: Plan, combined: CombinedT) -> float:
         """Move the server's state; returns the L2 norm of the move."""
 
-    def spend(self, server_state: StateT, plan: Plan) -> float | None:
+    def spend(self, server_state: StateT, plan: Plan) -> dict[str, float]:
         """Note on rank 0 that the clients of a round have trained, also where it is void.
 
-        Returns the epsilon of all rounds so far; None where nothing is promised.
+        Returns what privacy reports in the round's row, by column; nothing where it promises nothing.
         """
-        return None
+        return {}
 
     # ---- what else is told of a round
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -113,9 +113,9 @@ def collect(
 
 def make_record(
     approach: AnyApproach, plan: Plan, reports: Reports, clock: Clock, update_norm: float, bytes_down: int,
-    bytes_up: int, evaluators: Sequence[int], epsilon: float | None = None,
+    bytes_up: int, evaluators: Sequence[int], spent: Mapping[str, float],
 ) -> RoundRecord:  # fmt: skip
-    """The record of a round, before its evaluation. bytes_up: beyond what the clients report."""
+    """The record of a round, before its evaluation. bytes_up: beyond what the clients report. spent: of privacy."""
     column, ranks, status = reports.clients, reports.ranks, reports.status(plan)
     ok = status == OK
     tokens = column["tokens"][ok].sum()
@@ -142,7 +142,7 @@ def make_record(
         seconds_server=clock.seconds("server"),
         # Memory of a GPU and of a server on the CPU cannot be compared.
         peak_memory_bytes=int(ranks["peak_memory_bytes"][list(evaluators)].max()),
-        more={**({} if epsilon is None else {"epsilon": epsilon}), **_virtual(plan, ok)},
+        more={**spent, **_virtual(plan, ok)},
         clients=_client_columns(approach, plan, column, status),
         events=[*_rejections(approach, plan, column, status), *_stragglers(plan), *_memory_events(ranks)],
     )

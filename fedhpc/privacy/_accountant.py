@@ -27,6 +27,7 @@ Method = Literal["pld", "rdp"]
 _WHOLE = [*range(2, 64), 128, 256, 512, 1024]
 _ORDERS = sorted({*(order / 10 for order in range(20, 110)), *_WHOLE})
 LEAST_NOISE = 0.05  # as a noise multiplier: with less the privacy losses of a sum are too large to be tabulated
+MOST_NOISE = 1e6  # with more of it the noise in a sum of clients might not fit into 62 bits of the grid
 _TOLERANCE = 1e-4  # of a noise multiplier that is searched for
 
 
@@ -100,6 +101,11 @@ class Accountant:
             high, factor = replace(self, method="rdp").noise_multiplier(epsilon, sums), 1.15
         while self.epsilon(high, sums) > epsilon:
             high *= factor
+            if high > MOST_NOISE:
+                raise UserError(
+                    f"privacy.epsilon {epsilon} needs noise of more than {MOST_NOISE:,.0f} times clip_norm",
+                    key="privacy.epsilon", remedy="raise it",
+                )  # fmt: skip
         low = max(high / factor, LEAST_NOISE)
         while self.epsilon(low, sums) <= epsilon:
             if low == LEAST_NOISE:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedhpc.privacy._accountant import LEAST_NOISE, Method
+from fedhpc.privacy._accountant import LEAST_NOISE, MOST_NOISE, Method
 from fedhpc.registry import Section
 
 
 class Budget(Section):
-    clip_norm: float = Field(gt=0, description="C, the largest L2 norm of what one record contributes")
+    clip_norm: float = Field(ge=1e-9, le=1e9, description="C, the largest L2 norm of what one record contributes")
     delta: float = Field(gt=0, lt=1, description="the delta of (epsilon, delta); at most 1 / number of records")
     noise_multiplier: float | None = Field(
         None,
         ge=LEAST_NOISE,
-        le=1e6,
+        le=MOST_NOISE,
         description="z: standard deviation of the noise over clip_norm; default by epsilon",
     )
     epsilon: float | None = Field(

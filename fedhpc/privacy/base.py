@@ -25,9 +25,6 @@ class Privacy(ABC):
     #: The keys beside `name`.
     Options: ClassVar[type[Section]] = Section
 
-    #: Whether rounds spend a budget, so that they have an epsilon.
-    spends: ClassVar[bool] = True
-
     #: Whether a round counts whoever completed it, also where nobody did.
     any_cohort: ClassVar[bool] = False
 
@@ -86,6 +83,15 @@ class Privacy(ABC):
     @abstractmethod
     def epsilon(self, spent: Mapping[str, Tensor]) -> float:
         """The epsilon at privacy.delta of all rounds that `spent` has noted."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of /rounds that `reported` fills."""
+        return ("epsilon",)
+
+    def reported(self, spent: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the row of the last round in `spent` says of it, by column."""
+        return {"epsilon": self.epsilon(spent)}
 
     def affordable(self, rounds: int) -> int:
         """How many rounds fit into the budget, at most `rounds`. UserError where not even one does."""

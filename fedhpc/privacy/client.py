@@ -203,6 +203,14 @@ class Client(Privacy):
     def epsilon(self, spent: Mapping[str, Tensor]) -> float:
         return self.accountant.epsilon(self.noise_multiplier, self._sums(int(spent["rounds"])))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return super().columns if self.options.adaptive is None else (*super().columns, "clip_norm")
+
+    def reported(self, spent: Mapping[str, Tensor]) -> dict[str, float]:
+        adaptive = {} if self.options.adaptive is None else {"clip_norm": float(spent["clip_norm"])}
+        return {**super().reported(spent), **adaptive}
+
     def affordable(self, rounds: int) -> int:
         options = self.options
         if options.noise_multiplier is None or options.epsilon is None:

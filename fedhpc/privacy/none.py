@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 from fedhpc.lazy import Tensor
 from fedhpc.privacy.base import Privacy
@@ -12,10 +11,15 @@ from fedhpc.privacy.base import Privacy
 class NoPrivacy(Privacy):
     """Leaves the rounds as they are."""
 
-    spends: ClassVar[bool] = False
-
     def account(self, spent: Mapping[str, Tensor], clients: Sequence[int]) -> None:
         pass
 
     def epsilon(self, spent: Mapping[str, Tensor]) -> float:
         return float("inf")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
+
+    def reported(self, spent: Mapping[str, Tensor]) -> dict[str, float]:
+        return {}

@@ -78,6 +78,7 @@ CLIENTS = {
 # Columns that only some runs have: of a privacy budget, of attackers, and of clients that take virtual time.
 SOMETIMES = {
     "rounds/epsilon": Column(np.float64, "differential privacy: what the rounds so far have spent, at privacy.delta"),
+    "rounds/clip_norm": Column(np.float64, "adaptive clipping: the norm to which the next round clips; 0 in row 0"),
     "clients/attacker": Column(np.int8, "1: it attacks (attack.name)"),
     "rounds/late": Column(np.int64, "clients that were cut off: their updates came after those that were taken"),
     "rounds/virtual_seconds": Column(np.float64, "virtual time of the round: from the step before it to its own"),

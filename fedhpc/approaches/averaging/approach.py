@@ -406,11 +406,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """The neighbours' keys and shares, and who uploaded, of secure aggregation."""
         return combined.masking.bytes_down if combined and combined.masking else 0
 
-    def spend(self, server_state: ParameterState, plan: Plan) -> float | None:
-        if not self.privacy.spends:
-            return None
+    def spend(self, server_state: ParameterState, plan: Plan) -> dict[str, float]:
         self.privacy.account(server_state.privacy, plan.sending)
-        return self.privacy.epsilon(server_state.privacy)
+        return self.privacy.reported(server_state.privacy)
 
     # ---- results
 
@@ -539,8 +537,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     @property
     def columns(self) -> list[str]:
-        of_budget, of_attack = ["rounds/epsilon"] * self.privacy.spends, ["clients/attacker"] * bool(self.attackers)
-        return [*of_budget, *of_attack]
+        of_privacy = [f"rounds/{name}" for name in self.privacy.columns]
+        return [*of_privacy, *["clients/attacker"] * bool(self.attackers)]
 
     def attributes(self) -> dict[str, Any]:
         return {
