@@ -106,7 +106,7 @@ def measure(name: str, repeats: int, parameters: int) -> dict[str, Any]:
             measured: dict[str, Any] = {"memory": peak_bytes(cpu) - before}
             runs: dict[str, Callable[[], None]] = {"fedhpc": ours}
             if not missing():
-                alone = _peer(peer, peer_options, update, measured) if rank == 0 else None
+                alone = _peer(peer, peer_options, update, measured) if not rank else None
 
                 def theirs() -> None:
                     if alone is not None:
@@ -115,7 +115,7 @@ def measure(name: str, repeats: int, parameters: int) -> dict[str, Any]:
 
                 runs["ByzFL"] = theirs
             measured |= interleaved(runs, repeats, time.perf_counter)
-            if rank == 0:
+            if not rank:
                 if "result" in measured:
                     other = measured.pop("result").double()
                     measured["difference"] = float((result - other).abs().max() / other.abs().max())
