@@ -90,6 +90,14 @@ def test_layers_that_no_text_passes_through_are_refused() -> None:
         make("lora", base, targets=["q_proj", "tower"])
 
 
+def test_a_name_that_is_not_of_linear_layers_alone_is_refused() -> None:
+    """As `output` in GIT, its output layer and parts of its layers: PEFT stops at the first of these."""
+    base = tiny.base("llama")
+    base.model.model.layers[1].lm_head = torch.nn.Identity()
+    with pytest.raises(UserError, match=r"^method\.targets: lm_head is the name of model\.layers\.1\.lm_head too"):
+        make("lora", base, targets=["lm_head"])
+
+
 @pytest.mark.parametrize("of", [qwen3_moe, glm4_moe])
 @pytest.mark.parametrize("names", [["down_proj"], ["q_proj", "gate_proj", "up_proj"]])
 def test_names_that_peft_takes_for_experts_are_refused(of: Any, names: list[str]) -> None:

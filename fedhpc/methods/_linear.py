@@ -39,7 +39,8 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Layer]:
     """Path -> linear layer whose path ends with one of `names`, in the model's order, as PEFT matches them.
 
     The head, which is trained as it is, does not count. UserError with the names that there are where one matches
-    nothing, and where a layer does not see the tokens of each row, so that no row could have factors of its own.
+    nothing, where one is that of other modules too, and where a layer does not see the tokens of each row, so that no
+    row could have factors of its own.
     """
     linear = {path: module for path, module in base.model.named_modules() if features(module) and path not in base.head}
     if not linear:
@@ -51,6 +52,12 @@ def find_layers(base: Base, names: list[str], key: str) -> dict[str, Layer]:
         if not any(ends_with(path, name) for path in linear):
             there = sorted({path.rsplit(".", 1)[-1] for path in linear})
             raise UserError(f"{key}: the model has no linear layer named {name}; it has: {', '.join(there)}")
+        others = [path for path, module in base.model.named_modules() if ends_with(path, name) and not features(module)]
+        if others:
+            raise UserError(
+                f"{key}: {name} is the name of {others[0]} too, which is no linear layer, and PEFT would not load it",
+                key=key, remedy="give more of the path, or choose other layers",
+            )  # fmt: skip
     matching = {path: module for path, module in linear.items() if any(ends_with(path, name) for name in names)}
     in_output = _in_output(base, linear, matching, names, key)
     return {path: Layer(module, path in in_output) for path, module in matching.items()}
