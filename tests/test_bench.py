@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from fedhpc.bench import peers, rounds, workloads
+from fedhpc.bench import peers, private, rounds, workloads
 from fedhpc.bench.processes import Watched
 from fedhpc.bench.table import Row, interleaved, markdown, ratio, skipped
 from fedhpc.errors import UserError
@@ -111,3 +111,11 @@ def test_what_is_absent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(workloads, "SHARED", tmp_path)
     assert str(workloads.W3.absent()).startswith("there is no ") and workloads.W1.absent() is None
     assert math.isnan(skipped("W3", str(workloads.W3.absent())).measured)
+
+
+def test_private_steps_are_measured_also_where_there_is_no_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "find_spec", lambda name: None)
+    assert len(private.parts(1, quick=True)) == 4
+    time_, throughput = private._speed(workloads.W1, 1)
+    assert 0.2 < time_.measured < 5 and math.isnan(throughput.measured)
+    assert [math.isnan(row.measured) for row in private._memory(workloads.W1)] == [True]

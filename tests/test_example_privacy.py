@@ -41,6 +41,7 @@ from tests.federations import (
 )
 from tests.federations import settings as settings_of
 from tests.test_block import settings, works
+from tests.test_trl import of, pairs
 
 FREE = ExamplePrivacy(clip_norm=1e9, noise_multiplier=0.0)  # neither clipped nor noisy
 METHODS = [
@@ -125,6 +126,27 @@ def test_gradients_of_examples_are_those_of_single_examples_in_peft(
     assert float(apart.max()) < 1e-9
     clipped = wanted.numpy() * np.minimum(1.0, clip / norms)[:, None]
     np.testing.assert_allclose(found.numpy(), clipped.sum(axis=0) / len(rows), rtol=0, atol=1e-9 * clip)
+
+
+@pytest.mark.parametrize(("family", "objective"), [("llama", "dpo"), ("t5", "auto"), ("bert", "auto")])
+def test_a_step_is_the_sum_of_steps_of_single_examples(family: str, objective: str) -> None:
+    """Also where an example has two rows, as a pair has."""
+    base = tiny.base(family)
+    method = classifiers.make("lora", base)
+    start, rows = classifiers.warm(method), np.arange(4, 10)
+    data = pairs() if objective == "dpo" else tiny.labelled() if family == "bert" else tiny.examples()
+    made = of("dpo", base) if objective == "dpo" else tiny.objective(base)
+    config = settings(optimizer="sgd", lr=1.0, steps=1, batch_size=len(rows))
+
+    def update(chosen: np.ndarray, privacy: ExamplePrivacy) -> torch.Tensor:
+        local = replace(LocalTraining.of(config, 1, 1), privacy=privacy)
+        return train_block(base, method, made, start, [Work(0, chosen)], data, local).updates[0]
+
+    alone = torch.stack([update(rows[i : i + 1], FREE) for i in range(len(rows))])
+    clip = float(alone.norm(dim=1).median())
+    clipped = alone * (clip / alone.norm(dim=1, keepdim=True)).clamp(max=1.0)
+    together = update(rows, ExamplePrivacy(clip, 0.0))
+    assert float((together - clipped.mean(dim=0)).norm() / together.norm()) < 1e-9
 
 
 def test_a_block_is_its_clients_alone_with_starts_of_their_own() -> None:
@@ -366,6 +388,7 @@ def test_a_run_ends_with_its_budget(texts: Path, tmp_path: Path) -> None:
         ({"privacy": {"delta": 0.9}}, "one over the examples of the largest client"),
         ({"partition": {"name": "virtual"}}, "gives an example to several clients"),
         ({"client": {"packing": True}}, "client.packing puts several examples into one row"),
+        ({"method": {"name": "lora", "aggregation": "stack", "ranks": [1, 2]}}, "method.ranks would not last"),
         ({"client": {"scaffold": True}}, "client.scaffold is not defined with privacy.name example"),
         ({"personalization": {"finetune_steps": 2}, "evaluation": {"client_fraction": 0.2}}, "finetune_steps would"),
         ({"privacy": {"noise_multiplier": None}}, "both missing"),

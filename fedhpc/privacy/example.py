@@ -218,6 +218,8 @@ def _conflict(config: Any) -> str | None:
     """What in the configuration is not accounted for, or has no examples of its own, in one line."""
     if config.client.packing:
         return "client.packing puts several examples into one row, and privacy.name example needs a row for each"
+    if getattr(config.method, "ranks", None) is not None:
+        return "method.ranks would not last: noise has the rank of the largest; take it out with privacy.name example"
     if config.client.scaffold:
         return "client.scaffold is not defined with privacy.name example: take one of them out"
     if config.personalization.finetune_steps:
