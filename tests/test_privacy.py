@@ -18,6 +18,7 @@ from fedhpc import rng
 from fedhpc.data.population import Population
 from fedhpc.errors import UserError
 from fedhpc.participation.sampling import draw_by_poisson
+from fedhpc.participation.schedules import synchronous
 from fedhpc.privacy import client as client_level
 from fedhpc.privacy._accountant import Accountant, Fixed, Poisson
 from fedhpc.privacy._banded_noise import square_root_of_sums
@@ -278,6 +279,25 @@ def test_a_private_run_has_the_same_bits_on_several_ranks_and_resumed(texts: Pat
     assert (attributes["delta"], attributes["neighbouring_relation"]) == (0.01, "add-or-remove-one")
     card = (tmp_path / "one" / "adapter" / "README.md").read_text()
     assert f"every client is protected with epsilon {attributes['epsilon']:.4g} at delta 0.01" in card
+
+
+def test_a_client_that_is_not_there_moves_the_state_by_no_more_than_it_may(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two whole rounds of neighbours, without noise: the state after them is C / (q N) apart, for every client."""
+    monkeypatch.setattr(client_level, "discrete_gaussian", lambda sigma, count, generator: np.zeros(count, np.int64))
+    few = {"every": 9, "max_examples": 4, "test_max_examples": 4}
+    states = {}
+    for absent in (None, 1, 4):
+        cohort = tuple(c for c in (4, 1, 6) if c != absent)
+        monkeypatch.setattr(synchronous, "draw_by_poisson", lambda *_, cohort=cohort: cohort)
+        folder = tmp_path / f"{absent}"
+        once = {"rounds": 1, "cohort_size": 2}
+        federate(private(texts, folder, {"clip_norm": 0.1}, federation=once, evaluation=few))
+        states[absent] = np.concatenate([tensor.ravel() for tensor in final(folder).values()])
+    for absent in (1, 4):
+        moved = np.linalg.norm(states[None] - states[absent])
+        assert moved == pytest.approx(0.1 / 2, rel=1e-4)  # their updates are longer than C; the state is float32
 
 
 def test_correlated_noise_goes_on_after_a_resume(texts: Path, tmp_path: Path) -> None:
