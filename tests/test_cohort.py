@@ -10,6 +10,7 @@ import torch
 
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.updates.cohort import Cohort
+from fedhpc.updates.exact_sum import to_grid
 from fedhpc.updates.layout import Layout
 from tests.federations import on_threads
 
@@ -95,3 +96,15 @@ def test_nobody_accepted_is_a_sum_of_zero() -> None:
 
     for total in on_threads(2, empty):
         assert total.shape == (LAYOUT.size,) and not total.any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e20])
+def test_a_step_for_all_coordinates_gives_the_same_integers_as_one_for_each(scale: float) -> None:
+    values = torch.randn(3, 1000, generator=torch.Generator().manual_seed(1)) * scale
+    values[:, 500:] *= 1e-12
+    weights = torch.tensor([[0.3], [1 / 7], [-2.0]], dtype=torch.float64)
+    exponent = int(np.floor(np.log2(float((values.double() * weights).abs().max())))) + 2
+    steps = torch.full((1000,), exponent - 60)
+    apart = torch.cat([steps, steps[:1] + 1])  # with one other step they are taken coordinate by coordinate
+    wider = torch.cat([values, values[:, :1]], dim=1)
+    assert torch.equal(to_grid(values, weights, steps), to_grid(wider, weights, apart)[:, :1000])

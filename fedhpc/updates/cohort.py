@@ -23,7 +23,8 @@ from fedhpc.updates.layout import Layout
 _CHUNK = 2**20  # coordinates per collective: bounds the 8-byte buffers whatever P is
 _BLOCK = 2**14  # coordinates of a sum that are turned into integers at once, and values of all of its clients, which
 _CACHED = 2**17  # are to stay in a core's cache
-_VALUES = 2**23  # and values of all clients together, where a rank sees each of them
+_VALUES = 2**22  # and values of all clients together, where a rank sees each of them
+_PARTS = 16  # chunks of `Cohort.gram` on each rank whose inner products are sent together
 _GRAM_VALUES = 2**21  # values of all clients in one chunk of `Cohort.gram`; its bits depend on it
 
 
@@ -263,7 +264,7 @@ class Cohort:
         mine = in_ascending_order(self._updates, self._rows)
         width = max(1, count, _GRAM_VALUES // max(count, 1))
         total = torch.zeros(count, count, dtype=torch.float64)
-        none = total[:0]
+        parts: list[Tensor] = []  # of this rank, which rank 0 is sent together
         for begin in range(0, self.size, width * world):
             bounds = [min(begin + r * width, self.size) for r in range(world + 1)]
             receive = columns_of_all(transport, mine, bounds, [len(rows) for rows in rows_of])
@@ -271,10 +272,17 @@ class Cohort:
             for r in range(world):
                 for row, received in zip(rows_of[r], receive[r], strict=True):
                     values[row].copy_(received)  # in one go with the conversion
-            parts = [torch.empty_like(total if rank == 0 else none) for _ in range(world)]
-            transport.all_to_all([values @ values.T if r == 0 else none for r in range(world)], parts)
-            for part in parts if rank == 0 else ():
-                total += part
+            parts.append(values @ values.T)
+            if len(parts) == _PARTS or begin + width * world >= self.size:
+                mine_of_all, nothing = torch.stack(parts), total.new_empty(0)
+                gathered = [torch.empty_like(mine_of_all if rank == 0 else nothing) for _ in range(world)]
+                if rank:
+                    gathered[rank] = nothing.clone()
+                transport.all_to_all([mine_of_all if r == 0 else nothing for r in range(world)], gathered)
+                for of_ranks in zip(*gathered, strict=True) if rank == 0 else ():  # in the order of the coordinates
+                    for part in of_ranks:
+                        total += part
+                parts = []
         transport.broadcast(total)
         return total
 

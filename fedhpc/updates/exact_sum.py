@@ -19,6 +19,7 @@ from typing import NamedTuple
 from fedhpc.lazy import Tensor, torch
 from fedhpc.updates.layout import Layout
 
+_NORMAL = 900  # exponents of steps up to which a weight has room for one
 _ZERO = -(2**20)  # the exponent of a tensor of zeros: below that of every float
 
 
@@ -60,6 +61,10 @@ def grid_exponents(exponent: Tensor, num_clients: int, layout: Layout) -> Tensor
 
 def to_grid(update: Tensor, weight: float | Tensor, steps: Tensor) -> Tensor:
     """round(w g / 2^step) as int64. update (P,) or (C, P) with weight (C, 1) float64; steps int64 (P,)."""
+    step = int(steps[0]) if len(steps) else 0
+    if abs(step) < _NORMAL and bool((steps == step).all()):
+        # A power of two in the weight changes no bit: what gets subnormal without it is far below half a step.
+        return (update.to("cpu", torch.float64) * (weight * math.ldexp(1.0, -step))).round_().to(torch.int64)
     value = update.to("cpu", torch.float64) * weight
     return _times_power(value, -steps).round_().to(torch.int64)
 
