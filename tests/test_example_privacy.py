@@ -368,6 +368,11 @@ def test_what_is_spent_is_what_the_worst_client_has_spent(accountant: Any, texts
         for n, t in zip(privacy.population.sizes().tolist(), times.tolist(), strict=True)
     ]
     assert privacy._most_spent(times) == max(each) > min(each)
+    spent = privacy.initial()
+    for clients in ([], [1, 1], [3]):
+        privacy.account(spent, clients)
+    assert spent["rounds"].tolist() == [0, 2, 0, 1]
+    assert privacy._most_spent(0 * times) == 0
 
 
 def test_the_noise_for_a_budget_is_that_of_the_client_that_needs_the_most(texts: Path, tmp_path: Path) -> None:

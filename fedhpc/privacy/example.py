@@ -122,7 +122,7 @@ class Example(Privacy):
         return {"rounds": torch.zeros(self.population.num_clients, dtype=torch.int64)}
 
     def account(self, spent: Mapping[str, Tensor], clients: Sequence[int]) -> None:
-        spent["rounds"][list(clients)] += 1
+        np.add.at(spent["rounds"].numpy(), np.array(clients, dtype=np.int64), 1)
 
     def epsilon(self, spent: Mapping[str, Tensor]) -> float:
         return self._most_spent(spent["rounds"].numpy())
@@ -148,7 +148,7 @@ class Example(Privacy):
         """In how many of the first `rounds` rounds each client trains, by the plan: int64 (N,)."""
         times = np.zeros(self.population.num_clients, dtype=np.int64)
         for round_ in range(1, rounds + 1):
-            times[list(self._planned_round(round_))] += 1
+            np.add.at(times, np.array(self._planned_round(round_), dtype=np.int64), 1)
         return times
 
     def _exposures(self, times: np.ndarray) -> list[_Exposure]:
@@ -194,13 +194,14 @@ class Example(Privacy):
         options, asked = self.options, num_rounds(self.config, self.population)
         fewer = f", where the budget of {options.epsilon:g} ends" if rounds < asked else ""
         exposures = self._exposures(self._planned(rounds))
-        rates = sorted({one.rate for one in exposures})
-        shown = f"{rates[0]:.4g}" if len(rates) == 1 else f"{rates[0]:.4g} to {rates[-1]:.4g}"
-        steps = max((one.steps for one in exposures), default=0)
+        if not exposures:
+            return "privacy: no client trains, so nothing is told of any example"
+        least, most = exposures[-1], exposures[0]  # by rate
+        shown = f"{most.rate:.4g}" if least == most else f"{least.rate:.4g} to {most.rate:.4g}"
         return (
             f"privacy: every example is protected with epsilon {self._most_spent(self._planned(rounds)):.4g} at delta "
             f"{options.delta:g} ({Poisson.relation}) after {rounds} rounds{fewer}; noise {self.noise_multiplier:.4g} "
-            f"times clip_norm {options.clip_norm:g} in every local step, of which a client takes {steps} at most, "
+            f"times clip_norm {options.clip_norm:g} in every local step (of a client at most {least.steps}), "
             f"Poisson batches with q = {shown}, {options.accountant}"
         )
 
