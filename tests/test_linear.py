@@ -98,6 +98,11 @@ def test_a_name_that_is_not_of_linear_layers_alone_is_refused() -> None:
         make("lora", base, targets=["lm_head"])
 
 
+def test_a_layer_has_its_inputs_or_its_outputs_rescaled() -> None:
+    with pytest.raises(UserError, match=r"^method\.inputs: lm_head is among the layers of method\.outputs too"):
+        _ = make("ia3", tiny.base("llama"), outputs=["k_proj", "lm_head"], inputs=["lm_head"]).payload
+
+
 @pytest.mark.parametrize("of", [qwen3_moe, glm4_moe])
 @pytest.mark.parametrize("names", [["down_proj"], ["q_proj", "gate_proj", "up_proj"]])
 def test_names_that_peft_takes_for_experts_are_refused(of: Any, names: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
+from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods._architectures import architecture
 from fedhpc.methods._changes import Change, Rows, changed
@@ -51,6 +52,11 @@ class IA3(Method):
         """Path in the base -> (layer, whether its input is rescaled)."""
         outputs = find_layers(self.base, self.outputs, "method.outputs")
         inputs = find_layers(self.base, self.inputs, "method.inputs")
+        if both := sorted(outputs.keys() & inputs.keys()):
+            raise UserError(
+                f"method.inputs: {both[0]} is among the layers of method.outputs too, and has one vector",
+                key="method.inputs", remedy="name it in one of the two",
+            )  # fmt: skip
         return {path: (layer, False) for path, layer in outputs.items()} | {
             path: (layer, True) for path, layer in inputs.items()
         }
