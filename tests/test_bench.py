@@ -116,6 +116,6 @@ def test_what_is_absent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_private_steps_are_measured_also_where_there_is_no_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(private, "find_spec", lambda name: None)
     assert len(private.parts(1, quick=True)) == 4
-    time_, throughput = private._speed(workloads.W1, 1)
-    assert 0.2 < time_.measured < 5 and math.isnan(throughput.measured)
+    whole, halves, throughput = private._speed(workloads.W1, 1)
+    assert 0.2 < whole.measured < 5 and 0.2 < halves.measured < 5 and math.isnan(throughput.measured)
     assert [math.isnan(row.measured) for row in private._memory(workloads.W1)] == [True]

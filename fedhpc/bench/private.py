@@ -43,7 +43,7 @@ def parts(repeats: int, quick: bool) -> list[Part]:
 def _speed(workload: Workload, repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         steps = Steps(workload, Path(folder))
-        runs: dict[str, Callable[[], None]] = {"plain": steps.plain, "private": steps.private}
+        runs: dict[str, Callable[[], None]] = {"plain": steps.plain, "private": steps.private, "halves": steps.halves}
         if find_spec("opacus"):
             runs["Opacus"] = steps.opacus()
         seconds = interleaved(runs, repeats, clock(steps.trainer.base.device))
@@ -53,6 +53,10 @@ def _speed(workload: Workload, repeats: int) -> list[Row]:
         Row(
             f"{workload.name}: a private step over a plain one, time", ratio(seconds["private"], seconds["plain"]),
             _SLOWER, most=True, note=shown,
+        ),
+        Row(
+            f"{workload.name}: a private step in two forwards over a plain one, time",
+            ratio(seconds["halves"], seconds["plain"]), _SLOWER, most=True,
         ),
         Row(over, ratio(seconds["Opacus"], seconds["private"]), _FASTER)
         if "Opacus" in seconds
@@ -65,24 +69,27 @@ def _memory(workload: Workload) -> list[Row]:
     if not find_spec("opacus"):
         return [skipped(what, "there is no opacus to import")]
     taken = {}
-    for name in ("private", "opacus"):
+    for name in ("private", "halves", "opacus"):
         call = f"from fedhpc.bench import private; print(private.taken_bytes({workload.name!r}, {name!r}))"
         done = subprocess.run([sys.executable, "-c", call], check=False, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"a process that measures memory ended with {done.returncode}: {done.stderr[-500:]}")
         taken[name] = int(done.stdout.split()[-1])
-    note = f"{taken['private'] / 1e6:.0f} MB, Opacus {taken['opacus'] / 1e6:.0f} MB"
-    return [Row(what, taken["private"] / taken["opacus"], _MEMORY, most=True, note=note)]
+    note = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in taken.items())
+    return [
+        Row(what, taken["private"] / taken["opacus"], _MEMORY, most=True, note=note),
+        Row(f"{what}, in two forwards", taken["halves"] / taken["opacus"], _MEMORY, most=True),
+    ]
 
 
 def taken_bytes(workload: str, what: str) -> int:
-    """The peak memory of private steps (what = "private" or "opacus"), once base and data are loaded.
+    """The peak memory of private steps (what = "private", "halves" or "opacus"), once base and data are loaded.
 
     Call it in a new process: memory that was freed before would not be counted.
     """
     with tempfile.TemporaryDirectory() as folder:
         steps = Steps(next(w for w in workloads.ALL if w.name == workload), Path(folder))
-        step = steps.private if what == "private" else steps.opacus()
+        step = steps.opacus() if what == "opacus" else getattr(steps, what)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # else steps could use, uncounted, what was freed while loading
         before = reset_peak(steps.trainer.base.device)
@@ -114,6 +121,10 @@ class Steps:
     def private(self) -> None:
         """Take the steps of DP-SGD."""
         self._train(self._private)
+
+    def halves(self) -> None:
+        """Take them with half of the examples in a forward (client.micro_batch)."""
+        self._train(replace(self._private, micro_batch=_BATCH // 2))
 
     def _train(self, local: Any) -> None:
         from fedhpc.training.block import train_block
