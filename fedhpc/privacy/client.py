@@ -6,9 +6,10 @@ the result is divided by the expected number of clients, which depends on nobody
     (sum_i g_i min(1, C / |g_i|) + N(0, (z C)^2 I)) / (q N)
 
 Sum and noise are integers. The grid's step is fixed by C, not by the updates as without privacy, and rounding to the
-grid is within C too. The noise is discrete Gaussian (Canonne, Kamath and Steinke 2020, arXiv 2004.00010): it has the
-Renyi divergences of the continuous one (proposition 5 and corollary 16), and its steps are 2^30 to a C, so that it is
-the continuous one rounded, but for a share of 2^-60 of every probability.
+grid is within C too. What the accountants add up is continuous noise: rounding it to the grid is rounding the noisy
+sum, which tells nothing more. What is drawn is discrete Gaussian (Canonne, Kamath and Steinke 2020, arXiv 2004.00010),
+whose Renyi divergences are at most the continuous ones (section 2). A C has 2^29 to 2^30 steps, so it is the rounded
+one but for a share of each probability that is below 2^-57 / z^2 within six standard deviations.
 
 With `adaptive` C follows a quantile of the norms (Andrew et al. 2021, arXiv 1905.03871): a second noisy sum counts the
 updates within C, and C falls where they are more than their share, exp(-lr (count / (q N) - quantile)).
