@@ -84,8 +84,11 @@ from fedhpc.models.imports import without_compiler
 
 with without_compiler():
     left_out = torch.compiler.disable(lambda x: (torch.compiler.is_compiling(), x))
-    print(left_out(1), "torch._inductor" in sys.modules, torch._dynamo.config.__name__)  # which imports it
-print(left_out(2), "torch._inductor" in sys.modules)
+    print(left_out(1), "torch._inductor" in sys.modules)
+    from torch._dynamo import decorators  # whatever else is asked of it imports it
+    import torch._dynamo.decorators as of_compiler
+print(left_out(2), "torch._inductor" in sys.modules, of_compiler is decorators, of_compiler.__spec__.name)
+print(torch.compile(lambda x: x + 1, backend=lambda graph, _: graph)(torch.ones(1)))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
@@ -94,4 +97,4 @@ print(left_out(2), "torch._inductor" in sys.modules)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if line.startswith("unused:")] == ["unused:", "unused:"]
-    assert lines[-2:] == ["(False, 1) False torch._dynamo.config", "(False, 2) True"]
+    assert lines[-3:] == ["(False, 1) False", "(False, 2) True True torch._dynamo.decorators", "tensor([2.])"]

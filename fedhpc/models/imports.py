@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # of chats.
 _UNASKED = ("scipy", "sklearn", "jinja2")
 _DYNAMO = "torch._dynamo"
+_ALONE = "torch._dynamo._trace_wrapped_higher_order_op"  # which transformers makes masks with
 #: What models of transformers import, which would import torch's compiler.
 _OF_MODELS = ("transformers.modeling_utils", "transformers.masking_utils", "transformers.generation.utils")
 
@@ -91,13 +94,45 @@ def without_compiler() -> Iterator[None]:
     spec = find_spec(_DYNAMO)
     assert spec is not None
     stand_in = _Dynamo(_DYNAMO)
-    stand_in.__spec__, stand_in.__path__ = spec, list(spec.submodule_search_locations or ())  # some in it can do alone
+    stand_in.__spec__, stand_in.__path__ = spec, list(spec.submodule_search_locations or ())
+    finder = _FinderOfParts(stand_in)
     sys.modules[_DYNAMO] = stand_in
     torch._dynamo = stand_in
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         stand_in.leave()
+
+
+class _FinderOfParts(MetaPathFinder, Loader):
+    """Imports torch's compiler where a module of it is asked for, but for the one that does without the others."""
+
+    def __init__(self, stand_in: _Dynamo) -> None:
+        self.stand_in = stand_in
+        self.asked: tuple[ModuleType, ModuleSpec | None] | None = None  # what the import of the compiler has imported
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """None: another finder has to look for it. Else a module that is there since the compiler is."""
+        if not fullname.startswith(f"{_DYNAMO}.") or fullname == _ALONE or not self.stand_in.leave():
+            return None
+        importlib.import_module(_DYNAMO)
+        if fullname not in sys.modules:
+            return None
+        module = sys.modules.pop(fullname)  # else Python would import it once more; it puts back what is created
+        self.asked = module, module.__spec__
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module that is there."""
+        assert self.asked is not None
+        return self.asked[0]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give it back how it was found; it has run."""
+        assert self.asked is not None
+        module.__spec__ = self.asked[1]
 
 
 class _Dynamo(ModuleType):
@@ -127,13 +162,15 @@ class _Dynamo(ModuleType):
 
     assume_constant_result = allow_in_graph
 
-    def leave(self) -> None:
-        """Let the compiler be imported from now on."""
+    def leave(self) -> bool:
+        """Let the compiler be imported from now on. Whether it could not be before."""
         import torch
 
-        if sys.modules.get(_DYNAMO) is self:
-            del sys.modules[_DYNAMO]
-            delattr(torch, "_dynamo")
+        if sys.modules.get(_DYNAMO) is not self:
+            return False
+        del sys.modules[_DYNAMO]
+        delattr(torch, "_dynamo")
+        return True
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python asks every module for some while importing
