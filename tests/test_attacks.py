@@ -115,6 +115,7 @@ def test_a_run_without_attackers_has_no_column_of_them(texts: Path, tmp_path: Pa
         ({"attack": {"name": "ipm", "fraction": 1.0}}, r"attack\.fraction: .*less than 1"),
         ({"attack": {"name": "ipm"}, "mode": "centralized"}, r"attack\.name: .*mode centralized.*take it out"),
         ({"attack": {"name": "none", "z": 1.0}}, r"unknown key 'attack\.z'"),
+        ({"attack": {"fraction": 0.3}}, r"attack\.fraction: .*name an attack"),
     ],
 )
 def test_attacks_that_make_no_sense_are_refused(

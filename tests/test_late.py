@@ -228,6 +228,11 @@ def test_a_deadline_before_anybody_arrives_voids_the_round(tmp_path: Path) -> No
         (["devices.name=lognormal", "mode=centralized"], r"mode centralized has none: give devices\.name none"),
         (["devices.name=lognormal", "method.name=rag"], "method.name rag does not read it; take it out"),
         (["devices.name=lognormal", "devices.queue=long"], "devices.queue: must be 'none', 'exponential' or"),
+        (["devices.name=lognormal", "devices.queue_s=9"], "devices.queue none has no queue_s: choose exponential or"),
+        (
+            ["devices={name: lognormal, queue: exponential, queue_sigma: 2}"],
+            "devices.queue exponential has no queue_sigma: choose lognormal, or take it out",
+        ),
         (["devices.name=phones"], "unknown value 'phones'; did you mean 'none'.* valid: lognormal, none, trace"),
     ],
 )

@@ -246,6 +246,16 @@ def test_banded_noise_is_a_factorization_of_sums_that_a_client_changes_by_one() 
         level(bands=5)
 
 
+def test_a_promise_says_that_the_adapter_that_a_run_went_on_from_is_not_part_of_it() -> None:
+    client = level()
+    alone = client.promise(client.initial())
+    method = client.config.method.model_copy(update={"from": "runs/before/adapter"})
+    client.config = client.config.model_copy(update={"method": method})
+    assert client.promise(client.initial()) == (
+        f"{alone} What the adapter that this run went on from (method.from) tells of the same data comes on top."
+    )
+
+
 # ---------------------------------------------------------------- runs
 
 

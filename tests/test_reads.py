@@ -130,6 +130,12 @@ def test_a_key_that_nobody_reads_is_refused(name: str, change: str) -> None:
     assert (e.value.key, e.value.place, e.value.remedy) == (key, "command line", "take it out")
 
 
+def test_of_a_section_that_nobody_reads_its_choice_is_refused() -> None:
+    private = "privacy={clip_norm: 1.0, epsilon: 8, delta: 1.0e-4, name: client}"
+    with pytest.raises(UserError, match=r"privacy\.name: method\.name prompt_search does not read it; take it out"):
+        configuration.load(None, ["method.name=prompt_search", private])
+
+
 def test_a_key_of_the_file_is_refused_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("data: {label: label}\nmethod: {name: fedbpt}\nclient:\n  steps: 1\n  warmup: 0.2\n")

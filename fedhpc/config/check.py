@@ -56,7 +56,9 @@ def refuse_unread(config: Config, given: Mapping[str, str]) -> None:
     """UserError for a key that a person gave, with another value than its default, and that nobody reads."""
     for name in SECTIONS:
         section: Any = getattr(config, name)
-        for key in unread_of(config, name):
+        choices = flat_choices(SECTIONS[name])
+        # The choice of a section first: its options mean nothing without it.
+        for key in sorted(unread_of(config, name), key=lambda key: key.partition(".")[2] not in choices):
             changed = bool(section) if name in LISTS else _changed(name, section, key.partition(".")[2])
             if key in given and changed:
                 raise UserError(f"method.name {config.method.name} does not read it", key=key, remedy="take it out")
@@ -126,6 +128,11 @@ def conflicts(config: Config) -> None:
         raise UserError(
             f"attacks are on a federation, and with mode {config.mode} every client trains alone",
             key="attack.name", remedy="take it out",
+        )  # fmt: skip
+    if config.attack.name == "none" and config.attack.fraction != type(config.attack).model_fields["fraction"].default:
+        raise UserError(
+            "a share of the clients attacks, and attack.name says not how",
+            key="attack.fraction", remedy="name an attack, such as sign_flip, or take it out",
         )  # fmt: skip
     if registry.choice("attacks", config.attack.name).changes_examples and config.data.label is None:
         raise UserError(f"attack.name {config.attack.name} changes classes and needs data.label (a column)")

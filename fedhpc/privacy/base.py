@@ -111,7 +111,15 @@ class Privacy(ABC):
         return (
             f"Differential privacy: every {facts['protects']} is protected with epsilon {facts['epsilon']:.4g} at "
             f"delta {facts['delta']:g}, between data sets that are neighbours by {facts['neighbouring_relation']}."
+            f"{self._beside}"
         )
+
+    @property
+    def _beside(self) -> str:
+        """What else tells something of the same data, in a sentence; empty where this run alone does."""
+        if self.config.method.goes_on_from is None:
+            return ""
+        return " What the adapter that this run went on from (method.from) tells of the same data comes on top."
 
     def attributes(self, spent: Mapping[str, Tensor]) -> dict[str, str | float]:
         """Root attributes of results.h5 once the rounds that `spent` has noted are all."""

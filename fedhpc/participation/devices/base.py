@@ -54,6 +54,9 @@ class Timed(Section):
                 f"devices make clients late in rounds of a federation, and mode {config.mode} has none: give "
                 "devices.name none"
             )
+        for key, queues in (("queue_s", ("exponential", "lognormal")), ("queue_sigma", ("lognormal",))):
+            if getattr(self, key) != type(self).model_fields[key].default and self.queue not in queues:
+                return f"devices.queue {self.queue} has no {key}: choose {' or '.join(queues)}, or take it out"
         return None
 
 
