@@ -226,7 +226,9 @@ class Cohort:
                 masks.lift(acc.numpy(), part.start)
             if grid is not None:
                 acc += grid.noise(len(acc))
-            total[part] = from_grid(acc, steps[part])
+            for begin in range(part.start, part.stop, _BLOCK):
+                block = slice(begin, min(begin + _BLOCK, part.stop))
+                total[block] = from_grid(total.view(torch.int64)[block], steps[block])
         return total
 
     def by_coordinate(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
