@@ -109,7 +109,7 @@ def test_noise_for_a_budget_spends_it_and_no_more(sampling: Any) -> None:
     assert accountant.affordable(noise, 2.0, 20) == 12
     assert accountant.noise_multiplier(1e6, 1) == 0.05
     with pytest.raises(UserError, match="needs noise of more than"):
-        Accountant("rdp", 1e-12, sampling).noise_multiplier(1e-9, 10_000)
+        Accountant("rdp", 1e-12, Poisson(0.05)).noise_multiplier(1e-9, 10_000)
 
 
 # ---------------------------------------------------------------- clipping, and what one client changes
