@@ -41,7 +41,8 @@ def largest_exponents(updates: Tensor, weights: Tensor, layout: Layout) -> Tenso
     for i, part in enumerate(updates.split(layout.sizes, dim=-1)):
         if part.numel() == 0:
             continue
-        peaks = part.abs().amax(dim=-1).to("cpu", torch.float64) * weights.abs()
+        low, high = part.aminmax(dim=-1)  # takes no memory, as the absolute values would
+        peaks = torch.maximum(-low, high).to("cpu", torch.float64) * weights.abs()
         peak = float(peaks.max())
         if peak > 0:
             # One more than frexp gives: w*g is rounded once more before it meets the grid.
