@@ -351,6 +351,8 @@ def test_clients_without_a_federation_spend_too(mode: str, texts: Path, tmp_path
     found = table(tmp_path / mode, "rounds")["epsilon"]
     np.testing.assert_allclose(found, spent_by_hand(config, len(found) - 1), rtol=1e-9)
     assert len(found) > 1
+    cards = [file.read_text() for file in (tmp_path / mode / "adapter").rglob("README.md")]
+    assert len(cards) == (4 if mode == "local" else 1) and all(f"with epsilon {found[-1]:.4g}" in c for c in cards)
 
 
 def level(texts: Path, folder: Path, privacy: dict[str, Any]) -> Any:

@@ -477,14 +477,16 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         untouched, final = tested
         summary = over_clients(per_client, config.evaluation.metrics_of_test) if per_client else {}
         layout, folder = self.method.payload, config.run_dir / "adapter"
+        promise = self.privacy.promise(state.privacy)
         if config.mode == "local":
             views = layout.views(payloads.cpu())
             for i, client in enumerate(self.plan(self.rounds).training):
-                export(self.method, {name: view[i] for name, view in views.items()}, folder / str(client), config)
+                one = {name: view[i] for name, view in views.items()}
+                export(self.method, one, folder / str(client), config, promise)
             write_client_names(folder, self.data.population.names)
         else:
             views = layout.views(self.split.join(state.chosen, self.personal.initial_part))
-            export(self.method, views, folder, config, self.privacy.promise(state.privacy))
+            export(self.method, views, folder, config, promise)
         apart = "test, /final and the adapter: the shared part with the initial personal part of a client never sampled"
         return FinalResults(
             test=final.metrics,
