@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedhpc.errors import UserError
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.exact_sum import to_grid
@@ -86,6 +87,22 @@ def test_the_same_clients_can_have_sent_something_else() -> None:
         return cohort.replaced(rows).weighted_sum(np.ones(4))
 
     assert torch.equal(on_threads(2, replaced)[0], on_ranks(1, lambda cohort: cohort.weighted_sum(np.ones(4)))[0])
+
+
+def test_some_mixed_updates_are_chosen_and_none_is_changed_by_itself() -> None:
+    """Nobody has a mixed update, so what changes single ones would change nothing."""
+    matrix = np.array([[0.5, 0.5, 0.0, 0.0], [0.0, 0.25, 0.0, 0.75]])
+    (second,) = on_ranks(1, lambda cohort: cohort.mixed(matrix).selected(np.array([False, True])).gram())
+    of_second = torch.from_numpy(matrix[1]) @ UPDATES[ASCENDING].double()
+    torch.testing.assert_close(second, (of_second @ of_second).reshape(1, 1))
+    verbs: list[Callable[[Cohort], object]] = [
+        lambda mixed: mixed.mapped(torch.sign),
+        lambda mixed: mixed.replaced(UPDATES),
+        lambda mixed: mixed.mine,
+    ]
+    for verb in verbs:
+        with pytest.raises(UserError, match="asks for single updates"):
+            on_ranks(1, lambda cohort, verb=verb: verb(cohort.mixed(matrix)))
 
 
 def test_nobody_accepted_is_a_sum_of_zero() -> None:

@@ -218,6 +218,13 @@ def test_an_adaptive_clip_norm_follows_the_quantile_of_the_norms(monkeypatch: py
     assert abs((norms <= float(spent["clip_norm"])).mean() - 0.7) < 0.05
 
 
+@pytest.mark.parametrize(("share", "limit"), [(1.0, 1e-9), (0.0, 1e9)])
+def test_an_adaptive_clip_norm_stays_within_the_limits_of_clip_norm(share: float, limit: float) -> None:
+    client = level(0.1, adaptive={"quantile": 0.5, "lr": 1e6, "count_noise": 2.0})
+    assert client._next(0.1, share) == limit
+    assert client._next(limit, share) == limit
+
+
 def test_banded_noise_is_a_factorization_of_sums_that_a_client_changes_by_one() -> None:
     """The noise of all rounds is C^-1 z: C times it is independent and normal, of standard deviation z C."""
     rounds, bands = 12, 4
@@ -396,6 +403,7 @@ def test_a_banded_cohort_is_of_every_bands_th_client(texts: Path) -> None:
         ({"server": {"aggregator": "median"}}, "use mean"),
         ({"server": {"weighting": "examples"}}, "set server.weighting uniform"),
         ({"federation": {"min_cohort": 2}}, "min_cohort"),
+        ({"privacy": {"adaptive": {"count_noise": 1e12}}}, "count_noise"),
         ({"client": {"scaffold": True}}, "client.scaffold"),
         ({"mode": "local"}, "mode local"),
     ],

@@ -53,7 +53,7 @@ def protocol(name: str, **given: Any) -> Protocol:
 
 def summed(ranks: int, accepted: list[int], masked_by: Protocol | None) -> tuple[torch.Tensor, Masking | None]:
     """sum_i w_i g_i of some of the planned clients, dealt out to the ranks, on rank 0."""
-    order = np.random.default_rng(ranks).permutation(accepted)
+    order = np.random.default_rng(ranks).permutation(np.array(accepted, dtype=np.int64))
 
     def one(transport: Transport) -> tuple[torch.Tensor, Masking | None]:
         mine = order[transport.rank :: ranks]
@@ -101,6 +101,7 @@ def test_the_masked_sum_has_the_bits_of_the_plain_one_on_any_number_of_ranks(
     [
         ("pairwise", {}, range(5), "5 of 8 clients that hold shares of a mask completed, and 6 are needed"),
         ("pairwise", {"threshold": 2}, range(2), "2 of the 3 clients whose sum tells nobody another's update"),
+        ("pairwise", {}, range(0), "0 of the 3 clients whose sum tells nobody another's update"),
         ("sparse", {"neighbours": 4}, range(4), "of 5 clients that hold shares of a mask completed, and 4 are needed"),
     ],
 )
@@ -109,6 +110,8 @@ def test_beyond_the_threshold_there_is_no_sum(name: str, given: dict[str, Any], 
         total, masking = summed(ranks, list(accepted), protocol(name, **given))
         assert masking is not None and why in masking.shortfall([PLANNED[i] for i in accepted])
         assert not total.any()
+        keys, told = masking.expected_bytes([], LAYOUT.size)  # sent before anybody is gone
+        assert (masking.bytes_up, masking.bytes_down) == (keys + 8 * LAYOUT.size * len(accepted), told)
 
 
 def test_the_server_holds_masked_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:

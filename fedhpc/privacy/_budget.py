@@ -7,9 +7,13 @@ from pydantic import Field
 from fedhpc.privacy._accountant import LEAST_NOISE, MOST_NOISE, Method
 from fedhpc.registry import Section
 
+LEAST_CLIP, MOST_CLIP = 1e-9, 1e9
+
 
 class Budget(Section):
-    clip_norm: float = Field(ge=1e-9, le=1e9, description="C, the largest L2 norm of what one record contributes")
+    clip_norm: float = Field(
+        ge=LEAST_CLIP, le=MOST_CLIP, description="C, the largest L2 norm of what one record contributes"
+    )
     delta: float = Field(gt=0, lt=1, description="the delta of (epsilon, delta); at most 1 / number of records")
     noise_multiplier: float | None = Field(
         None,

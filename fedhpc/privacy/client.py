@@ -31,9 +31,9 @@ from pydantic import Field
 from fedhpc import registry, rng
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
-from fedhpc.privacy._accountant import Accountant, Fixed, Poisson, require_library
+from fedhpc.privacy._accountant import MOST_NOISE, Accountant, Fixed, Poisson, require_library
 from fedhpc.privacy._banded_noise import BandedNoise
-from fedhpc.privacy._budget import Budget
+from fedhpc.privacy._budget import LEAST_CLIP, MOST_CLIP, Budget
 from fedhpc.privacy._discrete_gaussian import discrete_gaussian
 from fedhpc.privacy.base import Privacy
 from fedhpc.registry import Section
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fedhpc.updates.cohort import Cohort
 
 _STEPS = 30  # bits: a coordinate of an update is at most 2^30 steps of the grid, and 2^31 clients fit into 62 bits
+_MOST_CHANGE = 50.0  # of the logarithm of a clip norm in one round: more than between its limits
 _MARGIN = 2.0**-20  # of the norm: more than a clipped update gains where it is rounded to float32
 
 
@@ -55,7 +56,10 @@ class Adaptive(Section):
     quantile: float = Field(0.5, gt=0, lt=1, description="share of the updates that clip_norm leaves as they are")
     lr: float = Field(0.2, gt=0, description="how fast clip_norm follows that share, from round to round")
     count_noise: float | None = Field(
-        None, gt=0, description="standard deviation of the noise in their number; default a twentieth of the cohort"
+        None,
+        gt=0,
+        le=MOST_NOISE,
+        description="standard deviation of the noise in their number; default a twentieth of the cohort",
     )
 
 
@@ -187,7 +191,9 @@ class Client(Privacy):
     def _next(self, clip_norm: float, share: float) -> float:
         """C of the next round: it follows the quantile of the norms (Andrew et al., section 2.1)."""
         adaptive = self.options.adaptive
-        return float(clip_norm * math.exp(-adaptive.lr * (share - adaptive.quantile)))
+        change = -adaptive.lr * (share - adaptive.quantile)
+        after = clip_norm * math.exp(min(max(change, -_MOST_CHANGE), _MOST_CHANGE))
+        return float(min(max(after, LEAST_CLIP), MOST_CLIP))  # where clients send zeros alone it falls without end
 
     # ---- what the rounds spend
 

@@ -16,7 +16,7 @@ from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.ranks.collectives import columns_of_all, combine_shards, in_ascending_order
 from fedhpc.ranks.transport.base import Transport
-from fedhpc.secure.masked_sum import Masking
+from fedhpc.secure.masked_sum import Masking, Masks
 from fedhpc.updates.exact_sum import FixedGrid, from_grid, grid_exponents, largest_exponents, to_grid
 from fedhpc.updates.layout import Layout
 
@@ -182,14 +182,14 @@ class Cohort:
         weights: float64 (C,), the same on every rank. What a rank sends does not depend on the number of clients. grid:
         instead of the finest one for these updates; its noise is added once, by rank 0, also where there is no client.
         """
-        if not len(self) and grid is None:
-            return self._elsewhere()
         transport, layout, updates = self._transport, self._layout, self._updates
         masks = None
         if self._masking is not None:
             masks = self._masking.begin(transport, self.clients, self._owners.tolist(), layout.size)
             if self._masking.shortfall(self.clients):
                 return self._elsewhere()  # nobody could unmask it: the round is void
+        elif not len(self) and grid is None:
+            return self._elsewhere()
         mine, rows = torch.from_numpy(weights[self._rows]), self._rows
         if masks is None and not mine.all():  # nothing of them is in the sum
             some = mine.nonzero().squeeze(1)
@@ -203,21 +203,10 @@ class Cohort:
         total = torch.empty(layout.size, dtype=torch.float64) if transport.rank == 0 else self._elsewhere()
         parts = [slice(begin, min(begin + _CHUNK, layout.size)) for begin in range(0, layout.size, _CHUNK)]
         for part in parts:
-            acc = torch.zeros(part.stop - part.start, dtype=torch.int64)
-            for begin in range(part.start, part.stop, _BLOCK):
-                block = slice(begin, min(begin + _BLOCK, part.stop))
-                inside = slice(block.start - part.start, block.stop - part.start)
-                together = max(1, _CACHED // (block.stop - block.start))  # clients at once
-                for first in range(0, len(updates), together):
-                    few = slice(first, first + together)
-                    sent = to_grid(updates[few, block], mine[few].unsqueeze(1), steps[block])
-                    if masks is not None:
-                        for values, row in zip(sent, rows[few], strict=True):
-                            masks.hide(self.clients[row], values.numpy(), block.start)
-                    acc[inside] += sent.sum(dim=0)
+            acc = self._integers(part, updates, mine, rows, steps, masks)
             transport.reduce_sum(acc)
             if transport.rank == 0:
-                total.view(torch.int64)[part] = acc
+                total.view(torch.int64)[part] = acc  # where its float64 will be, for lack of memory for both
         if masks is not None:
             masks.recover()
         for part in parts if transport.rank == 0 else ():
@@ -226,10 +215,29 @@ class Cohort:
                 masks.lift(acc.numpy(), part.start)
             if grid is not None:
                 acc += grid.noise(len(acc))
-            for begin in range(part.start, part.stop, _BLOCK):
-                block = slice(begin, min(begin + _BLOCK, part.stop))
+            for block in _blocks(part):
                 total[block] = from_grid(total.view(torch.int64)[block], steps[block])
         return total
+
+    def _integers(
+        self, part: slice, updates: Tensor, weights: Tensor, rows: np.ndarray, steps: Tensor, masks: Masks | None
+    ) -> Tensor:
+        """The sum on the grid of this rank's weighted updates, masked where they are: int64, of some coordinates.
+
+        updates (c, S), their weights (c,) and rows (c,). steps: int64 (S,).
+        """
+        acc = torch.zeros(part.stop - part.start, dtype=torch.int64)
+        for block in _blocks(part):
+            inside = slice(block.start - part.start, block.stop - part.start)
+            together = max(1, _CACHED // (block.stop - block.start))  # clients at once
+            for first in range(0, len(updates), together):
+                few = slice(first, first + together)
+                sent = to_grid(updates[few, block], weights[few].unsqueeze(1), steps[block])
+                if masks is not None:
+                    for values, row in zip(sent, rows[few], strict=True):
+                        masks.hide(self.clients[row], values.numpy(), block.start)
+                acc[inside] += sent.sum(dim=0)
+        return acc
 
     def by_coordinate(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
         """Combine each coordinate's C values alone: float64 (S,) on rank 0.
@@ -309,6 +317,22 @@ class _Mixture(Cohort):
         self.clients = [*range(len(matrix))]
         self.shares = matrix @ updates.shares
 
+    @property
+    def mine(self) -> Tensor:
+        raise self._single()
+
+    def _with(self, **changed: object) -> Cohort:
+        raise self._single()
+
+    def _single(self) -> UserError:
+        return UserError(
+            "it asks for single updates, and mixed ones are made nowhere one by one",
+            key="server.preaggregator", remedy="take it out, or choose another server.aggregator",
+        )  # fmt: skip
+
+    def selected(self, chosen: np.ndarray) -> Cohort:
+        return _Mixture(self._of, self._matrix[chosen])
+
     def with_row(self, row: Tensor) -> Cohort:
         matrix = np.block([[self._matrix, np.zeros((len(self), 1))], [np.zeros((1, len(self._of))), np.ones((1, 1))]])
         return _Mixture(self._of.with_row(row), matrix)
@@ -325,6 +349,11 @@ class _Mixture(Cohort):
     def gram(self) -> Tensor:
         matrix = torch.from_numpy(self._matrix)
         return matrix @ self._of.gram() @ matrix.T
+
+
+def _blocks(part: slice) -> list[slice]:
+    """The blocks of `_BLOCK` coordinates that some coordinates consist of."""
+    return [slice(begin, min(begin + _BLOCK, part.stop)) for begin in range(part.start, part.stop, _BLOCK)]
 
 
 def mixtures(matrix: np.ndarray, values: Tensor) -> Tensor:
