@@ -12,6 +12,8 @@ import torch
 
 from fedhpc import config as configuration
 from fedhpc import registry
+from fedhpc.approaches.averaging.local import Upload, with_updates
+from fedhpc.approaches.base import BlockResult
 from fedhpc.approaches.prepare import prepare
 from fedhpc.attacks.base import attacked, attackers
 from fedhpc.errors import UserError
@@ -37,6 +39,17 @@ def sent(**attack: Any) -> np.ndarray:
     cohort = Cohort(LoopbackTransport(), Layout({"a": (SIZE,)}), CLIENTS, SHARES, np.arange(5), rows)
     made = registry.choice("attacks", options.name)(options)
     return attacked(made, cohort, EVIL, 2, 7).numpy()
+
+
+def test_only_rows_that_attackers_change_have_other_norms() -> None:
+    updates = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    columns = {name: np.zeros(4) for name in BlockResult.COLUMNS} | {"norms": np.array([7.0, 1.0, 2.0, 1.4])}
+    columns["reason"] = np.array([0, 0, 0, 1])
+    result = BlockResult((5, 6, 7, 8), Upload(updates, None), **columns)
+    sent = torch.tensor([[3.0, 4.0], [-6.0, 8.0], [0.0, float("inf")]])  # of those that are accepted
+    after = with_updates(result, iter(sent))
+    assert after.norms.tolist() == [7.0, 10.0, float("inf"), 1.4] and after.reason.tolist() == [0, 0, 1, 1]
+    assert torch.equal(after.upload.updates, torch.cat([sent, updates[3:]]))
 
 
 def noise(client: int) -> np.ndarray:

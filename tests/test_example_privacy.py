@@ -393,6 +393,16 @@ def test_a_run_ends_with_its_budget(texts: Path, tmp_path: Path) -> None:
         federate(private(texts, tmp_path / "none", {"epsilon": 1e-3}, federation=few))
 
 
+@pytest.mark.parametrize("protocol", ["none", "pairwise"])
+def test_a_budget_counts_the_rounds_of_clients_that_take_time(protocol: str, texts: Path, tmp_path: Path) -> None:
+    # Plans need the bytes of updates, and the budget needs plans before anything has trained.
+    few = {"rounds": 4, "cohort_size": 4}
+    more = {"devices": {"name": "lognormal"}, "secure": {"name": protocol}}
+    config = private(texts, tmp_path, {"epsilon": 100.0}, federation=few, **more)
+    approach = prepare(config, LoopbackTransport(), Launch(), write_cache=False)
+    assert approach.rounds == 4 and approach.plan(1).times is not None
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -87,3 +87,10 @@ def test_memory_is_that_of_few_elements(tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         tracemalloc.stop()
     assert peak < 0.3 * (tmp_path / "train.json").stat().st_size
+
+
+def test_one_object_that_is_nested_too_deeply_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
+    with pytest.raises(UserError, match=r"train\.json:1: not valid JSON: maximum recursion depth"):
+        list(read_file(path))

@@ -374,7 +374,7 @@ def test_a_void_round_keeps_the_versions_that_clients_have_started_from(tmp_path
 
     def change(approach: Averaging) -> None:
         seed, layout = approach.config.run.seed, approach.split.shared
-        approach.training.pipeline = Pipeline([Broken(None)], seed, layout, torch.float64)
+        approach.sending.pipeline = Pipeline([Broken(None)], seed, layout, torch.float64)
 
     sections = {"devices": unequal(tmp_path), "federation": buffered(6, 2), "server": {"weighting": "uniform"}}
     found = thetas(federated(tmp_path / "run", 2, change, **sections))
@@ -399,7 +399,7 @@ def test_buffered_rounds_on_any_number_of_ranks_and_after_a_resume(tmp_path: Pat
 
     def change(approach: Averaging) -> None:
         seed, layout = approach.config.run.seed, approach.split.shared
-        approach.training.pipeline = Pipeline([EightBits(None)], seed, layout, torch.float64)
+        approach.sending.pipeline = Pipeline([EightBits(None)], seed, layout, torch.float64)
 
     federation = {**buffered(4, 2), "dropout": 0.2}
     found = in_every_way(tmp_path, change, devices={"name": "lognormal", "speed_sigma": 1.0}, federation=federation)

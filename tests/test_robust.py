@@ -256,8 +256,24 @@ def test_the_server_s_own_training_is_the_same_on_three_ranks_and_after_a_resume
     for folder in ("three", "resumed"):
         assert all(np.array_equal(one[name], other) for name, other in final(tmp_path / folder).items())
     config = settings(tmp_path / "one", raw)
-    root = Root(config, prepare(config, LoopbackTransport(), Launch(), True).data)
+    root = Root(config, prepare(config, LoopbackTransport(), Launch(), True).data, 2)
     assert len(root.indices) == 5 and not set(root.indices) & set(subset(10, 4))
+
+
+def test_the_server_s_own_training_has_the_learning_rates_of_the_clients(texts: Path, tmp_path: Path) -> None:
+    # A budget may end a run before federation.rounds, and their learning rates with it.
+    server, client = {"aggregator": "fltrust", "root_examples": 5}, {"schedule": "linear"}
+    small = {"max_examples": 4, "test_max_examples": 4}
+    raw = tree(texts, server=server, federation={"rounds": 8}, evaluation=small, client=client)
+    config = settings(tmp_path, raw)
+    approach = prepare(config, LoopbackTransport(), Launch(), True)
+    trained = approach.base, approach.method, approach.objective, approach.personal
+
+    def norm(rounds: int, round_: int) -> float:
+        theta = approach.split.apart(approach.initial_payload())[0]
+        return float(Root(config, approach.data, rounds).update(*trained, theta, round_).norm())
+
+    assert norm(2, 2) < 0.5 * norm(8, 2)
 
 
 @pytest.mark.parametrize(

@@ -202,9 +202,7 @@ def test_an_aggregator(
 def test_transforms_with_memory_draws_bytes_and_server_halves(tmp_path: Path) -> None:
     def change(approach: Averaging) -> None:
         transforms = [EightBits(None), Noise(None), Halve(None)]
-        approach.training.pipeline = Pipeline(
-            transforms, approach.config.run.seed, approach.split.shared, torch.float64
-        )
+        approach.sending.pipeline = Pipeline(transforms, approach.config.run.seed, approach.split.shared, torch.float64)
 
     found = in_every_way(tmp_path, change)
     agree(found, list(quantized(cohorts(tmp_path / "1"), 0)), START)
@@ -223,7 +221,7 @@ def test_a_rejected_client_keeps_what_it_had(tmp_path: Path) -> None:
             return sent if context.round != 2 else sent / 0
 
     def change(approach: Averaging) -> None:
-        approach.training.pipeline = Pipeline(
+        approach.sending.pipeline = Pipeline(
             [Once(None)], approach.config.run.seed, approach.split.shared, torch.float64
         )
 

@@ -286,8 +286,11 @@ class Tracking(Open):
 
 
 class Config(Section):
-    """The resolved configuration. `partition`, `method`, `devices`, `client`, `server`, `secure`, `privacy`, each
-    transform and each tracker carry the options of the file they name."""
+    """The resolved configuration.
+
+    `objective`, `partition`, `method`, `devices`, `client`, `server`, `secure`, `attack`, `privacy`, each transform and
+    each tracker carry the options of the file they name.
+    """
 
     mode: Literal["federated", "centralized", "local"] = "federated"
     run: Run

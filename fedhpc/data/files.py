@@ -341,10 +341,10 @@ def _read_json(path: Path) -> LocatedRows:
 
 
 def _is_json(content: bytes) -> bool:
-    """Whether this is one value of JSON."""
+    """Whether this is one value of JSON that can be read."""
     try:
         json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -110,8 +110,8 @@ def load_data(
     except UserError as error:
         if data.chosen is None or error.key != "data.prompt":
             raise
-        remedy = f'where both answers begin with their prompt, write data.prompt: ""; {error.remedy}'
-        raise error.but(remedy=remedy) from None
+        remedies = ['where both answers begin with their prompt, write data.prompt: ""', error.remedy]
+        raise error.but(remedy="; ".join(filter(None, remedies))) from None
     label_names = _class_names(settings, tables, labelled, target, head, purpose, writing, messages)
     true_labels = ids_of(tables["train"], data.label, label_names)
     if data.label is not None and data.label_noise:

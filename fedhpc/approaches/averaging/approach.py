@@ -26,6 +26,7 @@ from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.averaging.poisoning import Poisoning
 from fedhpc.approaches.averaging.root import Root
+from fedhpc.approaches.averaging.sending import Sending
 from fedhpc.approaches.averaging.warm_start import WarmStart
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
 from fedhpc.approaches.export import export, write_client_names
@@ -78,12 +79,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         source = config.method.goes_on_from
         #: The adapter from which training goes on.
         self._adapter = None if source is None else WarmStart.of(self.method, source)
-        if config.client.scaffold and self.method.trainable.shapes != self.method.payload.shapes:
-            raise UserError(
-                f"client.scaffold: {config.method.name} with these options trains other parameters than it exchanges, "
-                "so there is no control variate for them; exchange what is trained (prefix: exchange raw or mlp; lora: "
-                "aggregation average or ffa)"
-            )
+        if config.client.scaffold:
+            _require_control_variates(self.method, config.method.name)
         if config.client.packing:
             require_packing(self.objective, self.method, max_length)
         #: What stays on the client.
@@ -99,25 +96,29 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         if poisoning is not None:
             train = poisoning.train(self.data, self.attackers, seed)
             self.data = replace(self.data, train=train)
+        #: What is done to updates and to the model on their way. Privacy asks for plans, and these for its bytes.
+        self.sending = Sending(config, self.method, self.personal)
+        self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
         clients = self.data.population
+        sampled = cohort_size(config, clients)
         privacy: type[Privacy] = registry.choice("privacy", config.privacy.name)
         #: What the run promises to its clients, or to the owners of their examples.
-        self.privacy = privacy(config, clients, self.split.shared.size, cohort_size(config, clients), self._sends)
+        self.privacy = privacy(config, clients, self.split.shared.size, sampled, self._sends)
         self.privacy.check(self.method, self.objective)
         self.rounds = self.privacy.affordable(self.rounds)
         self.training = BlockTraining(
-            config, self.base, self.method, self.objective, self.data, self.personal, self.privacy, self.rounds
-        )
+            config, self.base, self.method, self.objective, self.data, self.personal, self.sending, self.privacy,
+            self.rounds,
+        )  # fmt: skip
         self.evaluation = Evaluation(config, self.method, self.data, self.evaluator, poisoning)
         #: The largest memory of this process in bytes, once a step was rehearsed.
         self._peak: int | None = None
-        self.aggregation = Aggregation(config.server, seed, cohort_size(config, self.data.population))
+        self.aggregation = Aggregation(config.server, seed, sampled)
         needs_root = config.mode == "federated" and self.aggregation.aggregator.needs_root
-        self._root = Root(config, self.data) if needs_root else None
-        self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
+        self._root = Root(config, self.data, self.rounds) if needs_root else None
         if config.masks_uploads:
             primitives.require()
-            self._protocol.require(len(self.plan(1).cohort), cohort_size(config, self.data.population))
+            self._protocol.require(len(self.plan(1).cohort), sampled)
 
     def _attackers(self) -> frozenset[int]:
         fraction, population = self.config.attack.fraction, self.data.population.num_clients
@@ -190,9 +191,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """theta_0, with the server optimizer; what one client alone has trained (centralized) is taken as it is."""
         config, theta = self.config, self.split.apart(self.initial_payload())[0]
         optimizer = registry.choice("server_optimizers", config.server.optimizer)(config.server)
-        tensors = self.training.pipeline.server_tensors()
-        if self.training.downlink is not None:
-            tensors |= self.training.downlink.initial(theta)
+        tensors = self.sending.pipeline.server_tensors()
+        if self.sending.downlink is not None:
+            tensors |= self.sending.downlink.initial(theta)
         optimizer = optimizer if config.mode == "federated" else None
         memory = self.aggregation.initial_memory(len(theta))
         return ParameterState(theta, optimizer, config.corrects_drift, tensors, memory, self.privacy.initial())
@@ -204,10 +205,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             both = state.with_control() if state else torch.empty(2 * size, dtype=self.payload_dtype)
             transport.broadcast(both)
             theta, control = both.split(size)
-        elif self.training.downlink is not None:
+        elif self.sending.downlink is not None:
             known = None
             if state is not None:
-                known, sent_bytes = self.training.downlink.send(state.theta, plan.round, plan.cohort, state.transforms)
+                known, sent_bytes = self.sending.downlink.send(state.theta, plan.round, plan.cohort, state.transforms)
             theta = self._on_every_rank(transport, known)
         elif self.config.mode != "local":
             theta = self._theta(transport, state)
@@ -251,9 +252,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             return None
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
         masking = self._masking(plan)
-        cohort = self._cohort(transport, plan, results, memory, masking, self._root_update(state, plan))
-        if plan.weights:
-            cohort = cohort.replaced(self._weighted(plan, results))
+        updates, root = self._weighted(plan, results), self._root_update(state, plan)
+        cohort = self._cohort(transport, plan, results, updates, memory, masking, root)
         spent = dict(state.privacy) if state else {}
         total = self.privacy.combine(transport, cohort, plan.round, self._aggregate, spent)
         if not self.config.corrects_drift:
@@ -288,12 +288,12 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         transport: Transport,
         plan: Plan,
         results: Sequence[BlockResult[Upload]],
+        updates: Tensor,
         memory: dict[str, Tensor] | None = None,
         masking: Masking | None = None,
         root: Tensor | None = None,
     ) -> Cohort:
-        """The accepted updates of all ranks. Collective."""
-        updates = self._accepted_rows(results, [result.upload.updates for result in results])
+        """The accepted updates of all ranks, of which this one has these (c, S). Collective."""
         return Cohort(
             transport, self.split.shared, plan.cohort, self._shares(plan), accepted_indices(plan, results), updates,
             self._movement(plan), memory, masking, cohort_size(self.config, self.data.population), root,
@@ -313,9 +313,14 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         accepted = [torch.from_numpy(result.accepted) for result in results]
         return torch.cat([none, *(rows[ok] for rows, ok in zip(sent, accepted, strict=True) if rows is not None)])
 
+    def _accepted_updates(self, results: Sequence[BlockResult[Upload]]) -> Tensor:
+        return self._accepted_rows(results, [result.upload.updates for result in results])
+
     def _weighted(self, plan: Plan, results: Sequence[BlockResult[Upload]]) -> Tensor:
         """The accepted updates (c, S), each times the weight that its staleness leaves it."""
-        updates = self._accepted_rows(results, [result.upload.updates for result in results])
+        updates = self._accepted_updates(results)
+        if not plan.weights:
+            return updates
         weights = np.array(plan.weights)[accepted_indices(plan, results)]
         return updates * torch.from_numpy(weights).to(updates.dtype).unsqueeze(1)
 
@@ -324,7 +329,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     ) -> list[BlockResult[Upload]]:
         if not self.attackers.intersection(plan.training):
             return results
-        cohort = self._cohort(transport, plan, results)
+        cohort = self._cohort(transport, plan, results, self._accepted_updates(results))
         rows = iter(attacked(self.attack, cohort, self.attackers, plan.round, self.config.run.seed))
         return [with_updates(result, rows) for result in results]
 
@@ -363,7 +368,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """Run the transforms' server halves over the aggregate, then the server optimizer's step."""
         assert combined is not None  # as moves_server says
         _expect_finite(combined.total, plan.round, "server.aggregator", self.config.server.aggregator)
-        total = self.training.pipeline.on_server(combined.total, plan.round, combined.clients, state.transforms)
+        total = self.sending.pipeline.on_server(combined.total, plan.round, combined.clients, state.transforms)
         named = ", ".join(transform.name for transform in self.config.transforms)
         _expect_finite(total, plan.round, "transforms", named)
         norm: float = state.step(total)
@@ -396,7 +401,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         masking = self._masking(plan)
         if masking is not None:
             return masking.expected_bytes(plan.training, self.split.shared.size)[0]
-        return (2 if self.config.corrects_drift else 1) * int(self.training.expected_bytes(plan.training).sum())
+        return (2 if self.config.corrects_drift else 1) * int(self.sending.expected_bytes(plan.training).sum())
 
     def bytes_fetched(self, plan: Plan, combined: Combined | None) -> int:
         """Masked updates, keys, shares and what unmasked the sum, of secure aggregation."""
@@ -607,6 +612,16 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             memory,
             *([f"memory is enough for {fewer} at a time: larger blocks train in parts"] if clients else []),
         ]
+
+
+def _require_control_variates(method: Method, name: str) -> None:
+    """UserError where what is trained has no control variates, since something else is exchanged."""
+    if method.trainable.shapes != method.payload.shapes:
+        raise UserError(
+            f"client.scaffold: {name} with these options trains other parameters than it exchanges, so there is no "
+            "control variate for them; exchange what is trained (prefix: exchange raw or mlp; lora: aggregation "
+            "average or ffa)"
+        )
 
 
 def _expect_finite(total: Tensor, round_: int, key: str, name: str) -> None:

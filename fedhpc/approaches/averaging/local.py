@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fedhpc import registry
 from fedhpc.approaches.averaging.personal import PersonalPart
+from fedhpc.approaches.averaging.sending import Sending
 from fedhpc.approaches.base import BlockResult
 from fedhpc.config import Config
 from fedhpc.data import Data
@@ -21,7 +21,6 @@ from fedhpc.models.base import Base
 from fedhpc.objectives.base import Objective
 from fedhpc.participation.plan import Plan
 from fedhpc.privacy.base import Privacy
-from fedhpc.rng import generator
 from fedhpc.training import client_state
 from fedhpc.training.block import Trained, Work, train_block
 from fedhpc.training.client_state import Keeper, OwnPayload
@@ -30,9 +29,6 @@ from fedhpc.training.memory import Memory, OptimizerMemory
 from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.rules import scaffold
 from fedhpc.training.schedule import examples_per_step
-from fedhpc.updates.downlink import Downlink
-from fedhpc.updates.pipeline import Pipeline
-from fedhpc.updates.transforms._compressor import Compressor
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,10 @@ def with_updates(result: BlockResult[Upload], rows: Iterator[Tensor]) -> BlockRe
     updates, reason, norms = result.upload.updates.clone(), result.reason.copy(), result.norms.copy()
     for row in np.flatnonzero(accepted):
         updates[row] = next(rows)
-    finite = _finite(updates)
-    reason[accepted & ~finite] = 1
-    norms[accepted] = torch.linalg.vector_norm(updates.double(), dim=1).numpy()[accepted]
+    changed = accepted & (updates != result.upload.updates).any(dim=1).numpy()
+    reason[changed & ~_finite(updates)] = 1
+    # Of the others, those with pulls_to_models too, they are what training gave.
+    norms[changed] = torch.linalg.vector_norm(updates.double(), dim=1).numpy()[changed]
     return replace(result, upload=Upload(updates, result.upload.changes), reason=reason, norms=norms)
 
 
@@ -79,26 +76,14 @@ class BlockTraining:
         objective: Objective,
         data: Data,
         personal: PersonalPart,
+        sending: Sending,
         privacy: Privacy,
         rounds: int,
     ) -> None:
         self.config, self.base, self.method, self.objective, self.data = config, base, method, objective, data
-        self.personal, self.split, self.privacy, self.rounds = personal, personal.split, privacy, rounds
+        self.personal, self.split, self.sending = personal, personal.split, sending
+        self.privacy, self.rounds = privacy, rounds
         self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
-        transforms = [registry.choice("transforms", section.name)(section) for section in config.transforms]
-        of_updates = [one for one in transforms if one.direction != "down"]
-        of_model = [one for one in transforms if isinstance(one, Compressor) and one.direction != "up"]
-        seed, dtype = config.run.seed, personal.dtype
-        #: What is done to the updates before they are sent, and to their aggregate on the server.
-        self.pipeline = Pipeline(of_updates, seed, self.split.shared, dtype)
-        #: How the server's model is sent where it is compressed; None: as it is.
-        self.downlink = Downlink(of_model, seed, self.split.shared, dtype) if of_model else None
-        packs = any(transform.packs for transform in of_updates)
-        if packs and method.numbers_sent(0) != method.payload.size:
-            raise UserError(
-                f"{config.method.name} with these options sends other numbers than its payload's, which are packed",
-                key="transforms", remedy="take out what packs them (lora: or use aggregation average or ffa)",
-            )  # fmt: skip
         alone = config.mode != "federated"
         self._payload = OwnPayload(personal.initial_payload) if config.mode == "local" else None
         self._memory = OptimizerMemory(self.optimizer, method.trainable.size, personal.dtype) if alone else None
@@ -109,26 +94,7 @@ class BlockTraining:
     @property
     def keepers(self) -> list[Keeper]:
         """All that clients keep tensors for from round to round."""
-        return [*self._keepers, self.pipeline]
-
-    def raw_bytes(self, clients: Sequence[int]) -> np.ndarray:
-        """Bytes of each client's update as it is before the transforms: int64 (K,)."""
-        numbers = [self.method.numbers_sent(client) - self.split.personal.size for client in clients]
-        return self.personal.dtype.itemsize * np.array(numbers, dtype=np.int64)
-
-    def expected_bytes(self, clients: Sequence[int]) -> np.ndarray:
-        """Bytes of each client's update as it is sent: int64 (K,). How well normal numbers can be packed decides."""
-        if not any(transform.packs for transform in self.pipeline.transforms):
-            return self.raw_bytes(clients)
-        return np.full(len(clients), self._packed_bytes, dtype=np.int64)
-
-    @cached_property
-    def _packed_bytes(self) -> int:
-        """Bytes of an update of normal numbers as it is sent; the same on every processor, since plans hang on it."""
-        numbers = generator(self.config.run.seed, "packed bytes").standard_normal((1, self.split.shared.size))
-        tensors = {name: self.pipeline.initial(name).unsqueeze(0) for name in self.pipeline.keeps}
-        update = torch.from_numpy(numbers).to(self.personal.dtype)
-        return int(self.pipeline.on_clients(update, 1, [0], tensors, self.raw_bytes([0])).bytes_up[0])
+        return [*self._keepers, self.sending.pipeline]
 
     def train(
         self,
@@ -165,7 +131,8 @@ class BlockTraining:
         tensors_after = self._tensors_after(tensors, starts, trained, changes)
         updates, personal = self.split.apart(trained.updates)
         finite = _finite(updates) & _finite(personal)
-        sent = self.pipeline.on_clients(updates, round_, clients, tensors, self.raw_bytes(clients))
+        raw_bytes = self.sending.raw_bytes(clients)
+        sent = self.sending.pipeline.on_clients(updates, round_, clients, tensors, raw_bytes)
         if sent.updates is not updates:
             updates = sent.updates
             finite &= _finite(updates)
@@ -178,8 +145,8 @@ class BlockTraining:
             )
         client_state.write(config.run_dir, clients, round_, tensors_after | sent.tensors, finite)
         # Control variates go beside the updates, as they are.
-        bytes_up = sent.bytes_up if changes is None else sent.bytes_up + self.raw_bytes(clients)
-        if config.masks_uploads and (bytes_up != self.raw_bytes(clients)).any():
+        bytes_up = sent.bytes_up if changes is None else sent.bytes_up + raw_bytes
+        if config.masks_uploads and (bytes_up != raw_bytes).any():
             raise UserError("a transform packs the updates, which cannot be masked then", key="transforms")
         return BlockResult(
             clients=tuple(clients),

@@ -125,8 +125,10 @@ class Poisoning:
         return replace(examples, ids=np.concatenate(ids), offsets=offsets, prompt_lengths=lengths, labels=labels)
 
     def _with_trigger(self, front: NDArray[np.int32], trigger: Sequence[int], behind: int) -> NDArray[np.int32]:
-        """The tokens of a prompt with the trigger in front of its text, which loses its beginning where there is no
-        room. behind: tokens of the target."""
+        """The tokens of a prompt with the trigger in front of its text.
+
+        The text loses its beginning where there is no room. behind: tokens of the target.
+        """
         tokenizer = self.base.tokenizer
         starts = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
         begin = int(np.isin(front[:1], starts).sum())

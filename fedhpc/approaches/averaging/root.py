@@ -22,9 +22,10 @@ from fedhpc.training.local import LocalTraining
 class Root:
     """The server's own examples: a seeded sample of the validation examples that no round evaluates."""
 
-    def __init__(self, config: Config, data: Data) -> None:
-        """UserError where there are not enough of them."""
+    def __init__(self, config: Config, data: Data, rounds: int) -> None:
+        """rounds: of the whole run, as for the clients. UserError where there are not enough examples."""
         self._config, self._examples, self._client = config, data.validation, data.population.num_clients
+        self._rounds = rounds
         size, wanted = len(data.validation), config.server.root_examples
         evaluated = subset(size, config.evaluation.max_examples)
         others = np.setdiff1d(np.arange(size), evaluated)
@@ -46,7 +47,7 @@ class Root:
         UserError where it diverges.
         """
         starts = personal.split.join(theta.unsqueeze(0), personal.initial_part)
-        local = LocalTraining.of(self._config, round_, self._config.federation.rounds)
+        local = LocalTraining.of(self._config, round_, self._rounds)
         work = Work(self._client, self.indices)  # the number of no client, so draws of its own
         trained = train_block(base, method, objective, starts, [work], self._examples, local)
         update = personal.split.apart(trained.updates)[0][0]
