@@ -1,7 +1,8 @@
 """Averaging of parameters: clients train a payload from the server's, and their updates meet in one sum.
 
-The rounds are here; what a block of clients does is in `local`, what stays on a client in `personal`, and what is
-measured in `evaluation`.
+The rounds are here; what a block of clients does is in `local`, how updates and model are sent in `sending`, what stays
+on a client in `personal`, what attackers do to examples in `poisoning`, what the server trains on its own in `root`,
+and what is measured in `evaluation`.
 
 What a client keeps from round to round depends on the run: its own payload and its optimizer's memory in modes
 centralized and local, its control variate with client.scaffold, its own part of the payload with
