@@ -19,7 +19,7 @@ from fedhpc.config import load as load_config
 from fedhpc.ranks.round_progress import RoundProgress
 from fedhpc.report import costs
 from fedhpc.report.__main__ import main
-from fedhpc.report.plots import compared_loss, compared_test, learning_curve
+from fedhpc.report.plots import compared_loss, compared_test, learning_curve, unit_of_time
 from fedhpc.report.runs import LoadedRun, group_by_seed, lines_along, load_run
 from fedhpc.report.text import mean_and_half_width, t_975
 from fedhpc.results.progress import Progress, duration, line
@@ -525,3 +525,10 @@ def test_a_choice_without_the_option_is_on_the_axis_by_its_name() -> None:
     runs += [run(name="dirichlet", alpha=0.1, num_clients=4), run(name="dirichlet", alpha=0.1, num_clients=9)]
     (line,) = lines_along(runs, "partition.alpha")
     assert list(line.runs) == [0.1, 10, "iid"] and (line.key, line.reference) == ("partition.alpha", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("longest", "unit"), [(90.0, ("seconds", 1)), (7200.0, ("minutes", 60)), (90_000.0, ("hours", 3600))]
+)
+def test_virtual_time_is_shown_in_a_unit_that_fits(longest: float, unit: tuple[str, int]) -> None:
+    assert unit_of_time(longest) == unit

@@ -192,20 +192,28 @@ def compared_loss_by_time(groups: Sequence[SeedGroup]) -> Any:
     timed = [g for g in groups if all("virtual_seconds" in run.rounds for run in g.runs)]
     if not timed:
         return None
+    unit, length = unit_of_time(max(run.rounds["virtual_seconds"].sum() for g in timed for run in g.runs))
     canvas, (axis,) = _axes(width=7.5, height=4.2)
     for i, (g, label) in enumerate(zip(timed, _labels(timed), strict=True)):
         for run in g.runs:
             rounds, measured = run.rounds, ~np.isnan(run.rounds["eval_loss"])
-            hours = np.cumsum(rounds["virtual_seconds"])[measured] / 3600
+            times = np.cumsum(rounds["virtual_seconds"])[measured] / length
             style = {"color": COLOURS[i % len(COLOURS)], "label": label if run is g.runs[0] else None}
-            axis.plot(hours, rounds["eval_loss"][measured], linewidth=1.2, **style)
+            axis.plot(times, rounds["eval_loss"][measured], linewidth=1.2, **style)
     axis.set_xlim(left=0)
-    axis.set_xlabel("virtual hours")
+    axis.set_xlabel(f"virtual {unit}")
     _within(axis, "loss")
     axis.set_ylabel("validation loss [nats per token]")
     axis.set_title("Validation loss by virtual time, a line for each seed", loc="left")
     axis.legend(frameon=False)
     return canvas
+
+
+def unit_of_time(longest: float) -> tuple[str, int]:
+    """The unit in which times of up to `longest` seconds are easy to read, and how many seconds it has."""
+    if longest <= 600:
+        return "seconds", 1
+    return ("minutes", 60) if longest <= 4 * 3600 else ("hours", 3600)
 
 
 def compared_test(groups: Sequence[SeedGroup]) -> Any:
