@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pydantic import Field
 
+from fedhpc.errors import UserError
 from fedhpc.privacy._accountant import LEAST_NOISE, MOST_NOISE, Method
 from fedhpc.registry import Section
 
@@ -25,6 +28,19 @@ class Budget(Section):
         None, gt=0, description="the budget: the run ends before it passes it; alone it chooses noise_multiplier"
     )
     accountant: Method = Field("pld", description="how rounds add up: privacy loss distributions, or Renyi divergences")
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether the rounds spend a budget that did not choose their noise, so that it may end before they do."""
+        return self.noise_multiplier is not None and self.epsilon is not None
+
+    def require_a_round(self, affordable: int, of_one: Callable[[], float]) -> None:
+        """UserError where no round is affordable. of_one: gives the epsilon of one."""
+        if affordable == 0:
+            raise UserError(
+                f"privacy.epsilon {self.epsilon} is less than one round spends ({of_one():.4g})",
+                key="privacy.epsilon", remedy="raise privacy.noise_multiplier or privacy.epsilon",
+            )  # fmt: skip
 
     @property
     def fixes_rounds(self) -> str:

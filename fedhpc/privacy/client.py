@@ -220,15 +220,10 @@ class Client(Privacy):
 
     def affordable(self, rounds: int) -> int:
         options = self.options
-        if options.noise_multiplier is None or options.epsilon is None:
+        if not options.ends_run:
             return rounds
         affordable = self.accountant.affordable(self.noise_multiplier, options.epsilon, self._sums(rounds))
-        if affordable == 0:
-            one = self.accountant.epsilon(self.noise_multiplier, 1)
-            raise UserError(
-                f"privacy.epsilon {options.epsilon} is less than one round spends ({one:.4g})",
-                key="privacy.epsilon", remedy="raise privacy.noise_multiplier or privacy.epsilon",
-            )  # fmt: skip
+        options.require_a_round(affordable, lambda: self.accountant.epsilon(self.noise_multiplier, 1))
         return min(rounds, affordable * int(options.bands))
 
     # ---- what is said of it

@@ -129,19 +129,14 @@ class Example(Privacy):
 
     def affordable(self, rounds: int) -> int:
         options = self.options
-        if options.noise_multiplier is None or options.epsilon is None:
+        if not options.ends_run:
             return rounds
         low, high = 0, rounds + 1  # low is affordable, high is not
         while high - low > 1:
             middle = (low + high) // 2 if high <= rounds else rounds
             fits = self._most_spent(self._planned(middle)) <= options.epsilon
             low, high = (middle, high) if fits else (low, middle)
-        if low == 0:
-            raise UserError(
-                f"privacy.epsilon {options.epsilon} is less than one round spends "
-                f"({self._most_spent(self._planned(1)):.4g})",
-                key="privacy.epsilon", remedy="raise privacy.noise_multiplier or privacy.epsilon",
-            )  # fmt: skip
+        options.require_a_round(low, lambda: self._most_spent(self._planned(1)))
         return low
 
     def _planned(self, rounds: int) -> np.ndarray:
