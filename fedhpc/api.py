@@ -148,6 +148,11 @@ class Run:
         return pandas.DataFrame(self._loaded.results.clients)
 
     @property
+    def experts(self) -> pandas.DataFrame:
+        """A row for each round, layer and expert of a mixture: which share of the tokens it was sent. Else empty."""
+        return pandas.DataFrame(self._loaded.results.experts)
+
+    @property
     def events(self) -> pandas.DataFrame:
         """What happened beside the rounds: clients rejected, the run resumed, and so on."""
         return pandas.DataFrame(self._loaded.results.events)

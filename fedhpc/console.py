@@ -29,8 +29,14 @@ class Command:
 COMMANDS = {
     "run": Command("fedhpc.main", "start, resume or check a run", "fedhpc run mine.yaml client.lr=0.1 --ranks 3"),
     "report": Command("fedhpc.report", "tables and plots of one run, or a comparison", "fedhpc report runs/mine"),
+    "watch": Command("fedhpc.watch", "follow runs from another terminal", "fedhpc watch runs/mine"),
     "evaluate": Command(
         "fedhpc.evaluate", "test a run or a base on any data, without training", "fedhpc evaluate runs/mine other.yaml"
+    ),
+    "export": Command(
+        "fedhpc.export",
+        "what a run trained as a model folder or an adapter, of a client or a round",
+        "fedhpc export runs/mine --merge mine-model --dtype bfloat16",
     ),
     "sweep": Command("fedhpc.sweep", "run a grid of configurations and compare them", "fedhpc sweep grid.yaml --list"),
     "bench": Command("fedhpc.bench", "measure the speed on this machine", "fedhpc bench --quick"),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from fedhpc import kernels
 from fedhpc.approaches.export import FACTS, TEMPLATE
-from fedhpc.config import Model
+from fedhpc.config import QUANTIZATION, Model
 from fedhpc.data import chats
 from fedhpc.data.chat_template import ChatTemplate
 from fedhpc.data.chat_tokens import Writer
 from fedhpc.data.tokens import prompt_ids
 from fedhpc.errors import UserError
 from fedhpc.methods import adapter as bottleneck
+from fedhpc.methods import ia3 as rescaling
 from fedhpc.methods._peft import adapter_config, adapter_tensors, read_json, without_wrappers
 from fedhpc.methods.base import Method, Tensors, as_one_client
 from fedhpc.methods.ia3 import IA3
@@ -40,6 +41,7 @@ from fedhpc.models.base import Attached, Base, padded
 from fedhpc.models.encoder import Classifier
 from fedhpc.models.generative import Generative
 from fedhpc.models.load import autocast, load_base
+from fedhpc.ranks.group import Group
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Customized:
             ids = self._ids(prompts)
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
-            with self._attached(len(part)) as attached:
+            with self.attached(len(part)) as attached:
                 generated = base.generate(attached, part, max_new_tokens, ends)
             texts += [base.text(row) for row in generated.cpu().numpy()]
         return texts
@@ -105,7 +107,7 @@ class Customized:
         for start in range(0, len(of_texts), batch_size):
             part = of_texts[start : start + batch_size]
             ids, mask = (kernels.on_device(array, base.device) for array in padded(part, base.pad_id))
-            with self._attached(len(part)) as attached:
+            with self.attached(len(part)) as attached:
                 rows.append(base.class_logits(attached, ids, mask).cpu())
         return torch.cat(rows)
 
@@ -130,7 +132,8 @@ class Customized:
         return [np.array(one, np.int32) for one in writer.question_ids(texts)]
 
     @contextmanager
-    def _attached(self, rows: int) -> Iterator[Attached]:
+    def attached(self, rows: int) -> Iterator[Attached]:
+        """What was trained is in the base, for a batch of that many rows, while the context is open."""
         with torch.no_grad(), autocast(self.base, self.precision):
             if self.method is None:
                 yield Attached()
@@ -142,18 +145,25 @@ class Customized:
                 yield attached
 
 
-def load(adapter: str | os.PathLike[str], base: str | None = None, device: str = "cpu") -> Customized:
+def load(
+    adapter: str | os.PathLike[str],
+    base: str | None = None,
+    device: str = "cpu",
+    offload: Literal["none", "cpu"] = "none",
+    group: Group | None = None,
+) -> Customized:
     """Load the `adapter/` of a complete run.
 
     base: the folder or hub id of the base, where it is another than the export names. device: as torch names it.
+    offload: as `model.offload`. group: the ranks that hold the layers of the base between them.
     UserError where there is no export, or its base cannot be loaded.
     """
     folder = Path(adapter)
     config = _config(folder)
     # Older exports have no such file: no prompt is cut then, and the base is loaded in float32.
     facts = {"max_length": 10**9, "precision": "float32", **read_json(folder / FACTS, missing_ok=True)}
-    model = model_of(folder, base)
-    ready = load_base(model, torch.device(device), classes_of(folder))
+    model = model_of(folder, base).model_copy(update={"offload": offload})
+    ready = load_base(model, torch.device(device), classes_of(folder), group=group)
     template = folder / TEMPLATE
     chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
     of_run = (facts["max_length"], facts["precision"], chat_template)
@@ -164,7 +174,7 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
     if config.get("format") == bottleneck.FORMAT:
         bottleneck.load(ready.model, folder)
         return Customized(ready, None, {}, *of_run)
-    method, payload = _METHODS[config["peft_type"]](ready, config, tensors)
+    method, payload = _METHODS[str(config.get("peft_type", config.get("format")))](ready, config, tensors)
     shapes = {name: tuple(t.shape) for name, t in payload.items()}
     if shapes != dict(method.payload.shapes):
         raise UserError(f"'{folder}' belongs to another base than '{model.name}': its tensors do not fit")
@@ -172,12 +182,25 @@ def load(adapter: str | os.PathLike[str], base: str | None = None, device: str =
 
 
 def model_of(folder: Path, base: str | None = None) -> Model:
+    """The base of an export that `load` takes, as `base_of` says it."""
+    _config(folder)
+    return base_of(folder, base)
+
+
+def base_of(folder: Path, base: str | None = None) -> Model:
     """The base of an export as the configuration names it, or another one; of a whole model, the folder itself."""
-    config, facts = _config(folder), read_json(folder / FACTS, missing_ok=True)
+    require_base(folder, base)
+    config, facts = adapter_config(folder), read_json(folder / FACTS, missing_ok=True)
     name = base or config.get("base_model_name_or_path") or str(folder)
-    options = {key: facts[key] for key in ("task", "dtype", "quantize") if key in facts}
+    options = {key: facts[key] for key in ("task", "dtype", *QUANTIZATION) if key in facts}
     revision = config.get("revision") if base is None else None
     return Model.model_validate({"name": name, "revision": revision, **options})
+
+
+def require_base(folder: Path, base: str | None) -> None:
+    """UserError where another base is given for an export that has none: its own weights are what was trained."""
+    if base is not None and "base_model_name_or_path" not in adapter_config(folder):
+        raise UserError(f"'{folder}' is a whole model and has no base", remedy="leave --base out")
 
 
 def classes_of(folder: Path) -> list[str]:
@@ -229,13 +252,18 @@ def _prompt(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
 
 
 def _lora(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
-    return Lora(Lora.Options.model_validate(options_of(config, tensors)), base, 0), without_wrappers(tensors)
+    method = Lora(Lora.Options.model_validate(options_of(config, tensors)), base, 0)
+    return method, method.factors_of(tensors)
 
 
 def _ia3(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
     inputs = config["feedforward_modules"]
     outputs = [name for name in config["target_modules"] if name not in inputs]
     return IA3(IA3.Options(outputs=outputs, inputs=inputs), base, 0), without_wrappers(tensors)
+
+
+def _ia3_of_experts(base: Base, config: Mapping[str, Any], tensors: Tensors) -> _Loaded:
+    return IA3(IA3.Options(outputs=config["outputs"], inputs=config["inputs"]), base, 0), tensors
 
 
 def _virtual(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,4 +276,5 @@ _METHODS: dict[str, Callable[[Base, Mapping[str, Any], Tensors], _Loaded]] = {
     "P_TUNING": _prompt,
     "LORA": _lora,
     "IA3": _ia3,
+    rescaling.FORMAT: _ia3_of_experts,
 }

@@ -43,12 +43,13 @@ def _mention(key: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![\w.]){re.escape(key)}(?!\w|\.\w)")
 
 
-def nearest(word: str, valid: list[str]) -> str:
-    """A hint for an unknown `word`: the closest valid one, and the whole list."""
+def nearest(word: str, valid: list[str], shown: int | None = None) -> str:
+    """A hint for an unknown `word`: the closest valid one, and the list of them, or its first `shown`."""
     import difflib
 
     if not valid:
         return "there is none in the package: give a file of your own, like ./mine.py"
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}valid: {', '.join(valid)}"
+    listed = ", ".join(valid[:shown]) + ", ..." * (shown is not None and len(valid) > shown)
+    return f"{hint}valid: {listed}"

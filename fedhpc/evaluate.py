@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedhpc import config as configuration
-from fedhpc.config import Config
+from fedhpc.config import QUANTIZATION, Config
 from fedhpc.errors import UserError
 from fedhpc.ranks import process
 from fedhpc.ranks.launch import Launch, detect
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 #: Keys of the section model that MODEL settles, and others that it settles where it is an export.
-_OF_BASE, _OF_EXPORT = ("name", "revision"), ("task", "dtype", "quantize")
+_OF_BASE, _OF_EXPORT = ("name", "revision"), ("task", "dtype", *QUANTIZATION)
 #: The sections and keys that are read where nothing is trained.
 _READ = frozenset({"data", "evaluation", "runtime", "model", "objective", "run.seed"})
 
@@ -68,6 +68,7 @@ class Loaded:
     data: Data
     method: Method | None  # None: the weights of the base are the ones that are tested
     payloads: torch.Tensor  # (1, P)
+    of_workers: Sequence[str]  # what is to be said of the ranks of each worker, a line each
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _work(options: argparse.Namespace, subject: Subject, rank: Rank) -> None:
     measured = measure(rank.config, loaded, options.per_client)
     if measured is None:
         return
-    lines = [*loaded.evaluator.base.messages, *loaded.data.messages]
+    lines = [*loaded.evaluator.base.messages, *loaded.data.messages, *loaded.of_workers]
     if options.config is None and subject.config is None and rank.config.data.source.startswith("builtin:"):
         lines.append(f"data: no CONFIG was given, so the test is of the demo's data, {rank.config.data.source}")
     lines += lines_of_test(measured.outcome.metrics, measured.outcome.sampling, base={})
@@ -188,39 +189,65 @@ def _work(options: argparse.Namespace, subject: Subject, rank: Rank) -> None:
 
 def load_on_all(config: Config, subject: Subject, per_client: bool, rank: Rank) -> Loaded:
     """`load` on every rank, on rank 0 first: a mistake is said once, and the others find the tokens cached."""
-    from fedhpc.approaches.prepare import assign_devices
+    from fedhpc.approaches.prepare import assign_devices, load_together, worker_ranks
     from fedhpc.ranks.devices import device_of
+    from fedhpc.ranks.topology import Topology
     from fedhpc.ranks.verdict import on_server
 
-    device = device_of(assign_devices(config, rank.transport, rank.launch, rank.gpus))
+    transport = rank.transport
+    launch = assign_devices(config, transport, rank.launch, rank.gpus)
+    size, of_workers = worker_ranks(config, transport, launch, spreads=True)
+    on_server(transport, lambda: Topology.of(transport.world_size, size).group_size)  # or why that cannot be
+    transport.form_groups(Topology.of(transport.world_size, size, transport.nodes))
     made: list[Loaded] = []
-    make = partial(load, config, subject, per_client, rank.transport, device)
-    on_server(rank.transport, lambda: made.append(make()))
+    make = partial(load, config, subject, per_client, transport, device_of(launch), of_workers)
+    if size > 1:
+        on_server(transport, lambda: len(_read(config, subject, per_client).test))
+        return load_together(transport, make)
+    on_server(transport, lambda: made.append(make()))
     return made[0] if made else make()
 
 
-def load(config: Config, subject: Subject, per_client: bool, transport: Transport, device: torch.device) -> Loaded:
-    """The model on `device` and the data. UserError where one of them is wrong, or they do not go together."""
+def _read(config: Config, subject: Subject, per_client: bool) -> Data:
+    """The data as the model of `subject` reads them. UserError where they are wrong."""
+    from fedhpc import customized
+    from fedhpc.data import load_data
+    from fedhpc.models.load import load_tokenizer, model_class, stored_classes
+
+    head = customized.classes_of(subject.export) if subject.export is not None else stored_classes(config.model)
+    tokenizer, model = load_tokenizer(config.model), model_class(config.model)
+    return load_data(config, tokenizer, model, head=head, purpose="clients" if per_client else "test")
+
+
+def load(
+    config: Config,
+    subject: Subject,
+    per_client: bool,
+    transport: Transport,
+    device: torch.device,
+    of_workers: Sequence[str] = (),
+) -> Loaded:
+    """The model on `device` and the data. UserError where one of them is wrong, or they do not go together.
+
+    Collective where the ranks of a worker hold the model between them.
+    """
     import torch
 
     from fedhpc import customized, objectives, registry
     from fedhpc.approaches.inputs import label_targets
-    from fedhpc.data import load_data
     from fedhpc.data.labels import in_head
     from fedhpc.evaluation.evaluate import Evaluator
-    from fedhpc.models.load import check_length, check_tokens, load_base, load_tokenizer, model_class, stored_classes
+    from fedhpc.models.load import check_length, check_tokens, load_base, model_class, stored_classes
     from fedhpc.objectives._preference import Preference
 
     model, export = model_class(config.model), subject.export
     objective = objectives.of_config(config, model)
     head = customized.classes_of(export) if export is not None else stored_classes(config.model)
-    data = load_data(
-        config, load_tokenizer(config.model), model, head=head, purpose="clients" if per_client else "test"
-    )
+    data = _read(config, subject, per_client)
     names = data.train.label_names
     method, payloads = None, torch.empty(1, 0)
     if export is None:
-        base = load_base(config.model, device, names, config.run.seed)
+        base = load_base(config.model, device, names, config.run.seed, transport.group)
     else:
         if not model.has_target and head and in_head(names, head) is None:
             others = [name for name in names if name not in head]
@@ -228,7 +255,7 @@ def load(config: Config, subject: Subject, per_client: bool, transport: Transpor
                 f"data.label: the classifier in '{export}' has not the class '{others[0]}' of the data, but "
                 f"{', '.join(head)}"
             )
-        customized_base = customized.load(export, subject.base, str(device))
+        customized_base = customized.load(export, subject.base, str(device), config.model.offload, transport.group)
         base, method = customized_base.base, customized_base.method
         if method is None and isinstance(objective, Preference) and objective.has_reference:
             raise UserError(
@@ -247,7 +274,7 @@ def load(config: Config, subject: Subject, per_client: bool, transport: Transpor
     targets = label_targets(config, model, data, base.tokenizer)
     precision = config.runtime.precision
     evaluator = Evaluator(base, objective, config.evaluation, precision, transport, targets)
-    return Loaded(evaluator, data, method, payloads)
+    return Loaded(evaluator, data, method, payloads, of_workers)
 
 
 def measure(config: Config, loaded: Loaded, per_client: bool) -> Measured | None:

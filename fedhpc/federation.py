@@ -12,18 +12,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from fedhpc import registry
-from fedhpc.approaches.base import AnyApproach
+from fedhpc.approaches.base import AnyApproach, BlockResult
 from fedhpc.approaches.describe import evaluated, headline, run_description
-from fedhpc.approaches.report import Clock, collect, make_record
+from fedhpc.approaches.report import Before, Clock, collect, make_record
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
+from fedhpc.results.following import Following
 from fedhpc.results.opening import Opening
 from fedhpc.results.progress import Progress
 from fedhpc.results.record import OK, Event, FinalResults, Observer, RoundRecord
 from fedhpc.results.recorder import Recorder
-from fedhpc.results.trackers.base import Guarded, Tracker
 from fedhpc.server.state import ServerState
 from fedhpc.training import client_state
 
@@ -32,21 +32,22 @@ def run_round(
     approach: AnyApproach, transport: Transport, server_state: ServerState | None, round_: int
 ) -> RoundRecord | None:
     """One round; its record on rank 0. FedAvg's are lines 3 to 8 of algorithm 1 of McMahan et al. 2017."""
-    wire_bytes, fitted, clock = transport.wire_bytes, approach.fits, Clock()
+    before, fitted, clock = Before.of(transport), approach.fits, Clock()
     with clock("broadcast"):
         plan = approach.plan(round_)
         transport.progress.begin(round_, len(plan.training))
         download = approach.download(transport, server_state, plan)
     with clock("local"):
-        blocks = approach.blocks_of(plan, approach.topology.worker_of(transport.rank))
-        results = []
+        blocks = approach.blocks_of(plan, transport.rank)
+        results: list[BlockResult[Any]] = []
         for block in blocks:
+            done = len(results)
             results += approach.local_in_parts(plan, block.clients, download)
-            transport.progress.finish(len(block.clients))
+            transport.progress.finish(sum(len(result.clients) for result in results[done:]))
     with clock("reduce"):
         results = approach.attacked(transport, plan, results)
         combined = approach.combine(transport, server_state, plan, results)
-        reports = collect(transport, plan, results, approach, fitted, clock.seconds("local"), wire_bytes)
+        reports = collect(transport, plan, results, approach, fitted, clock.seconds("local"), before)
     if server_state is None or reports is None:
         return None
     with clock("server"):
@@ -70,16 +71,22 @@ def run(
     fresh: bool,
     on_round: Callable[[int], None],
     writing: AbstractContextManager[object] | None = None,
+    until: int | None = None,
 ) -> None:
     """Run or resume to the end. `on_round` is told which round is safely on disk; on ranks above 0 only the first.
 
-    `writing` is held while rank 0 writes its files: who holds it for good keeps the run directory as it is.
+    `writing` is held while rank 0 writes its files: who holds it for good keeps the run directory as it is. With
+    `until` the run pauses after that round, to be resumed, unless it was the last one.
     """
     approach.progress = transport.progress
     with ExitStack() as stack:
         round_, server = _begin(approach, transport, fresh, on_round, writing or nullcontext(), stack)
         server_state = server.state if server else None
         while round_ < approach.rounds and not approach.ends_early(transport, server_state):
+            if until is not None and round_ >= until:
+                if server:
+                    server.pause(round_)
+                return
             round_ += 1
             record = run_round(approach, transport, server_state, round_)
             if round_ % approach.config.evaluation.every == 0 or round_ == approach.rounds:
@@ -93,6 +100,8 @@ def run(
             adapter = approach.config.run_dir / "adapter"
             exported = f" and {adapter}" if adapter.exists() else ""
             server.message(f"complete: {approach.config.run_dir}/results.h5{exported}")
+        if approach.topology.group_size > 1:
+            transport.barrier()  # who holds layers stays as long as the server may need them, as for an export
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,11 @@ class Server:
         """Tell all observers of a round: first the results file, then the screen, so what is seen is on the disk."""
         for observer in self.observers:
             observer.round(record)
+
+    def pause(self, round_: int) -> None:
+        """Tell all observers that the run stops after a round, to go on later."""
+        for observer in self.observers:
+            observer.pause(round_)
 
     def finish(self, results: FinalResults) -> None:
         """Tell all observers how the run ended."""
@@ -135,7 +149,12 @@ def _evaluated(
     seconds = time.perf_counter() - began if round_ else 0.0
     seconds_so_far = record.seconds + seconds
     return replace(
-        record, metrics=outcome.metrics, sampling=outcome.sampling, seconds_eval=seconds, seconds=seconds_so_far
+        record,
+        metrics=outcome.metrics,
+        sampling=outcome.sampling,
+        samples=outcome.samples,
+        seconds_eval=seconds,
+        seconds=seconds_so_far,
     )
 
 
@@ -195,8 +214,6 @@ def _observers(
         on_round(round_)
 
     recorder = Recorder(run, opening.results, state, config.checkpoint.every, writing, saved)
-    observers: list[Observer] = [recorder, Progress(run.rounds, opening.round, approach.progress)]
-    for options in config.trackers:
-        tracker: type[Tracker] = registry.choice("trackers", options.name, "trackers.name")
-        observers.append(Guarded(options.name, partial(tracker, options, run, opening.round), observers[:2]))
-    return observers
+    screen = Progress(run.rounds, opening.round, approach.progress)
+    trackers = [Following(config.trackers, run, opening.results, screen)] if config.trackers else []
+    return [recorder, screen, *trackers]

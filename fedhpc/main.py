@@ -1,15 +1,18 @@
 """Run a federation.
 
-    python -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--ranks N] [--check] [--where] [--fresh]
+    python -m fedhpc.main [CONFIG.yaml] [section.key=value ...] [--ranks N | --ranks-per-node N] [--check]
+        [--where] [--fresh]
     python -m fedhpc.main ... --check ranks=8,64,512     a forecast for these numbers of ranks
     python -m fedhpc.main ...                  one process
     python -m fedhpc.main ... --ranks 3        3 processes of this machine, without a launcher
+    python -m fedhpc.main ... --until 5        pause after round 5; the same command without it goes on
     torchrun --nproc_per_node=8 -m fedhpc.main ...       torchrun, also on several machines
     mpiexec -n 4 python -m fedhpc.main ...     MPI
     srun python -m fedhpc.main ...             Slurm
+    srun --ntasks-per-node=1 python -m fedhpc.main ... --ranks-per-node 16     one import on each node, for 16 ranks
 
-Exit codes: 0 done; 1 failed while running; 2 bad command, configuration or data (nothing was written); 75 preempted,
-checkpointed, run again.
+Exit codes: 0 done (with --until: that round is); 1 failed while running; 2 bad command, configuration or data (nothing
+was written); 75 preempted, checkpointed, run again.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from fedhpc.ranks import process
 from fedhpc.ranks.launch import Launch, detect
 from fedhpc.ranks.process import Rank
 from fedhpc.ranks.startup import DONE
+from fedhpc.ranks.topology import Topology
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +44,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="fedhpc run",
         description="Federated customization of large models. Without CONFIG: the embedded demo.",
-        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--ranks N] [--check] [--where] [--fresh]",
+        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--ranks N | --ranks-per-node N] [--until N] [--check] "
+        "[--where] [--fresh]",
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG | section.key=value", help="configuration and overrides")
     parser.add_argument(
@@ -50,6 +55,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ranks", type=int, dest="forks", metavar="N", help="start N ranks on this machine, which share its memory"
+    )
+    parser.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="start N ranks from each process of a launcher that starts one on every node",
+    )
+    parser.add_argument(
+        "--until", type=int, metavar="N", help="pause after round N; the command without it goes on from there"
     )
     parser.add_argument("--where", action="store_true", help="print the run directory and leave")
     parser.add_argument("--fresh", action="store_true", help="start over in a directory that holds a run")
@@ -68,8 +82,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not all(count.isascii() and count.isdigit() and int(count) for count in counts.split(",") if counts):
         raise UserError(f"command line: ranks={counts} is not a list of numbers like 8,64,512")
     options.ranks = [int(count) for count in counts.split(",") if counts]
-    if options.forks is not None and options.forks < 1:
-        raise UserError(f"command line: --ranks {options.forks}: at least one is needed")
+    if options.forks is not None and options.ranks_per_node is not None:
+        raise UserError("command line: --ranks is for this machine alone, --ranks-per-node for every node: give one")
+    for name, count in (("--ranks", options.forks), ("--ranks-per-node", options.ranks_per_node)):
+        if count is not None and count < 1:
+            raise UserError(f"command line: {name} {count}: at least one is needed")
     return options
 
 
@@ -83,32 +100,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The configuration imports numpy, whose OpenBLAS would start a thread per core in every rank.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         config = configuration.load(options.config, options.overrides)
-        _check_forks(options.forks, config, launch)
+        _check_forks(options, config, launch)
+        _check_until(options, config)
+        _check_groups(options, config, launch)
+        _check_trackers(config)
     except UserError as error:
         return process.refuse(error, launch)
     if options.where:
         print(config.run_dir)
         return DONE
     work = partial(_work, options)
-    if options.forks is not None and options.forks > 1:
-        return process.fork(options.forks, config, partial(_imports, config.model), work)
-    return process.run(config, launch, _imports, work)
+    imports = partial(_imports, config.runtime.worker_ranks != 1)
+    if forks := options.ranks_per_node or (options.forks if options.forks != 1 else None):
+        return process.fork(forks, config, launch, partial(imports, config.model), work)
+    return process.run(config, launch, imports, work)
 
 
-def _check_forks(forks: int | None, config: Config, launch: Launch) -> None:
-    """UserError where --ranks does not go with the launcher or the transport."""
-    if forks is not None and launch.launcher != "single":
-        raise UserError(f"command line: --ranks starts ranks of its own, but {launch.launcher} has started this one")
-    if forks is not None and forks > 1 and config.runtime.transport == "mpi":
-        raise UserError("runtime.transport: mpi: --ranks has no MPI between its ranks; use auto, or mpiexec")
+def _check_forks(options: argparse.Namespace, config: Config, launch: Launch) -> None:
+    """UserError where --ranks does not go with the launcher, or ranks that are forked with the transport."""
+    if options.forks is not None and launch.launcher != "single":
+        raise UserError(
+            f"command line: --ranks starts ranks of its own, but {launch.launcher} has started this one; where it "
+            "starts one process on each node, give --ranks-per-node"
+        )
+    if (options.ranks_per_node or options.forks or 1) > 1 and config.runtime.transport == "mpi":
+        raise UserError("runtime.transport: mpi: ranks that are forked have no MPI between them; use auto, or mpiexec")
 
 
-def _imports(model: Model | None = None) -> None:
-    """The heavy modules of a run; with `model` also those of its architecture, for the ranks that are forked."""
+def _check_until(options: argparse.Namespace, config: Config) -> None:
+    """UserError where --until names no round of the run, or there is no run."""
+    rounds = config.federation.rounds
+    if options.until is not None and not 1 <= options.until <= rounds:
+        raise UserError(f"command line: --until {options.until}: the run has rounds 1 to {rounds} (federation.rounds)")
+    if options.until is not None and options.check:
+        raise UserError("command line: --until is of a run, and --check runs nothing; give one of them")
+
+
+def _check_groups(options: argparse.Namespace, config: Config, launch: Launch) -> None:
+    """UserError where the ranks, if their number is known, do not divide into workers of runtime.worker_ranks."""
+    ranks = options.forks or launch.world_size * (options.ranks_per_node or 1)
+    group_size = config.runtime.worker_ranks
+    if ranks and not (ranks == 1 and options.check) and group_size != "auto":
+        Topology.of(ranks, group_size)
+
+
+def _check_trackers(config: Config) -> None:
+    """UserError where a tracker lacks its package."""
+    if config.trackers:
+        from fedhpc.results.trackers.base import check_packages
+
+        check_packages(config.trackers)
+
+
+def _imports(spread: bool, model: Model | None = None) -> None:
+    """The heavy modules of a run; with `model` also those of its architecture, for the ranks that are forked.
+
+    spread: whether ranks may hold a base between them.
+    """
     from fedhpc.models.imports import transformers_for_a_run
     from fedhpc.models.load import import_classes
 
-    transformers_for_a_run()
+    transformers_for_a_run(spread)
     from fedhpc import federation  # noqa: F401
 
     if model is not None:
@@ -127,7 +179,7 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     launch = assign_devices(config, transport, rank.launch, rank.gpus)
     approach = prepare(config, transport, launch, write_cache=not options.check)
     if not options.check:
-        federation.run(approach, transport, options.fresh, rank.saved.reached, rank.saved.writing)
+        federation.run(approach, transport, options.fresh, rank.saved.reached, rank.saved.writing, options.until)
         return
     lines = describe(approach, transport)
     if options.ranks:

@@ -16,6 +16,12 @@ Runs what is missing, one run after the other, continues what was interrupted, a
       - partition.alpha: [0.1, 1.0]      # a key and its values
       - run.seed: [0, 1, 2]
     launch: torchrun --standalone --nproc_per_node=3 -m fedhpc.main    # default python -m fedhpc.main
+    early_stop: {factor: 3, after: [2, 6]}      # after round 2, and again after 6, the best third goes on
+
+With `early_stop` all runs pause after these rounds (`fedhpc.main ... --until 2`). Runs that differ in their seed alone
+are one setting, ranked by the mean of their validation losses (fedhpc.halving); the settings that go on are resumed, so
+they end with the bits of a sweep without it. The others stay as they are, are listed as stopped early, and are in no
+comparison; `sweep.early_stop=null` on the command line lets them go on, too.
 
 Paths are relative to the current directory. Exit codes: 0 all is complete; 1 a run failed (the others went on);
 2 bad command or configuration (nothing was written), or another process has a run; 75 preempted, run again.
@@ -34,7 +40,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -45,6 +51,7 @@ from pydantic import Field
 from fedhpc import config as configuration
 from fedhpc.config import Config
 from fedhpc.errors import UserError, nearest
+from fedhpc.halving import EarlyStop, Halving, Rung
 from fedhpc.ranks.launch import detect
 from fedhpc.ranks.startup import DONE, FAILED, PREEMPTED, REFUSED, SIGNALS
 from fedhpc.registry import Section
@@ -55,9 +62,10 @@ from fedhpc.results.files import atomic_write
 from fedhpc.results.lock import InUseError
 from fedhpc.results.progress import duration
 from fedhpc.results.resume import decide
-from fedhpc.results.status import read_status
+from fedhpc.results.status import PAUSED, read_status
 
-COMPLETE, IN_USE, STOPPED = "complete", "in use", "preempted"
+COMPLETE, REACHED, IN_USE, STOPPED = "complete", "reached", "in use", "preempted"
+EARLY = "stopped early after round"  # and its number
 Changes = Mapping[str, Any]  # section.key -> value
 
 
@@ -70,6 +78,7 @@ class Sweep(Section):
     set: dict[str, Any] = Field({}, description="overrides for all runs")
     grid: list[dict[str, Any]] = Field(description="axes; the runs are their combinations")
     launch: str = Field("python -m fedhpc.main", description="command that takes a configuration file")
+    early_stop: EarlyStop | None = Field(None, description="rounds after which only the best settings go on")
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_error = REFUSED
     try:
         sweep, cells = load(options.sweep, options.overrides)
+        halving = None
+        if sweep.early_stop is not None:
+            halving = Halving(sweep.early_stop, [cell.config for cell in cells], str(options.sweep))
         command = _command(sweep.launch)
-        statuses = [status_of(cell) for cell in cells]
+        statuses, rungs = survey(cells, halving)
         chosen = list(range(len(cells)))
         if options.index is not None:
             if options.index not in chosen:
@@ -114,16 +126,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(str(cells[i].config.run_dir) for i in chosen))
             return DONE
         if not (options.list or options.dry_run):
+            if halving and options.index is not None:
+                raise UserError(
+                    "command line: --index does one run alone, and sweep.early_stop ranks all of them; leave it out, "
+                    "or give sweep.early_stop=null"
+                )
             on_error = FAILED
-            return run(cells, chosen, command)
+            return run(cells, chosen, command, halving)
     except UserError as error:
         print(f"fedhpc sweep: error: {error}", file=sys.stderr)
         return on_error
+    until = next(iter(halving.options.after[len(rungs) :]), None) if halving else None
     for i in chosen:
         print(f"{i:4d}  {cells[i].name:{max(len(cell.name) for cell in cells)}}  {statuses[i]}")
-        if options.dry_run and statuses[i] not in (COMPLETE, IN_USE):
+        if options.dry_run and statuses[i] not in (COMPLETE, IN_USE) and not statuses[i].startswith(EARLY):
             print("      " + " ".join(f"{key}={json.dumps(value)}" for key, value in cells[i].changes.items()))
-            print(f"      {shlex.join([*command, str(cells[i].file)])}")
+            print(f"      {shlex.join(_started(command, cells[i], until))}")
+    if options.dry_run and halving:
+        print(halving.plan)
     return DONE
 
 
@@ -235,8 +255,9 @@ class _Runner:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
 
-    def __call__(self, cell: Cell) -> str:
-        """Run one cell; returns COMPLETE, IN_USE, STOPPED, or the reason why it failed."""
+    def __call__(self, cell: Cell, until: int | None) -> str:
+        """Run one cell, to the end or `until` a round; returns COMPLETE, REACHED, IN_USE, STOPPED, or
+        the reason why it failed."""
         directory = cell.config.run_dir
         directory.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(cell.file, cell.config.to_yaml().encode())
@@ -244,7 +265,8 @@ class _Runner:
         if self.signals:
             return STOPPED
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through us.
-        self.process = subprocess.Popen([*self.command, str(cell.file)], start_new_session=True, env=_environment())
+        command = _started(self.command, cell, until)
+        self.process = subprocess.Popen(command, start_new_session=True, env=_environment())
         if self.signals:
             self._end()
         code = self.process.wait()
@@ -256,11 +278,14 @@ class _Runner:
         status_now = status_of(cell)
         if status_now in (COMPLETE, IN_USE):
             return status_now
+        if until and code == DONE and status and status.round >= until:
+            return REACHED
         return reported.reason if reported and reported.state == "failed" else f"exit code {code}, its message is above"
 
 
 def status_of(cell: Cell) -> str:
-    """The status of a run: complete, in use, preempted, failed, interrupted (killed), extended or waiting.
+    """The status of a run: complete, in use, preempted, paused after a round, failed, interrupted (killed), extended
+    or waiting.
 
     UserError where its directory holds another run.
     """
@@ -273,51 +298,107 @@ def status_of(cell: Cell) -> str:
         raise UserError(f"{error} (for a sweep: remove that folder, or give another sweep.dir)") from None
     if status is None or decision == "finished":
         return "waiting" if status is None else COMPLETE
+    if status.reason.startswith(PAUSED):
+        return status.reason
     return {"running": "interrupted", "complete": "extended"}.get(status.state, status.state)
 
 
-def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str]) -> int:
-    """Run those of the `chosen` cells that are not complete, then compare all; returns the exit code."""
-    failed: dict[int, str] = {}
-    busy: list[int] = []
-    complete, seconds, todo = 0, 0.0, len(chosen)
-    with _Runner(command) as runner:
-        for i in itertools.chain(chosen, busy):  # at the end again those that another process was running
-            title, outcome = f"[{i + 1}/{len(cells)}] {cells[i].name}", status_of(cells[i])
-            if outcome not in (COMPLETE, IN_USE):
-                print(f"{title}: {outcome}, starting", flush=True)
-                began = time.monotonic()
-                outcome = runner(cells[i])
-                if outcome == STOPPED:
-                    print("fedhpc sweep: preempted; the same command goes on from there", file=sys.stderr)
-                    return PREEMPTED
-                complete += outcome == COMPLETE
-                seconds += time.monotonic() - began
-            if outcome == IN_USE and i not in busy:
-                busy.append(i)
-            elif outcome not in (COMPLETE, IN_USE):
-                failed[i] = outcome
-            todo -= outcome != IN_USE
-            left = seconds / max(complete, 1) * todo
-            print(f"{title}: {outcome}" + (f"; at most {duration(left)} left" if left else ""), flush=True)
-        return _close(cells, chosen, failed)
+def survey(
+    cells: Sequence[Cell], halving: Halving | None, failed: Collection[int] = ()
+) -> tuple[list[str], list[Rung]]:
+    """The status of each run, EARLY and a round where it did not go on, and the rungs that are decided.
 
-
-def _close(cells: Sequence[Cell], chosen: Sequence[int], failed: Mapping[int, str]) -> int:
-    """Compare the complete runs, name those that failed or are in use elsewhere, and return the exit code."""
+    failed: runs that may have left nothing behind. UserError as `status_of`.
+    """
     statuses = [status_of(cell) for cell in cells]
+    failed = {*failed, *(i for i, status in enumerate(statuses) if status == "failed")}
+    rungs = halving.decided(failed) if halving else []
+    for rung in rungs:
+        for i in {i for setting in rung.stopped for i in setting.runs} - failed:
+            if statuses[i] not in (COMPLETE, IN_USE):
+                statuses[i] = f"{EARLY} {rung.round}"
+    return statuses, rungs
+
+
+def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str], halving: Halving | None) -> int:
+    """Run those of the `chosen` cells that are not complete, then compare all; returns the exit code.
+
+    halving: at each of its rungs all pause, and the best go on.
+    """
+    outcomes: dict[int, str] = {}
+    going = chosen
+    with _Runner(command) as runner:
+        for number, until in enumerate([*(halving.options.after if halving else []), None]):
+            outcomes |= _run_until(until, cells, going, runner, halving)
+            if STOPPED in outcomes.values():
+                print("fedhpc sweep: preempted; the same command goes on from there", file=sys.stderr)
+                return PREEMPTED
+            if halving and until:
+                rungs = halving.decided([i for i in outcomes if _is_failure(outcomes[i])])
+                if len(rungs) == number:  # another process has runs that are not there yet
+                    break
+                print(rungs[number].line, flush=True)
+                going = [i for setting in rungs[number].going for i in setting.runs]
+        return _close(cells, chosen, outcomes, halving)
+
+
+def _run_until(
+    until: int | None, cells: Sequence[Cell], going: Sequence[int], runner: _Runner, halving: Halving | None
+) -> dict[int, str]:
+    """Run the cells `going` to the rung `until`, or to their end; the outcome of each, as of a `_Runner`, in order."""
+    outcomes: dict[int, str] = {}
+    busy: list[int] = []
+    well, seconds, todo = 0, 0.0, len(going)
+    for i in itertools.chain(going, busy):  # at the end again those that another process was running
+        title = f"[{i + 1}/{len(cells)}] {cells[i].name}"
+        outcome = REACHED if halving and until and halving.reached(i, until) else status_of(cells[i])
+        if outcome not in (COMPLETE, REACHED, IN_USE):
+            print(f"{title}: {outcome}, starting", flush=True)
+            began = time.monotonic()
+            outcome = runner(cells[i], until)
+            if outcome == STOPPED:
+                return {i: STOPPED}
+            well += not _is_failure(outcome)
+            seconds += time.monotonic() - began
+        if outcome == IN_USE and i not in busy:
+            busy.append(i)
+        outcomes[i] = outcome
+        todo -= outcome != IN_USE
+        left = seconds / max(well, 1) * todo
+        line = f"{title}: {outcome}" + (f" round {until}" if outcome == REACHED else "")
+        target = f" to round {until}" if until else ""
+        print(line + (f"; at most {duration(left)} left{target}" if left else ""), flush=True)
+    return outcomes
+
+
+def _is_failure(outcome: str) -> bool:
+    return outcome not in (COMPLETE, REACHED, IN_USE)
+
+
+def _close(cells: Sequence[Cell], chosen: Sequence[int], outcomes: Mapping[int, str], halving: Halving | None) -> int:
+    """Compare the complete runs, name those that failed or are in use elsewhere, and return the exit code."""
+    failed = [i for i in sorted(outcomes) if _is_failure(outcomes[i])]
+    statuses, rungs = survey(cells, halving, failed)
     complete = [cell.config.run_dir for cell, status in zip(cells, statuses, strict=True) if status == COMPLETE]
     if complete and (len(complete) == len(cells) or len(chosen) == len(cells)):
         out = complete[0].with_name("comparison")
         out.mkdir(exist_ok=True)
-        compare([load_run(path) for path in complete], out, console())
-        print(f"wrote {out}: {len(complete)} of {len(cells)} runs compared")
-    for i, reason in failed.items():
-        print(f"fedhpc sweep: error: {cells[i].name} failed: {reason}", file=sys.stderr)
-    busy = [cells[i].name for i in chosen if statuses[i] == IN_USE]
+        early = [status.startswith(EARLY) for status in statuses]
+        notes = [note for rung in rungs if (note := rung.note(early))]
+        compare([load_run(path) for path in complete], out, console(), notes=notes)
+        stopped = f", {sum(early)} stopped early" if any(early) else ""
+        print(f"wrote {out}: {len(complete)} of {len(cells)} runs compared{stopped}")
+    for i in failed:
+        print(f"fedhpc sweep: error: {cells[i].name} failed: {outcomes[i]}", file=sys.stderr)
+    busy = [cells[i].name for i, outcome in outcomes.items() if outcome == IN_USE and statuses[i] != COMPLETE]
     if busy:
         print(f"fedhpc sweep: error: in use by another process: {', '.join(busy)}; run again later", file=sys.stderr)
     return FAILED if failed else REFUSED if busy else DONE
+
+
+def _started(command: Sequence[str], cell: Cell, until: int | None) -> list[str]:
+    """The command that runs one cell, to the end or `until` a round."""
+    return [*command, str(cell.file), *(["--until", str(until)] if until else [])]
 
 
 def _command(launch: str) -> list[str]:

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh report
 export OMP_NUM_THREADS=1
-run() { .venv/bin/torchrun --standalone --nproc_per_node=3 -m fedhpc.main "$@"; }
+run() { .venv/bin/torchrun --standalone --nproc_per_node=3 -m fedhpc.main runtime.workers=2 "$@"; }
 run run.name=quickstart-federated "$@"
 # As many examples: a round of the federation has 10 of 20 clients, about 1,200 examples.
 run mode=centralized client.steps=150 run.name=quickstart-centralized "$@"

@@ -5,7 +5,11 @@ srun_arguments=(--kill-on-bad-exit=1)
 # One worker per GPU and the server beside them on the first node, unless the job was given --ntasks... of its own.
 place_ranks() {
     local gpus=${SLURM_GPUS_ON_NODE:-0} hosts host rank
-    if [ "$gpus" = 0 ] || [ -n "${SLURM_NTASKS:-}" ]; then return; fi
+    if [ "$gpus" = 0 ] || [ -n "${SLURM_NTASKS:-}" ]; then
+        # From Slurm 22.05 on srun does not take the job's --cpus-per-task over by itself.
+        if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then srun_arguments+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
+        return
+    fi
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     SLURM_HOSTFILE=$(mktemp 2> /dev/null || mktemp -p /tmp) # TMPDIR may name a folder that is not there
     export SLURM_HOSTFILE

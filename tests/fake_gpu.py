@@ -62,7 +62,9 @@ class FakeGPU(FakeTensorMode):
             waits = not kwargs.get("non_blocking") or all(args[0] is not pinned for pinned in self.pinned)
             self._wait(PAGEABLE, waits)
         if function is _aten.copy_.default and not all(isinstance(t, FakeTensor) for t in args[:2]):
-            self._wait(PAGEABLE if isinstance(args[0], FakeTensor) else READ)
+            to_it = isinstance(args[0], FakeTensor)
+            quick = to_it and any(args[2:]) and any(args[1] is pinned for pinned in self.pinned)
+            self._wait(PAGEABLE if to_it else READ, not quick)
             if not isinstance(args[0], FakeTensor):
                 return args[0]
         return super().dispatch(function, types, args, kwargs)

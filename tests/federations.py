@@ -125,10 +125,12 @@ def federate(
     stop_at: int | None = None,
     fresh: bool = False,
     on_round: Callable[[int], None] = lambda round_: None,
+    until: int | None = None,
 ) -> int:
     """Run `config` on so many threads; the number of collectives that rank 0 took part in.
 
-    With `stop_at` it is interrupted at that collective and Interrupted is raised. Errors of a rank are raised.
+    With `stop_at` it is interrupted at that collective and Interrupted is raised, with `until` it pauses after that
+    round. Errors of a rank are raised.
     """
     group = _Group(ranks, stop_at)
     errors: list[BaseException] = []
@@ -144,7 +146,7 @@ def federate(
 
     def one(rank: int) -> None:
         try:
-            federation.run(tasks[rank], transports[rank], fresh, on_round)
+            federation.run(tasks[rank], transports[rank], fresh, on_round, until=until)
         except BaseException as error:  # handed to the caller
             errors.append(error)
             group.barrier.abort()

@@ -222,6 +222,28 @@ CASES: dict[str, Case] = {
         ),
         ranks=(1, 2, 3),
     ),
+    "lora_alternate": Case(
+        small(method={**LORA, "aggregation": "alternate"}, federation={"rounds": 3}, client={"lr": 0.3}),
+        ranks=(1, 2, 3),
+    ),
+    "lora_svd_adam": Case(
+        small(method={**LORA, "aggregation": "svd"}, client={"optimizer": "adamw", "lr": 0.02}, server={"lr": 0.9}),
+        cut="kill",
+    ),
+    "lora_flex_ranks": Case(
+        small(method={**LORA, "aggregation": "flex", "ranks": [1, 3]}, client={"lr": 0.3}),
+        ranks=(1, 2, 3),
+    ),
+    "lora_dual": Case(
+        small(
+            method={**LORA, "aggregation": "dual", "local_weight": 0.3},
+            federation={"rounds": 3, "cohort_size": 4, "dropout": 0.2},
+            evaluation={"client_fraction": 0.2, "max_clients": 6},
+            personalization={"parts": ["*_local.weight"]},
+        ),
+        cut="kill",
+    ),
+    "lora_sb": Case(small(model=FLOAT32, method={**LORA, "aggregation": "sb"}, client={"lr": 0.3})),
     "lora_exact_median": Case(
         small(method={**LORA, "aggregation": "exact"}, client={"lr": 0.3}, server={"aggregator": "median"}),
     ),

@@ -1,9 +1,12 @@
-"""Start ranks for tests: plain processes with torchrun's variables, torchrun, or mpiexec. All are ended."""
+"""Start ranks for tests: plain processes with torchrun's variables, the same forked from one that has imported the
+libraries, torchrun, or mpiexec. All are ended."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -12,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
@@ -19,23 +24,83 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-Launcher = Literal["env", "torchrun", "mpiexec"]
+LIMIT_S = 600.0  # that anything may take on a busy machine: a limit, not a pause
+Launcher = Literal["env", "forked", "torchrun", "mpiexec"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """How one process ended: a rank under "env", the launcher itself under torchrun and mpiexec."""
+    """How one process ended: a rank under "env" and "forked", the launcher itself under torchrun and mpiexec."""
 
     code: int
     out: str
     err: str
 
 
+@cache
+def forks() -> ForkServerContext:
+    """Where processes are forked from; that one has imported the libraries, once for all tests of this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.failing_rank"])
+    return context
+
+
+class Forked:
+    """A forked process, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, environ: Mapping[str, str], program: Sequence[str], out: Path, err: Path, cwd: str) -> None:
+        self._process: ForkServerProcess = forks().Process(
+            target=_become, args=(dict(environ), list(program), str(out), str(err), cwd)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _become(environ: dict[str, str], program: list[str], out: str, err: str, cwd: str) -> None:
+    """This forked process as `python *program`."""
+    from fedhpc.main import main
+    from fedhpc.ranks.process import leave
+
+    os.setsid()
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ)
+    if program[:2] == ["-m", "fedhpc.main"]:
+        leave(main(program[2:]))
+    sys.argv = program
+    runpy.run_path(program[0], run_name="__main__")
+
+
 class Ranks:
     """`n` running ranks of one program; a context manager that leaves nothing behind.
 
     program: Python source, or the arguments after `python` (["-m", "fedhpc.main", ...], [script, ...]).
-    launcher "env" starts plain processes (quick: no torchrun, 3 s); torchrun and mpiexec are the real ones.
+    launcher "env" starts plain processes (no torchrun, 3 s), and "forked" the same without their imports; torchrun and
+    mpiexec are the real ones.
     """
 
     def __init__(
@@ -64,7 +129,7 @@ class Ranks:
             "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]),
             **(env or {}),
         }
-        if launcher == "env":
+        if launcher in ("env", "forked"):
             port = str(free_port())
             places = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
             master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -81,11 +146,16 @@ class Ranks:
         else:
             mpiexec = [str(BIN / "mpiexec"), "-n", str(n), *launcher_args]
             commands = [([*mpiexec, sys.executable, *program], common)]
-        self.processes = []
+        self.processes: list[subprocess.Popen[bytes] | Forked] = []
         self._outputs = []
         for index, (command, environ) in enumerate(commands):
             out, err = folder / f"{index}.out", folder / f"{index}.err"
             self._outputs.append((out, err))
+            if launcher == "forked":
+                out.touch()
+                err.touch()
+                self.processes.append(Forked(environ, command[1:], out, err, str(cwd or REPOSITORY)))
+                continue
             with out.open("wb") as out_file, err.open("wb") as err_file:
                 self.processes.append(
                     subprocess.Popen(
@@ -102,6 +172,12 @@ class Ranks:
 
     def rank_processes(self) -> dict[int, psutil.Process]:
         """The ranks' own processes that live now, by rank."""
+        if self.launcher == "forked":
+            return {
+                rank: psutil.Process(process.pid)
+                for rank, process in enumerate(self.processes)
+                if process.poll() is None
+            }
         variable = "PMI_RANK" if self.launcher == "mpiexec" else "RANK"
         found = {}
         for process in self._family():
@@ -115,7 +191,7 @@ class Ranks:
         """What all processes have written so far, stdout and stderr."""
         return "".join(path.read_text() for pair in self._outputs for path in pair)
 
-    def wait_for(self, text: str, count: int = 1, timeout: float = 90) -> None:
+    def wait_for(self, text: str, count: int = 1, timeout: float = LIMIT_S) -> None:
         """Wait until `text` was written `count` times."""
         deadline = time.monotonic() + timeout
         while self.output().count(text) < count:
@@ -125,7 +201,7 @@ class Ranks:
             time.sleep(0.02)
         self._family()
 
-    def wait(self, timeout: float = 120) -> list[Result]:
+    def wait(self, timeout: float = LIMIT_S) -> list[Result]:
         """Wait for the end of all processes, ranks included, and return how they ended."""
         deadline = time.monotonic() + timeout
         self._family()
@@ -180,7 +256,7 @@ def run_ranks(
     program: str | Sequence[str],
     launcher: Launcher = "env",
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = LIMIT_S,
     launcher_args: Sequence[str] = (),
     cwd: Path | str | None = None,
 ) -> list[Result]:

@@ -113,7 +113,7 @@ def test_a_run_is_plotted(small: tuple[dict[str, Any], fedhpc.Run]) -> None:
     from matplotlib import pyplot
 
     axes = small[1].plot()
-    assert [line.get_label() for line in axes.lines] == ["training (clients' data)", "validation"]
+    assert [line.get_label() for line in axes.lines] == ["training (clients' data)", "validation (o: every round)"]
     assert small[1].plot(axes) is axes and len(axes.lines) == 4
     pyplot.close(axes.figure)
 
@@ -176,7 +176,7 @@ def test_an_interrupt_stops_a_run_that_goes_on_later(texts: Path, tmp_path: Path
     list(_waiting_for(process, "round 2/40"))
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (75, "")
     said = re.search(r"stopped: stopped; (\d+) rounds are kept in .*run, the same fedhpc.run\(...\) goes on", out)
     assert said is not None, out
@@ -202,7 +202,7 @@ def test_an_interrupt_before_anything_is_written(texts: Path, tmp_path: Path) ->
     while not any(_is_run(child) for child in psutil.Process(process.pid).children()):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 75 and "stopped: stopped before anything was written" in out
     assert not (tmp_path / "run").exists()
 

@@ -110,13 +110,13 @@ LAYERS = [
     {"models", "secure"},
     {"updates", "objectives"},
     {"methods"},
-    {"attacks", "server", "training", "report"},
+    {"attacks", "server", "training", "report", "halving"},
     {"participation", "evaluation"},
     {"privacy"},
     {"approaches"},
     {"federation"},
-    {"main", "bench", "sweep", "api", "customized"},
-    {"console", "evaluate"},
+    {"main", "bench", "sweep", "api", "customized", "watch"},
+    {"console", "evaluate", "export"},
     {"__main__"},
 ]
 
@@ -132,7 +132,7 @@ def test_every_part_has_its_layer_and_imports_only_from_below() -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("torch.distributed", {"ranks.transport.torch_dist"}),
+        ("torch.distributed", {"ranks.transport.torch_dist", "models.sharding", "models.slices"}),
         ("mpi4py", {"ranks.transport.mpi"}),
         ("yaml", {"config.yaml"}),
         ("h5py", {"results.results_file", "report", "bench.gpu_runs", "bench.peers", "bench.rounds", "bench.scale"}),

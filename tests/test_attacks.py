@@ -16,6 +16,7 @@ from fedhpc.approaches.averaging.local import Upload, with_updates
 from fedhpc.approaches.base import BlockResult
 from fedhpc.approaches.prepare import prepare
 from fedhpc.attacks.base import attacked, attackers
+from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
@@ -138,6 +139,14 @@ def test_attacks_that_make_no_sense_are_refused(
         federate(settings(tmp_path, tree(texts, **changes)))
 
 
+def test_a_share_of_attackers_without_an_attack_is_refused_whatever_it_is() -> None:
+    raw: dict[str, dict[str, Any]] = {"partition": {"name": "iid"}, "attack": {"fraction": 0.2}}
+    with pytest.raises(UserError, match=r"attack\.fraction: .*name an attack"):
+        configuration.resolve(raw)
+    raw["attack"]["name"] = "none"  # as it is in the config.yaml of a run
+    configuration.resolve(raw)
+
+
 # ---------------------------------------------------------------- examples that attackers change
 
 
@@ -217,6 +226,21 @@ def test_the_success_of_a_backdoor_is_measured_on_rows_of_other_classes(texts: P
     assert sampling is not None and sampling.n == others
     assert 0 <= results.groups["test"]["attack_success"] <= 1 and "attack_success" in results.groups["base"]
     assert np.isfinite(results.rounds["eval_attack_success"]).all()
+
+
+def test_only_the_rows_that_get_a_trigger_are_written_anew(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approach = approach_of(texts, tmp_path, attack={**BACKDOOR, "goal": None})
+    train, poisoning = approach.data.test, approach.evaluation.poisoning
+    assert poisoning is not None
+    some, looked_at, tokens = np.arange(6), [], Examples.tokens
+    monkeypatch.setattr(Examples, "tokens", lambda self, row: looked_at.append(row) or tokens(self, row))
+    triggered = poisoning.triggered(train, some)
+    assert 0 < len(triggered) < len(train) and set(looked_at) <= set(some)
+    others = [row for row in some if train.labels[row] != 0]
+    decode = approach.base.tokenizer.decode
+    assert [decode(triggered.prompt(i)).count("Attention!") for i in range(len(triggered))] == [1] * len(others)
 
 
 def test_attackers_of_a_mean_replace_it() -> None:

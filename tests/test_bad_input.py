@@ -100,6 +100,8 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "override without =": (["client.lr"], ("client.lr", "section.key=value")),
     "override of nothing": (["=3"], ("'=3'", "section.key=value")),
     "empty step in a key": (["client..lr=3"], ("'client..lr'", "section.key")),
+    "a round that is not there": (["--until", "3", "federation.rounds=2"], ("--until 3", "has rounds 1 to 2")),
+    "a check until a round": (["--until", "2", "--check"], ("--until", "--check runs nothing")),
     "unknown option": (["--chekc"], ("--chekc", "--help")),
     "unknown section": (["clinet.lr=1"], ("unknown key 'clinet.lr'", "did you mean 'client'")),
     "unknown key": (["client.lrr=1"], ("unknown key 'client.lrr'", "did you mean 'lr'")),
@@ -121,9 +123,17 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["model.quantize=8bit", "model.dtype=float64"],
         ("model.quantize 8bit", "model.dtype float64"),
     ),
-    "quantised without a GPU": (
-        ["model.quantize=4bit", "runtime.device=cpu"],
-        ("model.quantize: 4bit needs bitsandbytes and a CUDA GPU", "the device is cpu", "use none"),
+    "a type of quantization without any": (
+        ["model.quantization_type=fp4"],
+        ("model.quantization_type is of 4 bits", "model.quantize is none", "set model.quantize to 4bit"),
+    ),
+    "double quantization of 8 bits": (
+        ["model.quantize=8bit", "model.double_quantization=true"],
+        ("model.double_quantization is of 4 bits", "model.quantize is 8bit", "take it out"),
+    ),
+    "4 bits of torchao": (
+        ["model.quantize=4bit", "model.quantization_library=torchao"],
+        ("model.quantization_library torchao is for model.quantize 8bit, not 4bit", "use bitsandbytes, or 8bit"),
     ),
     "a negative rate": (["client.lr=-1"], ("client.lr", "greater than or equal to 0", "got -1")),
     "a rate that is not a number": (["client.lr=.nan"], ("client.lr", "finite", "nan")),
@@ -150,6 +160,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["runtime.block_size=0"],
         ("runtime.block_size", "greater than or equal to 1 or 'auto'", "got 0"),
     ),
+    "blocks for nobody": (["runtime.workers=0"], ("runtime.workers", "greater than or equal to 1", "got 0")),
     "a block of a word": (["runtime.block_size=many"], ("runtime.block_size", "auto", "'many'")),
     "natural without owners": (["partition.name=natural", "data.client="], ("data.client",)),
     "dirichlet without labels": (["data.label="], ("data.label", "iid or quantity_skew")),
@@ -173,7 +184,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "a transform without a name": (["transforms=[{norm: 1.0}]"], ("transforms[0].name", "clip")),
     "transforms that are no list": (["transforms=clip"], ("transforms must be a list", "'clip'")),
-    "a transform that is a word": (["transforms=[clip]"], ("transforms[0] must be a mapping", "'clip'")),
+    "a transform that is a number": (["transforms=[1]"], ("transforms[0] must be", "1")),
     "a huge seed": (["run.seed=99999999999999999999"], ("run.seed",)),
     "a filter that is a word": (["data.where={name: x}"], ("data.where.name", "list", "'x'")),
     "a lone brace": (["data.prompt={mr"], ("data.prompt", "lone '{'", "'{mr'", "{{")),
@@ -191,6 +202,32 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "scaffold and a transform": (
         ["client.scaffold=true", "client.optimizer=sgd", "transforms=[{name: clip}]"],
         ("transforms", "client.scaffold", "give one"),
+    ),
+    "moments of sgd": (["client.optimizer=sgd", "client.moments=both"], ("client.moments", "client.optimizer sgd")),
+    "moments and a median": (["client.moments=both", "server.aggregator=median"], ("client.moments", "use mean")),
+    "moments and buckets": (
+        ["client.moments=second", "server.preaggregator.name=bucketing"],
+        ("client.moments", "server.preaggregator bucketing", "use mean"),
+    ),
+    "moments and a transform": (
+        ["client.moments=both", "transforms=[{name: clip}]"],
+        ("transforms", "client.moments", "give one"),
+    ),
+    "the server's direction and fednova": (
+        ["client.optimizer=sgd", "client.server_momentum=0.9", "server.aggregator=fednova"],
+        ("client.server_momentum", "server.aggregator fednova", "use mean"),
+    ),
+    "the server's direction and scaffold": (
+        ["client.optimizer=sgd", "client.server_momentum=0.9", "client.scaffold=true"],
+        ("client.scaffold and client.server_momentum", "give one"),
+    ),
+    "moments that are masked": (
+        ["client.moments=second", "secure.name=pairwise"],
+        ("client.moments", "masks the updates"),
+    ),
+    "moments of factors that do not last": (
+        ["client.moments=both", "method.name=lora", "method.aggregation=svd"],
+        ("client.moments", "aggregation svd", "use average, ffa or sb"),
     ),
     "a student of integers": (
         ["method.name=distillation", "method.student.name=full", "model.quantize=8bit"],
@@ -287,7 +324,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert "[section.key=value ...] [--ranks N] [--check] [--where] [--fresh]" in capsys.readouterr().out
+    assert "[--ranks N | --ranks-per-node N] [--until N] [--check] [--where] [--fresh]" in capsys.readouterr().out
 
 
 def test_where_names_the_run_directory_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -551,6 +588,16 @@ def finished(_away: None, capfd: pytest.CaptureFixture[str]) -> str:
     return name
 
 
+def test_a_run_pauses_and_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    name = write(small(federation={"rounds": 2}))
+    assert main([name, "--until", "1"]) == 0
+    out, err = capfd.readouterr()
+    assert out.endswith("paused after round 1 of 2: the same command without --until goes on\n") and err == ""
+    assert main([name]) == 0
+    out, err = capfd.readouterr()
+    assert "resuming after round 1\n" in out and "complete: run/results.h5" in out and err == ""
+
+
 def test_a_run_says_nothing_wrong_and_is_finished(finished: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([finished]) == 0
     out, err = capfd.readouterr()
@@ -638,7 +685,7 @@ def once(results: list[Result], launcher: Launcher, folder: Path) -> str:
     assert codes == ({1} if launcher == "torchrun" else {2}), results
     lines = [line for result in results for line in result.err.splitlines() if "fedhpc: " in line]
     assert len(lines) == 1, results
-    if launcher == "env":
+    if launcher in ("env", "forked"):
         assert "".join(result.err for result in results).count("\n") == 1
     # torchrun's report has a traceback of its own.
     ours = r"/fedhpc/\w+\.py" if launcher == "torchrun" else "Traceback"
@@ -658,14 +705,20 @@ SPAWNED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(
     ("case", "launcher"),
     [
-        ("data", "env"),
-        *(pytest.param(c, how, marks=pytest.mark.slow) for how in ("torchrun", "mpiexec") for c in SPAWNED),
-        pytest.param("directory", "env", marks=pytest.mark.slow),
+        ("data", "forked"),
+        pytest.param(
+            "configuration", "env", marks=pytest.mark.slow
+        ),  # before anything is imported; the others after it
+        pytest.param("configuration", "torchrun", marks=pytest.mark.slow),
+        pytest.param("configuration", "mpiexec", marks=pytest.mark.slow),
+        pytest.param("data", "torchrun", marks=pytest.mark.slow),
+        pytest.param("model", "mpiexec", marks=pytest.mark.slow),
+        pytest.param("directory", "forked", marks=pytest.mark.slow),
     ],
 )
 def test_every_rank_leaves_with_2_and_one_speaks(tmp_path: Path, case: str, launcher: Launcher) -> None:
     changes, word = SPAWNED[case]
     write(small(**changes))
-    ranks = 2 if launcher == "env" else 3
-    results = run_ranks(ranks, ["-m", "fedhpc.main", "config.yaml"], launcher, timeout=60, cwd=tmp_path)
+    ranks = 2 if launcher in ("env", "forked") else 3
+    results = run_ranks(ranks, ["-m", "fedhpc.main", "config.yaml"], launcher, cwd=tmp_path)
     assert word in once(results, launcher, tmp_path)

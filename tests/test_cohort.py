@@ -40,6 +40,10 @@ def gram(cohort: Cohort) -> torch.Tensor:
     return cohort.gram()
 
 
+def norms(cohort: Cohort) -> torch.Tensor:
+    return cohort.norms()
+
+
 def weighted_sum(cohort: Cohort) -> torch.Tensor:
     return cohort.weighted_sum(np.array([0.3, 0.5, 0.1, -0.2]))
 
@@ -54,8 +58,9 @@ def largest(cohort: Cohort) -> torch.Tensor:
         (weighted_sum, torch.tensor([0.5, 0.1, 0.3, -0.2]).double() @ UPDATES.double()),
         (largest, UPDATES.double().amax(dim=0)),
         (gram, UPDATES[ASCENDING].double() @ UPDATES[ASCENDING].double().T),
+        (norms, UPDATES[ASCENDING].double().norm(dim=1)),
     ],
-    ids=["weighted sum", "by coordinate", "gram"],
+    ids=["weighted sum", "by coordinate", "gram", "norms"],
 )
 def test_a_verb_is_what_it_says_with_the_same_bits_on_any_number_of_ranks(
     verb: Callable[[Cohort], torch.Tensor], wanted: torch.Tensor
@@ -65,7 +70,7 @@ def test_a_verb_is_what_it_says_with_the_same_bits_on_any_number_of_ranks(
     for ranks in (2, 3, 5):
         several = on_ranks(ranks, verb)
         assert torch.equal(several[0], alone)
-        if verb is gram:
+        if verb in (gram, norms):
             assert all(torch.equal(other, alone) for other in several)
         else:
             assert all(other.shape == alone.shape for other in several[1:])
@@ -95,10 +100,13 @@ def test_some_mixed_updates_are_chosen_and_none_is_changed_by_itself() -> None:
     (second,) = on_ranks(1, lambda cohort: cohort.mixed(matrix).selected(np.array([False, True])).gram())
     of_second = torch.from_numpy(matrix[1]) @ UPDATES[ASCENDING].double()
     torch.testing.assert_close(second, (of_second @ of_second).reshape(1, 1))
+    (length,) = on_ranks(1, lambda cohort: cohort.mixed(matrix[1:]).norms())
+    torch.testing.assert_close(length, of_second.norm().reshape(1))
     verbs: list[Callable[[Cohort], object]] = [
         lambda mixed: mixed.mapped(torch.sign),
         lambda mixed: mixed.replaced(UPDATES),
         lambda mixed: mixed.mine,
+        lambda mixed: mixed.my_clients,
     ]
     for verb in verbs:
         with pytest.raises(UserError, match="asks for single updates"):

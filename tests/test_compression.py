@@ -363,7 +363,7 @@ def test_runs_have_the_same_bits_on_any_ranks_and_when_resumed_and_learn(name: s
 
 def test_updates_that_are_sent_as_factors_are_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA's exact sum: what would be packed is not what a client sends."""
-    monkeypatch.setattr(OneVector, "numbers_sent", lambda method, client: SIZE - 1)
+    monkeypatch.setattr(OneVector, "numbers_sent", lambda method, client, round_: SIZE - 1)
     with pytest.raises(UserError, match=r"sends other numbers than its payload's.*; take out what packs"):
         federated(tmp_path, transforms=[{"name": "quantize"}])
     federated(tmp_path, transforms=[{"name": "quantize", "direction": "down"}], federation={"rounds": 1})

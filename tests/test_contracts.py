@@ -26,8 +26,8 @@ CLIENTS = [4, 9, 2, 7, 5]
 SHARES = np.array([0.25, 0.125, 0.25, 0.125, 0.25])  # sums of them have the same bits in any order
 
 
-def made(family: str, name: str) -> Any:
-    """A choice with its default options."""
+def made(family: str, name: str, **changed: Any) -> Any:
+    """A choice with its default options, but for those that are changed."""
     raw: dict[str, Any] = {"data": {"label": "label"}, "client": {"optimizer": "sgd"}}
     section, key = {
         "aggregators": ("server", "aggregator"),
@@ -36,7 +36,7 @@ def made(family: str, name: str) -> Any:
         "server_optimizers": ("server", "optimizer"),
         "transforms": ("transforms", "name"),
     }[family]
-    raw[section] = [{key: name}] if section == "transforms" else {key: name}
+    raw[section] = [{key: name}] if section == "transforms" else {key: name, **changed}
     config = configuration.resolve(raw)
     options = config.transforms[0] if section == "transforms" else getattr(config, section)
     return registry.choice(family, name)(options)
@@ -293,29 +293,40 @@ def test_the_server_half_of_a_transform_goes_on_from_what_it_kept(name: str) -> 
 
 # ---------------------------------------------------------------- optimizers of the server
 
+#: Each with its defaults, and with options by which it keeps more.
+SERVER_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in registry.names("server_optimizers")),
+    ("sgd", {"momentum": 0.9}),
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("adam", {"bias_correction": True}),
+    ("yogi", {"bias_correction": True}),
+]
 
-@pytest.mark.parametrize("name", registry.names("server_optimizers"))
-def test_a_server_optimizer_that_was_resumed_goes_on_to_the_bit(name: str) -> None:
+
+@pytest.mark.parametrize(("name", "changed"), SERVER_OPTIMIZERS)
+def test_a_server_optimizer_that_was_resumed_goes_on_to_the_bit(name: str, changed: dict[str, Any]) -> None:
     gradients = values(6).double()
-    whole = ParameterState(values(1, 1)[0].double(), made("server_optimizers", name))
+    whole = ParameterState(values(1, 1)[0].double(), made("server_optimizers", name, **changed))
     for gradient in gradients:
         before = gradient.clone()
         whole.step(gradient)
         assert torch.equal(gradient, before)  # it is the caller's
-    half = ParameterState(values(1, 1)[0].double(), made("server_optimizers", name))
+    half = ParameterState(values(1, 1)[0].double(), made("server_optimizers", name, **changed))
     for gradient in gradients[:3]:
         half.step(gradient)
-    resumed = ParameterState(torch.zeros(LAYOUT.size, dtype=torch.float64), made("server_optimizers", name))
+    resumed = ParameterState(torch.zeros(LAYOUT.size, dtype=torch.float64), made("server_optimizers", name, **changed))
     resumed.load({key: array.copy() for key, array in half.tensors().items()})
     for gradient in gradients[3:]:
         resumed.step(gradient)
     assert torch.equal(resumed.theta, whole.theta)
 
 
-@pytest.mark.parametrize("name", registry.names("server_optimizers"))
-def test_a_server_optimizer_goes_against_the_pseudo_gradient_of_each_coordinate_alone(name: str) -> None:
+@pytest.mark.parametrize(("name", "changed"), SERVER_OPTIMIZERS)
+def test_a_server_optimizer_goes_against_the_pseudo_gradient_of_each_coordinate_alone(
+    name: str, changed: dict[str, Any]
+) -> None:
     gradient, theta = values(1)[0].double(), torch.zeros(LAYOUT.size, dtype=torch.float64)
-    optimizer = made("server_optimizers", name)
+    optimizer = made("server_optimizers", name, **changed)
     after = optimizer.step(theta, gradient, optimizer.buffers(LAYOUT.size))
     assert (after * gradient < 0).all() and not theta.any()
     part = optimizer.step(theta[:7], gradient[:7], optimizer.buffers(7))
@@ -327,13 +338,18 @@ def test_a_server_optimizer_goes_against_the_pseudo_gradient_of_each_coordinate_
 # ---------------------------------------------------------------- optimizers of the clients
 
 
-def trained(name: str, gradients: torch.Tensor, steps: list[int]) -> torch.Tensor:
-    """(K, P) after so many steps of each client, the most first, along `gradients` (steps, K, P)."""
+def trained(name: str, gradients: torch.Tensor, steps: list[int], begins_again: int | None = None) -> torch.Tensor:
+    """(K, P) after so many steps of each client, the most first, along `gradients` (steps, K, P).
+
+    begins_again: the step at which a new round begins, with the moments of the last.
+    """
     optimizer, clients = made("client_optimizers", name), len(steps)
     theta = torch.ones(clients, LAYOUT.size, dtype=torch.float64)
     buffers = {key: torch.zeros_like(theta) for key in optimizer.buffers}
     count = torch.zeros(clients, 1, dtype=torch.float64)
     for s in range(max(steps)):
+        if s == begins_again:
+            optimizer, count = optimizer.going_on(dict.fromkeys(optimizer.moments, float(s))), torch.zeros_like(count)
         active = sum(n > s for n in steps)
         count[:active] += 1
         leading = {key: buffer[:active] for key, buffer in buffers.items()}
@@ -350,6 +366,14 @@ def test_a_client_optimizer_moves_every_client_as_if_it_were_alone(name: str) ->
         alone = trained(name, gradients[:, client : client + 1], [count])
         torch.testing.assert_close(together[client], alone[0], rtol=1e-14, atol=1e-14)
         assert not torch.equal(alone, torch.ones_like(alone))
+
+
+@pytest.mark.parametrize("name", registry.names("client_optimizers"))
+def test_a_client_optimizer_goes_on_from_its_moments(name: str) -> None:
+    """A round that begins with them is no break; nor is any for an optimizer that does not count."""
+    gradients = values(10).double().view(5, 2, LAYOUT.size)
+    assert set(made("client_optimizers", name).moments) <= set(made("client_optimizers", name).buffers)
+    assert torch.equal(trained(name, gradients, [5, 5], begins_again=2), trained(name, gradients, [5, 5]))
 
 
 @pytest.mark.parametrize("name", registry.names("client_optimizers"))

@@ -16,14 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedhpc import config as configuration
 from fedhpc import registry
+from fedhpc.approaches.describe import describe
+from fedhpc.approaches.prepare import prepare
 from fedhpc.data.population import Population
 from fedhpc.data.tokens import Examples, Tokens, examples_from
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
 from fedhpc.participation.schedules.synchronous import Synchronous
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.training.block import Work
+from fedhpc.training.forwards import Step, make_step
 from tests import tiny
-from tests.federations import federate, settings, write_texts
+from tests.federations import federate, final, settings, write_texts
 
 LENGTH, BATCH = 12, 2
 
@@ -127,8 +132,8 @@ def test_collectives_and_bytes_of_a_round(tmp_path: Path) -> None:
         assert many - few <= 2 * 5
         assert (columns["bytes_down"] == 4 * payload * cohort).all()
         assert (columns["bytes_up"] == 4 * payload * cohort).all()
-        # Each rank: 4 bytes a parameter down, 8 up; 8 and 72 a client; one exponent; 48 for the report of each rank.
-        each = 12 * payload + 80 * cohort + 8 + 48 * ranks
+        # Each rank: 4 bytes a parameter down, 8 up; 8 and 72 a client; one exponent; 72 for the report of each rank.
+        each = 12 * payload + 80 * cohort + 8 + 72 * ranks
         assert (columns["wire_bytes"] <= ranks * each).all(), columns["wire_bytes"]
 
 
@@ -144,3 +149,66 @@ def test_a_plan_draws_each_client_once() -> None:
     )
     plan = Synchronous(config, Population(1000, 0, 0.0, draw=draw, drawn=4), equal_examples(4), [0], 8).plan(1)
     assert sorted(drawn) == sorted(plan.cohort)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "shapes", "said"),
+    [
+        ({}, [2] * 5, "5 of 2; made for 8 workers (runtime.workers)"),
+        ({"workers": 2}, [5, 5], "2 of 5; made for 2 workers (runtime.workers); 1 of 3 have none"),
+        (
+            {"workers": 2, "block_size": 4},
+            [3, 3, 2, 2],
+            "2 of 3, 2 of 2; at most 4 (runtime.block_size), evened out for 2 workers (runtime.workers)",
+        ),
+        ({"workers": 2, "block_size": 1}, [1] * 10, "10 of 1; every client alone, whatever runtime.workers is"),
+    ],
+    ids=["default", "two workers", "two workers, blocks of four", "alone"],
+)
+def test_forwards_of_ten_clients_by_the_workers_that_blocks_are_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: dict[str, int], shapes: list[int], said: str
+) -> None:
+    """A round of equal clients has a forward for each block, and no other bits on more ranks or fewer."""
+    forwards: list[int] = []  # clients in each
+
+    def counted(*given: Any, **named: Any) -> Step:
+        step = make_step(*given, **named)
+        forwards.extend(len(forward.clients.unique()) for forward in step.forwards)
+        return step
+
+    monkeypatch.setattr("fedhpc.training.block.make_step", counted)
+    folder = write_texts(tmp_path)
+    row = (folder / "train.jsonl").read_text().splitlines(keepends=True)[0]
+    (folder / "train.jsonl").write_text(row * 60)
+    tree = {
+        "model": {"name": str(folder / "model")},
+        "data": {"source": str(folder), "max_length": 96},
+        "partition": {"name": "iid", "num_clients": 20},
+        "method": {"name": "prefix", "num_virtual_tokens": 4},
+        "federation": {"rounds": 1, "cohort_size": 10},
+        "client": {"optimizer": "sgd", "lr": 10.0, "batch_size": 3, "steps": 1},
+        "evaluation": {"metrics": ["loss"], "max_examples": 2, "samples": 0},
+        "runtime": runtime,
+    }
+    payloads = []
+    for ranks in (1, 2, 3):
+        forwards.clear()
+        federate(settings(tmp_path / str(ranks), tree), ranks)
+        assert sorted(forwards, reverse=True) == shapes
+        payloads.append({name: values.tobytes() for name, values in final(tmp_path / str(ranks)).items()})
+    assert payloads[0] == payloads[1] == payloads[2]
+    transport = LoopbackTransport()
+    transport.world_size = 4
+    approach = prepare(settings(tmp_path / "check", tree), transport, Launch(), write_cache=False)
+    assert f"clients of the blocks: {said}" in describe(approach, LoopbackTransport())
+
+
+def test_a_plan_seeds_its_virtual_clients_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    virtual = {"name": "virtual", "num_clients": 1000, "examples_per_client": 3}
+    config = configuration.resolve({"partition": virtual, "federation": {"cohort_size": 100}})
+    examples, seed = equal_examples(20), np.random.SeedSequence
+    schedule = Synchronous(config, Population.divided(config, examples), examples, [0], 8)
+    seeds: list[Any] = []
+    monkeypatch.setattr(np.random, "SeedSequence", lambda words: seeds.append(words) or seed(words))
+    assert len(schedule.plan(1).training) == 100
+    assert len(seeds) == 1  # the cohort's

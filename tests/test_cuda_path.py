@@ -15,10 +15,13 @@ from fedhpc import config as configuration
 from fedhpc import federation, kernels
 from fedhpc.approaches.prepare import prepare
 from fedhpc.bench import bed
+from fedhpc.config import Model
 from fedhpc.evaluation.evaluate import Evaluator
 from fedhpc.methods import with_head
+from fedhpc.methods._experts import Routed
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
+from fedhpc.models.load import load_base
 from fedhpc.objectives import base as objectives_base
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
@@ -33,6 +36,12 @@ from tests.federations import write_texts
 from tests.test_bench_gpu import SIZES
 from tests.test_block import works
 from tests.test_methods import make
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
 
 BLOCK = {READ: 4, PAGEABLE: 1}  # what a block brings back: updates and three kinds of losses; and the payload down
 ADAMW = {"optimizer": "adamw", "lr": 0.1, "clip_norm": 1.0, "proximal": 0.1, "weight_decay": 0.01}
@@ -158,8 +167,9 @@ QUICK: list[tuple[Any, ...]] = [
 LORA = [{"aggregation": "exact"}, {"aggregation": "ffa"}]
 EVERY = ["prefix", "lora", "prompt", "p_tuning", "ia3", "adapter", "full"]
 SLOW: list[tuple[Any, ...]] = [
-    *[("llama", name, {}, dtype) for name in EVERY for dtype in (torch.float32, B16)],
-    *[("llama", name, {}, torch.float32, "bfloat16") for name in EVERY],
+    *[("llama", name, {}) for name in EVERY],
+    *[("llama", name, {}, B16) for name in ("prefix", "prompt", "adapter", "full")],
+    *[("llama", name, {}, torch.float32, "bfloat16") for name in ("prefix", "lora", "p_tuning", "ia3")],
     *[("gpt2", name, {}, torch.float32, "float16", SGD) for name in EVERY],
     *[("llama", "lora", options) for options in LORA],
     *[("llama", "prefix", {"exchange": exchange}) for exchange in ("mlp", "materialised")],
@@ -176,6 +186,25 @@ def test_no_step_waits_for_the_gpu(case: tuple[Any, ...], monkeypatch: pytest.Mo
     assert three - one == Counter()
     drawn = 5 if case[2].get("exchange") == "materialised" else 0  # an MLP of five tensors for every block
     assert of_kind(three) == {**BLOCK, PAGEABLE: BLOCK[PAGEABLE] + drawn}
+
+
+def test_layers_in_host_memory_come_without_a_wait(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    with fake_gpu(monkeypatch) as gpu:
+        base = load_base(Model(name=str(texts / "model"), dtype="float32", offload="cpu"), GPU)
+        layers = list(base.model.model.layers)
+        assert {p.device for p in base.model.parameters()} == {b.device for b in base.model.buffers()} == {GPU}
+        waiting = [p.shape for layer in layers for p in layer.parameters()]
+        assert [p.shape for p in gpu.pinned[: len(waiting)]] == waiting
+        method = make("lora", base)
+        for steps in (1, 3):
+            gpu.waits.clear()
+            config = settings(steps, "float32", ADAMW)
+            tiny.train(base, method, tiny.objective(base), start_of(method), works(3), tiny.examples(), config)
+            found.append(gpu.waits.copy())
+        held = [{p.untyped_storage().nbytes() > 0 for p in layer.parameters()} for layer in layers]
+    assert found[1] - found[0] == Counter() and of_kind(found[1]) == BLOCK
+    assert held == [{True}, {False}]  # the one that the backward pass came to last
 
 
 def test_clients_with_memory_bring_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +225,22 @@ def test_a_frozen_head_in_pieces_does_not_wait(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(objectives_base.LOGITS_AT_ONCE, "cuda", 20 * tiny.VOCABULARY)
     one, three = waits(monkeypatch, "llama", "prefix", {})
     assert three - one == Counter()
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch has it from 2.10 on")
+@pytest.mark.parametrize(("capability", "reads"), [((9, 0), {}), ((8, 0), {READ: 2})])
+def test_products_of_experts_wait_only_where_each_is_a_product_of_its_own(
+    capability: tuple[int, int], reads: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with fake_gpu(monkeypatch) as gpu:
+        x = torch.zeros(11, 16, dtype=B16, device=GPU, requires_grad=True)
+        factors = torch.zeros(2, 3, 16, 8, dtype=B16, device=GPU, requires_grad=True)
+        routed = Routed.of(torch.zeros(11, dtype=torch.int64, device=GPU), experts=3, clients=2)
+        of_base = routed.product(x, factors[:1].detach())
+        (routed.product(x, factors) + of_base).sum().backward()
+        assert of_kind(gpu.waits) == reads  # the ends of the experts' tokens, and of those of their clients
+        assert x.grad is not None and factors.grad is not None and factors.grad.shape == factors.shape
 
 
 # ---------------------------------------------------------------- evaluation
@@ -265,7 +310,7 @@ def test_the_bench_of_a_gpu_trains_there(monkeypatch: pytest.MonkeyPatch, model:
         made = bed.Bed(model, method, GPU, SIZES)
         assert made.base.device == GPU and made.texts(2, 8).device == GPU
         gpu.operators = 0
-        assert made.blocks([2], 2, 8).best == 2
+        assert made.blocks([2], 2, 8, bed.Clock()).best == 2
         assert gpu.operators > 500
 
 
@@ -292,11 +337,6 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
 @pytest.mark.parametrize("case", [RUNS[0], *[pytest.param(run, marks=pytest.mark.slow) for run in RUNS[1:]]], ids=str)
 def test_a_run_ends_well(case: dict[str, Any], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the model's weights to the export, with `block_size: auto` for a GPU and a text written."""
@@ -311,7 +351,9 @@ def test_a_run_ends_well(case: dict[str, Any], texts: Path, tmp_path: Path, monk
     }
     launch = Launch(placement=Placement(("a GPU",), 1))
     monkeypatch.setattr("fedhpc.approaches.inputs.device_of", lambda launch: GPU)
-    monkeypatch.setattr("fedhpc.approaches.report.peak_memory", lambda device: 0)
+    for module in ("report", "inputs", "averaging.approach"):
+        monkeypatch.setattr(f"fedhpc.approaches.{module}.peak_memory", lambda device: 0)
+    monkeypatch.setattr("fedhpc.approaches.memory.memory_of", lambda device: 2**34)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     with fake_gpu(monkeypatch) as gpu:
         approach = prepare(settings_of(tmp_path / "run", tree), LoopbackTransport(), launch, False)

@@ -580,6 +580,8 @@ def test_held_out_examples_are_never_trained_on(folder):
         assert len(parts[1]) == 2
         assert held.num_examples(client) == len(parts[0]) == held.sizes()[client]
         assert len(train_on.held_out(client)) == 0
+    assert held.num_examples_of([3, 1]).tolist() == [held.num_examples(3), held.num_examples(1)]
+    assert all(np.array_equal(of, held.indices(c)) for c, of in enumerate(held.indices_of(range(4))))
     other = load(
         folder, seed=5, partition={"name": "natural"}, client="k", evaluation={"client_fraction": 0.25}
     ).population
@@ -626,6 +628,11 @@ def test_a_virtual_population_has_no_arrays(folder):
     assert population.num_clients == 10**9
     assert len(population.indices(999_999_999)) == population.num_examples(999_999_999) == 6
     assert not set(population.indices(5)) & set(population.held_out(5))
+    many = [*range(40), 999_999_999]
+    assert all(
+        np.array_equal(of, population.indices(c)) for c, of in zip(many, population.indices_of(many), strict=True)
+    )
+    assert population.num_examples_of(many).tolist() == [6] * 41
     assert "1000000000 (virtual), 6 examples each, drawn from 30" in describe(population, data.train)[0]
     with pytest.raises(ValueError, match="virtual"):
         population.sizes()

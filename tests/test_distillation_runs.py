@@ -472,9 +472,9 @@ def test_killed_and_the_same_command_again(tmp_path: Path, texts: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
     command = ["-m", "fedhpc.main", str(path)]
-    with Ranks(3, command) as running:
+    with Ranks(3, command, "forked") as running:
         running.wait_for("round 3/6")
         running.rank_processes()[1].send_signal(signal.SIGKILL)
         running.wait(60)
-    assert [result.code for result in run_ranks(3, command)] == [0, 0, 0]
+    assert [result.code for result in run_ranks(3, command, "forked")] == [0, 0, 0]
     same(tmp_path / "whole", tmp_path / "killed")

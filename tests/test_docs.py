@@ -22,7 +22,7 @@ from tests.federations import federate, final, settings, table, tree, write_text
 from tests.test_architecture import LAYERS
 
 ROOT = Path(fedhpc.__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = {
     name: (line, code)
     for line, name, code in re.findall(
@@ -196,7 +196,8 @@ def test_a_payload_passes_the_files_that_are_listed(texts: Path) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in PAGES:
+    others = [page for folder in ("configs", "slurm") for page in (ROOT / folder).rglob("*.md")]
+    for page in [*PAGES, *others]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

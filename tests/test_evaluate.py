@@ -23,6 +23,7 @@ from fedhpc import evaluate
 from fedhpc.builtin.world import rows
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from tests.federations import federate, on_threads, save_random_bert, settings, table, tree, write_texts
+from tests.ranks import run_ranks
 from tests.test_export import loss_of
 
 METRICS = ["loss", "perplexity", "bleu"]
@@ -158,6 +159,15 @@ def test_three_ranks_have_the_bits_of_one(run: Path, other: Path) -> None:
     assert three[1] is None and three[2] is None
     assert three[0].outcome.metrics == one.outcome.metrics
     assert all(np.array_equal(three[0].clients[name], one.clients[name], equal_nan=True) for name in one.clients)
+
+
+@pytest.mark.slow
+def test_ranks_that_hold_the_base_between_them_measure_the_same(run: Path, tmp_path: Path) -> None:
+    alone, together = results(tmp_path, str(run), "--per-client"), tmp_path / "together.json"
+    words = [str(run), "--per-client", "runtime.worker_ranks=2", "--out", str(together)]
+    ranks = run_ranks(3, ["-m", "fedhpc.evaluate", *words], timeout=300)
+    assert [result.code for result in ranks] == [0, 0, 0], ranks
+    assert json.loads(together.read_text()) == alone
 
 
 def test_a_classifier_keeps_the_order_of_its_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,6 +200,15 @@ def test_one_example_more_moves_the_sum_by_at_most_the_clip() -> None:
     assert max(moved) > 0.9 * clip  # and the bound is reached
 
 
+def test_no_example_adds_more_than_the_clip_by_rounding() -> None:
+    """Not by that of its norm and not by that of its numbers: one example alone in a float32 sum."""
+    rows = 10 * torch.randn(400, 3001, generator=torch.Generator().manual_seed(3))
+    clipped = torch.zeros_like(rows)
+    ExamplePrivacy(0.7, 0.0).add_clipped(clipped, rows.clone(), torch.arange(400))
+    norms = torch.linalg.vector_norm(clipped.double(), dim=1)
+    assert float(norms.max()) <= 0.7 and float(norms.min()) > 0.7 * (1 - 2e-6)
+
+
 def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
     gradient = torch.zeros(2, 3)
     of_examples = torch.tensor(
@@ -367,7 +376,7 @@ def test_what_is_spent_is_what_the_worst_client_has_spent(accountant: Any, texts
     privacy, times = level(texts, tmp_path, {"accountant": accountant, "noise_multiplier": 3.0})
     each = [
         Accountant(accountant, 0.01, Poisson(min(1, 4 / n))).epsilon(3.0, t * math.ceil(n / 4))
-        for n, t in zip(privacy.population.sizes().tolist(), times.tolist(), strict=True)
+        for n, t in zip(privacy.releases.population.sizes().tolist(), times.tolist(), strict=True)
     ]
     assert privacy._most_spent(times) == max(each) > min(each)
     spent = privacy.initial()

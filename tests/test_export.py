@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedhpc
 import fedhpc.customized
+from fedhpc.export import __main__ as export
 from fedhpc.methods.adapter import load
 from fedhpc.models.load import BUILTIN
 from tests import federations
@@ -150,7 +151,9 @@ def test_a_tuned_model_loads_in_transformers_and_in_the_next_run(
     assert begins == pytest.approx(ended, abs=1e-6)
 
 
-def test_the_clients_of_a_local_run_have_adapters_of_their_own(tmp_path: Path, texts: Path) -> None:
+def test_the_clients_of_a_local_run_have_adapters_of_their_own(
+    tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw = raw_of(texts, mode="local", local={"max_clients": 3}, federation={"rounds": 3})
     federate(settings(tmp_path, raw), ranks=2)
     tokenizer = AutoTokenizer.from_pretrained(texts / "model")
@@ -162,6 +165,11 @@ def test_the_clients_of_a_local_run_have_adapters_of_their_own(tmp_path: Path, t
         losses.append(loss_of(model, tokenizer, rows_of(texts)))
     assert len(set(losses)) == 3
     assert np.mean(losses) == pytest.approx(float(table(tmp_path, "test")["loss"]), abs=1e-5)
+    assert export.main([str(tmp_path), "--client", str(clients[1]), "--adapter", str(tmp_path / "one")]) == 0
+    tensors = [tmp_path / folder / "adapter_model.safetensors" for folder in ("one", f"adapter/{clients[1]}")]
+    assert tensors[0].read_bytes() == tensors[1].read_bytes()
+    assert export.main([str(tmp_path), "--adapter", str(tmp_path / "all")]) == 2
+    assert "where each client has a model; give --client" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- fedhpc.load

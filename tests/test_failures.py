@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from fedhpc.main import main
 from fedhpc.results.checkpoint import CHECKPOINT
 from fedhpc.results.files import load_tensors
 from tests.failing_rank import run
-from tests.ranks import REPOSITORY, _clean_environ, free_port
+from tests.ranks import REPOSITORY, _clean_environ, forks, free_port
 from tests.test_kill import HANGS_AFTER_S, complete, kill_somewhere, printed, recorded, same_as, whole_files, write
 
 SERVER, WORKER = 0, 1
@@ -40,11 +40,8 @@ SECTIONS = {
 
 
 @pytest.fixture(scope="module")
-def context() -> multiprocessing.context.ForkServerContext:
-    """Where ranks are forked from: the libraries are imported once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.failing_rank"])
-    return context
+def context() -> ForkServerContext:
+    return forks()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ class Running:
 
     def __init__(
         self,
-        context: multiprocessing.context.ForkServerContext,
+        context: ForkServerContext,
         path: Path,
         failing: int | None = None,
         act: str = "",
@@ -68,6 +65,8 @@ class Running:
         ranks: int = 2,
     ) -> None:
         self.logs = [path.with_name(f"rank-{rank}") for rank in range(ranks)]
+        for log in path.parent.glob("rank-*.*"):  # of an earlier launch, if this one is killed before it makes its own
+            log.unlink()
         common = {
             **_clean_environ(),
             "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY),
@@ -112,10 +111,10 @@ class Running:
         return [line for rank in ranks for line in self.err(rank).splitlines() if line.startswith("fedhpc: ")]
 
 
-def resumes(context: multiprocessing.context.ForkServerContext, path: Path, whole: Path) -> None:
+def resumes(context: ForkServerContext, path: Path, whole: Path) -> None:
     """The same command goes on, to the same end."""
     with Running(context, path) as running:
-        assert [running.wait(rank, 60) for rank in (0, 1)] == [0, 0], running.said()
+        assert [running.wait(rank, HANGS_AFTER_S) for rank in (0, 1)] == [0, 0], running.said()
     same_state(whole, path.with_suffix(""))
 
 
@@ -160,20 +159,15 @@ SOME = {
         for act in ACTS
     ],
 )
-def test_a_cell(
-    context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path, who: int, act: str, moment: str
-) -> None:
+def test_a_cell(context: ForkServerContext, whole: Path, tmp_path: Path, who: int, act: str, moment: str) -> None:
     path = write(tmp_path, tmp_path / "run", **SECTIONS)
     other = 1 - who
     with Running(context, path, who, act, moment) as running:
         stopped = -signal.SIGKILL if act == "kill" else 1
-        # Long enough to get there, then 10 s, and for a silent rank the time-out.
-        assert running.wait(other, 40) == 1, running.said()
-        ended = time.monotonic()
+        assert running.wait(other, HANGS_AFTER_S) == 1, running.said()
         if act == "stop":
             os.kill(running.processes[who].pid, signal.SIGCONT)
-        assert running.wait(who, 10) == stopped, running.said()
-        assert time.monotonic() - ended < 10
+        assert running.wait(who, HANGS_AFTER_S) == stopped, running.said()
         said, seen = running.said(), printed(running.out(0))
         cause = {
             "kill": f"rank {who} died",
@@ -204,19 +198,17 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint", "results"])
-def test_a_damaged_file(
-    context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_damaged_file(context: ForkServerContext, whole: Path, tmp_path: Path, name: str) -> None:
     """Refused by all ranks, with one line; nothing is changed. What is whole again goes on."""
     path, run_dir = write(tmp_path, tmp_path / "run", **SECTIONS), tmp_path / "run"
     with Running(context, path, WORKER, "exception", "local training") as running:
-        assert [running.wait(rank, 40) for rank in (0, 1)] == [1, 1]
+        assert [running.wait(rank, HANGS_AFTER_S) for rank in (0, 1)] == [1, 1]
     damaged = run_dir / CHECKPOINT if name == "checkpoint" else run_dir / "results.h5"
     before = damaged.read_bytes()
     damaged.write_bytes(before[: len(before) // 2])
     content = contents(run_dir)
     with Running(context, path) as running:
-        assert [running.wait(rank, 40) for rank in (0, 1)] == [2, 2]
+        assert [running.wait(rank, HANGS_AFTER_S) for rank in (0, 1)] == [2, 2]
         (said,) = running.said()
         assert damaged.name in said and "--fresh" in said
     assert content == contents(run_dir)
@@ -225,13 +217,11 @@ def test_a_damaged_file(
 
 
 @pytest.mark.slow
-def test_a_full_disk_where_a_worker_writes(
-    context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_where_a_worker_writes(context: ForkServerContext, whole: Path, tmp_path: Path) -> None:
     """The state of the clients, on a file system of its own; what the server writes: test_kill.test_a_full_disk."""
     path, clients = write(tmp_path, tmp_path / "run", **SECTIONS), tmp_path / "run" / "clients"
     with Running(context, path, WORKER, "exception", "local training") as running:
-        assert [running.wait(rank, 40) for rank in (0, 1)] == [1, 1]
+        assert [running.wait(rank, HANGS_AFTER_S) for rank in (0, 1)] == [1, 1]
     shutil.copytree(clients, tmp_path / "copy")
     mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(clients)]
     if os.geteuid() != 0 or subprocess.call(mounting, stderr=subprocess.DEVNULL):
@@ -242,7 +232,7 @@ def test_a_full_disk_where_a_worker_writes(
             while True:
                 filler.write(bytes(4096))
         with Running(context, path) as running:
-            assert [running.wait(rank, 40) for rank in (0, 1)] == [1, 1]
+            assert [running.wait(rank, HANGS_AFTER_S) for rank in (0, 1)] == [1, 1]
             (said,) = running.said()
             assert "rank 1: " in said and "No space left on device" in said and "make room" in said
         whole_files(tmp_path / "run")
@@ -256,7 +246,7 @@ def test_a_full_disk_where_a_worker_writes(
 
 
 def kill_at_random(
-    context: multiprocessing.context.ForkServerContext,
+    context: ForkServerContext,
     path: Path,
     rng: np.random.Generator,
     lasts_s: float,
@@ -292,10 +282,8 @@ def kill_at_random(
     return -signal.SIGKILL in codes, took_s
 
 
-@pytest.mark.parametrize("kills", [pytest.param(12, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.soak)])
-def test_killed_at_random_and_resumed(
-    context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path, kills: int
-) -> None:
+@pytest.mark.parametrize("kills", [pytest.param(8, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.soak)])
+def test_killed_at_random_and_resumed(context: ForkServerContext, whole: Path, tmp_path: Path, kills: int) -> None:
     """Every launch goes on where the one before was killed; every twentieth is a real torchrun."""
     rng = np.random.default_rng(11)
     path = write(tmp_path, tmp_path / "run", **{**SECTIONS, "runtime": {"timeout_s": 60}})
@@ -303,7 +291,7 @@ def test_killed_at_random_and_resumed(
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         began = time.monotonic()
         with Running(context, path) as running:
-            assert [running.wait(rank, 120) for rank in (0, 1)] == [0, 0], running.said()
+            assert [running.wait(rank, HANGS_AFTER_S) for rank in (0, 1)] == [0, 0], running.said()
         lasts_s = time.monotonic() - began
     shutil.rmtree(tmp_path / "run")
     killed = missed = completed = launches = 0

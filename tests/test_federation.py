@@ -28,6 +28,8 @@ from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.report.__main__ import main as report_main
 from fedhpc.results.checkpoint import save_checkpoint
 from fedhpc.results.results_file import CLIENTS, EVENTS, ROUNDS, Results
+from fedhpc.results.status import read_status
+from fedhpc.results.unfinished import read_results
 from fedhpc.training.block import Work, train_block
 from fedhpc.training.schedule import batches
 from tests import tiny
@@ -61,7 +63,9 @@ def same_results(one: Path, other: Path, tables: tuple[str, ...] = ("rounds", "c
         ]
         for column in pair[0]:
             np.testing.assert_array_equal(pair[0][column], pair[1][column], err_msg=f"/{name}/{column}")
-    for group in ("test", "samples"):
+    with h5py.File(one / "results.h5") as file:
+        groups = [group for group in ("test", "samples", "eval_samples") if group in file]
+    for group in groups:
         first, second = table(one, group), table(other, group)
         assert list(first) == list(second)
         for name in first:
@@ -175,12 +179,16 @@ MODES: dict[str, dict[str, Any]] = {
     "dropout-adam": {"federation": {"dropout": 0.3}, "server": {"optimizer": "adam", "lr": 0.05}},
     "median": {
         "server": {"aggregator": "median"},
+        "client": {"server_momentum": 0.3},
         "transforms": [{"name": "clip", "norm": 0.5}, {"name": "powersgd", "direction": "both"}],
     },
     "centralized": {"mode": "centralized", "client": {"optimizer": "adamw", "lr": 0.05}},
     "local": {"mode": "local", "client": {"optimizer": "adamw", "lr": 0.05}, "local": {"max_clients": 5}},
     "full": {"method": {"name": "full"}, "federation": {"cohort_size": 3}},
-    "adapter": {"method": {"name": "adapter"}, "client": {"optimizer": "adamw", "lr": 0.05}},
+    "adapter": {
+        "method": {"name": "adapter"},
+        "client": {"optimizer": "adamw", "lr": 0.05, "moments": "both", "server_momentum": 0.3},
+    },
     "last-layers": {"method": {"name": "full", "last_layers": 1}, "federation": {"cohort_size": 3}},
     "lora": {"method": {"name": "lora"}, "client": {"optimizer": "adamw", "lr": 0.05}},
     "held-out": {"evaluation": {"client_fraction": 0.2}},
@@ -238,7 +246,7 @@ def test_two_processes_and_one_give_the_same_bits(tmp_path: Path, texts: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "launcher"),
-    [(1, "env"), (3, "env"), (4, "env"), (8, "env"), (2, "torchrun"), (1, "mpiexec"), (2, "mpiexec"), (3, "mpiexec")],
+    [(1, "forked"), (4, "forked"), (8, "forked"), (2, "torchrun"), (1, "mpiexec"), (3, "mpiexec")],
 )
 def test_processes_under_any_launcher_give_the_same_bits(
     tmp_path: Path, texts: Path, ranks: int, launcher: Launcher
@@ -251,7 +259,7 @@ def test_processes_under_any_launcher_give_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "launcher"), [("centralized", "env"), ("local", "mpiexec"), ("median", "mpiexec"), ("full", "env")]
+    ("name", "launcher"), [("centralized", "forked"), ("local", "mpiexec"), ("median", "forked"), ("full", "forked")]
 )
 def test_processes_in_every_mode_give_the_same_bits(tmp_path: Path, texts: Path, name: str, launcher: Launcher) -> None:
     raw = mode(texts, name)
@@ -292,6 +300,23 @@ def test_a_run_stopped_anywhere_and_resumed_equals_one_that_was_not(
             federate(config, ranks, stop_at=max(1, int(share * whole)))
     federate(config, ranks=3)
     same_results(tmp_path / "whole", tmp_path / "stopped", ("rounds", "clients"))
+
+
+def test_a_paused_run_goes_on_with_the_same_bits(tmp_path: Path, texts: Path) -> None:
+    """Between two checkpoints too, with the learning rates of the whole run and what clients keep."""
+    raw = mode(texts, "scaffold", federation={"rounds": 4}, checkpoint={"every": 3})
+    raw["client"] = {**raw["client"], "schedule": "cosine"}
+    federate(settings(tmp_path / "whole", raw), ranks=2)
+    config = settings(tmp_path / "paused", raw)
+    for until, ranks, reached in ((1, 2, 1), (2, 3, 2), (1, 1, 2)):
+        federate(config, ranks, until=until)
+        status = read_status(config.run_dir)
+        assert status is not None
+        assert (status.state, status.round, status.reason) == ("preempted", reached, f"paused after round {reached}")
+        assert not (config.run_dir / "adapter").exists() and read_results(config.run_dir).num_rounds == reached
+    federate(config, until=4)
+    same_results(tmp_path / "whole", tmp_path / "paused", ("rounds", "clients"))
+    assert read_status(config.run_dir).state == "complete"  # type: ignore[union-attr]
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -395,10 +420,10 @@ def test_an_extension_stopped_at_once_is_not_taken_for_finished(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("name", "launcher", "number", "rank"),
     [
-        ("dropout-adam", "env", signal.SIGTERM, 1),
+        ("dropout-adam", "forked", signal.SIGTERM, 1),
         ("local", "mpiexec", signal.SIGTERM, 1),
-        ("centralized", "env", signal.SIGKILL, 0),
-        ("local", "env", signal.SIGKILL, 1),
+        ("centralized", "forked", signal.SIGKILL, 0),
+        ("local", "forked", signal.SIGKILL, 1),
     ],
 )
 def test_ended_by_a_signal_and_the_same_command_again(
@@ -426,7 +451,7 @@ def test_a_mistake_that_shows_on_a_worker_is_a_failure_of_the_run(tmp_path: Path
         tmp_path / "run", mode(texts, "local", client={"optimizer": "sgd", "lr": 1e30, "weight_decay": 1.0, "steps": 4})
     )
     (tmp_path / "start.yaml").write_text(config.to_yaml())
-    results = run_ranks(2, ["-m", "fedhpc.main", str(tmp_path / "start.yaml")])
+    results = run_ranks(2, ["-m", "fedhpc.main", str(tmp_path / "start.yaml")], "forked")
     assert [result.code for result in results] == [1, 1]
     assert results[0].err.count("\n") == 1
     assert "training diverged in round 1" in results[0].err
@@ -673,6 +698,7 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
             "client_eval",
             "client_summary",
             "samples",
+            "eval_samples",
             "final",
             "tables",
             "events",

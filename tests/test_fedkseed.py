@@ -180,16 +180,16 @@ def test_any_number_of_ranks_stopped_and_resumed_gives_the_same_bits(tmp_path: P
         client={"lr": 1e-4},
     )
     raw["method"] = {"name": "fedkseed", "num_seeds": K}
-    federate(settings(tmp_path / "one", raw))
-    federate(settings(tmp_path / "three", raw), ranks=3)
+    collectives = {
+        1: federate(settings(tmp_path / "one", raw)),
+        3: federate(settings(tmp_path / "three", raw), ranks=3),
+    }
     assert np.abs(final(tmp_path / "one")["coefficients"]).max() > 0
     same_results(tmp_path / "one", tmp_path / "three")
-    whole = federate(settings(tmp_path / "counted", raw), ranks=3)
-    for ranks, other, share in ((3, 2, 0.5), (1, 3, 0.7)):
+    for ranks, other, share in ((3, 2, 0.5), (1, 3, 0.7))[: 2 if model == "model" else 1]:
         where = tmp_path / f"{ranks}-{other}"
-        total = whole if ranks == 3 else federate(settings(tmp_path / "counted one", raw))
         with pytest.raises(Interrupted):
-            federate(settings(where, raw), ranks, stop_at=int(share * total))
+            federate(settings(where, raw), ranks, stop_at=int(share * collectives[ranks]))
         federate(settings(where, raw), other)
         same_results(tmp_path / "one", where, ("rounds", "clients"))
         assert "resumed" in table(where, "events")["kind"]

@@ -23,6 +23,7 @@ from fedhpc.ranks import fork, startup
 from fedhpc.ranks.launch import Launch
 from fedhpc.results.status import read_status
 from tests.federations import federate, settings, write_texts
+from tests.ranks import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -65,6 +66,62 @@ def test_forked_ranks_end_with_the_bits_of_one(tmp_path: Path) -> None:
     assert np.array_equal(final(tmp_path / "forked" / "run"), final(tmp_path / "one"))
 
 
+def nodes(folder: Path, run: Path, rounds: int, *more: str) -> list[subprocess.Popen[str]]:
+    """One process for each of two nodes, as a launcher starts them, with two ranks each."""
+    run.mkdir()
+    path = run / "given.yaml"
+    path.write_text(settings(run / "run", tree(folder, rounds)).to_yaml())
+    command = [sys.executable, "-m", "fedhpc.main", str(path), "--ranks-per-node", "2", *more]
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    environment |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **environment, "RANK": str(node)},
+        )
+        for node in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_one_process_a_node_forks_its_ranks(tmp_path: Path) -> None:
+    """The bits are those of one process; a killed process takes its ranks and those of the other node along."""
+    folder = write_texts(tmp_path)
+    ended = [(one.communicate(timeout=120), one.returncode) for one in nodes(folder, tmp_path / "nodes", 2)]
+    assert [(err, code) for (_, err), code in ended] == [("", 0), ("", 0)], ended
+    assert "4 ranks over gloo" in ended[0][0][0] and not ended[1][0][0]
+    federate(settings(tmp_path / "one", tree(folder, 2)))
+    assert np.array_equal(final(tmp_path / "nodes" / "run"), final(tmp_path / "one"))
+    first, second = nodes(folder, tmp_path / "killed", 100_000)
+    ranks = [*ranks_after_two_rounds(first), *psutil.Process(second.pid).children()]
+    assert len(ranks) == 4
+    second.kill()
+    err = first.communicate(timeout=60)[1]
+    assert (first.returncode, err) == (1, "fedhpc: error: the launcher died\n")
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
+    second.communicate()
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_the_death_of_the_launcher_ends_the_one_that_waits() -> None:
+    """Its ranks end by that: liveness watches over the process that has forked them."""
+    if (pid := os.fork()) == 0:
+        fork.run(fork.launches(2, Launch()), lambda _: time.sleep(4), launcher=1 + os.getppid())
+        os._exit(77)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == startup.FAILED
+
+
+def test_ranks_of_several_nodes_follow_each_other() -> None:
+    of_second = fork.launches(3, Launch("slurm", 1, 2, 0, 1, "n0", 20001, job="7.0.0"))
+    assert [(one.rank, one.world_size, one.local_rank, one.local_world_size) for one in of_second] == [
+        (3, 6, 0, 3), (4, 6, 1, 3), (5, 6, 2, 3),
+    ]  # fmt: skip
+    assert {(one.launcher, one.master_addr, one.master_port, one.job) for one in of_second} == {
+        ("slurm", "n0", 20001, "7.0.0")
+    }
+    assert {one.launcher for one in fork.launches(2, Launch("mpi", 0, 1, 0, 1))} == {"forked"}
+
+
 def ranks_after_two_rounds(process: subprocess.Popen[str]) -> list[psutil.Process]:
     for line in process.stdout or ():
         if line.startswith("round 2/"):
@@ -82,9 +139,9 @@ def test_what_ends_one_ends_all(tmp_path: Path, number: signal.Signals, code: in
     with started(folder, tmp_path / "forked", 100_000) as process:
         ranks = ranks_after_two_rounds(process)
         os.kill(process.pid if number == signal.SIGTERM else ranks[2].pid, number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
     assert process.returncode == code
-    assert not psutil.wait_procs(ranks, timeout=1)[1]
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
     status = read_status(tmp_path / "forked" / "run")
     assert status is not None and status.state == state
 
@@ -122,7 +179,7 @@ def unchanged() -> Iterator[None]:
 @pytest.mark.usefixtures("unchanged")
 def test_a_rank_that_leaves_early_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork, "_PARTING_S", 0.2)
-    assert fork.run(3, leave) == 3
+    assert fork.run(fork.launches(3, Launch()), leave) == 3
 
 
 def starting(launch: Launch) -> None:
@@ -144,7 +201,7 @@ def test_a_signal_between_two_forks_is_not_lost(
 
     monkeypatch.setattr(os, "fork", forked_and_ended)
     signal.signal(signal.SIGTERM, lambda *_: None)  # lost, not the death of the tests
-    assert fork.run(3, starting) == startup.PREEMPTED
+    assert fork.run(fork.launches(3, Launch()), starting) == startup.PREEMPTED
     assert capfd.readouterr().err == "fedhpc: preempted by SIGTERM while starting; nothing was changed\n"
 
 
@@ -160,8 +217,8 @@ def test_a_rank_that_cannot_be_started_takes_the_others_along(monkeypatch: pytes
         return real_fork()
 
     monkeypatch.setattr(os, "fork", forked_once)
-    with pytest.raises(UserError, match=r"--ranks 3: rank 1 cannot be started \(no more processes\)"):
-        fork.run(3, starting)
+    with pytest.raises(UserError, match=r"of 3 ranks here, rank 1 cannot be started \(no more processes\)"):
+        fork.run(fork.launches(3, Launch()), starting)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +226,19 @@ def test_a_rank_that_cannot_be_started_takes_the_others_along(monkeypatch: pytes
     [
         (["--ranks", "0"], {}, "--ranks 0: at least one is needed"),
         (["--ranks", "3"], {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "torchrun has started this one"),
-        (["--ranks", "3", "runtime.transport=mpi"], {}, "runtime.transport: mpi: --ranks has no MPI"),
+        (["--ranks", "3", "runtime.transport=mpi"], {}, "runtime.transport: mpi: ranks that are forked have no MPI"),
+        (["--ranks-per-node", "0"], {}, "--ranks-per-node 0: at least one is needed"),
+        (["--ranks", "3", "--ranks-per-node", "3"], {}, "give one"),
+        (
+            ["--ranks-per-node", "3"],
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun has started 2 processes here; start one on each node",
+        ),
+        (
+            ["--ranks-per-node", "3"],
+            {"PMIX_RANK": "0"},
+            "mpi has started an unknown number of processes here; start one on each",
+        ),
         (["--ranks", "3", "model.name=./none"], {}, "'./none' is not a model folder"),
     ],
 )

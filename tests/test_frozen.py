@@ -33,7 +33,7 @@ from fedhpc.models.encoder import Classifier, SentenceEncoder
 from fedhpc.models.load import load_base
 from fedhpc.models.seq2seq import Seq2Seq
 from fedhpc.participation.blocks import form_blocks, resolve_block_size
-from fedhpc.rng import bits, generator, torch_seed
+from fedhpc.rng import bits, generator, generators, torch_seed
 from fedhpc.training import rules
 from fedhpc.training.local import LocalTraining
 from fedhpc.updates.layout import Layout
@@ -97,21 +97,23 @@ PURPOSES: dict[str, int | str] = {
     "queue": 2,
     "root": 0,
     "scored": 2,
+    "secure.chance": 0,
     "secure.client": 3,
     "secure.graph": 1,
     "shared": 2,
+    "span of a weight": 0,
     "transforms.{}.{}": "*",
 }
 
 
 def purposes() -> dict[str, int | str]:
-    """Of all calls of `generator` and `torch_seed` in the package, whatever they are imported as a part of."""
+    """Of all calls of rng's functions that draw in the package, whatever they are imported as a part of."""
     every: dict[str, int | str] = {}
     for file in Path(fedhpc.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or len(node.args) < 2:
                 continue
-            if ast.unparse(node.func).rpartition(".")[2] not in ("generator", "torch_seed"):
+            if ast.unparse(node.func).rpartition(".")[2] not in ("generator", "generators", "torch_seed"):
                 continue
             purpose, keys = node.args[1], node.args[2:]
             parts = purpose.values if isinstance(purpose, ast.JoinedStr) else [purpose]
@@ -129,6 +131,10 @@ def test_purposes_of_random_draws() -> None:
 def test_draws_themselves() -> None:
     assert generator(3, "cohort", 1).choice(20, 4, replace=False).tolist() == [8, 19, 2, 15]
     assert generator(3, "batches", 1, 2, 0).permutation(6).tolist() == [2, 0, 3, 4, 5, 1]
+    for seed in (0, 3, 2**32, 2**70 + 5):  # of many at once there are no others
+        clients = [0, 2**32 - 1, *range(5, 40)]
+        drawn = [draws.random(3).tolist() for draws in generators(seed, "partition:virtual", clients)]
+        assert drawn == [generator(seed, "partition:virtual", client).random(3).tolist() for client in clients]
     assert torch_seed(3, "cohort", 7) == 7398901201097986113
     drawn = bits(torch.tensor([5, -9]), torch.tensor([0, 1 << 33]))
     assert drawn.tolist() == [7134611160154358618, 5483460494100681001]
@@ -180,6 +186,29 @@ LAYOUTS: list[tuple[str, str, dict[str, Any], list[str], list[str] | None]] = [
         [LLAMA + "self_attn.{q,v}_proj.lora_delta.weight"],
         [LLAMA + "self_attn.{q,v}_proj.lora_{A,B}.weight"],
     ),
+    ("llama", "lora", {"aggregation": "alternate"}, [LLAMA + "self_attn.{q,v}_proj.lora_{A,B}.weight"], None),
+    (
+        "llama",
+        "lora",
+        {"aggregation": "svd"},
+        [LLAMA + "self_attn.{q,v}_proj.lora_{A,B}.weight"],
+        [LLAMA + "self_attn.{q,v}_proj.lora_B.weight"],
+    ),
+    (
+        "llama",
+        "lora",
+        {"aggregation": "flex"},
+        [LLAMA + "self_attn.{q,v}_proj.lora_{A,B}.weight", LLAMA + "self_attn.{q,v}_proj.lora_delta.weight"],
+        [LLAMA + "self_attn.{q,v}_proj.lora_{A,B}.weight"],
+    ),
+    (
+        "llama",
+        "lora",
+        {"aggregation": "dual"},
+        [LLAMA + "self_attn.{q,v}_proj.lora_{A,B}.weight", LLAMA + "self_attn.{q,v}_proj.lora_{A,B}_local.weight"],
+        None,
+    ),
+    ("llama", "lora", {"aggregation": "sb"}, [LLAMA + "self_attn.{q,v}_proj.lora_R.weight"], None),
     ("llama", "p_tuning", {}, P_TUNING, None),
     ("llama", "prefix", {"exchange": "raw"}, ["prompt_embeddings"], None),
     ("llama", "prefix", {"exchange": "mlp"}, PREFIX_MLP, None),
@@ -429,16 +458,28 @@ def test_keys_of_the_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("costs", "block_size", "blocks"),
+    ("costs", "block_size", "workers", "blocks"),
     [
-        ([], 4, []),
-        ([3, 1, 2], 8, [(10, 12, 11)]),
-        ([5] * 6, 2, [(10, 11), (12, 13), (14, 15)]),
-        ([8, 8, 4, 4], 2, [(10,), (11,), (12,), (13,)]),
-        ([100, *[1] * 9], 4, [(10, 11, 12, 13), (14, 15, 16), (17, 18, 19)]),
+        ([], 4, 8, []),
+        ([3, 1, 2], 8, 8, [(10, 12, 11)]),
+        ([5] * 6, 2, 8, [(10, 11), (12, 13), (14, 15)]),
+        ([8, 8, 4, 4], 2, 8, [(10,), (11,), (12,), (13,)]),
+        ([8, 8, 4, 4], 2, 2, [(10, 12), (11, 13)]),
+        ([21, 15, 12, 9, 8, 6, 5, 3, 2, 1], 5, 2, [(10, 13, 15, 17, 18), (11, 12, 14, 16, 19)]),
+        ([21, 15, 12, 9, 8, 6, 5, 3, 2, 1], 5, 1, [(10, 11, 12, 13, 14), (15, 16, 17, 18, 19)]),
+        ([100, *[1] * 9], 4, 8, [(10, 11, 12, 13), (14, 15, 16), (17, 18, 19)]),
+        (
+            [(7 * i) % 23 + 1 for i in range(16)],
+            2,
+            8,
+            [
+                (23,), (13,), (16,), (19,), (22,), (12,), (25,), (15,), (18, 21), (11,), (24,), (14, 17), (20, 10),
+            ],
+        ),
         (
             [(7 * i) % 23 + 1 for i in range(40)],
             3,
+            8,
             [
                 (23,), (46, 13), (36, 26, 49), (16, 39, 29), (19, 42, 32), (22, 45, 12), (35, 25, 48), (15, 38, 28),
                 (18, 41, 31), (21, 44), (11, 34), (24, 47), (14, 37), (27, 17), (40, 30), (20, 43), (10, 33),
@@ -446,8 +487,8 @@ def test_keys_of_the_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ),
     ],
 )  # fmt: skip
-def test_blocks(costs: list[int], block_size: int, blocks: list[tuple[int, ...]]) -> None:
-    assert form_blocks({10 + i: float(cost) for i, cost in enumerate(costs)}, block_size) == blocks
+def test_blocks(costs: list[int], block_size: int, workers: int, blocks: list[tuple[int, ...]]) -> None:
+    assert form_blocks({10 + i: float(cost) for i, cost in enumerate(costs)}, block_size, workers) == blocks
 
 
 @pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 2, 2, 2, 3, 8, 8, 8]), ("cuda", [1, 2, 2, 2, 3, 8, 9, 32])])

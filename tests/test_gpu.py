@@ -11,6 +11,7 @@ import torch
 from fedhpc.main import main
 from tests import test_methods, tiny
 from tests.test_block import make, peft_reference, relative, settings, start_of, works
+from tests.test_kernels import groups_agree
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +41,11 @@ def test_a_block_equals_its_clients_alone(name: str) -> None:
     for i, work in enumerate(group):
         alone = tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates[0]
         assert float((together.updates[i] - alone).norm() / alone.norm()) < 1e-9
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch has it from 2.10 on")
+def test_all_groups_at_once_equal_one_product_for_each() -> None:
+    groups_agree("cuda", torch.bfloat16, 2e-2)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

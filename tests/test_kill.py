@@ -95,13 +95,16 @@ def recorded(run_dir: Path) -> int:
     return -1 if found is None else int(found[1]["round"])
 
 
+_OF_MACHINE = ("seconds", "wire_bytes", "peak_memory", "idle_share", "gathered_bytes")
+
+
 def same_as(whole: Path, run_dir: Path) -> None:
     """The same bits and rows as the undisturbed run."""
     one, other = final(whole), final(run_dir)
     assert {name: (a.dtype, a.shape, a.tobytes()) for name, a in one.items()} == {
         name: (a.dtype, a.shape, a.tobytes()) for name, a in other.items()
     }
-    for name, unstable in (("rounds", ("seconds", "wire_bytes", "peak_memory")), ("clients", ("worker",))):
+    for name, unstable in (("rounds", _OF_MACHINE), ("clients", ("worker",))):
         one, other = table(whole, name), table(run_dir, name)
         for column in one:
             if not column.startswith(unstable):
@@ -151,10 +154,10 @@ def complete(run_dir: Path) -> bool:
 
 def test_a_killed_rank(whole: Path, tmp_path: Path) -> None:
     path = write(tmp_path, tmp_path / "run")
-    with start(2, path, "env") as running:
+    with start(2, path, "forked") as running:
         running.wait_for("round 3/")
         running.rank_processes()[1].kill()
-        codes = [result.code for result in running.wait(30)]
+        codes = [result.code for result in running.wait(HANGS_AFTER_S)]
         assert codes == [1, -signal.SIGKILL]
         assert "fedhpc: error: rank 1 died" in running.output()
         seen = printed(running.output())
@@ -170,7 +173,7 @@ def test_killed_again_and_again_and_resumed(whole: Path, tmp_path: Path) -> None
     rng = np.random.default_rng(7)
     path = write(tmp_path, tmp_path / "run")
     # Without a launcher nobody can tell a rank that was killed while it started from one that is late.
-    for number, (launcher, starting) in enumerate((("torchrun", True), ("env", False), ("torchrun", False))):
+    for number, (launcher, starting) in enumerate((("torchrun", True), ("forked", False), ("torchrun", False))):
         kill_somewhere(path, launcher, rng, 2 + number % 2, starting)
     resumes(whole, path)
 
@@ -217,7 +220,7 @@ def test_a_killed_launcher_leaves_no_orphans(whole: Path, tmp_path: Path, launch
             until(lambda: importing(running))
         running.survivors(0)  # remember them: orphans are no children any more
         running.processes[0].kill()
-        left = running.survivors(GONE_WITHIN_S)
+        left = running.survivors(HANGS_AFTER_S)
         assert not left, running.output()
     whole_files(tmp_path / "run")
     resumes(whole, path)
@@ -252,13 +255,11 @@ def test_a_signal_preempts_and_the_same_command_goes_on(
     whole: Path, tmp_path: Path, number: str, who: list[int]
 ) -> None:
     path = write(tmp_path, tmp_path / "run")
-    with start(2, path, "env") as running:
+    with start(2, path, "forked") as running:
         running.wait_for("round 2/")
-        began = time.monotonic()
         for rank in who:
             running.rank_processes()[rank].send_signal(signal.Signals[number])
-        results = running.wait(30)
-        assert time.monotonic() - began < 8
+        results = running.wait(HANGS_AFTER_S)
         assert [result.code for result in results] == [75, 75], results
         assert results[0].err.count("\n") == 1 and "rounds are kept" in results[0].err
         assert results[1].err == ""
@@ -276,7 +277,7 @@ def test_a_signal_while_starting(tmp_path: Path, launcher: Launcher, code: int) 
         until(lambda: importing(running))
         for process in running.rank_processes().values():
             process.send_signal(signal.SIGTERM)
-        assert {result.code for result in running.wait(30)} == {code}, running.output()
+        assert {result.code for result in running.wait(HANGS_AFTER_S)} == {code}, running.output()
         assert running.output().count("fedhpc: preempted by SIGTERM while starting") == 1
         assert launcher == "torchrun" or "Traceback" not in running.output()  # its own
     assert not (tmp_path / "run").exists()
@@ -285,10 +286,10 @@ def test_a_signal_while_starting(tmp_path: Path, launcher: Launcher, code: int) 
 @pytest.mark.slow
 def test_ctrl_c_on_one_process(whole: Path, tmp_path: Path) -> None:
     path = write(tmp_path, tmp_path / "run")
-    with start(1, path, "env") as running:
+    with start(1, path, "forked") as running:
         running.wait_for("round 2/")
         running.processes[0].send_signal(signal.SIGINT)
-        (result,) = running.wait(30)
+        (result,) = running.wait(HANGS_AFTER_S)
     assert result.code == 75
     assert result.err.startswith("fedhpc: interrupted; ") and result.err.count("\n") == 1
     resumes(whole, path)
@@ -300,7 +301,7 @@ def test_ctrl_c_under_torchrun_says_what_is_kept_before_its_traceback(whole: Pat
     with start(2, path, "torchrun") as running:
         running.wait_for("round 2/")
         os.killpg(running.processes[0].pid, signal.SIGINT)  # as a terminal does
-        (result,) = running.wait(60)
+        (result,) = running.wait(HANGS_AFTER_S)
     rounds = state(tmp_path / "run")["round"]
     kept = f"fedhpc: interrupted; {rounds} rounds are kept in {tmp_path / 'run'}, the same command goes on from there"
     line = f"{kept}; the traceback that follows is torchrun's own\n"
@@ -310,7 +311,7 @@ def test_ctrl_c_under_torchrun_says_what_is_kept_before_its_traceback(whole: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["env", "mpiexec"])
+@pytest.mark.parametrize("launcher", ["forked", "mpiexec"])
 def test_a_mistake_that_a_worker_finds(tmp_path: Path, launcher: Launcher) -> None:
     path = write(
         tmp_path,
@@ -320,7 +321,7 @@ def test_a_mistake_that_a_worker_finds(tmp_path: Path, launcher: Launcher) -> No
         federation={"dropout": 0.0},
     )
     with start(2, path, launcher) as running:
-        results = running.wait(60)
+        results = running.wait(HANGS_AFTER_S)
         assert {result.code for result in results} == {1}
         said = [line for line in running.output().splitlines() if "fedhpc: " in line]
     assert len(said) == 1 and "rank 1: client" in said[0] and "lower client.lr" in said[0], said
@@ -332,12 +333,12 @@ def test_a_mistake_that_a_worker_finds(tmp_path: Path, launcher: Launcher) -> No
 def test_a_failure_on_a_worker(tmp_path: Path) -> None:
     """Its clients' files vanish while it runs: as any exception, told to all by rank 0."""
     path = write(tmp_path, tmp_path / "run", mode="local", federation={"rounds": 100, "dropout": 0.0})
-    with start(2, path, "env") as running:
+    with start(2, path, "forked") as running:
         running.wait_for("round 2/")
         while all(process.poll() is None for process in running.processes):
             for file in (tmp_path / "run" / "clients").rglob("*.safetensors"):
                 file.unlink(missing_ok=True)
-        results = running.wait(30)
+        results = running.wait(HANGS_AFTER_S)
     assert [result.code for result in results] == [1, 1], results
     assert results[0].err.startswith("fedhpc: error: rank 1: ") and results[0].err.count("\n") == 1, results
     assert "state of client" in results[0].err and results[1].err == "", results
@@ -366,13 +367,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_a_full_disk(whole: Path, tmp_path: Path, small_disk: Path) -> None:
     path = write(tmp_path, small_disk / "run")
-    with start(2, path, "env") as running:
+    with start(2, path, "forked") as running:
         running.wait_for("round 2/")
         (small_disk / "filler").write_bytes(b"")
         with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(4096))
-        results = running.wait(60)
+        results = running.wait(HANGS_AFTER_S)
         assert [result.code for result in results] == [1, 1], results
         assert results[0].err.count("\n") == 1 and results[1].err == "", results
         assert "No space left on device" in results[0].err and "make room" in results[0].err
@@ -380,6 +381,6 @@ def test_a_full_disk(whole: Path, tmp_path: Path, small_disk: Path) -> None:
     whole_files(small_disk / "run")
     assert recorded(small_disk / "run") >= seen >= 2
     subprocess.check_call(["mount", "-o", "remount,size=16m", str(small_disk)])
-    with start(2, path, "env") as running:
-        assert {result.code for result in running.wait(60)} == {0}, running.output()
+    with start(2, path, "forked") as running:
+        assert {result.code for result in running.wait(HANGS_AFTER_S)} == {0}, running.output()
     same_as(whole, small_disk / "run")

@@ -522,6 +522,8 @@ def test_a_buffered_round_of_a_million_clients_touches_only_those_at_work() -> N
         (["federation.cohort_size=5"], r"take federation\.cohort_size out"),
         (["federation.cohort_fraction=0.5"], r"take federation\.cohort_fraction out"),
         (["client.optimizer=sgd", "client.scaffold=true"], "buffered ones start from several: give one of the two"),
+        (["client.server_momentum=0.5"], r"client\.server_momentum is of the one state"),
+        (["client.moments=both"], r"client\.moments is of the one state"),
         (["devices.name=none", "method.name=fedbpt"], "buffered needs devices"),
         (["federation.schedule.deadline_s=5"], r"unknown key 'federation\.schedule\.deadline_s'"),
         (["federation.schedule.contribution=half"], "must be 'update' or 'model', got 'half'"),

@@ -115,6 +115,24 @@ class Injected(torch.nn.Module):
         return x * self.mask[:, : x.shape[1]]
 
 
+def injects(model: Any, share: float, client: int) -> Callable[[int, int, int], None]:
+    """What gives PEFT's model our own masks of a client before each of its steps."""
+    adapted = [m for m in model.modules() if hasattr(m, "lora_dropout")]
+    dropouts = [Injected() for _ in adapted]
+    for module, dropout in zip(adapted, dropouts, strict=True):
+        module.lora_dropout["default"] = dropout
+    key = torch.tensor(torch_seed(0, "noise", 1, client))
+
+    def inject(step: int, rows: int, width: int) -> None:
+        of_rows = bits(key, torch.arange(rows) + (step << 32))
+        for number, dropout in enumerate(dropouts):
+            keys = bits(of_rows, torch.tensor(number))
+            dropout.mask = Dropout(keys, share).keeps(width, 32).double() / (1 - share)
+
+    assert adapted
+    return inject
+
+
 @pytest.mark.parametrize("client", [{"optimizer": "sgd", "lr": 0.2}, {"optimizer": "adamw", "lr": 0.02}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_the_same_masks_peft_trains_alike(family: str, client: dict[str, Any]) -> None:
@@ -127,20 +145,7 @@ def test_with_the_same_masks_peft_trains_alike(family: str, client: dict[str, An
     with torch.no_grad():
         for name, value in method.payload.views(start[0]).items():
             named[name].copy_(value)
-    adapted = [m for m in model.modules() if hasattr(m, "lora_dropout")]
-    assert len(adapted) == len(method.payload.shapes) // 2
-    dropouts = [Injected() for _ in adapted]
-    for module, dropout in zip(adapted, dropouts, strict=True):
-        module.lora_dropout["default"] = dropout
-    key = torch.tensor(torch_seed(0, "noise", 1, work.client_id))
-
-    def inject(step: int, rows: int, width: int) -> None:
-        of_rows = bits(key, torch.arange(rows) + (step << 32))
-        for number, dropout in enumerate(dropouts):
-            keys = bits(of_rows, torch.tensor(number))
-            dropout.mask = Dropout(keys, 0.3).keeps(width, 32).double() / 0.7
-
-    train_in_peft(model, named, config, data, work, inject)
+    train_in_peft(model, named, config, data, work, injects(model, 0.3, work.client_id))
     wanted = method.payload.flatten({n: p.detach() for n, p in named.items()})
     assert relative(found, wanted, start[0]) < 1e-9
 
@@ -408,7 +413,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ffa": {"aggregation": "ffa", "dropout": 0.1},
     "exact": {"aggregation": "exact", "dropout": 0.1},
     "stack": {"aggregation": "stack", "ranks": [1, 3]},
-}
+    "dora": {
+        "use_dora": True, "init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2},
+        "loraplus_lr_ratio": 4.0, "dropout": 0.1,
+    },
+}  # fmt: skip
 
 
 def raw_of(texts: Path, variant: str, **changes: Any) -> dict[str, Any]:
@@ -511,7 +520,7 @@ def test_a_classifier_folds_beside_its_head(aggregation: str) -> None:
     start, group = warm(method, torch.float64), works(3)
     together = start - tiny.train(base, method, tiny.objective(base), start, group, data, config, 1, 1).updates
     head = sum(p.numel() for p in base.model.classifier.parameters())
-    assert method.numbers_sent(7) == head + 4 * 3 * (32 + 32)
+    assert method.numbers_sent(7, 1) == head + 4 * 3 * (32 + 32)
     for i, work in enumerate(group):
         alone = start - tiny.train(base, method, tiny.objective(base), start, [work], data, config, 1, 1).updates
         assert relative(together[i], alone[0], start[0]) < 1e-9

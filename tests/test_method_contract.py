@@ -33,6 +33,8 @@ EXAMPLE = "the example of methods/base.py"
 NAMES = [name for name in registry.names("methods") if not registry.is_approach(name)]
 # Smaller than by default, so that the tests are quick.
 SMALL: dict[str, dict[str, Any]] = {"fedkseed": {"num_seeds": 6}, "lora": {"rank": 3}, "prefix": {"hidden_size": 24}}
+# What a word asks for beside it.
+WITH: dict[str, dict[str, Any]] = {"eva": {"init_text": "Two quiet rooms."}}
 
 
 def cases() -> Iterator[Any]:
@@ -44,7 +46,7 @@ def cases() -> Iterator[Any]:
             words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             for word in words:
                 if word != field.default:
-                    yield pytest.param(name, {key: word}, id=f"{name}-{key}-{word}")
+                    yield pytest.param(name, {key: word, **WITH.get(word, {})}, id=f"{name}-{key}-{word}")
 
 
 every_method = pytest.mark.parametrize(("name", "options"), list(cases()))
@@ -101,9 +103,10 @@ def train(method: Method, payload: torch.Tensor, group: list[Any], **client: Any
 
 
 def warm(method: Method, count: int = 1) -> torch.Tensor:
-    """Payloads (count, P) away from the initial one, where half of the gradients may vanish."""
+    """Payloads (count, P) as a server sends them, away from the initial one, where half of the gradients may vanish."""
     start, drawing = start_of(method, torch.float64), torch.Generator().manual_seed(3)
-    return start + 0.05 * torch.randn(count, start.shape[1], dtype=start.dtype, generator=drawing)
+    moved = start + 0.05 * torch.randn(count, start.shape[1], dtype=start.dtype, generator=drawing)
+    return torch.stack([method.payload.flatten(method.on_server(method.payload.views(one))) for one in moved])
 
 
 def losses(method: Method, trained: PerClient, received: PerClient, rows: torch.Tensor) -> torch.Tensor:
@@ -130,7 +133,8 @@ def test_values_have_the_shapes_of_their_layouts(method: Method) -> None:
         assert set(started) == set(method.trainable.shapes)
         for name, tensor in started.items():
             assert tensor.shape[0] in (1, len(clients)) and tuple(tensor.shape[1:]) == method.trainable.shapes[name]
-    assert 0 < method.numbers_sent(7) <= method.payload.size
+    assert 0 < method.numbers_sent(7, 1) <= method.payload.size
+    assert 0 < method.numbers_received(7) <= method.payload.size
 
 
 @every_method
@@ -142,6 +146,17 @@ def test_without_a_step_the_pseudo_gradient_is_zero(method: Method) -> None:
     torch.testing.assert_close(method.payload.flatten(finished), payload, rtol=1e-13, atol=1e-13)
     update = train(method, payload, works(1), optimizer="sgd", lr=0.0)
     assert float(update.norm()) <= 1e-13 * float(payload.norm())
+
+
+@every_method
+def test_what_the_server_makes_of_a_payload_it_makes_again(method: Method) -> None:
+    views = method.payload.views(warm(method)[0])
+    again = method.on_server(views)
+    assert {name: tuple(tensor.shape) for name, tensor in again.items()} == method.payload.shapes
+    rows, found = torch.zeros(3, dtype=torch.int64), []
+    for values in (as_one_client(views), as_one_client(again)):
+        found.append(losses(method, method.start(values), values, rows))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
 
 
 @every_method

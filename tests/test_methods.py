@@ -87,11 +87,18 @@ def in_peft(name: str, base: Any, method: Any) -> tuple[Any, dict[str, torch.nn.
 
 
 def trained_by_torch(
-    model: Any, named: dict[str, Any], method: Method, data: Any, config: Any, work: Any, virtual: int = 0
+    model: Any,
+    named: dict[str, Any],
+    method: Method,
+    data: Any,
+    config: Any,
+    work: Any,
+    virtual: int = 0,
+    rule: Any = None,
 ) -> torch.Tensor:
-    """The parameters `named` of `model` after the client's batches under torch.optim: (P,)."""
+    """The parameters `named` of `model` after the client's batches under torch.optim, or `rule`: (P,)."""
     c = config.client
-    rule: Any = (
+    rule = rule or (
         torch.optim.SGD(named.values(), lr=c.lr)
         if c.optimizer == "sgd"
         else torch.optim.AdamW(named.values(), lr=c.lr, weight_decay=0.0)

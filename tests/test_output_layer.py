@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import fedhpc
 from fedhpc.errors import UserError
-from fedhpc.methods._peft import adapter_config, adapter_tensors
+from fedhpc.methods._peft import _same_weights, adapter_config, adapter_tensors
 from fedhpc.methods.adapter import load as load_adapters
 from fedhpc.methods.base import Method
 from fedhpc.training.schedule import batches
@@ -241,6 +242,21 @@ def test_what_peft_saved_is_gone_on_from(tmp_path: Path) -> None:
         adapter_tensors(tmp_path, tiny.base("llama", seed=1))
 
 
+def test_weights_in_the_other_type_of_16_bits_are_the_same_weights() -> None:
+    """What float16 and bfloat16 make of the same numbers, the smallest among them, is not equal to the bit."""
+    weights = torch.randn(50, 60, generator=torch.Generator().manual_seed(0)) * 0.02
+    weights[0, :9] = torch.tensor([0, 1e-9, -3e-8, 5e-8, 6e-7, 1e-5, 3.14159, -800.3, 2e4])
+    types = [weights.to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
+    assert not torch.equal(types[0].to(torch.bfloat16), types[1])
+    for one, other in itertools.permutations(types, 2):
+        if {one.dtype, other.dtype} != {torch.float32, torch.float64}:
+            assert _same_weights(one, other)
+            changed = other.clone()
+            changed[3, 4] += 0.01
+            assert not _same_weights(one, changed)
+    assert not _same_weights(types[0], types[1].T) and not _same_weights(types[0], types[1][:1])
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set, and a model whose output layer has the weight of the embeddings."""
@@ -277,4 +293,4 @@ def test_a_run_on_any_number_of_ranks_and_what_it_exports(texts: Path, tmp_path:
     assert [text_of(in_peft, model.tokenizer, prompt, 8) for prompt in prompts] == written
     reported = float(table(tmp_path / "1", "test")["loss"])
     assert abs(loss_of(in_peft, model.tokenizer, rows_of(texts)) - reported) < 1e-5
-    assert "Do not merge it" in (adapter / "README.md").read_text()
+    assert "Do not merge it with PEFT" in (adapter / "README.md").read_text()

@@ -80,15 +80,29 @@ def test_placement_is_longest_first() -> None:
     blocks = assign([(0,), (1,), (2,), (3,), (4,)], [5, 4, 3, 3, 3], [1, 2])
     load = {w: sum(b.cost for b in blocks if b.worker == w) for w in (1, 2)}
     assert sorted(load.values()) == [8, 10]  # 5+3 and 4+3+3
+    # Of ranks that train together a worker's load is one, and they take what its blocks give in turn.
+    placed = [(b.worker, b.member) for b in assign([(0,), (1,), (2,), (3,)], [5, 4, 3, 3], [0, 1], 2, together=True)]
+    assert placed == [(0, 0), (1, 0), (1, 1), (0, 1)]
 
 
 @pytest.mark.parametrize(
-    ("size", "device", "block"),
-    [(1, "cpu", 1), (2, "cpu", 2), (10, "cpu", 2), (64, "cpu", 8), (1000, "cpu", 8), (1000, "cuda", 32)],
+    ("size", "workers", "device", "block"),
+    [
+        (1, 8, "cpu", 1),
+        (2, 8, "cpu", 2),
+        (10, 8, "cpu", 2),
+        (64, 8, "cpu", 8),
+        (1000, 8, "cpu", 8),
+        (1000, 8, "cuda", 32),
+        (10, 2, "cpu", 5),
+        (10, 1, "cpu", 8),
+        (64, 16, "cpu", 4),
+        (10, 100, "cpu", 2),
+    ],
 )
-def test_automatic_block_size(size: int, device: str, block: int) -> None:
-    assert resolve_block_size(settings(), size, device) == block
-    assert resolve_block_size(settings(runtime={"block_size": 5}), size, device) == 5
+def test_automatic_block_size(size: int, workers: int, device: str, block: int) -> None:
+    assert resolve_block_size(settings(runtime={"workers": workers}), size, device) == block
+    assert resolve_block_size(settings(runtime={"block_size": 5, "workers": workers}), size, device) == 5
 
 
 @pytest.mark.parametrize(("changes", "most"), [({}, 32), ({"block_size": 5}, 5), ({"deterministic": True}, 8)])
@@ -111,16 +125,26 @@ def test_joined_blocks_have_the_same_clients() -> None:
 
 def test_blocks_are_even_and_of_like_cost() -> None:
     costs = {c: 20.0 + 0.01 * (c % 7) for c in range(11)}
-    blocks = form_blocks(costs, 4)
+    blocks = form_blocks(costs, 4, 8)
     assert [len(b) for b in blocks] == [4, 4, 3]
+    assert [len(b) for b in form_blocks(costs, 4, 2)] == [3, 3, 3, 2]  # two for each of the workers
     means = [np.mean([costs[c] for c in b]) for b in blocks]
     assert means == sorted(means, reverse=True)
-    assert form_blocks({}, 4) == []
+    assert form_blocks({}, 4, 8) == []
+
+
+def test_one_block_for_each_worker_costs_what_the_others_cost() -> None:
+    for costs in ([8.0, 8.0, 4.0, 4.0], [21.0, 15.0, 12.0, 9.0, 8.0, 6.0, 5.0, 3.0, 2.0, 1.0]):
+        one, other = form_blocks(dict(enumerate(costs)), len(costs) // 2, 2)
+        assert len(one) == len(other) and not set(one) & set(other)
+        assert sum(costs[c] for c in one) == sum(costs[c] for c in other)
+    large = form_blocks({0: 90.0, **dict.fromkeys(range(1, 10), 1.0)}, 5, 2)
+    assert [len(block) for block in large] == [5, 5]  # who waits for the large one would do so anyway
 
 
 def test_large_clients_do_not_share_a_block_that_others_wait_for() -> None:
     costs = dict.fromkeys(range(12), 1.0) | {12: 30.0, 13: 10.0, 14: 10.0, 15: 2.0}
-    blocks = form_blocks(costs, 4)
+    blocks = form_blocks(costs, 4, 8)
     assert sorted(c for block in blocks for c in block) == list(range(16))
     assert (12,) in blocks  # alone more than a worker's share: the others keep their company
     assert [len(block) for block in blocks if 12 not in block] == [1, 2, 4, 4, 4]
@@ -130,9 +154,9 @@ def test_large_clients_do_not_share_a_block_that_others_wait_for() -> None:
 def test_clients_that_cost_the_same_stay_together(clients: int, blocks: int) -> None:
     """Where 50 clients are on 8 workers, one has 7 of them, in whatever blocks."""
     size = resolve_block_size(settings(), clients, "cpu")
-    assert len(form_blocks(dict.fromkeys(range(clients), 1.0), size)) == blocks
+    assert len(form_blocks(dict.fromkeys(range(clients), 1.0), size, 8)) == blocks
     noise = np.random.default_rng(0)
-    assert len(form_blocks({c: noise.normal(1.0, 0.02) for c in range(clients)}, size)) <= blocks + 2
+    assert len(form_blocks({c: noise.normal(1.0, 0.02) for c in range(clients)}, size, 8)) <= blocks + 2
 
 
 @pytest.mark.parametrize("clients", [64, 200, 1000])
@@ -140,7 +164,7 @@ def test_the_busiest_of_eight_workers_is_within_a_tenth_of_the_mean(clients: int
     sizes = np.random.default_rng(0).dirichlet(np.full(clients, 3.0)) * 1e5
     costs = {c: float(size) for c, size in enumerate(sizes)}
     load: dict[int, float] = {}
-    blocks = form_blocks(costs, max(2, min(8, clients // 8)))
+    blocks = form_blocks(costs, max(2, min(8, clients // 8)), 8)
     for block in assign(blocks, [sum(costs[c] for c in b) for b in blocks], range(8)):
         load[block.worker] = load.get(block.worker, 0.0) + block.cost
     assert sorted(c for block in blocks for c in block) == list(range(clients))

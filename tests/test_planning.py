@@ -10,9 +10,9 @@ import torch
 
 from fedhpc.approaches.base import Approach
 from fedhpc.approaches.prepare import prepare
-from fedhpc.approaches.report import peak_memory
 from fedhpc.main import main
 from fedhpc.participation.forecast import forecast
+from fedhpc.ranks.devices import peak_memory
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from tests.federations import federate, settings, table, tree, write_texts
@@ -136,12 +136,12 @@ def test_check_takes_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_check_measures_memory(approach: Approach) -> None:
     """The largest block is trained for a step, and what that took is said beside what is held."""
     plan = approach.plan(1)
-    assert "without activations" in approach.details(plan)[-1]
+    assert "without activations" in "".join(approach.details(plan))
     before = approach.initial_payload()
     approach.rehearse(plan)
-    memory = approach.details(plan)[-1]
-    assert memory.startswith("memory per worker: ") and "as a step of the largest block" in memory
-    said = float(memory.removeprefix("memory per worker: ").split(" MiB")[0].replace(",", ""))
+    title, names, one, *_ = approach.details(plan)[-6:]
+    assert title.startswith("memory in MiB, of ") and title.endswith("by runtime.worker_ranks:")
+    said = float(one.split()[names.replace("a rank", "a_rank").split().index("a_rank")].replace(",", ""))
     assert said * 2**20 >= peak_memory(approach.base.device) * 0.99
     assert torch.equal(approach.initial_payload(), before)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dp_accounting
@@ -15,15 +16,20 @@ from scipy import stats
 
 from fedhpc import config as configuration
 from fedhpc import rng
+from fedhpc.approaches.averaging import local
+from fedhpc.approaches.prepare import prepare
 from fedhpc.data.population import Population
 from fedhpc.errors import UserError
 from fedhpc.participation.sampling import draw_by_poisson
 from fedhpc.participation.schedules import synchronous
+from fedhpc.privacy import _banded_noise
 from fedhpc.privacy import client as client_level
 from fedhpc.privacy._accountant import Accountant, Fixed, Poisson
-from fedhpc.privacy._banded_noise import square_root_of_sums
+from fedhpc.privacy._banded_noise import BandedNoise, square_root_of_sums
 from fedhpc.privacy._discrete_gaussian import discrete_gaussian
+from fedhpc.privacy.base import Releases
 from fedhpc.privacy.client import Client, clipped
+from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.results.results_file import Results
@@ -121,7 +127,7 @@ def level(clip_norm: float = 0.5, **options: Any) -> Client:
     """Client-level privacy of 20 clients of whom 5 are expected in a cohort."""
     privacy = {**PRIVACY, "clip_norm": clip_norm, **options}
     raw = {"server": {"weighting": "uniform"}, "partition": {"name": "iid", "num_clients": 20}, "privacy": privacy}
-    return Client(configuration.resolve(raw), Population(20, 0, 0.0), LAYOUT.size, 5, lambda round_: range(5))
+    return Client(configuration.resolve(raw), Releases(Population(20, 0, 0.0), LAYOUT.size, 5, lambda round_: range(5)))
 
 
 def pseudo_gradient(
@@ -166,13 +172,13 @@ def test_one_client_changes_the_sum_by_the_clip_norm_and_one_replaced_by_twice_t
         updates = 10.0 ** float(trial % 5 - 3) * torch.randn(6, LAYOUT.size, generator=generator)
         if trial % 2:
             updates[5] = -updates[4]
-        whole = pseudo_gradient(client, updates) * client.cohort_size
+        whole = pseudo_gradient(client, updates) * client.releases.cohort_size
         for out in range(len(updates)):
-            without = pseudo_gradient(client, updates[torch.arange(6) != out]) * client.cohort_size
+            without = pseudo_gradient(client, updates[torch.arange(6) != out]) * client.releases.cohort_size
             assert torch.linalg.vector_norm(whole - without) <= 0.5 + step / 1e3
         replaced = updates.clone()
         replaced[4] = -updates[4]
-        changed = torch.linalg.vector_norm(pseudo_gradient(client, replaced) * client.cohort_size - whole)
+        changed = torch.linalg.vector_norm(pseudo_gradient(client, replaced) * client.releases.cohort_size - whole)
         assert changed <= 1.0 + step / 1e3
         least = max(least, float(changed))
     assert least > 1.0 - 1e-5  # the bound is attained
@@ -211,7 +217,7 @@ def test_an_adaptive_clip_norm_follows_the_quantile_of_the_norms(monkeypatch: py
     noise = (np.log(0.1 / float(after[1])) / 0.3 + 0.7 - 0.5) * 5 - count
     assert 0 < abs(noise) < 4 * 2.0
     monkeypatch.setattr(client_level, "discrete_gaussian", lambda sigma, count, generator: np.zeros(count, np.int64))
-    client = Client(client.config, Population(80, 0, 0.0), LAYOUT.size, 60, lambda round_: range(60))
+    client = Client(client.config, Releases(Population(80, 0, 0.0), LAYOUT.size, 60, lambda round_: range(60)))
     spent = client.initial()
     for _ in range(60):
         pseudo_gradient(client, updates, 1, spent)
@@ -240,7 +246,7 @@ def test_banded_noise_is_a_factorization_of_sums_that_a_client_changes_by_one() 
     spent, noise = client.initial(), []
     nobody = torch.empty(0, LAYOUT.size, dtype=torch.float64)
     for round_ in range(1, rounds + 1):
-        noise.append(pseudo_gradient(client, nobody, 1, spent, round_).numpy() * client.cohort_size)
+        noise.append(pseudo_gradient(client, nobody, 1, spent, round_).numpy() * client.releases.cohort_size)
     z = C @ np.stack(noise) / 0.5
     assert stats.kstest(z.ravel(), "norm").pvalue > 1e-3
     assert np.abs(np.corrcoef(z)[~np.eye(rounds, dtype=bool)]).max() < 0.5  # of 55 numbers each
@@ -251,6 +257,24 @@ def test_banded_noise_is_a_factorization_of_sums_that_a_client_changes_by_one() 
     assert client.epsilon({"rounds": torch.tensor([rounds])}) == once.epsilon(1.0, 3)
     with pytest.raises(UserError, match="is more than one in privacy"):
         level(bands=5)
+
+
+def test_banded_noise_is_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not again for each of its chunks, which would take a time that grows with the square of their number."""
+    copied: list[int] = []
+
+    def cat(parts: list[torch.Tensor]) -> torch.Tensor:
+        copied.append(len(parts))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(_banded_noise, "torch", SimpleNamespace(cat=cat, int64=torch.int64))
+    chunks = iter(torch.arange(200).split(5))
+    noise = BandedNoise(lambda count: next(chunks), 2, torch.zeros(1, 200, dtype=torch.float64))
+    for _ in range(40):
+        noise(5)
+    latest = noise.latest()
+    assert len(copied) == 2
+    np.testing.assert_allclose(latest[0], np.arange(200) / square_root_of_sums(2)[0])
 
 
 def test_a_promise_says_that_the_adapter_that_a_run_went_on_from_is_not_part_of_it() -> None:
@@ -343,6 +367,31 @@ def test_a_secure_sum_of_private_updates_is_that_sum(texts: Path, tmp_path: Path
     assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_an_update_that_is_not_finite_is_sent_as_a_masked_zero(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a round is void must not tell of one client's data, so it counts among those that recover the masks."""
+    wrong, train_block = 3, local.train_block
+
+    def diverging(base: Any, method: Any, objective: Any, starts: Any, works: Any, *args: Any) -> Any:
+        trained = train_block(base, method, objective, starts, works, *args)
+        trained.updates[[work.client_id == wrong for work in works]] = torch.nan
+        return trained
+
+    monkeypatch.setattr(local, "train_block", diverging)
+    found, options = [], {"sampling": "fixed", "adaptive": {"count_noise": 2.0}}
+    for name, secure in (("plain", {"name": "none"}), ("masked", {"name": "pairwise", "threshold": 8})):
+        changes = {"federation": {"rounds": 2, "cohort_size": 8}, "secure": secure}
+        few = {"every": 9, "max_examples": 4, "test_max_examples": 4}
+        federate(private(texts, tmp_path / name, options, evaluation=few, **changes), ranks=3)
+        rounds, clients = table(tmp_path / name, "rounds"), table(tmp_path / name, "clients")
+        assert rounds["rejected"].tolist() == [0, 1, 1] and (rounds["update_norm"][1:] > 0).all()
+        assert set(clients["client_id"][clients["status"] == 2]) == {wrong}
+        assert "void" not in table(tmp_path / name, "events")["kind"]
+        found.append(final(tmp_path / name))
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_run_ends_with_its_budget_and_cannot_be_extended_beyond(texts: Path, tmp_path: Path) -> None:
     spent = Accountant("rdp", 0.01, Poisson(0.25)).epsilon(1.0, 2)
     small: dict[str, Any] = {"evaluation": {"every": 9, "max_examples": 4, "test_max_examples": 4}}
@@ -357,6 +406,27 @@ def test_a_run_ends_with_its_budget_and_cannot_be_extended_beyond(texts: Path, t
         budget = {"epsilon": spent + 1e-9, **change}
         with pytest.raises(UserError, match=r"another configuration: privacy\."):
             decide(private(texts, tmp_path / "run", budget, federation=few, **small), tmp_path / "run", fresh=False)
+
+
+@pytest.mark.parametrize("level", ["client", "example"])
+def test_all_ranks_take_the_noise_and_the_rounds_that_rank_0_found(
+    level: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(LoopbackTransport):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rank, self.world_size = 1, 2
+
+        def broadcast_json(self, value: Any) -> Any:
+            return {"value": {"noise_multiplier": 1.25, "rounds": 3}}
+
+    budget = {"name": level, "noise_multiplier": None, "epsilon": 4.0}
+    config = private(texts, tmp_path, budget, federation={"rounds": 4, "cohort_size": 2})
+    first = prepare(config, LoopbackTransport(), Launch(), write_cache=False)
+    assert first.decisions == {"noise_multiplier": first.privacy.noise_multiplier, "rounds": 4}
+    monkeypatch.setattr(Accountant, "noise_multiplier", lambda *_: pytest.fail("looked for again"))
+    other = prepare(config, Told(), Launch(), write_cache=False)
+    assert (other.privacy.noise_multiplier, other.rounds) == (1.25, 3)
 
 
 def test_rounds_for_which_the_noise_was_chosen_cannot_change(texts: Path, tmp_path: Path) -> None:
@@ -401,10 +471,12 @@ def test_a_banded_cohort_is_of_every_bands_th_client(texts: Path) -> None:
         ({"privacy": {"noise_multiplier": None}}, "both missing"),
         ({"privacy": {"sampling": "fixed", "accountant": "pld"}}, "no bound for cohorts of a fixed size"),
         ({"server": {"aggregator": "median"}}, "use mean"),
+        ({"server": {"aggregator": "fedexp"}}, "aggregator fedexp has no bound on what one client changes"),
         ({"server": {"weighting": "examples"}}, "set server.weighting uniform"),
         ({"federation": {"min_cohort": 2}}, "min_cohort"),
         ({"privacy": {"adaptive": {"count_noise": 1e12}}}, "count_noise"),
         ({"client": {"scaffold": True}}, "client.scaffold"),
+        ({"client": {"server_momentum": 0.5}}, "client.server_momentum"),
         ({"mode": "local"}, "mode local"),
     ],
 )
@@ -479,7 +551,7 @@ def audited(client: Client) -> float:
     takes_part = rng.generator(seed, "takes part").random(canaries) < 0.5
     seen = np.zeros(canaries)
     for round_ in range(1, rounds + 1):
-        drawn = rng.generator(seed, "drawn", round_).random(canaries) < client.cohort_size / canaries
+        drawn = rng.generator(seed, "drawn", round_).random(canaries) < client.releases.cohort_size / canaries
         rows = np.flatnonzero(drawn & takes_part)
         updates = torch.zeros(len(rows), canaries, dtype=torch.float64)
         updates[torch.arange(len(rows)), torch.from_numpy(rows)] = 100.0  # clipped
@@ -502,7 +574,7 @@ def test_an_attacker_learns_less_than_epsilon_and_more_without_noise(monkeypatch
         "privacy": {**PRIVACY, "delta": 1e-5, "noise_multiplier": 3.0},
     }  # fmt: skip
     population = Population(1000, 0, 0.0)
-    client = Client(configuration.resolve(raw), population, 1000, 800, lambda round_: range(800))
+    client = Client(configuration.resolve(raw), Releases(population, 1000, 800, lambda round_: range(800)))
     stated = client.accountant.epsilon(3.0, 4)
     assert 0.25 * stated < audited(client) < stated
     plain = discrete_gaussian

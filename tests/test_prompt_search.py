@@ -320,12 +320,12 @@ def test_processes_killed_in_mid_run_and_resumed_give_the_same_bits(tmp_path: Pa
     federate(settings(tmp_path / "whole", raw))
     path = tmp_path / "start.yaml"
     path.write_text(settings(tmp_path / "killed", raw).to_yaml())
-    with Ranks(2, ["-m", "fedhpc.main", str(path)], "env") as running:
+    with Ranks(2, ["-m", "fedhpc.main", str(path)], "forked") as running:
         running.wait_for("round 3/")
         running.rank_processes()[1].kill()
-        assert not running.survivors(10)
+        assert not running.survivors(120)
     assert 3 <= json.loads((tmp_path / "killed" / "status.json").read_text())["round"] < 12
-    for result in run_ranks(3, ["-m", "fedhpc.main", str(path)], "env", timeout=300):
+    for result in run_ranks(3, ["-m", "fedhpc.main", str(path)], "forked", timeout=300):
         assert (result.code, result.err) == (0, "")
     same_results(tmp_path / "whole", tmp_path / "killed", ("rounds", "clients"))
     assert list(table(tmp_path / "killed", "events")["kind"]) == ["resumed"]

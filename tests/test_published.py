@@ -257,8 +257,7 @@ def test_two_rounds(name: str, tiny: Callable[[str], Path], tmp_path: Path, monk
     make(folder)
     changes = [
         f"model.name={tiny(as_published.model.name)}",
-        "model.quantize=none",  # 4 and 8 bits need a GPU; two bytes are slow on most CPUs
-        "model.dtype=float32",
+        "model.dtype=float32",  # two bytes are slow on most CPUs
         f"data.source={folder}",
         "federation.rounds=2",
         f"run.dir={tmp_path / 'run'}",

@@ -23,18 +23,23 @@ from torch import Tensor
 from fedhpc import federation
 from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.approaches.inputs import Inputs
+from fedhpc.config import Config
 from fedhpc.data import Data, Examples, Population
 from fedhpc.data.partitioners.base import Assignment
 from fedhpc.data.tokens import Tokens, examples_from
 from fedhpc.methods.base import Method, PerClient, Tensors
 from fedhpc.models.base import Attached, Base, Batch
+from fedhpc.models.footprint import Footprint
 from fedhpc.objectives.base import Objective
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.topology import Topology
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.checkpoint import load_checkpoint
+from fedhpc.training.memory import Memory
+from fedhpc.training.moments import Moments
+from fedhpc.training.optimizers.adamw import AdamW
 from fedhpc.updates.layout import Layout
-from tests.federations import on_threads, settings, table
+from tests.federations import final, on_threads, settings, table
 from tests.tiny import TinyTokenizer
 
 SIZE = 5  # of x
@@ -114,6 +119,9 @@ class OneVector(Method):
         assert values["x"].shape == (SIZE,)
 
 
+BESIDE = ("control", "moments", "server_momentum")
+
+
 def _examples(owners: np.ndarray) -> Examples:
     count = len(owners)
     tokens = Tokens(np.zeros(count, np.int32), np.arange(count + 1), np.ones(count, np.int32))
@@ -123,7 +131,7 @@ def _examples(owners: np.ndarray) -> Examples:
 def federated(
     folder: Path, ranks: int = 1, change: Callable[[Averaging], None] = lambda approach: None, **sections: Any
 ) -> list[dict[str, np.ndarray]]:
-    """What the server holds after every round, or those since it was resumed: theta and, with client.scaffold, control.
+    """What the server holds after every round, or those since it was resumed: theta and what goes down beside it.
 
     change: what is done to the approach of each rank before the run.
     """
@@ -139,13 +147,38 @@ def federated(
         raw[section] = {**raw.get(section, {}), **values} if isinstance(values, Mapping) else values
     if "steps" in raw["client"]:
         del raw["client"]["epochs"]
-    config = settings(folder, raw)
+    task = inputs(settings(folder, raw), ranks)
+    states: dict[int, dict[str, np.ndarray]] = {}
+
+    def on_round(round_: int) -> None:
+        if round_:
+            found = load_checkpoint(folder)
+            assert found is not None and found[1]["round"] == round_
+            states[round_] = {name: found[0][name] for name in ("theta", *BESIDE) if name in found[0]}
+
+    def run(transport: Transport) -> None:
+        approach = quadratic(task)
+        change(approach)
+        federation.run(approach, transport, False, on_round if transport.rank == 0 else lambda round_: None)
+
+    on_threads(ranks, run)
+    assert sorted(states) == list(range(min(states), task.rounds + 1))
+    return [states[round_] for round_ in sorted(states)]
+
+
+def quadratic(task: Inputs) -> Averaging:
+    """The approach that averages x."""
+    return Averaging(task, OneVector(task.config.method, task.base, task.config.run.seed))
+
+
+def inputs(config: Config, ranks: int = 1) -> Inputs:
+    """The quadratic clients as what an approach is given."""
     model = SimpleNamespace(dtype=torch.float64, parameters=lambda: [])
     base = NoModel(model, TinyTokenizer(), torch.device("cpu"), "quadratic", "quadratic", 0, 0, 0, 0)
     train, others = _examples(np.repeat(np.arange(len(COUNTS)), COUNTS)), _examples(np.arange(len(COUNTS)))
     assignment = Assignment(np.arange(len(train)), np.concatenate([[0], np.cumsum(COUNTS)]))
     population = Population(len(COUNTS), config.run.seed, 0.0, assignment)
-    task = Inputs(
+    return Inputs(
         config=config,
         base=base,
         objective=Quadratic(),
@@ -154,23 +187,9 @@ def federated(
         topology=Topology.of(ranks),
         label_targets=None,
         placement=Placement(),
+        weights=Footprint(0, 0, 0),
+        program_bytes=0,
     )
-    states: dict[int, dict[str, np.ndarray]] = {}
-
-    def on_round(round_: int) -> None:
-        if round_:
-            found = load_checkpoint(folder)
-            assert found is not None and found[1]["round"] == round_
-            states[round_] = {name: found[0][name] for name in ("theta", "control") if name in found[0]}
-
-    def run(transport: Transport) -> None:
-        approach = Averaging(task, OneVector(config.method, base, config.run.seed))
-        change(approach)
-        federation.run(approach, transport, False, on_round if transport.rank == 0 else lambda round_: None)
-
-    on_threads(ranks, run)
-    assert sorted(states) == list(range(min(states), task.rounds + 1))
-    return [states[round_] for round_ in sorted(states)]
 
 
 def cohorts(folder: Path) -> list[np.ndarray]:
@@ -212,22 +231,52 @@ def fedavg(x: np.ndarray, groups: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         yield x
 
 
+def mean_update(x: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """sum_k n_k / n (x - w_k) over the clients of a round."""
+    n = COUNTS[group].sum()
+    return np.sum([COUNTS[i] / n * (x - sgd(i, x, STEPS[i])) for i in group], axis=0)
+
+
 def fedavgm(x: np.ndarray, groups: Sequence[np.ndarray], beta: float) -> Iterator[np.ndarray]:
     """Hsu et al. 2019, section 4.2: dw = sum_k n_k / n dw_k; v <- beta v + dw; w <- w - v."""
     v = np.zeros(SIZE)
     for group in groups:
-        n = COUNTS[group].sum()
-        v = beta * v + np.sum([COUNTS[i] / n * (x - sgd(i, x, STEPS[i])) for i in group], axis=0)
+        v = beta * v + mean_update(x, group)
         x = x - v
         yield x
 
 
-def fedopt(
-    rule: str, x: np.ndarray, groups: Sequence[np.ndarray], eta: float, beta1: float, beta2: float, tau: float
-) -> Iterator[np.ndarray]:
-    """Reddi et al. 2021, algorithm 2."""
-    m, v = np.zeros(SIZE), np.full(SIZE, tau**2)
+def fedexp(x: np.ndarray, groups: Sequence[np.ndarray], eta: float, epsilon: float) -> Iterator[np.ndarray]:
+    """Jhunjhunwala et al. 2023, algorithm 1, with clients weighted by their examples."""
+    extrapolations = []
     for group in groups:
+        p = COUNTS[group] / COUNTS[group].sum()
+        deltas = np.array([sgd(i, x, STEPS[i]) - x for i in group])
+        mean = p @ deltas
+        extrapolations.append(max(1.0, p @ (deltas**2).sum(axis=1) / (2 * (mean @ mean + epsilon))))
+        x = x + eta * extrapolations[-1] * mean
+        yield x
+    assert min(extrapolations) == 1 < max(extrapolations)
+
+
+def diloco(x: np.ndarray, groups: Sequence[np.ndarray], eta: float, beta: float) -> Iterator[np.ndarray]:
+    """Douillard et al. 2023, algorithm 1, with Nesterov's outer steps as in Sutskever et al. 2013, equations 3 and 4:
+    y is where the clients start, p the point without the look ahead; p' = y - eta d(y), y' = p' + beta (p' - p).
+    """
+    p = x
+    for group in groups:
+        after = x - eta * mean_update(x, group)
+        p, x = after, after + beta * (after - p)
+        yield x
+
+
+def fedopt(
+    rule: str, x: np.ndarray, groups: Sequence[np.ndarray], eta: float, beta1: float, beta2: float, tau: float,
+    corrected: bool,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Reddi et al. 2021, algorithm 2; corrected: with m and v as in Kingma and Ba 2015, algorithm 1, v from 0 on."""
+    m, v = np.zeros(SIZE), np.full(SIZE, 0.0 if corrected else tau**2)
+    for t, group in enumerate(groups, 1):
         delta = sum(sgd(i, x, STEPS[i]) - x for i in group) / len(group)
         m = beta1 * m + (1 - beta1) * delta
         if rule == "adagrad":
@@ -236,7 +285,8 @@ def fedopt(
             v = v - (1 - beta2) * delta**2 * np.sign(v - delta**2)
         else:
             v = beta2 * v + (1 - beta2) * delta**2
-        x = x + eta * m / (np.sqrt(v) + tau)
+        m_hat, v_hat = (m / (1 - beta1**t), v / (1 - beta2**t)) if corrected else (m, v)
+        x = x + eta * m_hat / (np.sqrt(v_hat) + tau)
         yield x
 
 
@@ -303,6 +353,94 @@ def scaffold(
         yield x, c
 
 
+ADAMW = {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.7, "beta2": 0.9, "eps": 1e-3}
+
+
+def fedadamw(
+    x: np.ndarray, groups: Sequence[np.ndarray], moments: str, beta: float
+) -> Iterator[tuple[np.ndarray, list[np.ndarray], float]]:
+    """AdamW whose moments are averaged: x, the exchanged moments and the steps in them, after every round.
+
+    Every client continues from means m and v of x whose weights add up to 1, in which t steps are; the decays b. Of
+    each of its steps the share beta is the direction of the last round.
+    """
+    both, b1, b2 = moments == "both", ADAMW["beta1"], ADAMW["beta2"]
+    mean, square, t, delta = np.zeros(SIZE), np.zeros(SIZE), 0.0, np.zeros(SIZE)
+    for group in groups:
+        p = COUNTS[group] / COUNTS[group].sum()
+        after: list[tuple[np.ndarray, ...]] = []
+        for i in group:
+            begun = t if both else 0.0
+            y, m, v = x, mean * (1 - b1**begun), square * (1 - b2**t)
+            for k in range(1, STEPS[i] + 1):
+                g = gradient(i, y)
+                m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+                root = np.sqrt(v / (1 - b2 ** (t + k)))
+                d = m / (1 - b1 ** (begun + k)) / (root + ADAMW["eps"]) + ADAMW["weight_decay"] * y
+                y = y - LR * ((1 - beta) * d + beta * delta)
+            v = v / (1 - b2 ** (t + STEPS[i]))
+            after.append((y, m / (1 - b1 ** (begun + STEPS[i])), np.full(SIZE, v.mean()) if "block" in moments else v))
+        before = x
+        x, mean, square = (p @ np.array(rows) for rows in zip(*after, strict=True))
+        delta = (before - x) / (LR * (p @ STEPS[group]))
+        t = t + p @ STEPS[group]
+        mean = mean if both else np.zeros(SIZE)
+        yield x, [mean, square] if both else [square], t
+
+
+def warmed_cosine(share: float) -> float:
+    """The learning rate when a share of the run is done: a third of it from 0 up to LR, then down to LR / 10."""
+    if share < 1 / 3:
+        return LR * share * 3
+    return LR / 10 + (LR - LR / 10) * (1 + np.cos(np.pi * (share - 1 / 3) * 1.5)) / 2
+
+
+def fedcm(
+    x: np.ndarray, groups: Sequence[np.ndarray], beta: float, rate: Callable[[float], float]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Xu et al. 2021, algorithm 2 with alpha = 1 - beta and eta_g = K eta_l: x and Delta after every round.
+
+    rate: of the share of the run that is done. Where sums of rates, K eta_l, differ, their mean is taken.
+    """
+    delta = np.zeros(SIZE)
+    for t, group in enumerate(groups):
+        p, ends, sums = COUNTS[group] / COUNTS[group].sum(), [], []
+        for i in group:
+            y, rates = x, [rate((t + s / STEPS[i]) / len(groups)) for s in range(STEPS[i])]
+            for eta in rates:
+                y = y - eta * ((1 - beta) * gradient(i, y) + beta * delta)
+            ends.append(y)
+            sums.append(sum(rates))
+        delta = (x - p @ np.array(ends)) / (p @ sums)
+        x = x - (p @ sums) * delta
+        yield x, delta
+
+
+def fedacg(x: np.ndarray, groups: Sequence[np.ndarray], momentum: float, mu: float) -> Iterator[np.ndarray]:
+    """Kim et al. 2022 (arXiv 2201.03172), algorithm 1: the point x + lambda m at which clients of the next round begin.
+
+    The clients' proximal term is around it.
+    """
+    m = np.zeros(SIZE)
+    for group in groups:
+        start = x + momentum * m
+        m = momentum * m + sum(by_steps(i, start, mu) - start for i in group) / len(group)
+        x = x + m
+        yield x + momentum * m
+
+
+def adamw_of_torch(x: np.ndarray, groups: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """One optimizer that never begins afresh, over the steps of one client after the other."""
+    y = torch.from_numpy(x.copy()).requires_grad_()
+    betas = (ADAMW["beta1"], ADAMW["beta2"])
+    optimizer = torch.optim.AdamW([y], LR, betas, ADAMW["eps"], ADAMW["weight_decay"])
+    for (i,) in groups:
+        for _ in range(STEPS[i]):
+            y.grad = torch.from_numpy(gradient(i, y.detach().numpy()))
+            optimizer.step()
+        yield y.detach().numpy().copy()
+
+
 # ---------------------------------------------------------------- equal to them
 
 
@@ -320,11 +458,65 @@ def test_fedavgm(tmp_path: Path) -> None:
     agree(found, list(fedavgm(START, cohorts(tmp_path), 0.7)), START)
 
 
-@pytest.mark.parametrize("rule", ["adam", "yogi", "adagrad"])
-def test_fedopt(tmp_path: Path, rule: str) -> None:
-    options = {"beta1": 0.6, "tau": 0.05} | ({} if rule == "adagrad" else {"beta2": 0.9})
+def test_fedexp_on_any_number_of_ranks(tmp_path: Path) -> None:
+    server = {"aggregator": "fedexp", "epsilon": 0.05, "lr": 0.9}
+    alone, *others = (thetas(federated(tmp_path / str(ranks), ranks, server=server)) for ranks in (1, 2, 3))
+    agree(alone, list(fedexp(START, cohorts(tmp_path / "1"), 0.9, 0.05)), START)
+    for other in others:
+        np.testing.assert_array_equal(other, alone)
+
+
+AVERAGES: dict[str, tuple[dict[str, float], Callable[[int], np.ndarray]]] = {
+    "ema": ({"ema": 0.7}, lambda t: 0.7 ** np.arange(t)[::-1]),
+    "lawa": ({"lawa": 3}, lambda t: (np.arange(t)[::-1] < 3).astype(float)),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_of_the_states_is_what_is_evaluated_and_kept(tmp_path: Path, name: str) -> None:
+    """Clients go on from the states themselves. A mean over rounds 1 to t is by the weights of each."""
+    options, weights = AVERAGES[name]
+    for ranks in (1, 2, 3):
+        found = thetas(federated(tmp_path / str(ranks), ranks, evaluation={**options, "every": 1}))
+        states = list(fedavg(START, cohorts(tmp_path / str(ranks))))
+        agree(found, states, START)
+        averages = [np.average(states[:t], axis=0, weights=weights(t)) for t in range(1, ROUNDS + 1)]
+        losses = [np.mean([0.5 * (x - b) @ h @ (x - b) for h, b in zip(H, B, strict=True)]) for x in [START, *averages]]
+        np.testing.assert_allclose(table(tmp_path / str(ranks), "rounds")["eval_loss"], losses, rtol=1e-9)
+        agree([final(tmp_path / str(ranks))["x"]], averages[-1:], START)
+        for one in ("x", "loss"):
+            tables = [final(tmp_path / str(r)) if one == "x" else table(tmp_path / str(r), "test") for r in (1, ranks)]
+            np.testing.assert_array_equal(tables[0][one], tables[1][one])
+
+
+@pytest.mark.parametrize(
+    ("server", "evaluation"),
+    [
+        ({"optimizer": "adam", "lr": 0.5, "bias_correction": True, "aggregator": "fedexp"}, {"ema": 0.7}),
+        ({"momentum": 0.7, "nesterov": True}, {"lawa": 3}),
+    ],
+)
+def test_a_server_that_was_resumed_goes_on_to_the_bit(tmp_path: Path, server: Any, evaluation: Any) -> None:
+    whole = thetas(federated(tmp_path / "whole", 2, server=server, evaluation=evaluation))
+    federated(tmp_path / "stopped", 1, server=server, evaluation=evaluation, federation={"rounds": 2})
+    after = thetas(federated(tmp_path / "stopped", 3, server=server, evaluation=evaluation))
+    np.testing.assert_array_equal(after[1:], whole[2:])  # without round 2, at which it goes on
+    np.testing.assert_array_equal(final(tmp_path / "stopped")["x"], final(tmp_path / "whole")["x"])
+
+
+def test_diloco(tmp_path: Path) -> None:
+    found = thetas(federated(tmp_path, server={"optimizer": "sgd", "lr": 0.6, "momentum": 0.7, "nesterov": True}))
+    agree(found, list(diloco(START, cohorts(tmp_path), 0.6, 0.7)), START)
+
+
+@pytest.mark.parametrize(
+    ("rule", "corrected"), [("adam", False), ("adam", True), ("yogi", False), ("yogi", True), ("adagrad", False)]
+)
+def test_fedopt(tmp_path: Path, rule: str, corrected: bool) -> None:
+    decays = {} if rule == "adagrad" else {"beta2": 0.9, "bias_correction": corrected}
+    options = {"beta1": 0.6, "tau": 0.05, **decays}
     found = thetas(federated(tmp_path, server={"optimizer": rule, "lr": 0.5, "weighting": "uniform", **options}))
-    agree(found, list(fedopt(rule, START, cohorts(tmp_path), 0.5, 0.6, 0.9, 0.05)), START)
+    agree(found, list(fedopt(rule, START, cohorts(tmp_path), 0.5, 0.6, 0.9, 0.05, corrected)), START)
 
 
 def test_fedprox_by_gradient_steps(tmp_path: Path) -> None:
@@ -351,6 +543,76 @@ def test_scaffold(tmp_path: Path) -> None:
     wanted = list(scaffold(START, cohorts(tmp_path), STEPS, 0.8))
     agree(thetas(found), [x for x, _ in wanted], START)
     agree([state["control"] for state in found], [c for _, c in wanted], np.zeros(SIZE))
+
+
+def test_fedcm(tmp_path: Path) -> None:
+    """On one rank, and on three and resumed on two."""
+    client = {"server_momentum": 0.9}
+    found = federated(tmp_path / "one", client=client)
+    wanted = list(fedcm(START, cohorts(tmp_path / "one"), 0.9, lambda share: LR))
+    agree(thetas(found), [x for x, _ in wanted], START)
+    agree([state["server_momentum"] for state in found], [delta for _, delta in wanted], np.zeros(SIZE))
+    same_bits_elsewhere(tmp_path, found, client)
+    rounds = table(tmp_path / "one", "rounds")
+    assert (rounds["bytes_down"][1:] == 2 * 8 * SIZE * COHORT).all()
+    assert (rounds["bytes_up"][1:] == 8 * SIZE * COHORT).all()
+
+
+def test_a_schedule_over_all_rounds_with_warm_up(tmp_path: Path) -> None:
+    client = {"server_momentum": 0.3, "schedule": "cosine", "warmup": 1 / 3, "lr_min": LR / 10}
+    found = thetas(federated(tmp_path, client=client))
+    agree(found, [x for x, _ in fedcm(START, cohorts(tmp_path), 0.3, warmed_cosine)], START)
+
+
+def test_fedacg_is_nesterov_of_the_server_with_fedprox(tmp_path: Path) -> None:
+    server = {"momentum": 0.6, "nesterov": True, "weighting": "uniform"}
+    found = thetas(federated(tmp_path, server=server, client={"proximal": 0.8}))
+    agree(found, list(fedacg(START, cohorts(tmp_path), 0.6, 0.8)), START)
+
+
+def same_bits_elsewhere(folder: Path, found: Sequence[Mapping[str, np.ndarray]], client: Mapping[str, Any]) -> None:
+    """The run on three ranks, interrupted after three rounds, and resumed on two has the states `found`."""
+    begun = federated(folder / "three", ranks=3, client=client, federation={"rounds": 3})
+    resumed = federated(folder / "three", ranks=2, client=client)[1:]  # without the round at which it goes on
+    for one, other in zip(found, [*begun, *resumed], strict=True):
+        assert set(one) == set(other) > {"theta"}
+        assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+@pytest.mark.parametrize(("moments", "beta"), [("second", 0.0), ("second_by_block", 0.4), ("both", 0.4)])
+def test_moments_from_round_to_round(tmp_path: Path, moments: str, beta: float) -> None:
+    """On one rank, on three, and resumed on two; every moment by its formula."""
+    client = ADAMW | {"moments": moments, "server_momentum": beta}
+    found = federated(tmp_path / "one", client=client)
+    wanted = list(fedadamw(START, cohorts(tmp_path / "one"), moments, beta))
+    agree(thetas(found), [x for x, _, _ in wanted], START)
+    for state, (_, values, t) in zip(found, wanted, strict=True):
+        flat = [value[:1] if "block" in moments else value for value in values]
+        np.testing.assert_allclose(state["moments"], [*np.concatenate(flat), t], rtol=1e-9)
+    same_bits_elsewhere(tmp_path, found, client)
+    rounds, numbers = table(tmp_path / "one", "rounds"), {"second": SIZE, "second_by_block": 1, "both": 2 * SIZE}
+    sent = SIZE + numbers[moments] + 1  # the steps, too
+    assert (rounds["bytes_up"][1:] == 8 * COHORT * sent).all()
+    assert (rounds["bytes_down"][1:] == 8 * COHORT * (sent + (SIZE if beta else 0))).all()
+
+
+def test_both_moments_of_one_client_a_round_are_one_adamw(tmp_path: Path) -> None:
+    found = thetas(federated(tmp_path, client=ADAMW | {"moments": "both"}, federation={"cohort_size": 1}))
+    agree(found, list(adamw_of_torch(START, cohorts(tmp_path))), START)
+
+
+def test_blocks_of_moments() -> None:
+    """The last axis of a tensor falls into blocks, of each of which one mean is sent."""
+    optimizer = AdamW(AdamW.Options(beta2=0.5))
+    layout = Layout({"w": (2, 4), "s": ()})
+    moments = Moments(optimizer, "second_by_block", layout, {"w": 2, "s": 1}, torch.float64)
+    square = torch.tensor([[1.0, 3.0, 5.0, 5.0, 5.0, 7.0, 1.0, 1.0, 6.0]], dtype=torch.float64)
+    sent = moments.sent(moments.initial_vector(), Memory({"square": square}, torch.tensor([1])))
+    assert sent.tolist() == [[8.0, 6.0, 12.0, 1.0]]  # corrected by 1 - 0.5
+    after, memory = moments.memory(sent[0], 3)
+    assert after.earlier == {"square": 1.0} and optimizer.earlier == {}
+    assert memory.buffers["square"].tolist() == [[4.0, 4.0, 3.0, 3.0, 4.0, 4.0, 3.0, 3.0, 6.0]] * 3
+    assert not memory.buffers["mean"].any() and not memory.count.any()
 
 
 # ---------------------------------------------------------------- and where they end

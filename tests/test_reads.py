@@ -115,9 +115,11 @@ def test_an_approach_reads_what_it_says(name: str, texts: Path, tmp_path: Path) 
 
 UNREAD = {
     "rag": ["client.lr=0.5", "server.lr=0.5", "data.label_noise=0.1", "transforms=[{name: clip}]"],
-    "distillation": ["server.optimizer=adam", "client.scaffold=true", "evaluation.client_fraction=0.5"],
+    "distillation": [
+        "server.optimizer=adam", "client.scaffold=true", "client.moments=both", "evaluation.client_fraction=0.5",
+    ],
     "prompt_search": ["client.warmup=0.1", "personalization.finetune_steps=2", "server.lr=2.0"],
-    "fedbpt": ["server.optimizer=adam", "client.clip_norm=1.0", "local.max_clients=3"],
+    "fedbpt": ["server.optimizer=adam", "client.server_momentum=0.5", "client.clip_norm=1.0", "local.max_clients=3"],
 }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_report_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     run = make_run(tmp_path, "demo")
     assert main([str(run)]) == 0
     out = run / "report"
-    plots = {"learning_curve.png", "metrics.png", "client_loss.png", "traffic.png", "time.png"}
+    plots = {"learning_curve.png", "metrics.png", "client_loss.png", "clients.png", "traffic.png", "time.png"}
     assert {p.name for p in out.iterdir()} == plots | {"report.md", "rounds.csv", "clients.csv", "rates.csv"}
     assert (out / "rates.csv").read_text() == "place,rate\na,0.5\nb,1.0\n"
     assert all(is_png(out / name) for name in plots)
@@ -167,8 +167,9 @@ def test_comparison_groups_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     runs.append(make_run(tmp_path, "central", mode="centralized"))
     out = tmp_path / "comparison"
     assert main([*map(str, runs), "--out", str(out)]) == 0
-    assert {p.name for p in out.iterdir()} == {"comparison.md", "comparison.csv", "eval_loss.png", "test.png"}
-    assert is_png(out / "eval_loss.png") and is_png(out / "test.png")
+    plots = {"eval_loss.png", "test.png", "clients.png", "costs.png"}
+    assert {p.name for p in out.iterdir()} == {"comparison.md", "comparison.csv", *plots}
+    assert all(is_png(out / name) for name in plots)
     text = (out / "comparison.md").read_text()
     # Seeds 0, 1, 2: mean 29, standard deviation 1, t(2) = 4.303: 4.303 / sqrt(3) = 2.484.
     assert cells(text, "fed")[1:] == [

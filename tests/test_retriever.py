@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from fedhpc.approaches.prepare import prepare
 from fedhpc.approaches.rag.encoder import Encoder
@@ -17,6 +23,7 @@ from fedhpc.builtin import rows
 from fedhpc.config import Model
 from fedhpc.data import load_data
 from fedhpc.errors import UserError
+from fedhpc.export.__main__ import main as export
 from fedhpc.methods.retriever import PROJECTION, Retriever, load
 from fedhpc.models import load as models
 from fedhpc.objectives import contrastive
@@ -125,11 +132,17 @@ def test_a_block_equals_its_clients_alone(encoder: Path, tmp_path: Path) -> None
             assert not together.updates[i].any() and not alone.any()
 
 
-def test_ranks_change_nothing_and_training_lowers_the_loss(encoder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def runs(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs of three rounds on one rank and on three."""
     changes = {"model": {"dtype": "float32"}, "federation": {"rounds": 3}}
-    runs = [tmp_path / str(ranks) for ranks in (1, 3)]
-    for ranks, directory in zip((1, 3), runs, strict=True):
+    folders = [tmp_path_factory.mktemp("runs") / str(ranks) for ranks in (1, 3)]
+    for ranks, directory in zip((1, 3), folders, strict=True):
         federate(settings(directory, tree(encoder, **changes)), ranks)
+    return folders
+
+
+def test_ranks_change_nothing_and_training_lowers_the_loss(runs: list[Path]) -> None:
     one, three = (final(directory)[PROJECTION] for directory in runs)
     assert np.array_equal(one, three)
     losses = table(runs[0], "rounds")["train_loss"]
@@ -157,6 +170,64 @@ def test_the_export_is_what_a_search_loads(encoder: Path, tmp_path: Path) -> Non
     about.write_text(json.dumps({**json.loads(about.read_text()), "fingerprint": "other"}))
     with pytest.raises(UserError, match="was trained behind another encoder"):
         Encoder(str(encoder), str(tmp_path / "adapter"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def exported(runs: list[Path]) -> Path:
+    """The run as a folder for sentence-transformers."""
+    folder = runs[0].with_name("exported")
+    with contextlib.redirect_stdout(io.StringIO()) as screen:
+        assert export([str(runs[0]), "--merge", str(folder)]) == 0
+    (difference,) = re.findall(r"merged in float32; vectors, up to 0\.\d+, differ by (\S+) at most", screen.getvalue())
+    assert float(difference) <= 1e-6
+    return folder
+
+
+def test_a_run_is_exported_as_modules_of_sentence_transformers(exported: Path, runs: list[Path], encoder: Path) -> None:
+    read = {str(f.relative_to(exported)): json.loads(f.read_text()) for f in exported.rglob("*.json")}
+    assert {file.suffix for file in exported.rglob("*") if file.is_file()} == {".json", ".safetensors", ".md"}
+    kinds = [(module["path"], module["type"].rpartition(".")[2]) for module in read["modules.json"]]
+    assert kinds == [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Router", "Router")]
+    assert read["sentence_bert_config.json"]["max_seq_length"] == 64
+    routes = read["2_Router/router_config.json"]
+    assert routes["structure"] == {"query": ["query_0_Dense", "normalize"], "document": ["normalize"]}
+    dense = read["2_Router/query_0_Dense/config.json"]
+    assert not dense["bias"] and dense["activation_function"].endswith(".Identity")
+    tensors = load_file(exported / "2_Router" / "query_0_Dense" / "model.safetensors")
+    trained = torch.from_numpy(final(runs[0])[PROJECTION])
+    assert [*tensors] == ["linear.weight"] and torch.equal(tensors["linear.weight"], trained)
+    assert not torch.equal(trained, torch.eye(32))
+    there, theirs = (AutoModel.from_pretrained(folder).state_dict() for folder in (exported, encoder))
+    assert there.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name].float()) for name, weight in there.items())
+    card = (exported / "README.md").read_text()
+    assert "library_name: sentence-transformers" in card and "encode_query" in card and "## The run" in card
+
+
+def test_sentence_transformers_has_the_vectors_of_the_run(exported: Path, runs: list[Path], encoder: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    texts = ["Who is Mira?", "name[Aromi] area[city centre]", "food[Chinese] near[Aromi] " * 50]
+    search = Encoder(str(encoder), None, torch.device("cpu"))
+    passages = search.base.vectors(search._ids(texts)[0])
+    questions = passages @ torch.from_numpy(final(runs[0])[PROJECTION]).T
+    questions /= questions.norm(dim=1, keepdim=True)
+    model = library.SentenceTransformer(str(exported), device="cpu")
+    about = {"convert_to_tensor": True}
+    torch.testing.assert_close(model.encode_query(texts, **about), questions, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.encode_document(texts, **about), passages, atol=1e-6, rtol=0)
+    assert float((questions - passages).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="`task`"):
+        model.encode(texts)
+
+
+def test_another_encoder_is_not_exported(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    about = tmp_path / "run" / "adapter" / "adapter_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "fingerprint": "other"}))
+    assert export([str(tmp_path / "run"), "--merge", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "adapter' was trained behind another encoder" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists() and "method.retriever" not in error
 
 
 def test_vectors_are_kept_on_disk_by_who_made_them_and_in_memory_up_to_a_limit(

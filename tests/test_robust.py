@@ -19,6 +19,8 @@ from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.server.aggregation import Aggregation
+from fedhpc.training.block import train_block
+from fedhpc.training.local import LocalTraining
 from fedhpc.updates.cohort import Cohort
 from fedhpc.updates.layout import Layout
 from tests.federations import federate, final, settings, table, tree, write_texts
@@ -276,6 +278,39 @@ def test_the_server_s_own_training_has_the_learning_rates_of_the_clients(texts: 
     assert norm(2, 2) < 0.5 * norm(8, 2)
 
 
+def test_the_server_s_own_training_packs_and_goes_on_with_smaller_forwards(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def train(
+        base: Any, method: Any, objective: Any, start: Any, works: Any, examples: Any, local: LocalTraining
+    ) -> Any:
+        tried.append((local.packing, local.examples_at_once))
+        if local.examples_at_once > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train_block(base, method, objective, start, works, examples, local)
+
+    monkeypatch.setattr("fedhpc.approaches.averaging.root.train_block", train)
+    server, client = {"aggregator": "fltrust", "root_examples": 5}, {"packing": True, "batch_size": 5}
+    small = {"max_examples": 4, "test_max_examples": 4}
+    raw = tree(texts, server=server, federation={"rounds": 1}, evaluation=small, client=client)
+    for fits in (2, 0):
+        approach = prepare(settings(tmp_path, raw), LoopbackTransport(), Launch(), True)
+        if fits:
+            update = approach._root_update(approach.initial_state(), approach.plan(1))
+            assert update.norm() > 0 and approach.examples_that_fit == 2
+            assert tried == [(True, 5), (True, 3), (True, 2)]
+        else:
+            with pytest.raises(UserError, match="one example of the server takes more memory than the GPU has"):
+                approach._root_update(approach.initial_state(), approach.plan(1))
+
+
+def test_a_rule_that_nobody_uses_needs_no_updates(texts: Path, tmp_path: Path) -> None:
+    raw = tree(texts, server={"aggregator": "krum"}, mode="local", local={"max_clients": 4})
+    assert prepare(settings(tmp_path, raw), LoopbackTransport(), Launch(), True).min_cohort == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -293,6 +328,10 @@ def test_the_server_s_own_training_has_the_learning_rates_of_the_clients(texts: 
         (
             {"server": {"aggregator": "fednova", "preaggregator": {"name": "bucketing"}}},
             r"server\.preaggregator: .*fednova weighs",
+        ),
+        (
+            {"server": {"aggregator": "fedexp"}, "method": {"name": "fedbpt", "exchange": "scores"}},
+            r"fedexp is of updates of parameters, and fedbpt sends scores",
         ),
     ],
 )

@@ -307,6 +307,7 @@ def test_the_cohort_of_ten_that_older_versions_wrote_down(tmp_path: Path) -> Non
     [
         (["client.lr=0.2"], r"another configuration: client\.lr 0\.05 -> 0\.2; choose"),
         (["runtime.block_size=8"], r"runtime\.block_size auto -> 8"),
+        (["runtime.workers=2"], r"runtime\.workers 8 -> 2"),
         (["run.seed=1"], r"run\.seed 0 -> 1"),
         (["method.name=full"], r"method\.name prefix -> full, method\.num_virtual_tokens 16 -> \(absent\)"),
         (["data.where={near: [a]}"], r"data\.where {} -> \(absent\), data\.where\.near\.0 \(absent\) -> a"),

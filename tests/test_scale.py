@@ -96,13 +96,26 @@ def test_a_rank_of_the_bench_that_fails(
 def test_a_bench_that_is_ended_takes_its_ranks_along(tmp_path: Path) -> None:
     before = set(psutil.Process().children())
     handler = signal.signal(signal.SIGTERM, interrupted)
-    timer = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM))
-    timer.start()
+    over = threading.Event()
+
+    def work(rank: int) -> None:
+        (tmp_path / f"{rank} runs").touch()
+        time.sleep(600)
+
+    def end() -> None:
+        while len(list(tmp_path.glob("* runs"))) < 2:
+            if over.wait(0.02):
+                return
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    ending = threading.Thread(target=end)
+    ending.start()
     try:
         with pytest.raises(UserError, match="ended by SIGTERM"):
-            processes.forked(2, lambda _: time.sleep(60), tmp_path / "why")
+            processes.forked(2, work, tmp_path / "why")
     finally:
-        timer.cancel()
+        over.set()
+        ending.join()
         signal.signal(signal.SIGTERM, handler)
     assert set(psutil.Process().children()) == before
 
@@ -114,14 +127,14 @@ def test_a_bench_whose_rank_is_killed_says_so() -> None:
     children: list[psutil.Process] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while len(children) < 2 or not all(child.net_connections() for child in children):
                 assert time.monotonic() < deadline and running.poll() is None
                 time.sleep(0.02)
                 with contextlib.suppress(psutil.Error):
                     children = psutil.Process(running.pid).children()
             children[1].kill()
-            _, err = running.communicate(timeout=60)
+            _, err = running.communicate(timeout=300)
         finally:
             running.kill()
             for child in children:
@@ -131,4 +144,4 @@ def test_a_bench_whose_rank_is_killed_says_so() -> None:
     (line,) = [line for line in err.splitlines() if line.startswith("fedhpc: ")]
     assert line.startswith("fedhpc: error: bench --scale at ranks 2, cohort 32, "), line
     assert "rank 1 was killed by signal 9" in line
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert not psutil.wait_procs(children, timeout=60)[1]

@@ -16,7 +16,7 @@ import yaml
 
 from fedhpc.builtin.world import rows
 from tests.federations import final, save_random_bert, save_random_t5, tree, write_texts
-from tests.ranks import Launcher, run_ranks
+from tests.ranks import Launcher, Result, run_ranks
 
 _WARNS = re.compile(r"Warning:|WARNING|[Dd]eprecat|will be removed|\[transformers\]")
 # Runs one configuration after the other as `python -m fedhpc.main` does; libraries are imported once.
@@ -131,12 +131,20 @@ def test_warnings_are_seen() -> None:
     assert not warned("round 1/2  train_loss 5.786  cohort 4  0.3 s\ncomplete: results.h5")
 
 
-@pytest.mark.slow
-def test_the_screen_of_every_approach_and_model_is_clean(world: Path, tmp_path: Path) -> None:
-    files = [str(configuration(world, name, tmp_path)) for name in RUNS]
-    script = tmp_path / "runs.py"
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A folder with all the runs in one process, and what it said."""
+    folder = tmp_path_factory.mktemp("alone")
+    files = [str(configuration(world, name, folder)) for name in RUNS]
+    script = folder / "runs.py"
     script.write_text(_ONE_AFTER_THE_OTHER)
-    (result,) = run_ranks(1, [str(script), *files], timeout=300)
+    (result,) = run_ranks(1, [str(script), *files], timeout=600)
+    return folder, result
+
+
+@pytest.mark.slow
+def test_the_screen_of_every_approach_and_model_is_clean(alone: tuple[Path, Result]) -> None:
+    _, result = alone
     assert result.code == 0, result.err
     assert result.err == ""
     assert warned(result.out) == [] and result.out.count("complete: ") == len(RUNS)
@@ -144,14 +152,13 @@ def test_the_screen_of_every_approach_and_model_is_clean(world: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
-def test_the_screen_of_a_launcher_is_clean(world: Path, tmp_path: Path, launcher: Launcher) -> None:
-    alone, together = (configuration(world, "prefix", tmp_path / folder) for folder in ("alone", "together"))
-    results = [
-        *run_ranks(1, ["-m", "fedhpc.main", str(alone)]),
-        *run_ranks(2, ["-m", "fedhpc.main", str(together)], launcher),
-    ]
-    for result in results:
+def test_the_screen_of_a_launcher_is_clean(
+    world: Path, tmp_path: Path, alone: tuple[Path, Result], launcher: Launcher
+) -> None:
+    for result in run_ranks(
+        2, ["-m", "fedhpc.main", str(configuration(world, "prefix", tmp_path))], launcher, timeout=600
+    ):
         assert result.code == 0, result.err
         assert result.err == "" and warned(result.out) == []
-    one, other = (final(file.parent / "prefix") for file in (alone, together))
+    one, other = (final(folder / "prefix") for folder in (alone[0], tmp_path))
     assert all((one[name] == other[name]).all() for name in one)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 from fedhpc import config as configuration
+from fedhpc.approaches.prepare import prepare
 from fedhpc.bench import secure
 from fedhpc.errors import UserError
 from fedhpc.lazy import lazy
+from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 from fedhpc.registry import choice, names, options
 from fedhpc.secure import primitives, shamir
@@ -271,6 +274,14 @@ def test_in_every_protocol_neighbours_know_each_other_and_some_of_the_holders_ar
         assert again[0] == masking.neighbours and (again[1] == again[0]) == (len(masking.neighbours[0]) == count - 1)
 
 
+def test_the_graph_of_a_round_is_made_once(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, graph = [], Pairwise.graph
+    monkeypatch.setattr(Pairwise, "graph", lambda self, *args: made.append(1) or graph(self, *args))
+    raw = {**raw_of(texts, secure={"name": "pairwise"}), "federation": {"rounds": 3, "cohort_size": 6}}
+    federate(settings(tmp_path, raw))
+    assert len(made) == 3
+
+
 def test_a_graph_with_arrows_is_refused() -> None:
     class Arrows(Pairwise):
         def graph(self, count: int, generator: np.random.Generator) -> list[list[int]]:
@@ -400,6 +411,37 @@ def test_several_sums_of_a_round_are_masked_and_counted(texts: Path, tmp_path: P
     assert (table(tmp_path / "pairwise", "rounds")["bytes_up"][1:] == wanted).all()
 
 
+@pytest.mark.parametrize("secure", [{"name": "pairwise"}, {"name": "sparse", "neighbours": 4}])
+def test_keys_and_shares_take_virtual_time(secure: dict[str, Any], texts: Path, tmp_path: Path) -> None:
+    devices = {"name": "lognormal", "up_bytes_per_s": 1e4, "down_bytes_per_s": 1e4}
+    raw = {**raw_of(texts, secure=secure, devices=devices), "federation": {"rounds": 1, "cohort_size": 6}}
+    raw["federation"]["schedule"] = {"over_selection": 1.1}  # 7 clients
+    config = settings(tmp_path, raw)
+    approach = prepare(config, LoopbackTransport(), Launch(), write_cache=False)
+    plan = approach.plan(1)
+    assert len(plan.cohort) == 7 and len(plan.training) == 6
+    everybody = replace(plan, late=frozenset())
+    down, up = (sum(both) for both in zip(*map(approach._traffic, plan.cohort), strict=True))
+    assert (down, up) == (approach.bytes_down(everybody), approach.bytes_up(everybody))
+
+
+@pytest.mark.parametrize(("name", "given"), [("pairwise", {}), ("sparse", {"neighbours": 4})])
+def test_how_often_rounds_are_void_is_what_a_plain_count_says(name: str, given: dict[str, Any]) -> None:
+    masking = Masking(protocol(name, **given), 0, 1, range(12))
+    draws = np.random.default_rng(5)
+    rounds = [[client for client in range(12) if draws.random() >= 0.2][:11] for _ in range(3000)]
+    plain = sum(bool(masking.shortfall(uploaded)) for uploaded in rounds) / len(rounds)
+    assert 0.05 < plain < 0.95 and abs(masking.chance_of_void(0.2, 11) - plain) < 0.1
+    assert masking.chance_of_void(0.0, 12) == 0 and masking.chance_of_void(0.95, 12) > 0.99
+
+
+def test_a_check_says_how_often_rounds_will_be_void(texts: Path, tmp_path: Path) -> None:
+    raw = {**raw_of(texts, secure={"name": "pairwise"}), "federation": {"cohort_size": 6, "dropout": 0.9}}
+    approach = prepare(settings(tmp_path, raw), LoopbackTransport(), Launch(), write_cache=False)
+    (line,) = [line for line in approach.details(approach.plan(1)) if line.startswith("secure")]
+    assert line.endswith("with federation.dropout 0.9 about 100% of the rounds are void")
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -415,6 +457,7 @@ def test_several_sums_of_a_round_are_masked_and_counted(texts: Path, tmp_path: P
         ({"federation": {"cohort_size": 2}}, "federation.cohort_size: with secure aggregation the sum of 2 updates"),
         ({"server": {"aggregator": "median"}}, "and aggregator median asks for more"),
         ({"server": {"aggregator": "krum"}}, "and aggregator krum asks for more"),
+        ({"server": {"aggregator": "fedexp"}}, "and aggregator fedexp asks for more"),
         ({"server": {"preaggregator": {"name": "bucketing"}}}, "secure.name pairwise lets nobody mix single updates"),
         ({"client": {"optimizer": "sgd", "scaffold": True}}, "client.scaffold: secure.name pairwise masks the updates"),
         ({"attack": {"name": "alie"}}, "secure.name pairwise hides what honest clients send, which attack.name alie"),

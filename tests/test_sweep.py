@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ import pytest
 import yaml
 
 from fedhpc import config as configuration
-from fedhpc import sweep
+from fedhpc import federation, sweep
+from fedhpc.halving import Halving
+from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.results.lock import take_lock
 from fedhpc.results.status import read_status, write_status
-from tests.federations import table
+from tests import test_quadratic
+from tests.federations import Interrupted, final, table
 
 SWEEPS = Path(__file__).resolve().parents[1] / "configs" / "sweeps"
 GRID = [
@@ -39,6 +43,17 @@ def write(path: Path, **keys: object) -> Path:
     file = path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"name": "few", "dir": str(path / "runs"), "grid": GRID, **keys}, sort_keys=False))
     return file
+
+
+def early(
+    factor: int = 3,
+    after: Sequence[int] = (1, 3),
+    grid: Sequence[object] = ({"client.lr": [0.1, 0.2]},),
+    **keys: object,
+) -> dict[str, object]:
+    """The keys of a sweep with rungs, of runs of nine rounds."""
+    common = {"federation.rounds": 9, "evaluation.every": 1, **keys}
+    return {"early_stop": {"factor": factor, "after": list(after)}, "grid": list(grid), "set": common}
 
 
 def listed(file: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
@@ -111,6 +126,16 @@ def test_committed_sweeps_resolve(path: Path) -> None:
         ({"launch": "no-such-command x"}, [], "there is no such command"),
         ({"launch": "'"}, [], "sweep.launch"),
         ({"dir": "a=b"}, [], "must not have a '='"),
+        (early(after=[]), [], "sweep.early_stop.after"),
+        (early(after=[0]), [], "sweep.early_stop.after.0"),
+        (early(after=[2, 1]), [], "each round must come after the one before it, got [2, 1]"),
+        (early(factor=1), [], "sweep.early_stop.factor"),
+        (early(after=[9]), [], "after round 9 there is none to go on with (federation.rounds 9)"),
+        (early(**{"evaluation.every": 2}), [], "run lr_0.1-s0: it is not evaluated after round 1 (evaluation.every 2)"),
+        (early(**{"evaluation.metrics": ["perplexity"]}), [], "not in evaluation.metrics ['perplexity']"),
+        (early(grid=[{"run.seed": [0, 1]}]), [], "there is nothing to choose"),
+        (early(grid=[{"data.max_length": [64, 96]}]), [], "max_length_96-s0: its loss does not compare with that of"),
+        (early(), ["--index", "1"], "--index does one run alone, and sweep.early_stop ranks all"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
@@ -210,7 +235,7 @@ def test_a_signal_goes_to_the_run(number: signal.Signals, tmp_path: Path) -> Non
     until(lambda: len(started(file)) == 1)
     time.sleep(0.2)  # the trap comes after the line
     process.send_signal(number)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 75 and error.count("\n") == 1
     assert started(file) == ["prefix-alpha_0.1-s0", "ended"]
 
@@ -220,6 +245,123 @@ def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- successive halving
+
+RATES = [0.001, 0.003, 0.006, 0.01, 0.02, 0.06, 0.05, 0.04, 0.03]  # the sixth is best
+QUADRATIC = {
+    **{"model.dtype": "float64", "partition": {"name": "iid", "num_clients": 6}, "federation.cohort_size": 4},
+    **{"client.optimizer": "sgd", "client.batch_size": 2, "client.schedule": "cosine", "evaluation.samples": 0},
+    **{"evaluation.metrics": ["loss"], "runtime.workers": 1},
+}
+
+
+class Here:
+    """Stands in for the process of a run, whose clients are those of tests/test_quadratic.py, in this process."""
+
+    rounds = 0  # that were trained
+    killed_after: set[int]  # of these
+    failing: set[str]  # names of runs
+
+    def __init__(self, command: Sequence[str], **_: object) -> None:
+        file, until = command[1], command[3] if command[2:3] == ["--until"] else None
+        config = configuration.load(file, [])
+        self.code, self.began = int(config.run.name in Here.failing), -1
+        if not self.code:
+            approach = test_quadratic.quadratic(test_quadratic.inputs(config))
+            federation.run(approach, LoopbackTransport(), False, self.on_round, until=int(until) if until else None)
+
+    def on_round(self, round_: int) -> None:
+        Here.rounds += self.began >= 0 and round_ > self.began
+        self.began = round_
+        if Here.rounds in Here.killed_after:
+            Here.killed_after.remove(Here.rounds)
+            raise Interrupted
+
+    def wait(self) -> int:
+        return self.code
+
+    poll = wait
+
+
+@pytest.fixture
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.subprocess, "Popen", Here)
+    Here.rounds, Here.killed_after, Here.failing = 0, set(), set()
+
+
+@pytest.mark.usefixtures("_here")
+def test_the_best_go_on_also_when_the_sweep_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The winner is that of the sweep without rungs, to the bit, for 21 of 81 rounds."""
+    file = write(tmp_path, launch="true", **early(grid=[{"client.lr": RATES}], **QUADRATIC))
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "compare", lambda *_, **__: None)
+        assert sweep.main([str(file), "sweep.early_stop=null", f"sweep.dir={tmp_path / 'all'}"]) == 0
+    assert Here.rounds == 9 * 9
+    ends = {lr: table(tmp_path / "all" / f"lr_{lr}-s0", "rounds")["eval_loss"][-1] for lr in RATES}
+    assert min(ends, key=ends.__getitem__) == 0.06
+
+    Here.rounds, Here.killed_after = 0, {3, 11, 17}
+    for _ in range(3):  # while it is on its way to each rung, and to the end
+        with pytest.raises(Interrupted):
+            sweep.main([str(file)])
+    assert sweep.main([str(file), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "the best 3 of 9 settings go on after round 1, the best 1 of 3 settings go on after round 3\n" in text
+    assert text.count("true ") == 1 and f"true {tmp_path}/runs/lr_0.06-s0.yaml\n" in text
+    assert sweep.main([str(file)]) == 0
+    assert Here.rounds == 9 * 1 + 3 * 2 + 1 * 6
+    text = capsys.readouterr().out
+    assert "\nafter round 3: 1 of 3 settings go on, by validation loss: lr_0.06 (" in text
+    assert "1 of 9 runs compared, 8 stopped early\n" in text
+    one, other = (final(tmp_path / folder / "lr_0.06-s0") for folder in ("all", "runs"))
+    assert one["x"].tobytes() == other["x"].tobytes()
+    first, second = ("stopped early after round 1", "stopped early after round 3")
+    assert [" ".join(row[2:]) for row in listed(file, capsys)] == [*[first] * 5, "complete", second, second, first]
+    with open(tmp_path / "runs" / "comparison" / "comparison.csv") as csv_file:
+        assert [row["run"] for row in csv.DictReader(csv_file)] == ["lr_0.06-s0"]
+    page = (tmp_path / "runs" / "comparison" / "comparison.md").read_text()
+    assert "Stopped after round 3 by their validation loss, and not compared: lr_0.05 (" in page
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_failed_run_takes_its_setting_out_and_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {**QUADRATIC, "federation.rounds": 2}
+    file = write(tmp_path, launch="true", **early(after=[1], grid=[{"client.lr": [0.01, 0.06, 0.03]}], **changes))
+    Here.failing = {"lr_0.06-s0"}
+    assert sweep.main([str(file)]) == 1
+    captured = capsys.readouterr()
+    assert "; not ranked, since a run failed: lr_0.06\n" in captured.out and captured.err.count("\n") == 1
+    assert [" ".join(row[2:]) for row in listed(file, capsys)] == ["paused after round 1", "waiting", "complete"]
+    Here.failing = set()
+    assert sweep.main([str(file)]) == 0
+    assert [" ".join(row[2:]) for row in listed(file, capsys)] == ["stopped early after round 1", *["complete"] * 2]
+
+
+def test_settings_are_ranked_by_the_mean_over_their_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is not a number comes last; who failed before a rung is out, who has not come there is waited for."""
+    keys = early(factor=2, grid=[{"client.lr": [0.1, 0.2, 0.3, 0.4]}, {"run.seed": [0, 1]}])
+    sweep_keys, cells = sweep.load(write(tmp_path, **keys))
+    assert sweep_keys.early_stop is not None
+    halving = Halving(sweep_keys.early_stop, [cell.config for cell in cells], "here")
+    losses: dict[int, list[float | None]] = {
+        1: [9.0, 1.0, 4.0, 4.0, math.nan, 0.0, 3.0, 3.5],
+        3: [None, None, 4.0, 2.0, None, None, 1.0, None],
+    }
+    monkeypatch.setattr(halving, "_loss", lambda run, after: losses[after][run])
+    (rung,) = halving.decided(failed=[])
+    assert [setting.name for setting in rung.going] == ["lr_0.2", "lr_0.4"]
+    assert [setting.name for setting in rung.losses] == ["lr_0.4", "lr_0.2", "lr_0.1", "lr_0.3"]
+    _, rung = halving.decided(failed=[7])
+    assert [setting.runs for setting in rung.going] == [(2, 3)]
+    assert rung.line.endswith("by validation loss: lr_0.2 (3.0000); not ranked, since a run failed: lr_0.4")
+    losses[1][0] = None
+    assert halving.decided(failed=[]) == []
+    rung, _ = halving.decided(failed=[0, 7])
+    assert [setting.name for setting in rung.losses] == ["lr_0.4", "lr_0.2", "lr_0.3"]
 
 
 # ---------------------------------------------------------------- real runs
@@ -244,7 +386,7 @@ def test_stopped_in_the_middle_and_started_again(tmp_path: Path, capsys: pytest.
     process = launch(file)
     until(lambda: (second / "results.h5").exists() and read_status(second).round > 2)  # type: ignore[union-attr]
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=120)
     assert process.returncode == 75, text
     assert [row[2] for row in listed(file, capsys)] == ["complete", "preempted"]
     done = read_status(second).round  # type: ignore[union-attr]
@@ -277,7 +419,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
     process.kill()
     for child in children:  # in a session of its own
         os.kill(int(child), signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert read_status(second).state == "running" and len(children) == 1  # type: ignore[union-attr]
     before = (first / "results.h5").stat()
 

@@ -53,7 +53,7 @@ def config(folder: Path, run: Path, **data: Any) -> Config:
             "method": {"name": "prefix", "num_virtual_tokens": 2},
             "federation": {"rounds": 1, "cohort_size": 2},
             "client": {"steps": 1, "batch_size": 2},
-            "evaluation": {"samples": 2, "max_new_tokens": 3, "metrics": ["loss", "accuracy"]},
+            "evaluation": {"samples": 2, "max_new_tokens": 3, "metrics": ["loss", "accuracy", "rouge_l"]},
         },
     )
 
@@ -99,6 +99,11 @@ def test_what_is_cut_is_said_and_samples_show_the_rest(folder: Path, tmp_path: P
     )
     assert len(lines) == 3 and set(lines) <= set(describe(approach, LoopbackTransport()))  # --check
     federate(asked)
+    federate(config(folder, tmp_path / "three", prompt=RULE + " {q}", max_length=ROOM), ranks=3)
+    over_rounds, on_three = (table(tmp_path / name, "eval_samples") for name in ("run", "three"))
+    assert over_rounds["round"].tolist() == [0, 0, 1, 1] and len(set(over_rounds["prompt"])) == 2
+    assert set(json.loads(over_rounds["references"][0])) == {"yes"} and len(set(over_rounds["text"])) > 1
+    assert all(list(on_three[name]) == list(over_rounds[name]) for name in over_rounds)
     assert set(lines) <= set(table(tmp_path / "run", "events")["message"])
     for prompt in table(tmp_path / "run", "samples")["prompt"]:
         whole = next(f"{RULE} {row['q']}" for row in rows if f"{RULE} {row['q']}".endswith(prompt))

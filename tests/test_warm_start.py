@@ -25,9 +25,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_lora(texts: Path, folder: Path, **options: Any) -> Path:
+def save_lora(texts: Path, folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Path:
     """A LoRA adapter as PEFT itself saves it, far from where it began."""
-    model = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=dtype)
     shape = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], **options}
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
     drawing = torch.Generator().manual_seed(1)
@@ -49,14 +49,29 @@ def on(texts: Path, folder: Path, method: dict[str, Any], ranks: int = 1, **chan
 LORA = {"name": "lora", "rank": 4, "alpha": 12.0, "targets": ["q_proj", "v_proj"]}
 
 
+# Ranks and scales of their own for some layers.
+BY_LAYER = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}, "use_rslora": True}
+
+
 @pytest.mark.parametrize(
     ("aggregation", "options"),
-    [("average", {}), ("average", {"use_rslora": True}), ("ffa", {}), ("exact", {}), ("stack", {"r": 3})],
+    [
+        ("average", {}),
+        ("average", {"use_rslora": True}),
+        ("ffa", {}),
+        ("exact", {}),
+        ("stack", {"r": 3}),
+        ("average", BY_LAYER),
+        ("exact", BY_LAYER),
+        ("average", {"use_dora": True, **BY_LAYER}),
+        ("ffa", {"use_dora": True}),
+    ],
 )
 def test_a_run_begins_where_peft_is(texts: Path, tmp_path: Path, aggregation: str, options: dict[str, Any]) -> None:
     folder = save_lora(texts, tmp_path / "peft", **options)
-    alpha = 24.0 if options.get("use_rslora") else 12.0
-    method = {**LORA, "alpha": alpha, "aggregation": aggregation, "from": str(folder)}
+    method = {**LORA, "aggregation": aggregation, "from": str(folder)}
+    if aggregation != "exact" and "r" not in options:
+        method |= options
     rounds = on(texts, tmp_path / "run", method, ranks=2)
     base = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(texts / "model")
@@ -70,10 +85,42 @@ def test_a_run_begins_where_peft_is(texts: Path, tmp_path: Path, aggregation: st
     assert f"method.from: goes on from {folder}" in list(events)
 
 
+@pytest.mark.parametrize("aggregation", ["average", "exact"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_peft_began_in_the_weights(texts: Path, tmp_path: Path, start: str, aggregation: str) -> None:
+    """PEFT takes the first product from the weights again when it loads them; it does not do so in float64."""
+    folder = save_lora(texts, tmp_path / "peft", torch.float32, init_lora_weights=start)
+    method = {**LORA, "aggregation": aggregation, "from": str(folder)}
+    if aggregation == "average":
+        with pytest.raises(RefusedError, match=f"than init_lora_weights True; .* method.init_lora_weights=.?{start}"):
+            on(texts, tmp_path / "refused", method)
+        method["init_lora_weights"] = start
+    rounds = on(texts, tmp_path / "run", method, model={"dtype": "float32"})
+    base = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=torch.float32)
+    rows = [json.loads(line) for line in (texts / "validation.jsonl").read_text().splitlines()]
+    loaded = PeftModel.from_pretrained(base, folder).eval()
+    wanted = loss_of(loaded, AutoTokenizer.from_pretrained(texts / "model"), rows)
+    assert rounds["eval_loss"][0] == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True, **BY_LAYER}, {"layers_to_transform": [1]}], ids=str)
+def test_adapters_of_peft_are_loaded_for_use(texts: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = save_lora(texts, tmp_path / "peft", **options)
+    used = fedhpc.load(folder, str(texts / "model"))
+    base = AutoModelForCausalLM.from_pretrained(texts / "model", dtype=torch.float32)
+    ids = torch.arange(5, 13).view(2, 4)
+    with torch.no_grad(), used.attached(2):
+        found = used.model(input_ids=ids).logits
+    torch.testing.assert_close(
+        found, PeftModel.from_pretrained(base, folder)(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
+
+
 METHODS = {
     "prefix": {"num_virtual_tokens": 3},
     "prompt": {"num_virtual_tokens": 3},
     "lora": {"rank": 2},
+    "dora": {"rank": 2, "use_dora": True},
     "ia3": {},
     "adapter": {"bottleneck": 4},
 }
@@ -81,7 +128,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_begins_where_the_other_ended(texts: Path, tmp_path: Path, name: str) -> None:
-    method = {"name": name, **METHODS[name]}
+    method = {"name": "lora" if name == "dora" else name, **METHODS[name]}
     first = on(texts, tmp_path / "one", method)
     second = on(texts, tmp_path / "two", {**method, "from": str(tmp_path / "one" / "adapter")})
     assert abs(first["eval_loss"][1] - first["eval_loss"][0]) > 1e-6
@@ -113,8 +160,22 @@ def test_a_head_goes_on_too(texts: Path, tmp_path: Path) -> None:
             "method.from: the adapter has other options than rank 8; give method.rank=4 method.alpha=12.0",
         ),
         ({}, {"targets": ["k_proj"]}, r'other options than targets .*; give method.targets=\["q_proj","v_proj"\]'),
-        ({"layers_to_transform": [0]}, {}, "layers.1.self_attn.q_proj.lora_A.weight is missing"),
-        ({"use_dora": True}, {}, "the adapter was made with use_dora of PEFT"),
+        (
+            {"layers_to_transform": [0], "target_modules": ["q_proj"]},
+            {},
+            r'other options than targets .*; give method.targets=\["model.layers.0.self_attn.q_proj"\]',
+        ),
+        (
+            {"rank_pattern": {"v_proj": 2}, "use_rslora": True},
+            {},
+            r"options than use_rslora False, .*; give method.rank=4 method.alpha=12.0 method.use_rslora=true method.r",
+        ),
+        (
+            {"use_dora": True},
+            {},
+            "options than use_dora False; give method.rank=4 method.alpha=12.0 method.use_dora=true",
+        ),
+        ({"use_dora": True}, {"aggregation": "exact"}, "other options than use_dora False"),
         ({"bias": "lora_only"}, {}, r"self_attn.q_proj.bias is \(32,\), and nothing fits"),
         ({}, {"name": "prefix"}, "the adapter is LORA, and this method's are PREFIX_TUNING; choose the method"),
         ({}, {"name": "full"}, "method.from: this method cannot go on from an adapter"),

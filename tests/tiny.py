@@ -90,10 +90,20 @@ SEQ2SEQ: dict[str, Any] = {
         )
     ),
 }  # fmt: skip
+#: Experts as a list of layers, of which a row reaches some.
+LISTED: dict[str, Any] = {
+    "switch": lambda: tf.SwitchTransformersForConditionalGeneration(
+        tf.SwitchTransformersConfig(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
+            num_experts=6, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=64,
+            pad_token_id=0, eos_token_id=2, decoder_start_token_id=3,
+        )
+    ),
+}  # fmt: skip
 CLASSES: dict[str, type[Base]] = {
     **dict.fromkeys(FAMILIES, CausalLM),
     **dict.fromkeys(ENCODERS, Classifier),
-    **dict.fromkeys(SEQ2SEQ, Seq2Seq),
+    **dict.fromkeys({**SEQ2SEQ, **LISTED}, Seq2Seq),
 }
 
 
@@ -135,11 +145,13 @@ def base(
 ) -> Any:
     """A random model; weights larger than usual, so that what a payload does shows."""
     torch.manual_seed(seed)
-    model = {**FAMILIES, **ENCODERS, **SEQ2SEQ}[family]().to(dtype).eval().requires_grad_(False)
+    model = {**FAMILIES, **ENCODERS, **SEQ2SEQ, **LISTED}[family]().to(dtype).eval().requires_grad_(False)
     for path, module in list(model.named_modules()):
         if type(module).__name__ == "T5LayerNorm":  # it takes the variance in float32, whatever the model's dtype
             exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=dtype)
             model.set_submodule(path, exact.requires_grad_(False))
+        if type(module).__name__ == "SwitchTransformersTop1Router":  # nor its router
+            module.dtype = dtype
     with torch.no_grad():
         for name, p in model.named_parameters():
             # T5 does not scale its attention, so larger weights would make it chaotic.

@@ -24,6 +24,7 @@ from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Evaluator, Outcome
 from fedhpc.models.base import Base
+from fedhpc.models.experts import ExpertLoad
 from fedhpc.models.load import stored_classes
 from fedhpc.participation.blocks import joined, most_together, resolve_block_size
 from fedhpc.participation.plan import Block, Plan
@@ -57,6 +58,7 @@ class BlockResult(Generic[UploadT]):
     norms: np.ndarray  # float64 (K,): L2 norm of what is sent
     bytes_up: np.ndarray  # int64 (K,): protocol bytes of what is sent
     padded_tokens: int = 0
+    expert_load: np.ndarray | None = None  # int64 (L, E): tokens sent to each routed expert
 
     #: The columns that are reported to rank 0.
     COLUMNS: ClassVar[tuple[str, ...]] = (
@@ -102,13 +104,21 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
                     f"'{self.base.name}' does not give"
                 )
         self.rounds, self.topology, self.label_targets = inputs.rounds, inputs.topology, inputs.label_targets
-        self.placement = inputs.placement
+        self.placement, self._of_workers = inputs.placement, inputs.of_workers
+        self.weights, self.program_bytes = inputs.weights, inputs.program_bytes
         #: How many clients this rank has memory for at a time; None while no block was too large.
         self.clients_that_fit: int | None = None
         #: How many examples of a client this rank has memory for in one forward; None while there was enough for all.
         self.examples_that_fit: int | None = None
+        #: The largest memory in bytes of a rank that has rehearsed a step, with --check; on rank 0 of all of them.
+        self.peak: int | None = None
         #: How far a round has come; the round loop puts that of its transport here.
         self.progress = RoundProgress()
+
+    @classmethod
+    def spreads(cls, config: Config) -> bool:
+        """Whether the ranks of a worker may hold the base between them: only they can use it then, as it is."""
+        return not cls.server_trains
 
     def evaluator(self, transport: Transport) -> Evaluator:
         """What measures payloads of the base."""
@@ -123,7 +133,14 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     @property
     def messages(self) -> list[str]:
         """What was decided while model and data were loaded, a line each: for the screen, `--check` and /events."""
-        return [*self.base.messages, *self.data.messages]
+        needless = self.config.model.offload != "none" and self.placement.trains_on == "cpu"
+        line = "model.offload: clients train on CPUs, which compute with the base where it is: nothing is offloaded"
+        return [*self.base.messages, *self.data.messages, *self._of_workers, *([line] if needless else [])]
+
+    @property
+    def decisions(self) -> dict[str, float]:
+        """What came out of a search that may end otherwise on another machine: all ranks take what rank 0 found."""
+        return {}
 
     @property
     def fingerprint(self) -> str:
@@ -169,6 +186,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         return False
 
     @property
+    def trains_together(self) -> bool:
+        """Whether the ranks of a worker train each of its clients together, and not clients of their own."""
+        return False
+
+    @property
     def workers(self) -> range:
         """The workers, as a plan counts them."""
         return range(self.topology.num_workers)
@@ -177,8 +199,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def schedule(self) -> Schedule:
         """Which clients start when."""
         schedule: type[Schedule] = registry.choice("schedules", self.config.federation.schedule.name)
-        splits = self.data
-        return schedule(self.config, splits.population, splits.train, self.workers, self.block_size, self._traffic)
+        splits, members = self.data, self.topology.group_size
+        return schedule(
+            self.config, splits.population, splits.train, self.workers, self.block_size, self._traffic, members,
+            self.trains_together,
+        )  # fmt: skip
 
     def _traffic(self, client: int) -> tuple[int, int]:
         """Protocol bytes that a client receives and sends in a round, as estimated before it."""
@@ -189,9 +214,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """Who does what in a round. It follows from configuration, population and round alone."""
         return self.schedule.plan(round_)
 
-    def blocks_of(self, plan: Plan, worker: int | None) -> list[Block]:
-        """What a worker trains, a forward each; nothing where the rank is no worker."""
-        blocks = [block for block in plan.blocks if block.worker == worker]
+    def blocks_of(self, plan: Plan, rank: int) -> list[Block]:
+        """What a rank trains, a forward each; nothing where it belongs to no worker."""
+        if self.trains_together:
+            return [block for block in plan.blocks if rank in self.topology.workers[block.worker]]
+        blocks = [block for block in plan.blocks if self.topology.rank_of(block.worker, block.member) == rank]
         return joined(blocks, self.most_together) if self.most_together > self.block_size else blocks
 
     # ---- a round
@@ -215,17 +242,20 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """
         return self.in_parts(clients, lambda part: self.local(plan, part, download))
 
-    def in_parts(self, clients: Sequence[int], work: Callable[[Sequence[int]], Result]) -> list[Result]:
+    def in_parts(
+        self, clients: Sequence[int], work: Callable[[Sequence[int]], Result], name: str | None = None
+    ) -> list[Result]:
         """`work` of a block of clients; of its halves, from now on, where it takes more memory than the GPU has.
 
-        Where a client alone does not fit, its steps go on with half as many examples in a forward.
+        Where a client alone does not fit, its steps go on with half as many examples in a forward. name: of one that is
+        no client, for an error.
         """
         if self.clients_that_fit is None or len(clients) <= self.clients_that_fit:
             try:
                 return [work(clients)]
             except torch.OutOfMemoryError as error:
                 if len(clients) == 1 and not self._can_halve_forwards:
-                    client = self.data.population.title(clients[0])
+                    client = name or self.data.population.title(clients[0])
                     can_be_cut = self.trains_in_steps and not self.objective.needs_full_steps
                     one = f"one example of {client}" if can_be_cut else f"{client} alone"
                     raise UserError(
@@ -236,7 +266,7 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
             self.clients_that_fit = math.ceil(len(clients) / 2)
             if len(clients) == 1:
                 self.examples_that_fit = math.ceil(self._examples_at_once / 2)
-                return self.in_parts(clients, work)
+                return self.in_parts(clients, work, name)
         half = math.ceil(len(clients) / 2)
         return [result for part in (clients[:half], clients[half:]) for result in self.in_parts(part, work)]
 
@@ -332,6 +362,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """The columns of results.h5 that runs of this approach sometimes have, like "rounds/epsilon"."""
         return ()
 
+    @property
+    def experts(self) -> ExpertLoad | None:
+        """The layers and experts whose load clients report."""
+        return None
+
     # ---- what --check and the first line of the log say of it
 
     @abstractmethod
@@ -339,7 +374,11 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         """What is customized, in a few words."""
 
     def rehearse(self, plan: Plan) -> None:
-        """Try on rank 0 what a round will do, for --check: whatever fails there would fail in the round."""
+        """Try what a round will do, for --check: whatever fails here would fail in the round.
+
+        On rank 0; where the ranks of a worker hold the base between them, on all of these. None where they train
+        together.
+        """
 
     @abstractmethod
     def details(self, plan: Plan) -> list[str]:
@@ -367,7 +406,5 @@ def broadcast_versions(
 
 def accepted_indices(plan: Plan, results: Sequence[BlockResult[Any]]) -> np.ndarray:
     """The position in the cohort of each accepted client of this rank, in the order of `results`: int64 (c,)."""
-    accepted = [
-        client for result in results for client, used in zip(result.clients, result.accepted, strict=True) if used
-    ]
-    return np.array([plan.index[client] for client in accepted], dtype=np.int64)
+    positions = np.array([plan.index[client] for result in results for client in result.clients], dtype=np.int64)
+    return positions[np.concatenate([np.zeros(0, bool), *(result.accepted for result in results)])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +15,21 @@ from fedhpc.approaches.base import AnyApproach
 from fedhpc.config import plugins
 from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
+from fedhpc.models.base import Attached
+from fedhpc.models.causal_lm import CausalLM
 from fedhpc.participation import forecast
 from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import COHORT_SIZE, cohort_size
+from fedhpc.ranks.failed_collective import TransportError
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
 from fedhpc.results.record import RunDescription, Scalar
-from fedhpc.results.results_file import Results
+from fedhpc.results.results_file import OF_LAUNCH, Results
 from fedhpc.results.resume import decide
 
 _ROUNDS = 50  # whose plans are looked at for the virtual time
+_TRIED = 32  # examples on which the load of experts is looked at
+_LAYERS, _EXPERTS = 8, 16  # of which it is shown at most
 _SHOWN = 400  # characters of a turn that --check shows
 
 
@@ -46,11 +52,13 @@ def headline(approach: AnyApproach, transport: Transport) -> str:
 def describe(approach: AnyApproach, transport: Transport) -> list[str]:
     """The plan that --check prints: clients, blocks, steps, what is exchanged, bytes per round, memory."""
     splits, plan = approach.data, approach.plan(1)
-    per_worker = {
-        approach.topology.speaker(w): sum(b.cost for b in plan.blocks if b.worker == w) for w in approach.workers
-    }
+    rank_of = approach.topology.rank_of
+    per_worker = dict.fromkeys(approach.topology.training, 0.0)
+    for block in plan.blocks:
+        per_worker[rank_of(block.worker, block.member)] += block.cost
     largest = max((len(b.clients) for b in plan.blocks), default=0)
-    on_server(transport, lambda: _rehearse(approach, plan))
+    _rehearse_on_ranks(approach, transport, plan)
+    load: list[str] = on_server(transport, lambda: _load_of_experts(approach))
     exchanged, *rest = approach.details(plan)
     return [
         headline(approach, transport),
@@ -59,15 +67,35 @@ def describe(approach: AnyApproach, transport: Transport) -> list[str]:
         f"examples: {len(splits.train):,} training, {len(splits.validation):,} validation, {len(splits.test):,} test",
         *([] if splits.train.spans is None else [first_chat(approach.base.tokenizer, splits.train)]),
         *([] if splits.train.pairs is None else first_pair(approach.base.tokenizer, splits.train.pairs)),
+        *load,
         evaluated(approach),
         f"rounds: {approach.rounds}; round 1: {len(plan.cohort)} clients, {len(plan.blocks)} blocks of at most "
         f"{largest}, {approach.work(plan)} each",
+        _blocks(approach, plan),
         "tokens of round 1 per worker: " + ", ".join(f"{w}: {cost:,.0f}" for w, cost in per_worker.items()),
         exchanged,
         *([] if plan.times is None else [_virtual_time(approach)]),
         f"bytes per round: {approach.bytes_down(plan):,} down, {approach.bytes_up(plan):,} up (protocol)",
         *rest,
     ]
+
+
+def _blocks(approach: AnyApproach, plan: Plan) -> str:
+    """How many clients the blocks of a round have, what decides it, and how many of those that train have none."""
+    runtime = approach.config.runtime
+    sizes = Counter(len(block.clients) for block in plan.blocks)
+    shown = ", ".join(f"{count} of {size}" for size, count in sorted(sizes.items(), reverse=True))
+    made = f"for {runtime.workers} workers (runtime.workers)"
+    why = (
+        "every client alone, whatever runtime.workers is" if approach.block_size == 1
+        else f"made {made}" if runtime.block_size == "auto"
+        else f"at most {approach.block_size} (runtime.block_size), evened out {made}"
+    )  # fmt: skip
+    # A client that is alone may be trained by all ranks of its worker.
+    each = 1 if approach.block_size == 1 else approach.topology.group_size
+    there = each * len(approach.workers)
+    idle = there - len({(block.worker, block.member if each > 1 else 0) for block in plan.blocks})
+    return f"clients of the blocks: {shown or 'none'}; {why}" + (f"; {idle} of {there} have none" if idle else "")
 
 
 def _virtual_time(approach: AnyApproach) -> str:
@@ -102,11 +130,48 @@ def first_chat(tokenizer: Any, examples: Examples, row: int = 0) -> str:
     return f"first training example, {len(positions)} of {len(ids)} tokens learned (>>> <<<): {''.join(pieces)}"
 
 
+def _load_of_experts(approach: AnyApproach) -> list[str]:
+    """Which share of the tokens goes to each expert, layer by layer, as one forward of the base alone has it."""
+    load, base, train = approach.experts, approach.base, approach.data.train
+    if load is None or not load.layers or not isinstance(base, CausalLM):
+        return []
+    examples = train if train.pairs is None else train.pairs
+    batch = base.batch(examples, np.arange(min(_TRIED, len(examples))))
+    with torch.no_grad(), load.of(batch):
+        base.states(Attached(), batch)
+    counts = load.counts.double()
+    shares = (counts / counts.sum(dim=1, keepdim=True)).tolist()
+    uneven = sorted(range(len(shares)), key=lambda i: -max(shares[i]))[:_LAYERS]
+    of_layers = [f"experts of layer {load.layers[i]}: {_shares(shares[i])}" for i in sorted(uneven)]
+    most = f", the {_LAYERS} most uneven of {len(shares)} layers" if len(shares) > _LAYERS else ""
+    rows = f"{len(batch.supervised):,} training examples"
+    return [f"load of experts: one trial forward of the base alone on {rows}; shares of what is sent{most}", *of_layers]
+
+
+def _shares(shares: Sequence[float]) -> str:
+    """The share of each expert of a layer; of many, the largest and the smallest."""
+    if len(shares) <= _EXPERTS:
+        return ", ".join(f"{share:.1%}" for share in shares)
+    return f"{max(shares):.1%} to {min(shares):.1%} ({1 / len(shares):.1%} if even)"
+
+
+def _rehearse_on_ranks(approach: AnyApproach, transport: Transport, plan: Plan) -> None:
+    """Rehearse on rank 0, or on all ranks that train, whose layers it does not have. Collective."""
+    if approach.topology.group_size == 1:
+        on_server(transport, lambda: _rehearse(approach, plan))
+        return
+    if not transport.is_server:
+        _rehearse(approach, plan)
+    peaks = transport.gather_json(approach.peak)
+    if peaks is not None:
+        approach.peak = max((peak for peak in peaks if peak is not None), default=None)
+
+
 def _rehearse(approach: AnyApproach, plan: Plan) -> None:
     """Try what a round does. UserError in one line, whatever it is that a model or a plugin raises."""
     try:
         approach.rehearse(plan)
-    except UserError:
+    except (UserError, TransportError):
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
@@ -150,6 +215,7 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
             "model": config.model.name,
             "seed": config.run.seed,
             "world_size": transport.world_size,
+            "worker_ranks": approach.topology.group_size,
             "transport": transport.name,
             # A server on the CPU sees the workers' GPUs, or at least knows of them.
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else approach.placement.trains_on,
@@ -162,8 +228,12 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
             **({"plugins": used} if (used := plugins(config)) else {}),
         },
         partition=_partition(approach),
-        columns=[*approach.schedule.columns, *approach.columns],
+        columns=[*approach.schedule.columns, *approach.columns, *_of_groups(approach)],
     )
+
+
+def _of_groups(approach: AnyApproach) -> list[str]:
+    return [f"rounds/{name}" for name in OF_LAUNCH] if approach.topology.group_size > 1 else []
 
 
 def data_fingerprint(approach: AnyApproach) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedhpc import objectives, registry
+from fedhpc.approaches.memory import require_room
 from fedhpc.config import Config
 from fedhpc.config.schema import Client
 from fedhpc.data import Data
@@ -14,10 +15,12 @@ from fedhpc.data.encoding import encode
 from fedhpc.data.load import template
 from fedhpc.errors import UserError
 from fedhpc.models.base import Base
+from fedhpc.models.footprint import Footprint
 from fedhpc.models.load import check_length, check_tokens, load_base, load_tokenizer, model_class
 from fedhpc.objectives.base import Objective
 from fedhpc.participation.sampling import cohort_size, num_rounds
-from fedhpc.ranks.devices import device_of
+from fedhpc.ranks.devices import device_of, peak_memory
+from fedhpc.ranks.group import Group
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.topology import Topology
@@ -36,22 +39,35 @@ class Inputs:
     topology: Topology
     label_targets: list[str] | None  # the target of each label, where a metric needs them
     placement: Placement  # where the ranks work
+    weights: Footprint
+    program_bytes: int  # what this process had taken of the device's memory before it loaded the base
+    #: What rank 0 has found for all ranks (`Approach.decisions`); nothing on rank 0.
+    decided: Mapping[str, float] = field(default_factory=dict)
+    #: What is to be said of the ranks of each worker, a line each.
+    of_workers: Sequence[str] = ()
 
 
 def load_inputs(
     config: Config,
     launch: Launch,
-    world_size: int,
+    topology: Topology,
     write_cache: bool,
     read: Callable[[Config, Any, type[Base], bool], Data],
+    group: Group | None = None,
 ) -> Inputs:
-    """Load and check the model and the data, which `read` reads. UserError where one of them is wrong."""
+    """Load and check the model and the data, which `read` reads. UserError where one of them is wrong.
+
+    group: the ranks that hold the base between them.
+    """
     model = model_class(config.model)
     objective = objectives.of_config(config, model)
     if objective.needs_full_steps:
         _refuse_split_steps(config.client)
     data = read(config, load_tokenizer(config.model), model, write_cache)
-    base = load_base(config.model, device_of(launch), data.train.label_names, config.run.seed)
+    device = device_of(launch)
+    weights = require_room(config, device, topology.group_size)
+    program = peak_memory(device)
+    base = load_base(config.model, device, data.train.label_names, config.run.seed, group)
     check_length(base, config.data.max_length, virtual=0)
     for split, examples in data.splits.items():
         check_tokens(base, examples, split)
@@ -66,10 +82,24 @@ def load_inputs(
         objective=objective,
         data=data,
         rounds=num_rounds(config, data.population),
-        topology=Topology.of(world_size),
+        topology=topology,
         label_targets=label_targets(config, model, data, base.tokenizer),
         placement=launch.placement,
+        weights=weights,
+        program_bytes=program,
     )
+
+
+def check_inputs(
+    config: Config,
+    launch: Launch,
+    topology: Topology,
+    write_cache: bool,
+    read: Callable[[Config, Any, type[Base], bool], Data],
+) -> None:
+    """UserError where `load_inputs` would find the data wrong, which it then reads from the cache, or memory short."""
+    read(config, load_tokenizer(config.model), model_class(config.model), write_cache)
+    require_room(config, device_of(launch), topology.group_size)
 
 
 def _refuse_split_steps(client: Client) -> None:

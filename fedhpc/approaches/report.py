@@ -6,19 +6,20 @@ order, and a number that is not finite affects no other row.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fedhpc.approaches.base import AnyApproach, BlockResult
 from fedhpc.participation.plan import Plan
+from fedhpc.ranks.devices import peak_memory
+from fedhpc.ranks.group import Account
+from fedhpc.ranks.topology import Topology
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import DROPPED, LATE, OK, REJECTED, Event, RoundRecord
 
@@ -47,6 +48,18 @@ class Clock:
         return max(self._marks.values()) - self._began
 
 
+class Before(NamedTuple):
+    """What a transport had counted before a round."""
+
+    wire_bytes: int
+    gathering: Account
+
+    @classmethod
+    def of(cls, transport: Transport) -> Before:
+        """What it has counted by now."""
+        return cls(transport.wire_bytes, transport.account)
+
+
 @dataclass(frozen=True)
 class RankReport:
     """What a rank reports of a round, as numbers that are sent as float64."""
@@ -57,6 +70,9 @@ class RankReport:
     wire_bytes: float
     clients_that_fit: float  # 0: as many as before
     examples_that_fit: float  # of a client; 0: as many as before
+    seconds_waited: float  # for others of its worker, in local training
+    seconds_served: float  # in which it gathered layers for others of its worker alone, once it had trained
+    gathered_bytes: float  # of layers, received
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Reports:
 
     clients: dict[str, np.ndarray]  # float64 (C,) each; `reported` is 0 where a client sent nothing
     ranks: dict[str, np.ndarray]  # float64 (world size,) each
+    expert_load: np.ndarray  # float64 (L, E): tokens sent to each routed expert
 
     def status(self, plan: Plan) -> np.ndarray:
         """int8 (C,): OK, DROPPED, REJECTED or LATE."""
@@ -77,19 +94,25 @@ class Reports:
 
 def collect(
     transport: Transport, plan: Plan, results: Sequence[BlockResult[Any]], approach: AnyApproach,
-    fitted: tuple[int, int], seconds_local: float, wire_bytes_before: int,
+    fitted: tuple[int, int], seconds_local: float, before: Before,
 ) -> Reports | None:  # fmt: skip
     """The reports of all ranks on rank 0, None elsewhere. Collective: one sum of float64.
 
-    fitted: `approach.fits` before the round. wire_bytes_before: the transport's count at its beginning.
+    fitted: `approach.fits` before the round. before: the transport's counts at its beginning.
     """
     clients = np.zeros((len(plan.cohort), 1 + len(BlockResult.COLUMNS)))
-    for result in results:
-        rows = [plan.index[client] for client in result.clients]
-        clients[rows] = np.column_stack([np.ones(len(rows)), *(getattr(result, n) for n in BlockResult.COLUMNS)])
+    rows = [plan.index[client] for result in results for client in result.clients]
+    if rows:
+        clients[rows, 0] = 1
+        for column, name in enumerate(BlockResult.COLUMNS, start=1):
+            clients[rows, column] = np.concatenate([getattr(result, name) for result in results])
     ranks = np.zeros((transport.world_size, len(fields(RankReport))))
     clients_fit, examples_fit = (now if now != then else 0 for now, then in zip(approach.fits, fitted, strict=True))
-    wire_bytes = transport.wire_bytes - wire_bytes_before + clients.nbytes + ranks.nbytes
+    gathering = transport.account.since(before.gathering)
+    load = np.zeros((0, 0) if approach.experts is None else approach.experts.counts.shape)
+    for result in results:
+        load += 0 if result.expert_load is None else result.expert_load
+    wire_bytes = transport.wire_bytes - before.wire_bytes + clients.nbytes + ranks.nbytes + load.nbytes
     of_this_rank = RankReport(
         padded_tokens=sum(result.padded_tokens for result in results),
         seconds_local=seconds_local,
@@ -97,17 +120,22 @@ def collect(
         wire_bytes=wire_bytes if transport.world_size > 1 else 0,
         clients_that_fit=clients_fit,
         examples_that_fit=examples_fit,
+        seconds_waited=gathering.waited_s,
+        seconds_served=gathering.served_s,
+        gathered_bytes=gathering.received_bytes,
     )
     ranks[transport.rank] = [getattr(of_this_rank, field.name) for field in fields(of_this_rank)]
-    both = torch.from_numpy(np.concatenate([clients.ravel(), ranks.ravel()]))
-    transport.reduce_sum(both)
+    sizes, shapes = (clients.size, ranks.size, load.size), (clients.shape, ranks.shape, load.shape)
+    together = torch.from_numpy(np.concatenate([clients.ravel(), ranks.ravel(), load.ravel()]))
+    transport.reduce_sum(together)
     if not transport.is_server:
         return None
-    clients = both[: clients.size].reshape(clients.shape).numpy()
-    ranks = both[clients.size :].reshape(ranks.shape).numpy()
+    parts = zip(together.split(sizes), shapes, strict=True)
+    clients, ranks, load = (part.reshape(shape).numpy() for part, shape in parts)
     return Reports(
         clients={name: clients[:, i] for i, name in enumerate(("reported", *BlockResult.COLUMNS))},
         ranks={field.name: ranks[:, i] for i, field in enumerate(fields(RankReport))},
+        expert_load=load,
     )
 
 
@@ -142,8 +170,9 @@ def make_record(
         seconds_server=clock.seconds("server"),
         # Memory of a GPU and of a server on the CPU cannot be compared.
         peak_memory_bytes=int(ranks["peak_memory_bytes"][list(evaluators)].max()),
-        more={**spent, **_virtual(plan, ok)},
+        more={**spent, **_virtual(plan, ok), **_gathering(approach.topology, ranks)},
         clients=_client_columns(approach, plan, column, status),
+        experts=_expert_columns(approach, plan, reports.expert_load),
         events=[*_rejections(approach, plan, column, status), *_stragglers(plan), *_memory_events(ranks)],
     )
 
@@ -152,8 +181,12 @@ def _client_columns(
     approach: AnyApproach, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray
 ) -> dict[str, Any]:
     """The rows of /clients."""
-    speaker = approach.topology.speaker
-    trained_in = {c: (speaker(block.worker), i) for i, block in enumerate(plan.blocks) for c in block.clients}
+    rank_of = approach.topology.rank_of
+    worker = np.full(len(plan.cohort), -1)
+    block = worker.copy()
+    for number, one in enumerate(plan.blocks):
+        rows = [plan.index[client] for client in one.clients]
+        worker[rows], block[rows] = rank_of(one.worker, one.member), number
 
     def reported(name: str) -> np.ndarray:
         return np.where(column["reported"] > 0, column[name], np.nan)
@@ -161,17 +194,39 @@ def _client_columns(
     return {
         "round": np.full(len(plan.cohort), plan.round),
         "client_id": np.array(plan.cohort),
-        "num_examples": np.array([approach.data.population.num_examples(c) for c in plan.cohort]),
+        "num_examples": approach.data.population.num_examples_of(plan.cohort),
         "tokens": column["tokens"],
         "steps": column["steps"],
         "loss_first": reported("loss_first"),
         "loss_last": reported("loss_last"),
         "update_norm": reported("norms"),
         "status": status,
-        "worker": np.array([trained_in.get(c, (-1, -1))[0] for c in plan.cohort]),
-        "block": np.array([trained_in.get(c, (-1, -1))[1] for c in plan.cohort]),
+        "worker": worker,
+        "block": block,
         **approach.client_columns(plan),
         **({} if plan.times is None else {"virtual_seconds": plan.times.clients, "staleness": plan.staleness}),
+    }
+
+
+def _gathering(topology: Topology, ranks: dict[str, np.ndarray]) -> dict[str, float]:
+    """The columns of /rounds of workers that are several ranks."""
+    if topology.group_size == 1:
+        return {}
+    of = {name: float(ranks[name][list(topology.training)].sum()) for name in ranks}
+    idle, total = of["seconds_waited"] + of["seconds_served"], of["seconds_local"] + of["seconds_served"]
+    return {"idle_share": idle / total if total else 0.0, "gathered_bytes": int(of["gathered_bytes"])}
+
+
+def _expert_columns(approach: AnyApproach, plan: Plan, load: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of /experts; none where there are no experts, or nobody trained."""
+    if approach.experts is None or not load.any():
+        return {}
+    count = load.shape[1]
+    return {
+        "round": np.full(load.size, plan.round),
+        "layer": np.repeat(approach.experts.layers, count),
+        "expert": np.tile(np.arange(count), len(load)),
+        "share": (load / load.sum(axis=1, keepdims=True)).ravel(),
     }
 
 
@@ -195,13 +250,12 @@ def _stragglers(plan: Plan) -> list[Event]:
 
 
 def _rejections(approach: AnyApproach, plan: Plan, column: dict[str, np.ndarray], status: np.ndarray) -> list[Event]:
-    reasons = [approach.reasons[int(reason)] for reason in column["reason"]]
-    title = approach.data.population.title
-    return [
-        Event("rejected", f"{title(c)}: {'it has no training examples' if c in plan.empty else reasons[i]}")
-        for i, c in enumerate(plan.cohort)
-        if status[i] == REJECTED
-    ]
+    title, events = approach.data.population.title, []
+    for i in np.flatnonzero(status == REJECTED):
+        client, reason = plan.cohort[i], approach.reasons[int(column["reason"][i])]
+        why = "it has no training examples" if client in plan.empty else reason
+        events.append(Event("rejected", f"{title(client)}: {why}"))
+    return events
 
 
 def _memory_events(ranks: dict[str, np.ndarray]) -> list[Event]:
@@ -214,11 +268,3 @@ def _memory_events(ranks: dict[str, np.ndarray]) -> list[Event]:
         for rank, fit in enumerate(ranks[column])
         if fit
     ]
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory of this process so far, in bytes: allocated on its GPU, else resident."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

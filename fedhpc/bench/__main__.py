@@ -6,7 +6,8 @@ python -m fedhpc.bench --scale [--quick] [--json]                 how a round gr
 python -m fedhpc.bench --private [--quick] [--json]               steps of DP-SGD, beside plain ones and Opacus
 python -m fedhpc.bench --secure [--quick] [--json]                a client's part of secure aggregation, beside Flower's
 python -m fedhpc.bench --robust [--quick] [--json]                robust rules, beside ByzFL
-python -m fedhpc.bench --gpu [--only PART,...] [--quick] [--json] blocks and runs on a GPU
+python -m fedhpc.bench --startup [--repeats 5] [--json]           ranks of two nodes, started each or forked
+python -m fedhpc.bench --gpu [--minutes 12] [--only PART,...] [--quick | --rehearsal] [--json]    blocks on a GPU
 """
 
 from __future__ import annotations
@@ -38,23 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--secure", action="store_true", help="a client's part of secure aggregation instead")
     parser.add_argument("--private", action="store_true", help="steps with privacy of single examples instead")
     parser.add_argument("--robust", action="store_true", help="rules that withstand wrong updates instead")
+    parser.add_argument("--startup", action="store_true", help="what it costs to start ranks instead")
     parser.add_argument("--gpu", action="store_true", help="blocks and runs on this machine's GPU instead")
+    parser.add_argument("--minutes", type=float, help="with --gpu: for how long it is there (12); parts end in time")
+    parser.add_argument("--rehearsal", action="store_true", help="with --gpu: all parts on the CPU with tiny models")
     parser.add_argument(
         "--json", action="store_true", help="JSON instead of a table, with --scale and --gpu one object per row"
     )
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least one is needed")
-    others = (options.scale, options.peers, options.gpu, options.private, options.secure, options.robust)
-    if sum(map(bool, others)) > 1:
-        parser.error(
-            "--scale, --peers, --private, --secure, --robust and --gpu are different measurements: run one at a time"
-        )
+    others = ("scale", "peers", "private", "secure", "robust", "startup", "gpu")
+    if sum(bool(getattr(options, name)) for name in others) > 1:
+        names = [f"--{name}" for name in others]
+        parser.error(f"{', '.join(names[:-1])} and {names[-1]} are different measurements: run one at a time")
     if options.only and not (options.peers or options.gpu):
         parser.error("--only chooses workloads of --peers or parts of --gpu")
+    if (options.minutes is not None or options.rehearsal) and not options.gpu:
+        parser.error("--minutes and --rehearsal belong to --gpu")
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes}: more than 0 are needed")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler says on stderr that it begins and ends
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGINT, interrupted)
     try:
@@ -91,7 +99,9 @@ def measure(options: argparse.Namespace) -> int:
     elif options.gpu:
         from fedhpc.bench import gpu
 
-        parts = gpu.parts(options.only, options.quick, options.repeats or 3)
+        parts = gpu.parts(
+            options.only, options.quick, options.repeats or 3, options.minutes or gpu.MINUTES, options.rehearsal
+        )
     elif options.secure:
         from fedhpc.bench import secure
 
@@ -100,6 +110,10 @@ def measure(options: argparse.Namespace) -> int:
         from fedhpc.bench import robust
 
         parts = robust.parts(options.repeats or 3, options.quick)
+    elif options.startup:
+        from fedhpc.bench import startup
+
+        parts = startup.parts(options.repeats or 5)
     elif options.private:
         from fedhpc.bench import private
 

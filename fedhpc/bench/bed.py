@@ -5,7 +5,9 @@ The base is in bfloat16, rows are random tokens, clients take four steps of plai
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,20 +33,46 @@ class Sizes:
 
     models: Mapping[str, Callable[[], Any]]  # name -> its configuration of transformers
     cells: Sequence[tuple[int, int]]  # a client's batch and the tokens of a row, the most important first
-    blocks: Sequence[int] = tuple(2**n for n in range(11))  # clients, ascending
-    bare: Sequence[int] = tuple(2**n for n in range(4, 12))  # batches of the loop without federation, ascending
+    more: Sequence[tuple[int, int]] = ()  # cells that are measured where time is left in the end
+    blocks: Sequence[int] = (1, 4, 16, 64, 256, 1024)  # clients, ascending
+    bare: Sequence[int] = (16, 64, 256, 1024)  # batches of the loop without federation, ascending
     square: int = 8192  # side of the matrices whose product is the peak
     repeats: int = 3  # at most
-    seconds: float = 180.0  # after which a part of the grid leaves its other cells out
-    profiled: int = 16  # size of the block that is profiled
+    profiled: int = 16  # size of the block that is profiled, and whose products are grouped
+    experts: int = 64  # whose products are grouped
+    runs: str = "large"  # size of the base that whole runs train (workloads.py)
+
+
+class Clock:
+    """Says how many seconds a part has left. A part looks at it between two measurements; nothing interrupts it."""
+
+    def __init__(self, seconds: float = math.inf, of_all: float = math.inf) -> None:
+        """seconds: that the part has; of_all: that all parts have from now on."""
+        now = time.monotonic()
+        self._end, self._end_of_all = now + seconds, now + of_all
+
+    def at_least(self, seconds: float) -> float:
+        """The seconds that are left; where these are fewer than `seconds`, what all parts together have, up to them."""
+        return max(self.left, min(seconds, self._end_of_all - time.monotonic()))
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, below 0 once they are over."""
+        return self._end - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        return self.left <= 0
 
 
 class Bed:
     """A base with random weights and a method on it, with blocks and loops that train them."""
 
-    def __init__(self, model: str, method: str, device: Any, sizes: Sizes) -> None:
+    def __init__(self, model: str, method: str, device: Any, sizes: Sizes, **options: Any) -> None:
+        """options: of the method, other than those of the workload."""
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         from fedhpc import registry
         from fedhpc.methods._linear import features
@@ -52,9 +80,10 @@ class Bed:
         from fedhpc.objectives.language_modelling import LanguageModelling
 
         self.device, self.repeats, shape = device, sizes.repeats, sizes.models[model]()
-        self.options = dict(METHODS[method])
+        self.options = {**METHODS[method], **options}
         if method == "lora" and shape.model_type == "gpt2":
             self.options["targets"] = ["c_attn"]
+        logging.set_verbosity_error()
         torch.manual_seed(0)
         with device:
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -109,17 +138,18 @@ class Bed:
             seconds.append(now() - began)
         return tokens / statistics.median(seconds[1:]), peak_bytes(self.device) - before  # the first warms up
 
-    def blocks(self, ks: Sequence[int], batch: int, length: int) -> Ladder:
+    def blocks(self, ks: Sequence[int], batch: int, length: int, until: Clock) -> Ladder:
         """Measure blocks of `ks` clients, ascending."""
         each = STEPS * batch * (length - 1)
-        return ladder(ks, lambda k: self.measured(self.block(k, batch, length), k * each), self.device)
+        return ladder(ks, lambda k: self.measured(self.block(k, batch, length), k * each), self.device, until)
 
-    def looped(self, loop: Callable[[Any, int], None], batches: Sequence[int], length: int) -> Ladder:
+    def looped(self, loop: Callable[[Any, int], None], batches: Sequence[int], length: int, until: Clock) -> Ladder:
         """Measure `loop`, made by peft_loop, with batches of `batches` rows, ascending."""
         return ladder(
             batches,
             lambda b: self.measured(partial(loop, self.texts(b, length), b), STEPS * b * (length - 1)),
             self.device,
+            until,
         )
 
 
@@ -145,13 +175,19 @@ class Ladder:
         return f"tokens/s {rates}{self.end and f'; {self.end}'}"
 
 
-def ladder(sizes: Sequence[int], measure: Callable[[int], tuple[float, int]], device: Any) -> Ladder:
-    """Measure ascending sizes until one does not fit in memory or is no faster. UserError where none fits."""
+def ladder(sizes: Sequence[int], measure: Callable[[int], tuple[float, int]], device: Any, until: Clock) -> Ladder:
+    """Measure ascending sizes until one does not fit in memory, is no faster, or the time is over.
+
+    The first is measured in any case. UserError where it does not fit.
+    """
     import torch
 
     measured: dict[int, tuple[float, int]] = {}
     end = ""
     for size in sizes:
+        if measured and until.over:
+            end = "then the time was over"
+            break
         try:
             now = measure(size)
         except torch.OutOfMemoryError:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,9 @@ def peft_model(model: Any, options: Any) -> Any:
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
     )
-    return get_peft_model(model, peft)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a flag of transformers that has a new name
+        return get_peft_model(model, peft)
 
 
 def peft_loop(model: Any, options: Any, compiled: bool = False) -> Callable[[Any, int], None]:
@@ -260,12 +263,9 @@ def reset_peak(device: Any) -> int:
 
 def peak_bytes(device: Any) -> int:
     """The most bytes in use since `reset_peak`: allocated on a GPU, otherwise resident in memory."""
-    import torch
+    from fedhpc.ranks.devices import peak_memory
 
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(status["VmHWM"].split()[0]) * 1024
+    return peak_memory(device)
 
 
 def free(device: Any) -> None:

@@ -77,8 +77,10 @@ class Watched:
         self.close()
         if any(codes) or None in codes:
             last_lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
+            late = None in codes and not any(codes)
+            why = f"was not done after {limit_s:.0f} s and was ended" if late else f"ended with {codes}"
             raise UserError(
-                f"{self._commands[0]} ended with {codes} (limit {limit_s:.0f} s): " + " | ".join(last_lines)
+                ": ".join([f"{self._commands[0]} {why}", *([" | ".join(last_lines)] if last_lines else [])])
             )
 
     def cpu_at(self, moment: float) -> float:

@@ -53,8 +53,8 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
     from fedhpc import config as configuration
     from fedhpc import federation
     from fedhpc.approaches.prepare import prepare
-    from fedhpc.approaches.report import peak_memory
     from fedhpc.models.load import BUILTIN
+    from fedhpc.ranks.devices import peak_memory
     from fedhpc.ranks.launch import Launch
     from fedhpc.ranks.liveness import Liveness
     from fedhpc.ranks.transport import TransportError, open_transport

@@ -17,7 +17,7 @@ class Row:
     measured: float  # NaN where it could not be measured: `note` says why
     target: float | None = None
     most: bool = False
-    unit: str = ""
+    unit: str = ""  # with "%" the figures here are shares of 1
     note: str = ""
 
     @property
@@ -28,9 +28,11 @@ class Row:
         return "met" if (self.measured <= self.target if self.most else self.measured >= self.target) else "missed"
 
     def json(self) -> dict[str, Any]:
-        """The row as an object for JSON, with null in place of NaN."""
-        measured = None if math.isnan(self.measured) else self.measured
-        return {**asdict(self), "measured": measured, "verdict": self.verdict}
+        """The row as an object for JSON, with figures in its unit and null in place of NaN."""
+        times = 100 if self.unit == "%" else 1
+        measured = None if math.isnan(self.measured) else times * self.measured
+        target = None if self.target is None else times * self.target
+        return {**asdict(self), "measured": measured, "target": target, "verdict": self.verdict}
 
 
 #: A part of the benchmark: measures when it is called, and may give its rows one by one.

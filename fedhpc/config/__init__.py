@@ -17,6 +17,7 @@ from fedhpc.config.choices import build, chosen
 from fedhpc.config.nearest import section_hint
 from fedhpc.config.overrides import PLACE, override, parse_overrides, typed
 from fedhpc.config.schema import ALTERNATIVES, EMBEDDED, KEYS, LISTS, SECTIONS
+from fedhpc.config.schema import QUANTIZATION as QUANTIZATION
 from fedhpc.config.schema import Config as Config
 from fedhpc.config.schema import Data as Data
 from fedhpc.config.schema import Evaluation as Evaluation
@@ -137,8 +138,9 @@ def _resolved(raw: Mapping[str, Any]) -> Config:
     for name in LISTS:
         items = [] if raw.get(name) is None else raw[name]
         if not isinstance(items, list):
-            raise UserError(f"{name} must be a list of {{name: ...}}, got {items!r}", key=name)
-        values[name] = tuple(build(SECTIONS[name], item, f"{name}[{i}]") for i, item in enumerate(items))
+            raise UserError(f"{name} must be a list of names or of {{name: ...}}, got {items!r}", key=name)
+        named = [{"name": item} if isinstance(item, str) else item for item in items]
+        values[name] = tuple(build(SECTIONS[name], item, f"{name}[{i}]") for i, item in enumerate(named))
     values["mode"] = raw.get("mode", "federated")
     modes = list(get_args(Config.model_fields["mode"].annotation))
     if values["mode"] not in modes:

@@ -62,6 +62,12 @@ def refuse_unread(config: Config, given: Mapping[str, str]) -> None:
             changed = bool(section) if name in LISTS else _changed(name, section, key.partition(".")[2])
             if key in given and changed:
                 raise UserError(f"method.name {config.method.name} does not read it", key=key, remedy="take it out")
+    asked = "attack.fraction" in given and "attack.name" not in given  # with the name it can be a run's config.yaml
+    if config.attack.name == "none" and (asked or _changed("attack", config.attack, "fraction")):
+        raise UserError(
+            "a share of the clients attacks, and attack.name says not how",
+            key="attack.fraction", remedy="name an attack, such as sign_flip, or take it out",
+        )  # fmt: skip
     if config.data.chosen is not None and "data.target" in given and _changed("data", config.data, "target"):
         raise UserError("the answers are data.chosen and data.rejected", key="data.target", remedy="take it out")
 
@@ -129,11 +135,6 @@ def conflicts(config: Config) -> None:
             f"attacks are on a federation, and with mode {config.mode} every client trains alone",
             key="attack.name", remedy="take it out",
         )  # fmt: skip
-    if config.attack.name == "none" and config.attack.fraction != type(config.attack).model_fields["fraction"].default:
-        raise UserError(
-            "a share of the clients attacks, and attack.name says not how",
-            key="attack.fraction", remedy="name an attack, such as sign_flip, or take it out",
-        )  # fmt: skip
     if registry.choice("attacks", config.attack.name).changes_examples and config.data.label is None:
         raise UserError(f"attack.name {config.attack.name} changes classes and needs data.label (a column)")
     if registry.choice("aggregators", aggregator).needs_root:
@@ -154,50 +155,84 @@ def conflicts(config: Config) -> None:
         )  # fmt: skip
     if config.method.name == "fedkseed":
         # A pull along coordinates other than the step's own: each would be a draw of all weights in every step.
-        pulls = [key for key in ("momentum", "weight_decay", "proximal", "scaffold") if getattr(config.client, key, 0)]
+        names = ("momentum", "weight_decay", "proximal", "scaffold", "server_momentum")
+        pulls = [key for key in names if getattr(config.client, key, 0)]
         if config.client.optimizer != "sgd" or pulls:
             raise UserError(
                 f"method.name fedkseed moves one coordinate a step, which client."
                 f"{pulls[0] if pulls else 'optimizer ' + config.client.optimizer} does not: use client.optimizer sgd "
-                "without momentum, weight_decay, proximal and scaffold"
+                "without momentum, weight_decay, proximal, scaffold and server_momentum"
             )
     if config.method.goes_on_from is not None and registry.is_approach(config.method.name):
         raise UserError(
             f"method.name {config.method.name} has no adapter to go on from", key="method.from", remedy="take it out"
         )
+    if config.runtime.worker_ranks not in (1, "auto") and config.runtime.transport == "mpi":
+        raise UserError(
+            "the ranks of a worker gather layers with torch.distributed, not over MPI",
+            key="runtime.worker_ranks", remedy="use runtime.transport torch, or give 1",
+        )  # fmt: skip
+    if config.model.quantize != "none" and config.runtime.worker_ranks not in (1, "auto"):
+        raise UserError(
+            f"model.quantize {config.model.quantize} packs the numbers of a layer, which cannot be divided among "
+            f"{config.runtime.worker_ranks} ranks", key="runtime.worker_ranks",
+            remedy="give model.quantize none, or runtime.worker_ranks 1",
+        )  # fmt: skip
+    if config.model.quantize != "none" and config.model.offload != "none":
+        raise UserError(
+            f"model.offload {config.model.offload} is for layers that have all their bits, and model.quantize "
+            f"{config.model.quantize} packs them", key="model.offload", remedy="give one of the two",
+        )  # fmt: skip
     if config.model.quantize != "none" and config.model.dtype == "float64":
         raise UserError(f"model.quantize {config.model.quantize} cannot go with model.dtype float64")
+    _quantization(config)
     if config.data.label_noise and config.data.label is None:
         raise UserError("data.label_noise changes classes and needs data.label (a column)")
     fewest, most = (getattr(config.partition, key, None) for key in ("min_examples", "max_examples"))
     if fewest is not None and most is not None and fewest > most:
         raise UserError(f"partition.min_examples {fewest} is more than partition.max_examples {most}")
-    if config.mode == "local" and (config.evaluation.keep != "last" or config.evaluation.patience is not None):
-        key = "evaluation.keep" if config.evaluation.keep != "last" else "evaluation.patience"
+    evaluation = config.evaluation
+    if evaluation.ema is not None and evaluation.lawa is not None:
+        raise UserError(
+            "evaluation.ema is an average of states too", key="evaluation.lawa", remedy="give one of the two"
+        )
+    chosen = [f"evaluation.{key}" for key in ("ema", "lawa", "patience") if getattr(evaluation, key) is not None]
+    if evaluation.keep != "last":
+        chosen.insert(0, "evaluation.keep")
+    if config.mode == "local" and chosen:
         raise UserError(
             "with mode local every client has a state of its own, and they are evaluated together",
-            key=key,
+            key=chosen[0],
             remedy="take it out",
         )
-    if not config.evaluation.metrics and (config.evaluation.keep == "best" or config.evaluation.patience is not None):
+    if not evaluation.metrics and (evaluation.keep == "best" or evaluation.patience is not None):
         raise UserError(
             "evaluation.keep best and evaluation.patience go by the first of evaluation.metrics, and there is none",
             key="evaluation.metrics", remedy="name one, such as loss",
         )  # fmt: skip
-    if config.evaluation.keep == "best" and config.personalization.parts:
+    if config.personalization.parts and chosen and chosen != ["evaluation.patience"]:
         raise UserError(
             "personalization.parts stay on the clients, which have those of their last round alone",
-            key="evaluation.keep", remedy="use last",
+            key=chosen[0], remedy="take it out",
         )  # fmt: skip
     _check_compression(config)
     if config.client.scaffold:
         _check_scaffold(config)
+    if config.client.moments != "fresh":
+        _check_moments(config)
+    if config.client.server_momentum:
+        _check_server_momentum(config)
+    if config.beside_updates is not None and config.transforms:
+        raise UserError(
+            f"transforms would not reach what {config.beside_updates} sends beside the update: give one of the two"
+        )
     if config.masks_uploads:
         _check_secure(config)
     problem = config.method.conflict(config) or config.privacy.conflict(config)
     if problem:
         raise UserError(problem)
-    for key, choice in (("devices.name", config.devices), ("federation.schedule.name", config.federation.schedule)):
+    choices = ("devices.name", config.devices), ("federation.schedule.name", config.federation.schedule)
+    for key, choice in (*choices, ("server.optimizer", config.server)):
         problem = choice.conflict(config)
         if problem:
             raise UserError(problem, key=key)
@@ -256,11 +291,34 @@ def _check_scaffold(config: Config) -> None:
         )
     if config.client.proximal:
         raise UserError("client.scaffold and client.proximal both correct the clients' drift: give one")
-    if config.transforms:
+
+
+def _check_moments(config: Config) -> None:
+    name, server = config.client.optimizer, config.server
+    if not registry.choice("client_optimizers", name)(config.client).moments:
         raise UserError(
-            "transforms would not reach the control variates that client.scaffold sends beside the "
-            "update: give one of the two"
-        )
+            f"client.moments is of optimizers that keep means of the gradient, which client.optimizer {name} does not: "
+            "use adamw, or take it out", key="client.moments",
+        )  # fmt: skip
+    mixing = server.preaggregator.name
+    if server.aggregator not in ("mean", "fedexp") or mixing != "none":
+        raise UserError(
+            "client.moments takes the mean of what clients send, which "
+            f"{f'server.aggregator {server.aggregator}' if mixing == 'none' else f'server.preaggregator {mixing}'} "
+            "would not reach: use mean or fedexp, without a pre-aggregator, or take it out", key="client.moments",
+        )  # fmt: skip
+
+
+def _check_server_momentum(config: Config) -> None:
+    name = config.server.aggregator
+    aggregator = registry.choice("aggregators", name)
+    if aggregator.needs_movements or aggregator.needs_root or name == "fedexp":
+        raise UserError(
+            f"client.server_momentum goes where the clients went, and server.aggregator {name} measures or stretches "
+            "how far that was", key="client.server_momentum", remedy="use mean, or take it out",
+        )  # fmt: skip
+    if config.client.scaffold:
+        raise UserError("client.scaffold and client.server_momentum both correct the clients' drift: give one")
 
 
 def _check_secure(config: Config) -> None:
@@ -286,10 +344,10 @@ def _check_secure(config: Config) -> None:
             f"secure.name {name} hides what honest clients send, which attack.name {config.attack.name} asks for",
             key="attack.name", remedy="give one of the two",
         )  # fmt: skip
-    if config.client.scaffold:
+    if config.beside_updates is not None:
         raise UserError(
-            f"secure.name {name} masks the updates, not the control variates that go beside them",
-            key="client.scaffold", remedy="give one of the two",
+            f"secure.name {name} masks the updates, not what goes beside them",
+            key=config.beside_updates, remedy="give one of the two",
         )  # fmt: skip
     if config.federation.schedule.name != "synchronous":
         raise UserError(
@@ -352,8 +410,24 @@ def _check_personalization(config: Config) -> None:
             "personalization shows on each client's own data alone: give evaluation.client_fraction, the "
             "share of it that is held out"
         )
-    if config.personalization.parts and config.client.scaffold:
+    if config.personalization.parts and config.beside_theta:
         raise UserError(
-            "client.scaffold corrects the drift of what all clients share, and personalization.parts are "
-            "meant to drift: give one of the two"
+            f"{config.beside_theta[0]} is of what all clients share, and personalization.parts are meant to drift: "
+            "give one of the two"
         )
+
+
+def _quantization(config: Config) -> None:
+    """UserError where a key says how to quantise what `model.quantize` does not."""
+    model = config.model
+    if model.quantization_library == "torchao" and model.quantize != "8bit":
+        raise UserError(
+            f"model.quantization_library torchao is for model.quantize 8bit, not {model.quantize}: its 4 bits compute "
+            "on GPUs of some makes alone", key="model.quantization_library", remedy="use bitsandbytes, or 8bit",
+        )  # fmt: skip
+    for key in ("quantization_type", "double_quantization"):
+        if model.quantize != "4bit" and getattr(model, key) != type(model).model_fields[key].default:
+            raise UserError(
+                f"model.{key} is of 4 bits, and model.quantize is {model.quantize}", key=f"model.{key}",
+                remedy="take it out, or set model.quantize to 4bit",
+            )  # fmt: skip

@@ -30,6 +30,9 @@ COLUMNS = (
     *("label", "client", "join", "where", "where_not"),
 )
 
+#: Keys of the section `model` that say how a base is quantised while it is loaded.
+QUANTIZATION = ("quantize", "quantization_type", "double_quantization", "quantization_library")
+
 #: Keys of which at most one can be given: one replaces the other.
 ALTERNATIVES = {"client": ("epochs", "steps"), "federation": ("cohort_size", "cohort_fraction")}
 
@@ -52,7 +55,19 @@ class Model(Section):
         "float32", description="dtype of the frozen base"
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="weights of the frozen base in fewer bits, by bitsandbytes on a CUDA GPU"
+        "none", description="weights of the linear layers of the frozen base in fewer bits"
+    )
+    quantization_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="what 4 bits stand for: the quantiles of a normal distribution (QLoRA), or floating point"
+    )
+    double_quantization: bool = Field(
+        False, description="the scales of 4 bits in 8 bits each (QLoRA): 0.37 bits less for a weight"
+    )
+    quantization_library: Literal["bitsandbytes", "torchao"] = Field(
+        "bitsandbytes", description="what quantises and computes; torchao: 8bit alone"
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="cpu: the layers of the frozen base stay in host memory, and a GPU gets one at a time"
     )
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass instead of keeping what is inside it"
@@ -148,6 +163,17 @@ class Client(Open):
     clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's gradient in a step")
     proximal: float = Field(0.0, ge=0, description="mu of FedProx: pull towards the state the round began with")
     scaffold: bool = Field(False, description="correct the clients' drift by control variates (federated, plain sgd)")
+    moments: Literal["fresh", "second", "second_by_block", "both"] = Field(
+        "fresh",
+        description="which moments of adamw clients begin a round with as the server has them, the mean of the "
+        "clients' of the last round (federated); by_block: one mean for each layer or tensor; fresh: none",
+    )
+    server_momentum: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each local step that is the direction of the last round (FedCM, federated)",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="course of the learning rate over the whole run, down to lr_min"
     )
@@ -192,9 +218,15 @@ class Evaluation(Section):
     )
     batch_size: int = Field(32, ge=1, description="examples per evaluation batch")
     max_new_tokens: int = Field(64, ge=1, description="length limit of generated text")
-    samples: int = Field(8, ge=0, description="generated texts kept in /samples")
+    samples: int = Field(8, ge=0, description="generated texts kept in /samples, and by round in /eval_samples")
     max_clients: int = Field(100, ge=1, description="clients of the per-client evaluation, a seeded sample")
     client_fraction: float = Field(0.0, ge=0, lt=1, description="share of each client's data held out of training")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="evaluate and export a moving average of the states, with this decay a round"
+    )
+    lawa: int | None = Field(
+        None, ge=2, description="evaluate and export the mean of the states of this number of last rounds"
+    )
     keep: Literal["last", "best"] = Field(
         "last", description="the state that is tested and exported: the last, or that with the best first metric"
     )
@@ -227,7 +259,17 @@ class Runtime(Section):
         description="rank 0 beside workers on GPUs: its own GPU, a worker's or the CPU; auto: own if one is left",
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast of the forward")
-    block_size: _Positive | Literal["auto"] = Field("auto", description="clients that train in one forward (K)")
+    block_size: _Positive | Literal["auto"] = Field(
+        "auto", description="most clients that train in one forward (K); auto: by cohort, workers and device"
+    )
+    workers: _Positive = Field(
+        8, description="how many ranks that train blocks are made for; the bits are the same on any number of them"
+    )
+    worker_ranks: _Positive | Literal["auto"] = Field(
+        1,
+        description="ranks that make up a worker and hold the base between them: each a part of every layer (G); auto: "
+        "as few as there is memory for",
+    )
     threads: _Positive | Literal["auto"] = Field(
         "auto", description="CPU threads per rank, also those that make tokens; auto is 1"
     )
@@ -322,6 +364,29 @@ class Config(Section):
     def corrects_drift(self) -> bool:
         """Whether control variates are kept: a client alone has no drift, c_i is c."""
         return bool(self.client.scaffold) and self.mode == "federated"
+
+    @property
+    def beside_updates(self) -> str | None:
+        """The key by which clients send more than updates, if there is one."""
+        if self.client.scaffold:
+            return "client.scaffold"
+        return None if self.client.moments == "fresh" else "client.moments"
+
+    @property
+    def beside_theta(self) -> list[str]:
+        """The keys by which clients are sent more than the server's model."""
+        momentum = ["client.server_momentum"] if self.client.server_momentum else []
+        return [*([self.beside_updates] if self.beside_updates else []), *momentum]
+
+    @property
+    def shares_direction(self) -> bool:
+        """Whether clients are sent the direction of the last round: that of a client alone is its own."""
+        return self.client.server_momentum > 0 and self.mode == "federated"
+
+    @property
+    def exchanges_moments(self) -> bool:
+        """Whether clients begin with the server's moments: a client alone goes on with its own."""
+        return self.client.moments != "fresh" and self.mode == "federated"
 
     @property
     def masks_uploads(self) -> bool:

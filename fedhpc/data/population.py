@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ class Population:
     held_out_fraction: float  # share of each client's examples that is kept for evaluation
     assignment: Assignment | None = None
     draw: Callable[[int], Int64] | None = None
+    draw_many: Callable[[Sequence[int]], list[Int64]] | None = None  # `draw` of several clients, where that is faster
     drawn: int = 0  # how many examples every client of a virtual population has
     names: list[str] | None = None  # of the clients of a natural partition: the owners of the data
 
@@ -40,7 +41,7 @@ class Population:
         partitioner: Partitioner = registry.choice("partitioners", options.name, "partition.name")(options, seed)
         made = partitioner.partition(train)
         if isinstance(made, Draws):
-            return cls(made.num_clients, seed, fraction, draw=made.draw, drawn=made.size)
+            return cls(made.num_clients, seed, fraction, draw=made.draw, draw_many=made.draw_many, drawn=made.size)
         _check(made, len(train), options.name)
         limit = getattr(options, "max_examples", None)
         assignment = made if limit is None else limited(made, limit, seed)
@@ -59,16 +60,32 @@ class Population:
 
     def indices(self, client: int) -> Int64:
         """The examples that a client trains on, ascending: all of its own but those held out."""
-        return self._split(client)[0]
+        return self._split(client, self._all(client))[0]
+
+    def indices_of(self, clients: Sequence[int]) -> list[Int64]:
+        """`indices` of each of the clients; faster than one by one."""
+        if self.draw_many is None:
+            return [self.indices(client) for client in clients]
+        each = zip(clients, self.draw_many(clients), strict=True)
+        return [self._split(client, everything)[0] for client, everything in each]
 
     def held_out(self, client: int) -> Int64:
         """The client's examples that only evaluate it (`evaluation.client_fraction`), ascending."""
-        return self._split(client)[1]
+        return self._split(client, self._all(client))[1]
 
     def num_examples(self, client: int) -> int:
         """How many examples a client trains on; held-out ones do not count."""
         size = self.drawn if self.draw is not None else len(self._all(client))
         return size - int(self._num_held_out(np.array(size))) if self.held_out_fraction else size
+
+    def num_examples_of(self, clients: Sequence[int]) -> Int64:
+        """`num_examples` of each of the clients, int64 (len(clients),)."""
+        if self.draw is not None:
+            sizes = np.full(len(clients), self.drawn)
+        else:
+            offsets, chosen = self._materialised().offsets, np.array(clients, dtype=np.int64)
+            sizes = offsets[chosen + 1] - offsets[chosen]
+        return sizes - self._num_held_out(sizes)
 
     def sizes(self) -> Int64:
         """How many examples each client trains on, int64[N]. ValueError for a virtual population."""
@@ -109,8 +126,7 @@ class Population:
         count: Int64 = np.minimum(np.maximum(wanted, 1), np.maximum(sizes - 1, 0))
         return count
 
-    def _split(self, client: int) -> tuple[Int64, Int64]:
-        indices = self._all(client)
+    def _split(self, client: int, indices: Int64) -> tuple[Int64, Int64]:
         if not self.held_out_fraction:
             return indices, indices[:0]
         count = int(self._num_held_out(np.array(len(indices))))

@@ -373,6 +373,8 @@ class _Shares:
         self.base, self.objective, self.method, self.payloads = evaluator.base, evaluator.objective, method, payloads
         self.options, self.label_targets = evaluator.options, evaluator.label_targets
         self.precision, self.transport = evaluator.precision, evaluator.transport
+        if self.base.parts is not None:  # all at once, since any of the ranks that hold the base may need any layer
+            self.base.parts.hold({} if method is None else method.weights(method.received(payloads)))
         self._attached = np.empty(0, np.int64)  # the payloads of _received and _trained
         self._received: PerClient = {}
         self._trained: PerClient = {}
@@ -467,7 +469,7 @@ class _Shares:
         if not np.array_equal(used, self._attached):
             index = torch.from_numpy(used).to(self.payloads.device)
             one = slice(int(used[0]), int(used[0]) + 1)  # a view: with full fine-tuning a payload is a whole model
-            self._received = self.method.payload.views(self.payloads[one if len(used) == 1 else index])
+            self._received = self.method.received(self.payloads[one if len(used) == 1 else index])
             self._trained = self.method.start(self._received)
             self._attached = used
         return self.method.attach(self._trained, self._received, torch.from_numpy(rows).to(self.base.device))

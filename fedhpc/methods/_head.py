@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
@@ -18,6 +18,9 @@ from fedhpc.methods._peft import add_modules, as_payload, without_wrappers
 from fedhpc.methods._weights import holders, swapped
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.updates.layout import Layout
+
+if TYPE_CHECKING:
+    from fedhpc.models.parts import Parts
 
 
 def with_head(method: Method) -> Method:
@@ -57,9 +60,24 @@ class WithHead(Method):
     def trainable(self) -> Layout:
         return Layout({**self.method.trainable.shapes, **self._head.shapes})
 
+    def in_round(self, round_: int) -> Sequence[Method]:
+        (method,) = self.method.in_round(round_)  # of several each would train the head
+        return [self if method is self.method else WithHead(method)]
+
     @property
     def shares_base(self) -> bool:
         return self.method.shares_base
+
+    @property
+    def can_be_divided(self) -> bool:
+        return False  # the head is beside the base, and each rank has it whole
+
+    @property
+    def parts(self) -> Parts | None:
+        return self.method.parts
+
+    def received(self, flat: Tensor) -> PerClient:
+        return self.payload.views(flat)
 
     @property
     def virtual_tokens(self) -> int:
@@ -72,6 +90,9 @@ class WithHead(Method):
     @property
     def finite_difference_step(self) -> float | None:
         return self.method.finite_difference_step
+
+    def serving(self, exported: Mapping[str, Any] | None = None) -> str:
+        return self.method.serving(exported)
 
     def trains_parameter(self, parameter: str) -> bool:
         return parameter in self._head.shapes or self.method.trains_parameter(parameter)
@@ -86,8 +107,23 @@ class WithHead(Method):
     def finish(self, trained: PerClient, received: PerClient) -> PerClient:
         return {**self.method.finish(trained, received), **_part(trained, self._head)}
 
-    def numbers_sent(self, client: int) -> int:
-        return self.method.numbers_sent(client) + self._head.size
+    def on_server(self, values: Tensors) -> Tensors:
+        return {**self.method.on_server(_part(values, self.method.payload)), **_part(values, self._head)}
+
+    def numbers_sent(self, client: int, round_: int) -> int:
+        return self.method.numbers_sent(client, round_) + self._head.size
+
+    def numbers_received(self, client: int) -> int:
+        return self.method.numbers_received(client) + self._head.size
+
+    def blocks(self, name: str) -> int:
+        return 1 if name in self._head.shapes else self.method.blocks(name)
+
+    def lr_ratio(self, name: str, shape: tuple[int, ...]) -> float:
+        return self.method.lr_ratio(name, shape)
+
+    def weights(self, received: PerClient) -> Tensors:
+        return self.method.weights(_part(received, self.method.payload))
 
     @contextmanager
     def attach(

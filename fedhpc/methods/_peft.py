@@ -72,15 +72,28 @@ def adapter_tensors(folder: Path, base: Base) -> dict[str, Tensor]:
         raise UserError(f"'{folder}': adapter_model.safetensors cannot be read: {error}") from None
     bare = dict(zip(without_wrappers(tensors), tensors, strict=True))
     parameters = dict(base.model.named_parameters(remove_duplicate=False))
-    for name in [name for name in bare if ".base_layer." in name]:
+    # Factors of experts have it in their names too.
+    for name in [name for name in bare if ".base_layer." in name and ".lora_" not in name]:
         theirs, ours = tensors.pop(bare[name]), parameters.get(name.replace(".base_layer.", "."))
-        coarser = theirs.dtype if ours is None or theirs.itemsize < ours.itemsize else ours.dtype
-        if ours is None or not torch.equal(theirs.to(ours.device, coarser), ours.detach().to(coarser)):
+        if ours is None or not _same_weights(theirs.to(ours.device), ours.detach()):
             raise UserError(
                 f"'{folder}' holds {name}, which is not that of '{base.name}'",
                 remedy="choose the base that it was trained on",
             )
     return tensors
+
+
+def _same_weights(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same weights, each rounded to its own type."""
+    if one.shape != other.shape:
+        return False
+    if one.dtype != other.dtype and one.itemsize == other.itemsize:  # float16 and bfloat16: neither holds the other
+        types = torch.finfo(one.dtype), torch.finfo(other.dtype)
+        # Half a unit in the last place of each, and of the numbers that are too small for float16's exponents.
+        relative, least = sum(t.eps for t in types), max(t.smallest_normal * t.eps for t in types)
+        return torch.allclose(one.float(), other.float(), rtol=relative, atol=least)
+    coarser = one.dtype if one.itemsize < other.itemsize else other.dtype
+    return torch.equal(one.to(coarser), other.to(coarser))
 
 
 def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:

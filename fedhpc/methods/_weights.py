@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedhpc.errors import UserError
+from fedhpc.models.hooks import gather
+from fedhpc.models.quantized import layers
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,10 +48,28 @@ def _put(where: Holders, tensors: Mapping[str, Any]) -> None:
 
 
 def save_model(base: Base, path: Path) -> None:
-    """The base as it now is, with its tokenizer: a model folder that transformers loads."""
-    weights = {name: tensor.detach().cpu() for name, tensor in base.model.state_dict().items()}
+    """The base as it now is, with its tokenizer: a model folder that transformers loads.
+
+    Layers that this rank has no memory of are read one at a time.
+    """
+    state = base.model.state_dict()
+    weights = {name: tensor.detach().cpu() for name, tensor in state.items() if not tensor.is_meta}
+    for name in [name for name in state if name not in weights]:  # in their order: a layer comes once
+        owner, _, attribute = name.rpartition(".")
+        module = base.model.get_submodule(owner)
+        gather(module)
+        weights[name] = module._parameters[attribute].detach().to("cpu", copy=True)
     base.model.save_pretrained(path, state_dict=weights)
     base.tokenizer.save_pretrained(path)
+
+
+def require_unquantized(base: Base, method: str) -> None:
+    """UserError where a method that trains weights of the base has one that is stored in few bits."""
+    if layers(base.model):
+        raise UserError(
+            f"method.name {method} trains the weights of the base, and '{base.name}' has them as integers",
+            key="method.name", remedy="give the model with all its bits, or another method such as lora",
+        )  # fmt: skip
 
 
 def conflict_with_quantized(method: str, config: Any) -> str | None:

@@ -57,7 +57,7 @@ class Adapter(Method):
 
     @property
     def messages(self) -> list[str]:
-        return unreached(self.base, self.options.feed_forward or [architecture(self.base).feed_forward_output])
+        return unreached(self.base, self._layers, "method")
 
     @cached_property
     def _layers(self) -> dict[str, Layer]:
@@ -114,6 +114,9 @@ class Adapter(Method):
             return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
         return Change(behind=lambda _, h: h + affine(activation(affine(h, "down")), "up"))
+
+    def serving(self, exported: Mapping[str, Any] | None = None) -> str:
+        return "servers know no such adapter: fedhpc.load serves it, or fedhpc.methods.adapter.load in transformers"
 
     def export(self, values: Tensors, path: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, for `load`."""

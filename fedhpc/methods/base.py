@@ -13,7 +13,8 @@ Values of a layout are mappings from its names to tensors, of two types:
 
 A round takes them this way: the server's payload is `received`; `start(received)` gives what is trained; the optimizer
 changes it in steps, and for the loss of each `attach(trained, received, rows)` puts it into the base;
-`finish(trained, received)` gives the payload that goes back. A whole method:
+`finish(trained, received)` gives the payload that goes back. The server may make another one of the mean (`on_server`).
+A whole method:
 
     class Scale(Method):
         \"\"\"Multiplies the embeddings of the text by a trained vector.\"\"\"
@@ -58,6 +59,7 @@ from fedhpc.updates.layout import Layout
 
 if TYPE_CHECKING:
     from fedhpc.models.base import Base
+    from fedhpc.models.parts import Parts
 
 #: Values of a layout for one client: name -> (*shape).
 Tensors = Mapping[str, Tensor]
@@ -85,10 +87,37 @@ class Method(ABC):
         """Names and shapes of what a client's optimizer trains."""
         return self.payload
 
+    def in_round(self, round_: int) -> Sequence[Method]:
+        """What a client trains in a round, one after the other, each from the payload that it received.
+
+        Their payload is this one, and a tensor of it changes in one of them at most.
+        """
+        return [self]
+
     @property
     def shares_base(self) -> bool:
         """Whether clients of a block can share one forward pass; those that cannot train in turn."""
         return True
+
+    @property
+    def can_be_divided(self) -> bool:
+        """Whether the ranks of a worker, which hold the base between them, can train one client together (`parts`).
+
+        Of methods that cannot share the base.
+        """
+        return False
+
+    @property
+    def parts(self) -> Parts | None:
+        """What this rank holds of the trainable, where the ranks of a worker train a client together; None elsewhere.
+
+        The trainable is then what this rank holds, and its values are of one client (`Parts`).
+        """
+        return None
+
+    def received(self, flat: Tensor) -> PerClient:
+        """What a rank that trains or measures has of payloads (K, P): views by name; (K, T) where it has `parts`."""
+        return self.payload.views(flat)
 
     @property
     def virtual_tokens(self) -> int:
@@ -107,6 +136,13 @@ class Method(ABC):
         None: it differentiates by backpropagation.
         """
         return None
+
+    def serving(self, exported: Mapping[str, Any] | None = None) -> str:
+        """What a server of language models needs to take an export, or that none does; empty where it just takes it.
+
+        exported: the adapter_config.json, once there is one.
+        """
+        return ""
 
     def trains_parameter(self, parameter: str) -> bool:
         """Whether the base's own parameter of this name is among what is trained."""
@@ -130,9 +166,29 @@ class Method(ABC):
         """
         return trained
 
-    def numbers_sent(self, client: int) -> int:
+    def on_server(self, values: Tensors) -> Tensors:
+        """What the server makes of the payload after its own step, before it goes down again."""
+        return values
+
+    def numbers_sent(self, client: int, round_: int) -> int:
         """How many numbers a client has to send back: those of its payload that do not follow from the others."""
         return self.payload.size
+
+    def numbers_received(self, client: int) -> int:
+        """How many numbers of the payload a client needs to begin a round."""
+        return self.payload.size
+
+    def blocks(self, name: str) -> int:
+        """Into how many blocks of like numbers the last axis of a trainable tensor falls, such as one a layer."""
+        return 1
+
+    def lr_ratio(self, name: str, shape: tuple[int, ...]) -> float:
+        """By what the client's learning rate is multiplied for a tensor of the trainable."""
+        return 1.0
+
+    def weights(self, received: PerClient) -> Tensors:
+        """What a payload puts in place of the base's own weights, where this rank has `parts` of them."""
+        return {}
 
     @abstractmethod
     def attach(

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from fedhpc.lazy import Tensor, torch
-from fedhpc.methods._weights import conflict_with_quantized, holders, save_model, swapped
+from fedhpc.methods._weights import conflict_with_quantized, holders, require_unquantized, save_model, swapped
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.registry import Section
 from fedhpc.rng import normals, torch_seed
@@ -57,6 +57,7 @@ class FedKSeed(Method):
 
     def __init__(self, options: Options, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)
+        require_unquantized(base, "fedkseed")
         self._start: tuple[Tensor, dict[str, Tensor]] | None = None  # a payload's c and W(c)
         self._at: Tensor  # the c of the working copy, (K,) float64 on the CPU
         self._working: dict[str, Tensor]

@@ -6,7 +6,7 @@ that is called MLP); E and the MLP are trained and exchanged. The export is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from fedhpc.lazy import Tensor, kernels, torch
+from fedhpc.methods._text import no_server
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
@@ -78,6 +79,9 @@ class PTuning(Method):
         prompts = self.prompts(trained).to(self.base.dtype)
         per_row = kernels.of_rows(prompts, rows)
         yield Attached(embeddings=per_row)
+
+    def serving(self, exported: Mapping[str, Any] | None = None) -> str:
+        return no_server("soft prompt", "the prompt in front of a text's embeddings")
 
     def export(self, values: Tensors, path: Path) -> None:
         """A PEFT p-tuning adapter: the soft prompt, without the network that made it."""

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.methods._text import INIT_TEXT, first_tokens
+from fedhpc.methods._text import INIT_TEXT, first_tokens, no_server
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
@@ -78,6 +78,9 @@ class Prefix(Method):
     def finish(self, trained: PerClient, received: PerClient) -> PerClient:
         return self._exchange.finish(trained, received)
 
+    def blocks(self, name: str) -> int:
+        return 2 * self.base.num_layers if name == PREFIX else 1  # keys and values of each layer
+
     @contextmanager
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
@@ -89,6 +92,9 @@ class Prefix(Method):
         per_row = kernels.of_rows(prefix, rows)
         parts = per_row.permute(2, 0, 3, 1, 4).unbind(0)
         yield Attached(past=tuple(zip(parts[0::2], parts[1::2], strict=True)))
+
+    def serving(self, exported: Mapping[str, Any] | None = None) -> str:
+        return no_server("prefix", "the prefix as its cache")
 
     def export(self, values: Tensors, path: Path) -> None:
         """A PEFT prefix without projection."""

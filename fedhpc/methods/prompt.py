@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fedhpc.lazy import Tensor, kernels, torch
-from fedhpc.methods._text import INIT_TEXT, first_tokens
+from fedhpc.methods._text import INIT_TEXT, first_tokens, no_server
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors
 from fedhpc.registry import Section
 from fedhpc.rng import torch_seed
@@ -67,6 +67,9 @@ class Prompt(Method):
         prompts = trained[PROMPT].to(self.base.dtype)
         per_row = kernels.of_rows(prompts, rows)
         yield Attached(embeddings=per_row)
+
+    def serving(self, exported: Mapping[str, Any] | None = None) -> str:
+        return no_server("soft prompt", "the prompt in front of a text's embeddings")
 
     def export(self, values: Tensors, path: Path) -> None:
         """A PEFT prompt-tuning adapter."""

@@ -6,7 +6,7 @@ the identity, with which a search finds what it found before; W q is scaled to l
 objectives/contrastive.py.
 
 The export is a folder of its own, `adapter_config.json` and `adapter_model.safetensors`, that `rag` takes as
-`method.retriever`.
+`method.retriever`; `fedhpc export --merge` makes of it and its encoder a folder for the library sentence-transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedhpc.models.base import Base
 
 PROJECTION = "query_projection.weight"
-_FORMAT = "fedhpc-retriever"
+FORMAT = "fedhpc-retriever"
 
 
 class Retriever(Method):
@@ -77,14 +77,14 @@ class Retriever(Method):
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None
     ) -> Iterator[Attached]:
-        yield Attached(questions=partial(_mapped, trained[PROJECTION], rows))
+        yield Attached(questions=partial(mapped, trained[PROJECTION], rows))
 
     def export(self, values: Tensors, path: Path) -> None:
         """The map, and which encoder it belongs to."""
-        self.write_adapter(path, {"format": _FORMAT, "fingerprint": self.base.fingerprint}, values)
+        self.write_adapter(path, {"format": FORMAT, "fingerprint": self.base.fingerprint}, values)
 
 
-def _mapped(projection: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
+def mapped(projection: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
     """The vectors (B, D) of questions behind the maps (K, D, D) of their clients `rows` (B,), or (1, D, D) of all."""
     weight = projection.to(vectors.dtype)
     of_rows = weight if len(weight) == 1 else weight.index_select(0, rows)
@@ -100,12 +100,12 @@ def load(path: Path, base: Base) -> Tensor:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"method.retriever: '{path}' holds no adapter that can be read: {error}") from None
-    if config.get("format") != _FORMAT or PROJECTION not in tensors:
-        raise UserError(f"method.retriever: '{path}' is not the adapter/ of a run with method retriever")
+        raise UserError(f"'{path}' holds no adapter that can be read: {error}", key="method.retriever") from None
+    if config.get("format") != FORMAT or PROJECTION not in tensors:
+        raise UserError(f"'{path}' is not the adapter/ of a run with method retriever", key="method.retriever")
     if config.get("fingerprint") != base.fingerprint:
         raise UserError(
-            f"method.retriever: '{path}' was trained behind another encoder ({config.get('base_model_name_or_path')}) "
-            f"than method.encoder '{base.name}'"
+            f"'{path}' was trained behind another encoder ({config.get('base_model_name_or_path')}) than '{base.name}'",
+            key="method.retriever",
         )
     return tensors[PROJECTION]

@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from fedhpc.data.tokens import Examples, Join, Row, Tokens, examples_from
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.models.trial import same_rows
+
+if TYPE_CHECKING:
+    from fedhpc.models.parts import Parts
 
 Int64 = NDArray[np.int64]
 
@@ -143,7 +146,8 @@ class Base(ABC):
     messages: tuple[str, ...] = ()  # for the log: what was decided while loading
     source: str = ""  # where it was loaded from: a hub id, or the absolute path of a folder
     revision: str | None = None  # of the hub
-    quantize: str = "none"  # as in `model.quantize`
+    quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of `model` on it, as models/quantized.py has
+    parts: Parts | None = None  # what this rank holds of the parameters, where a group holds them between them
 
     @classmethod
     def of(
@@ -258,14 +262,17 @@ class Base(ABC):
     def activations(self, ids: Sequence[int]) -> list[Tensor]:
         """Keys and values of every layer on a text (n tokens): 2 * layers tensors (kv_heads, n, head_dim)."""
 
-    def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
-        """What the network makes of rows of any tokens, as training has them, with nothing attached.
+    def read_text(self, ids: Tensor, prompt: int) -> Tensor:
+        """What the network makes of rows of tokens (B, T), as training has them, with nothing attached.
 
-        prompt, target: tokens of each row.
+        prompt: how many tokens of each row are its prompt; the others are its target.
         """
-        ids = self.some_ids(rows, prompt + target)
         states: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
         return states
+
+    def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
+        """What `read_text` gives for rows of any tokens. prompt, target: tokens of each row."""
+        return self.read_text(self.some_ids(rows, prompt + target), prompt)
 
     def peft_prefix(self, prefix: Tensor) -> tuple[Tensor, dict[str, int]]:
         """A prefix (n, layers * 2 * kv_heads * head_dim) as PEFT lays it out, and the keys that say so."""
@@ -307,11 +314,12 @@ class Predictor(Base):
             logits = self.base_logits(states[piece])
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-    def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
-        """The `states` of rows of any tokens."""
+    def read_text(self, ids: Tensor, prompt: int) -> Tensor:
+        """The `states` of the rows."""
+        rows, length = ids.shape
         tokens = Tokens(
-            self.some_ids(1, rows * (prompt + target))[0].cpu().numpy().astype(np.int32),
-            np.arange(rows + 1) * (prompt + target),
+            ids.flatten().cpu().numpy().astype(np.int32),
+            np.arange(rows + 1) * length,
             np.full(rows, prompt, np.int32),
         )
         examples = examples_from(tokens, labels=np.zeros(rows, np.int32), label_names=["a", "b"])

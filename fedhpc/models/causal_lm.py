@@ -32,6 +32,7 @@ from fedhpc.models.call import backbone, takes, with_cache
 from fedhpc.models.generative import Generative, TokenBatch, at, joined, require_eos
 from fedhpc.models.packing import PackedBatch, pack, packed_mask
 from fedhpc.models.trial import agree, same_rows, succeeds
+from fedhpc.ranks.failed_collective import TransportError
 
 if TYPE_CHECKING:
     from fedhpc.models.continuation import Anew, Cached
@@ -176,7 +177,7 @@ class CausalLM(Generative):
         try:
             with torch.no_grad():
                 return base._looked_at()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, TransportError):
             raise
         except Exception as error:  # anything, from a missing package to inputs of another sort
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -219,7 +220,7 @@ class CausalLM(Generative):
         try:
             self.hidden(self.some_ids(1, 2), cache=cache)
             return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys.shape[2] == 2)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, TransportError):
             raise
         except Exception:  # what models raise that keep something else differs from one to the next
             return ()

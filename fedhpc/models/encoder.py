@@ -288,8 +288,9 @@ class Classifier(Encoder, Predictor):
             )  # fmt: skip
         super().check_past()
 
-    def read_some(self, rows: int, prompt: int, target: int) -> Tensor:
-        ids = self.ended(self.some_ids(rows, prompt + target), [prompt + target] * rows)
+    def read_text(self, ids: Tensor, prompt: int) -> Tensor:
+        rows, length = ids.shape
+        ids = self.ended(ids, [length] * rows)
         return self.class_logits(Attached(), ids, torch.ones_like(ids))
 
     def batch(self, examples: Examples, indices: Int64) -> TextBatch:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedhpc.kernels import product
+from fedhpc.models.hooks import called_as, is_hooked
 
 _STRETCH = 64  # queries at a time
 _MOST_WANTED = 0.75  # share of the positions: if the last layer can leave out fewer, leaving them out costs more
@@ -47,7 +48,7 @@ def _plain(decoder: Any) -> bool:
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
         others += [layer, layer.self_attn, layer.mlp]
     return not any(norm.weight.requires_grad for norm in norms) and not any(
-        part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in (*norms, *others)
+        is_hooked(part) or "forward" in part.__dict__ for part in (*norms, *others)
     )
 
 
@@ -92,26 +93,26 @@ def last_hidden(
     hidden = inputs
     change: Tensor | None = None  # what the last sublayer adds; its norm and the sum are one step
     for i, layer in enumerate(decoder.layers):
-        hidden, normed = _norm(hidden, change, layer.input_layernorm)
-        attention = layer.self_attn
-        key, value = attention.k_proj(normed), attention.v_proj(normed)
         of_layer = wanted if i == last else None
-        if of_layer is not None:
-            hidden, normed = _Take.apply(hidden, of_layer), _Take.apply(normed, of_layer)
-        heads = _Attention.apply(
-            attention.q_proj(normed),
-            key,
-            value,
-            *(past[i] if past else (None, None)),
-            cos,
-            sin,
-            attention.scaling,
-            of_layer,
+        hidden, change = called_as(
+            layer, _layer, hidden, change, *(past[i] if past else (None, None)), cos, sin, of_layer
         )
-        hidden, normed = _norm(hidden, attention.o_proj(heads), layer.post_attention_layernorm)
-        mlp = layer.mlp
-        change = mlp.down_proj(_Gate.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
     return _norm(hidden, change, decoder.norm)[1]
+
+
+def _layer(
+    layer: Any, hidden: Tensor, change: Tensor | None, past_k: Tensor | None, past_v: Tensor | None,
+    cos: Tensor, sin: Tensor, wanted: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One layer: the states in front of its last sublayer, and what that adds to them."""
+    hidden, normed = _norm(hidden, change, layer.input_layernorm)
+    attention, mlp = layer.self_attn, layer.mlp
+    key, value = attention.k_proj(normed), attention.v_proj(normed)
+    if wanted is not None:
+        hidden, normed = _Take.apply(hidden, wanted), _Take.apply(normed, wanted)
+    heads = _Attention.apply(attention.q_proj(normed), key, value, past_k, past_v, cos, sin, attention.scaling, wanted)
+    hidden, normed = _norm(hidden, attention.o_proj(heads), layer.post_attention_layernorm)
+    return hidden, mlp.down_proj(_Gate.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
 def _norm(hidden: Tensor, change: Tensor | None, module: Any) -> tuple[Tensor, Tensor]:

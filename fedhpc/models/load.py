@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhpc.config import Model
+from fedhpc.config import QUANTIZATION, Model
 from fedhpc.data.tokens import Examples
 from fedhpc.errors import UserError
+from fedhpc.models import quantized
 from fedhpc.models.base import Absent, Base
 from fedhpc.models.causal_lm import CausalLM
 from fedhpc.models.encoder import Classifier, SentenceEncoder
 from fedhpc.models.imports import transformers, without_compiler
 from fedhpc.models.seq2seq import Seq2Seq
+from fedhpc.ranks.failed_collective import TransportError
+from fedhpc.ranks.group import Group
 from fedhpc.rng import torch_seed
 
 if TYPE_CHECKING:
@@ -82,11 +84,46 @@ def model_class(model: Model) -> type[Base]:
     return MODELS[model.task]
 
 
+def stored_dtype(model: Model) -> str:
+    """The type in which the weights of `model` are stored, as its configuration names it; empty where it does not."""
+    return str(_load_config(model).dtype or "").removeprefix("torch.")
+
+
 def import_classes(model: Model) -> None:
     """Import all that `load_base` and `load_tokenizer` will need. UserError where there is no such model."""
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  a network on the device meta needs it, and it sympy
+
     config, chosen = _load_config(model), model_class(model)
     with _loading(model, "model"):
         getattr(transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
+
+
+def empty_network(model: Model) -> Any:
+    """The network of `model` on the device meta: shapes and types of all weights, tied as they are, without numbers.
+
+    UserError where there is no such model.
+    """
+    import torch
+
+    chosen, config = model_class(model), _load_config(model)
+    with _loading(model, "model"), without_compiler(), _on_meta():
+        network = getattr(transformers(), chosen.auto_class).from_config(
+            config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
+        )
+        network.tie_weights()
+    return network.requires_grad_(False).eval()
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """What is made in here is on the device meta, without first values, as where transformers loads a model."""
+    import torch
+    from transformers import initialization
+
+    # Of newer releases: some models compute with numbers of theirs while they are made.
+    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+    with torch.device("meta"), initialization.no_init_weights(), safe():
+        yield
 
 
 def stored_classes(model: Model) -> list[str]:
@@ -94,20 +131,28 @@ def stored_classes(model: Model) -> list[str]:
     return model_class(model).stored_classes(_load_config(model))
 
 
-def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), seed: int = 0) -> Base:
+def load_base(
+    model: Model, device: torch.device, labels: Sequence[str] = (), seed: int = 0, group: Group | None = None
+) -> Base:
     """Load the base model onto `device`, in eval mode, without gradients.
 
-    labels: the classes, for a classifier. A head that has no stored weights is drawn by `seed`.
+    labels: the classes, for a classifier. A head that has no stored weights is drawn by `seed`. group: the ranks that
+    hold the layers between them.
     UserError where there is no such model, its tokenizer does not fit, or it computes something unknown.
     """
     import torch
 
-    quantization = _quantization(model, device)
     source = source_of(model)
     tokenizer = load_tokenizer(model)
     chosen = model_class(model)
     config = _load_config(model, **chosen.config_options(labels))
-    with _loading(model, "model"), without_compiler():
+    of_few_bits = quantized.loading_options(model, config, device, _unquantized(model, chosen))
+    if of_few_bits and group is not None:
+        raise UserError(
+            f"the weights of '{model.name}' are stored in few bits, which cannot be divided among ranks",
+            key="runtime.worker_ranks", remedy="give 1",
+        )  # fmt: skip
+    with _loading(model, "model"), _reading(model, group, device) as more, without_compiler():
         network, info = getattr(transformers(), chosen.auto_class).from_pretrained(
             source,
             config=config,
@@ -115,9 +160,12 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             trust_remote_code=model.trust_remote_code,
             dtype=getattr(torch, model.dtype),
             attn_implementation=None,  # torch's own where the class supports it, else what it has
+            # Grouped products, where the class has them, are not there for 64 bits (torch 2.13).
+            experts_implementation="eager" if model.dtype == "float64" else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed; without, the reason is only logged
-            **quantization,
+            **of_few_bits,
+            **more,
         )
     absent = Absent(set(info["missing_keys"]), {key[0]: key[1][0] for key in info["mismatched_keys"]})
     new = sorted(name for name in {*absent.missing, *absent.resized} if chosen.may_be_new(network, name))
@@ -132,8 +180,13 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
     fitted = chosen.fit_head(network, stored_classes(model), labels, absent)
     _draw(network, {*new, *fitted.anew}, seed)
     network.requires_grad_(False).eval()
-    if not quantization:  # else it is there, and bitsandbytes refuses to move it
-        network.to(device)
+    if of_few_bits:
+        quantized.leave_files(network)
+        quantized.compute_exactly(network, device)
+    else:  # quantised weights are there, and their libraries refuse to move them
+        _move(network, model, device, group)
+    if group is not None and group.is_guest:
+        _spread(network, model, group, device)
     with _loading(model, "model"):  # a class of transformers that cannot do what this one of ours asks for
         _check_special_tokens(model.name, tokenizer, network.get_input_embeddings().weight.shape[0])
         made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
@@ -141,13 +194,72 @@ def load_base(model: Model, device: torch.device, labels: Sequence[str] = (), se
             made,
             source=source,
             revision=model.revision,
-            quantize=model.quantize,
-            messages=(*(f"model: '{model.name}' {message}" for message in fitted.messages), *_slow(model, device)),
+            quantization={key: getattr(model, key) for key in QUANTIZATION},
+            messages=(
+                *(f"model: '{model.name}' {message}" for message in fitted.messages),
+                *([quantized.message(model, network)] if of_few_bits else ()),
+                *_slow(model, device),
+            ),
         )
         base.check()
+    if group is not None and not group.is_guest:
+        from fedhpc.models.parts import Parts
+
+        base = replace(base, parts=Parts(network, group, base.payload_dtype))
     if model.gradient_checkpointing:
         checkpoint_layers(network)
     return base
+
+
+def _unquantized(model: Model, chosen: type[Base]) -> list[str]:
+    """Paths of the layers that may have no stored weights, as a head that is trained: they are not quantised."""
+    if model.quantize == "none":
+        return []
+    network = empty_network(model)
+    new = (name for name, _ in network.named_parameters() if chosen.may_be_new(network, name))
+    return sorted({name.rpartition(".")[0] for name in new})
+
+
+def _reading(model: Model, group: Group | None, device: torch.device) -> AbstractContextManager[Mapping[str, Any]]:
+    """What must be open while transformers reads a model, and gives it more arguments.
+
+    For a rank of `group` it reads a part of each layer. The guest reads them whole: without a change of dtype they are
+    pages of the file.
+    """
+    if group is None or group.is_guest:
+        return nullcontext({})
+    from fedhpc.models.slices import sharding_first
+
+    return sharding_first(lambda network: _spread(network, model, group, device))
+
+
+def _spread(network: Any, model: Model, group: Group, device: torch.device) -> None:
+    """Spread the layers of `network` over the ranks of `group`."""
+    from fedhpc.models.sharding import shard
+
+    shard(_layers(network), group, device, offloads(model, device.type))
+
+
+def _move(network: Any, model: Model, device: torch.device, group: Group | None) -> None:
+    """Move `network` to `device`, but the parameters of layers that are offloaded, of this rank's part in a group."""
+    if not offloads(model, device.type):
+        network.to(device)
+        return
+    staying = {id(parameter) for layer in _layers(network) for parameter in layer.parameters()}
+    network._apply(lambda tensor: tensor if id(tensor) in staying else tensor.to(device))
+    if group is None:
+        from fedhpc.models.streaming import stream
+
+        stream(_layers(network), device)
+
+
+def offloads(model: Model, device_type: str) -> bool:
+    """Whether the layers of a base for such a device stay in host memory: the CPU computes with them there."""
+    return model.offload == "cpu" and device_type == "cuda"
+
+
+def _layers(network: Any) -> list[Any]:
+    return [layer for stack in layer_stacks(network) for layer in stack]
 
 
 def _check_special_tokens(name: str, tokenizer: Any, rows: int) -> None:
@@ -204,27 +316,6 @@ def check_length(base: Base, max_length: int, virtual: int) -> None:
             f"'{base.name}'{base.limited_by}: lower "
             + (f"data.max_length to {limit - virtual}" if virtual + 4 <= limit else "method.num_virtual_tokens")
         )
-
-
-def _quantization(model: Model, device: torch.device) -> dict[str, Any]:
-    """Arguments of from_pretrained for `model.quantize`. UserError where it cannot be done here."""
-    if model.quantize == "none":
-        return {}
-    lacking = [] if find_spec("bitsandbytes") else ["bitsandbytes is not installed (pip install 'fedhpc[quantize]')"]
-    lacking += [] if device.type == "cuda" else [f"the device is {device.type}"]
-    if lacking:
-        raise UserError(
-            f"model.quantize: {model.quantize} needs bitsandbytes and a CUDA GPU, and {' and '.join(lacking)}; use none"
-        )
-    import torch
-
-    options = transformers().BitsAndBytesConfig
-    chosen = (
-        options(load_in_8bit=True)
-        if model.quantize == "8bit"
-        else options(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, model.dtype))
-    )
-    return {"quantization_config": chosen, "device_map": {"": device}}
 
 
 def autocast(base: Base, precision: str) -> AbstractContextManager[object]:
@@ -290,7 +381,7 @@ class _loading:  # noqa: N801  a context manager used like a function
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # The libraries raise anything, from OSError (no such file or hub id) to classes of their own (half a file).
-        if isinstance(error, Exception) and not isinstance(error, UserError):
+        if isinstance(error, Exception) and not isinstance(error, (UserError, TransportError)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"the {self.what} of '{self.model.name}' cannot be loaded: {first[:300]}",
@@ -319,11 +410,16 @@ def _draw(network: Any, new: Collection[str], seed: int) -> None:
 
 
 def _fingerprint(network: Any, new: Collection[str]) -> str:
-    """A hash of the stored weights, without the `new` ones, which follow from the run's seed."""
+    """A hash of the stored weights, without the `new` ones, which follow from the run's seed.
+
+    Collective over the ranks between which the weights are spread.
+    """
     digest = hashlib.sha256()
-    for name, tensor in _sorted_parameters(network):
+    for name, tensor in _stored(network):
         if name in new:
             continue
+        if hasattr(tensor, "full_tensor"):  # of torch.distributed, which is imported where a base is spread alone
+            tensor = tensor.full_tensor()
         flat = tensor.detach().reshape(-1)
         stride = max(1, flat.numel() // _SAMPLE)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -331,5 +427,6 @@ def _fingerprint(network: Any, new: Collection[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _sorted_parameters(network: Any) -> Iterator[tuple[str, Tensor]]:
-    yield from sorted(network.named_parameters(), key=lambda item: str(item[0]))
+def _stored(network: Any) -> Iterator[tuple[str, Tensor]]:
+    named = quantized.tensors(network) if quantized.layers(network) else network.named_parameters()
+    yield from sorted(named, key=lambda item: str(item[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedhpc.lazy import Tensor, torch
+from fedhpc.ranks.failed_collective import TransportError
 
 
 def agree(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
@@ -22,11 +23,11 @@ def same_rows(alone: Sequence[Tensor], beside: Sequence[Tensor]) -> bool:
 def succeeds(look: Callable[[], bool]) -> bool:
     """Whether `look` says so; models that cannot do what it asks raise in ways of their own.
 
-    torch.OutOfMemoryError is passed on: it says nothing of the model.
+    Want of memory and the death of another rank are passed on: they say nothing of the model.
     """
     try:
         return look()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, TransportError):
         raise
     except Exception:
         return False

@@ -13,6 +13,7 @@ class Block:
     clients: tuple[int, ...]
     worker: int  # index in Topology.workers
     cost: float  # tokens it will see
+    member: int = 0  # which of the worker's ranks trains it
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Plan:
     pulls_to_models: bool = False  # whether an update leads from the newest state, and not from the client's start
     needed_later: tuple[int, ...] = ()  # versions before this round's step from which later rounds have clients
 
-    @property
+    @cached_property
     def training(self) -> tuple[int, ...]:
         """Clients that train, in cohort order."""
         return tuple(c for c in self.sending if c not in self.late)
 
-    @property
+    @cached_property
     def sending(self) -> tuple[int, ...]:
         """Clients whose updates leave them, in cohort order: those that train, and those that are late."""
         return tuple(c for c in self.cohort if c not in self.dropped and c not in self.empty)

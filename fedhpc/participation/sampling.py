@@ -68,7 +68,7 @@ def draw_clients(
     least = devices.lowest_availability
     asked = count if least >= 1 else math.ceil(4 * count / least) + 16  # enough but for a rare draw
     chosen = draws.choice(population.num_clients, min(asked + len(excluded), population.num_clients), replace=False)
-    free = (int(c) for c in chosen if c not in excluded and devices.is_available(int(c), *keys))
+    free = (c for c in chosen.tolist() if c not in excluded and (least >= 1 or devices.is_available(c, *keys)))
     return tuple(islice(free, count))
 
 

@@ -38,19 +38,20 @@ class BandedNoise:
         grid; None where no noise is asked for.
         """
         self._independent, self._column = independent, square_root_of_sums(bands).tolist()
-        self._past, self._now = past, torch.empty(0, dtype=torch.float64)
+        self._past, self._parts, self._drawn = past, list[Tensor](), 0
 
     def __call__(self, count: int) -> Tensor:
         """Draw the noise of the next coordinates, as integers."""
         assert self._past is not None
-        noise, part = self._independent(count).double(), slice(len(self._now), len(self._now) + count)
+        noise, part = self._independent(count).double(), slice(self._drawn, self._drawn + count)
         for weight, before in zip(self._column[1:], self._past, strict=True):
             noise -= weight * before[part]
         noise /= self._column[0]
-        self._now = torch.cat([self._now, noise])
+        self._parts.append(noise)
+        self._drawn += count
         return noise.round().to(torch.int64)
 
     def latest(self) -> Tensor:
         """`past` of the next round."""
         assert self._past is not None
-        return torch.cat([self._now.unsqueeze(0), self._past[:-1]])
+        return torch.cat([torch.cat(self._parts).unsqueeze(0), self._past[:-1]])

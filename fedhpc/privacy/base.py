@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedhpc.lazy import Tensor
@@ -19,34 +20,38 @@ if TYPE_CHECKING:
     from fedhpc.updates.cohort import Cohort
 
 
+@dataclass(frozen=True)
+class Releases:
+    """What the rounds of a run release, and of whom."""
+
+    population: Population
+    size: int  # S, the length of an update
+    cohort_size: int  # clients of a round, or how many are expected
+    trains: Callable[[int], Sequence[int]]  # the clients that train in a round, by the plan, late ones too
+    noise_multiplier: float | None = None  # what rank 0 has found for the budget; None where none was looked for yet
+
+
 class Privacy(ABC):
     """A level of privacy: what one release may tell of one record, and what all releases of the run add up to."""
 
     #: The keys beside `name`.
     Options: ClassVar[type[Section]] = Section
 
-    #: Whether a round counts whoever completed it, also where nobody did.
+    #: Whether a round counts whoever completed it, also where nobody did. What is rejected is zero then, and is sent.
     any_cohort: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        config: Config,
-        population: Population,
-        size: int,
-        cohort_size: int,
-        trains: Callable[[int], Sequence[int]],
-    ) -> None:
-        """size: S, the length of an update. cohort_size: clients of a round, or how many are expected. trains: the
-        clients that train in a round, by the plan, late ones too.
-
-        UserError where the population is too small for what is promised.
-        """
-        self.config, self.population, self.size, self.cohort_size = config, population, size, cohort_size
-        self._trains = trains
+    def __init__(self, config: Config, releases: Releases) -> None:
+        """UserError where the population is too small for what is promised."""
+        self.config, self.releases = config, releases
         self.options: Any = config.privacy
 
     def check(self, method: Method, objective: Objective) -> None:  # noqa: B027  most have nothing to refuse
         """UserError where clients train in a way that this cannot protect."""
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """z, given or found for the budget; None where there is no noise."""
+        return None
 
     # ---- what a round does
 
@@ -105,22 +110,23 @@ class Privacy(ABC):
 
     def promise(self, spent: Mapping[str, Tensor]) -> str:
         """What the state after the rounds that `spent` has noted promises, in a sentence; empty where nothing."""
-        facts = self.attributes(spent)
-        if not facts:
-            return ""
-        return (
-            f"Differential privacy: every {facts['protects']} is protected with epsilon {facts['epsilon']:.4g} at "
-            f"delta {facts['delta']:g}, between data sets that are neighbours by {facts['neighbouring_relation']}."
-            f"{self._beside}"
-        )
-
-    @property
-    def _beside(self) -> str:
-        """What else tells something of the same data, in a sentence; empty where this run alone does."""
-        if self.config.method.goes_on_from is None:
-            return ""
-        return " What the adapter that this run went on from (method.from) tells of the same data comes on top."
+        return promise_of(self.attributes(spent), self.config)
 
     def attributes(self, spent: Mapping[str, Tensor]) -> dict[str, str | float]:
         """Root attributes of results.h5 once the rounds that `spent` has noted are all."""
         return {}
+
+
+def promise_of(attributes: Mapping[str, Any], config: Config) -> str:
+    """What the root attributes of a run promise, in a sentence; empty where nothing.
+
+    What else tells something of the same data is said too.
+    """
+    if "protects" not in attributes:
+        return ""
+    beside = " What the adapter that this run went on from (method.from) tells of the same data comes on top."
+    return (
+        f"Differential privacy: every {attributes['protects']} is protected with epsilon {attributes['epsilon']:.4g} "
+        f"at delta {attributes['delta']:g}, between data sets that are neighbours by "
+        f"{attributes['neighbouring_relation']}.{beside if config.method.goes_on_from is not None else ''}"
+    )

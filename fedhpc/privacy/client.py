@@ -30,12 +30,12 @@ from pydantic import Field
 
 from fedhpc import registry, rng
 from fedhpc.errors import UserError
-from fedhpc.lazy import Tensor, torch
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.privacy._accountant import MOST_NOISE, Accountant, Fixed, Poisson, require_library
 from fedhpc.privacy._banded_noise import BandedNoise
 from fedhpc.privacy._budget import LEAST_CLIP, MOST_CLIP, Budget
 from fedhpc.privacy._discrete_gaussian import discrete_gaussian
-from fedhpc.privacy.base import Privacy
+from fedhpc.privacy.base import Privacy, Releases
 from fedhpc.registry import Section
 from fedhpc.updates.exact_sum import FixedGrid
 from fedhpc.updates.layout import Layout
@@ -43,13 +43,11 @@ from fedhpc.updates.transforms.base import Transform
 
 if TYPE_CHECKING:
     from fedhpc.config import Config
-    from fedhpc.data.population import Population
     from fedhpc.ranks.transport.base import Transport
     from fedhpc.updates.cohort import Cohort
 
 _STEPS = 30  # bits: a coordinate of an update is at most 2^30 steps of the grid, and 2^31 clients fit into 62 bits
 _MOST_CHANGE = 50.0  # of the logarithm of a clip norm in one round: more than between its limits
-_MARGIN = 2.0**-20  # of the norm: more than a clipped update gains where it is rounded to float32
 
 
 class Adaptive(Section):
@@ -82,17 +80,10 @@ class Client(Privacy):
         def conflict(self, config: Any) -> str | None:
             return self.problem or _conflict(self, config)
 
-    def __init__(
-        self,
-        config: Config,
-        population: Population,
-        size: int,
-        cohort_size: int,
-        trains: Callable[[int], Sequence[int]],
-    ) -> None:
-        super().__init__(config, population, size, cohort_size, trains)
+    def __init__(self, config: Config, releases: Releases) -> None:
+        super().__init__(config, releases)
         require_library()
-        clients, options = population.num_clients, self.options
+        clients, cohort_size, options = releases.population.num_clients, releases.cohort_size, self.options
         if options.delta > 1 / clients:
             raise UserError(
                 f"privacy.delta {options.delta} is more than 1 / {clients}, one over the number of clients, and would "
@@ -114,8 +105,9 @@ class Client(Privacy):
     def noise_multiplier(self) -> float:
         """z, given or found for the budget and all rounds."""
         options = self.options
-        if options.noise_multiplier is not None:
-            return float(options.noise_multiplier)
+        known = options.noise_multiplier or self.releases.noise_multiplier
+        if known is not None:
+            return float(known)
         return self.accountant.noise_multiplier(options.epsilon, self._sums(self.config.federation.rounds))
 
     def _sums(self, rounds: int) -> int:
@@ -146,12 +138,12 @@ class Client(Privacy):
     @property
     def _count_noise(self) -> float:
         given = self.options.adaptive.count_noise
-        return self.cohort_size / 20 if given is None else float(given)
+        return self.releases.cohort_size / 20 if given is None else float(given)
 
     def bound(self, clip_norm: float) -> float:
         """The norm to which updates are clipped: C, but for what rounding to the grid may add, half a step each way."""
-        rounding = math.sqrt(self.size) / 2 * 2.0 ** _exponent(clip_norm)
-        return (clip_norm - rounding) * (1 - _MARGIN)
+        rounding = math.sqrt(self.releases.size) / 2 * 2.0 ** _exponent(clip_norm)
+        return (clip_norm - rounding) * (1 - kernels.clip_margin(torch.float32))
 
     def combine(
         self,
@@ -175,10 +167,10 @@ class Client(Privacy):
         if self.options.adaptive is not None:
             within = cohort.mapped(partial(_signs_within, norm=clip_norm), Layout({"within": (1,)}))
             signs = within.weighted_sum(ones, _noisy_grid(-_STEPS, 2 * self._count_noise, draws))
-            share = 0.5 + float(signs) / 2 / self.cohort_size
+            share = 0.5 + float(signs) / 2 / self.releases.cohort_size
             if spent:
                 spent["clip_norm"] = torch.tensor([self._next(clip_norm, share)], dtype=torch.float64)
-        return total / self.cohort_size
+        return total / self.releases.cohort_size
 
     def _clip_norm(self, transport: Transport, spent: Mapping[str, Tensor]) -> float:
         """C of this round, on every rank. Collective."""
@@ -200,7 +192,7 @@ class Client(Privacy):
     def initial(self) -> dict[str, Tensor]:
         clip_norm = torch.tensor([self.options.clip_norm], dtype=torch.float64)
         adaptive = {} if self.options.adaptive is None else {"clip_norm": clip_norm}
-        past = torch.zeros(self.options.bands - 1, self.size, dtype=torch.float64)
+        past = torch.zeros(self.options.bands - 1, self.releases.size, dtype=torch.float64)
         banded = {"noise": past} if self.options.bands > 1 else {}
         return {"rounds": torch.zeros(1, dtype=torch.int64), **adaptive, **banded}
 
@@ -252,18 +244,12 @@ class Client(Privacy):
 
 def clipped(updates: Tensor, bound: float) -> Tensor:
     """Shorten each update (c, S) that is longer than `bound` to that length."""
-    return (updates.double() * (bound / _norms(updates)).clamp(max=1.0)).to(updates.dtype)
+    return (updates.double() * (bound / kernels.row_norms(updates)).clamp(max=1.0)).to(updates.dtype)
 
 
 def _signs_within(updates: Tensor, norm: float) -> Tensor:
     """1 for each update (c, S) that is not longer than `norm`, -1 for the others: (c, 1)."""
-    return 2.0 * (_norms(updates) <= norm).double() - 1.0
-
-
-def _norms(updates: Tensor) -> Tensor:
-    """L2 norm of each row, float64 (c, 1); row by row, so that no bit depends on the others of its rank."""
-    norms = [torch.linalg.vector_norm(row.double()) for row in updates]
-    return torch.stack(norms).unsqueeze(1) if norms else torch.empty(0, 1, dtype=torch.float64)
+    return 2.0 * (kernels.row_norms(updates) <= norm).double() - 1.0
 
 
 def _exponent(clip_norm: float) -> int:
@@ -318,8 +304,8 @@ def _conflict(options: Any, config: Any) -> str | None:
             f"attack.name {config.attack.name}: what attackers send depends on other clients, which privacy.name "
             "client does not account for: take one of the two out"
         )
-    if config.client.scaffold:
-        return "client.scaffold sends control variates beside the update, without noise: take it out, or privacy"
+    if config.beside_theta:
+        return f"{config.beside_theta[0]} uses more of the clients than the update with its noise: take one of them out"
     if config.personalization.parts:
         return "personalization.parts stay on the clients without noise: take them out, or privacy"
     for one in config.transforms:

@@ -11,7 +11,7 @@ who trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,13 +23,12 @@ from fedhpc.participation.sampling import num_rounds
 from fedhpc.privacy._accountant import LEAST_NOISE, Accountant, Poisson, require_library
 from fedhpc.privacy._accountant import Method as Bound
 from fedhpc.privacy._budget import Budget
-from fedhpc.privacy.base import Privacy
+from fedhpc.privacy.base import Privacy, Releases
 from fedhpc.training.example_privacy import ExamplePrivacy
 from fedhpc.training.schedule import num_steps, sampling_rate
 
 if TYPE_CHECKING:
     from fedhpc.config import Config
-    from fedhpc.data.population import Population
     from fedhpc.methods.base import Method
     from fedhpc.objectives.base import Objective
 
@@ -48,16 +47,10 @@ class Example(Privacy):
         def conflict(self, config: Any) -> str | None:
             return self.problem or _conflict(config)
 
-    def __init__(
-        self,
-        config: Config,
-        population: Population,
-        size: int,
-        cohort_size: int,
-        trains: Callable[[int], Sequence[int]],
-    ) -> None:
-        super().__init__(config, population, size, cohort_size, trains)
+    def __init__(self, config: Config, releases: Releases) -> None:
+        super().__init__(config, releases)
         require_library()
+        population = releases.population
         if population.draw is not None:
             raise UserError(
                 f"partition.name {config.partition.name} gives an example to several clients, whose releases of it "
@@ -70,17 +63,18 @@ class Example(Privacy):
                 f"privacy.delta {delta} is more than 1 / {most}, one over the examples of the largest client, and "
                 "would allow to publish one of them", key="privacy.delta", remedy="lower it",
             )  # fmt: skip
-        self._planned_round = cache(trains)
+        self._planned_round = cache(releases.trains)
         self._known: dict[tuple[Bound, float, _Exposure], float] = {}
 
     @cached_property
     def noise_multiplier(self) -> float:
         """z, given or found for the budget and the client whose planned steps need the most."""
         options = self.options
-        if options.noise_multiplier is not None:
-            return float(options.noise_multiplier)
+        known = options.noise_multiplier or self.releases.noise_multiplier
+        if known is not None:
+            return float(known)
         budget = float(options.epsilon)
-        exposures = self._exposures(self._planned(num_rounds(self.config, self.population)))
+        exposures = self._exposures(self._planned(num_rounds(self.config, self.releases.population)))
         # Renyi divergences are quick, and no better than what is known of the losses: they tell where to look.
         enough = sorted(
             ((self._accountant("rdp", one.rate).noise_multiplier(budget, one.steps), one) for one in exposures),
@@ -119,7 +113,7 @@ class Example(Privacy):
     # ---- what the rounds spend
 
     def initial(self) -> dict[str, Tensor]:
-        return {"rounds": torch.zeros(self.population.num_clients, dtype=torch.int64)}
+        return {"rounds": torch.zeros(self.releases.population.num_clients, dtype=torch.int64)}
 
     def account(self, spent: Mapping[str, Tensor], clients: Sequence[int]) -> None:
         np.add.at(spent["rounds"].numpy(), np.array(clients, dtype=np.int64), 1)
@@ -141,7 +135,7 @@ class Example(Privacy):
 
     def _planned(self, rounds: int) -> np.ndarray:
         """In how many of the first `rounds` rounds each client trains, by the plan: int64 (N,)."""
-        times = np.zeros(self.population.num_clients, dtype=np.int64)
+        times = np.zeros(self.releases.population.num_clients, dtype=np.int64)
         for round_ in range(1, rounds + 1):
             np.add.at(times, np.array(self._planned_round(round_), dtype=np.int64), 1)
         return times
@@ -186,7 +180,7 @@ class Example(Privacy):
     # ---- what is said of it
 
     def statement(self, rounds: int) -> str:
-        options, asked = self.options, num_rounds(self.config, self.population)
+        options, asked = self.options, num_rounds(self.config, self.releases.population)
         fewer = f", where the budget of {options.epsilon:g} ends" if rounds < asked else ""
         exposures = self._exposures(self._planned(rounds))
         if not exposures:
@@ -216,8 +210,8 @@ def _conflict(config: Any) -> str | None:
         return "client.packing puts several examples into one row, and privacy.name example needs a row for each"
     if getattr(config.method, "ranks", None) is not None:
         return "method.ranks would not last: noise has the rank of the largest; take it out with privacy.name example"
-    if config.client.scaffold:
-        return "client.scaffold is not defined with privacy.name example: take one of them out"
+    if config.beside_theta:
+        return f"{config.beside_theta[0]} is not defined with privacy.name example: take one of them out"
     if config.personalization.finetune_steps:
         return (
             "personalization.finetune_steps would train on the same examples without noise: take them out with "

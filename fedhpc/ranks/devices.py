@@ -6,6 +6,7 @@ import torch
 
 from fedhpc.config import Config
 from fedhpc.errors import UserError
+from fedhpc.ranks import memory
 from fedhpc.ranks.launch import Launch
 
 
@@ -26,3 +27,17 @@ def device_of(launch: Launch) -> torch.device:
         return torch.device("cpu")
     ids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     return torch.device("cuda", ids.index(gpu))
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that there are in all where a rank on `device` computes: of its GPU, or of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory.of_machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this process so far, in bytes: allocated on its GPU, else resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return memory.peak_resident()

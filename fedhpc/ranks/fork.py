@@ -2,7 +2,7 @@
 
 The children share its memory until they write to it, and need not import again. With three ranks this saves most of the
 time to the first round, and half of the memory. Otherwise they are ranks like any others: ranks/liveness.py ends them
-together.
+together. On several machines a launcher starts one such process on each.
 """
 
 from __future__ import annotations
@@ -13,27 +13,53 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing import connection
 
 from fedhpc.errors import UserError
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.startup import FAILED, SIGNALS
 
+_TICK_S = 0.5
 _PARTING_S = 20.0  # how long the others may go on once one has failed; liveness ends them sooner
 
 
-def run(ranks: int, work: Callable[[Launch], None]) -> int:
-    """Fork `ranks` processes and call work(launch) in each, which must end its process; returns their exit code.
+def launches(ranks: int, launch: Launch) -> list[Launch]:
+    """The launches of `ranks` ranks that are forked from this process, which was launched as `launch`.
 
-    Signals of a preemption are passed on to all of them. No other thread may run in this process. UserError where a
-    rank cannot be started; the ranks that were started are ended then.
+    Where a launcher has started it, and one like it on every other machine, the ranks of each follow those of the one
+    before. UserError where there is not just one of them on each machine.
+    """
+    if launch.launcher == "single" or launch.world_size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        return [Launch("forked", rank, ranks, rank, ranks, "127.0.0.1", port) for rank in range(ranks)]
+    if launch.local_world_size != 1 or launch.world_size == 0:
+        here = f"{launch.local_world_size or 'an unknown number of'} processes"
+        raise UserError(
+            f"command line: --ranks-per-node starts the ranks of a node from one process, and {launch.launcher} has "
+            f"started {here} here; start one on each node (srun --ntasks-per-node=1, mpiexec -ppn 1, torchrun "
+            "--nproc_per_node=1)"
+        )
+    # Nobody has told MPI of these ranks, so they meet without it.
+    launcher = "forked" if launch.launcher == "mpi" else launch.launcher
+    first, total = launch.rank * ranks, launch.world_size * ranks
+    return [
+        replace(launch, launcher=launcher, rank=first + i, world_size=total, local_rank=i, local_world_size=ranks)
+        for i in range(ranks)
+    ]
+
+
+def run(launches: Sequence[Launch], work: Callable[[Launch], None], launcher: int | None = None) -> int:
+    """Fork a process for each of `launches` and call work(launch) in it, which must end its process.
+
+    Returns their exit code. Signals of a preemption are passed on to all of them. launcher: the process that has
+    started this one; if it dies this one ends, and with it the ranks. No other thread may run in this process.
+    UserError where a rank cannot be started; the ranks that were started are ended then.
     """
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    launches = [Launch("forked", rank, ranks, rank, ranks, "127.0.0.1", port) for rank in range(ranks)]
     processes = [context.Process(target=work, args=(launch,)) for launch in launches]
 
     def forward(number: int, _: object) -> None:
@@ -57,20 +83,21 @@ def run(ranks: int, work: Callable[[Launch], None]) -> int:
             process.kill()
             process.join()
         raise UserError(
-            f"command line: --ranks {ranks}: rank {len(started)} cannot be started ({error.strerror})"
+            f"command line: of {len(launches)} ranks here, rank {launches[len(started)].rank} cannot be started "
+            f"({error.strerror})"
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     deadline, running = None, {process.sentinel: process for process in processes}
     while running:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ended = connection.wait(running, left)
-        for sentinel in ended:
+        for sentinel in connection.wait(running, _TICK_S):
             process = running.pop(sentinel)  # type: ignore[arg-type]
             process.join()
             if process.exitcode and deadline is None:
                 deadline = time.monotonic() + _PARTING_S
-        if not ended:  # too late
+        if launcher is not None and os.getppid() != launcher:
+            os._exit(FAILED)
+        if deadline is not None and time.monotonic() > deadline:
             for process in running.values():
                 process.kill()
     codes = [process.exitcode or 0 for process in processes]

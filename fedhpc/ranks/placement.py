@@ -66,7 +66,7 @@ def assign_gpus(
     visible: for each rank, the unique ids of the GPUs that it may use, in its own order; empty for a rank that is to
     use the CPU. server: where rank 0 works if it is not alone: "own" is a GPU without a worker, "shared" a GPU that a
     worker may use too, "cpu" the CPU. "auto" is "own" where a GPU is left over, otherwise "cpu", or "shared" where the
-    base is `quantized`, so that no CPU can hold it, or where the server trains a model too (`server_trains`).
+    base is `quantized`, so that a CPU rounds otherwise, or where the server trains a model too (`server_trains`).
     """
     world = len(visible)
     workers = range(1, world) if world > 1 else range(1)
@@ -103,5 +103,7 @@ def assign_gpus(
         if left and (server == "shared" or quantized or server_trains or not used[left[0]]):
             gpus[0] = left[0]
     if quantized and not gpus[0]:
-        raise UserError("runtime.server: a quantised base (model.quantize) needs a GPU for rank 0 too: use shared")
+        raise UserError(
+            "runtime.server: beside workers on GPUs a quantised base (model.quantize) needs one for rank 0: use shared"
+        )
     return Placement(tuple(gpus), len({gpu for ids in visible for gpu in ids}))

@@ -90,7 +90,10 @@ def run(config: Config, launch: Launch, imports: Callable[[], object], work: Wor
     imports: the heavy modules that `work` needs. What `work` raises becomes an exit code and one line.
     """
     set_environment(config)
-    memory.keep_freed_memory()
+    if config.runtime.worker_ranks == 1:
+        memory.keep_freed_memory()
+    else:
+        memory.return_freed_memory()
     with startup.guarded(launch):
         try:
             launch = network.locate(launch)
@@ -106,19 +109,24 @@ def run(config: Config, launch: Launch, imports: Callable[[], object], work: Wor
     return code
 
 
-def fork(ranks: int, config: Config, imports: Callable[[], object], work: Work) -> int:
-    """Run `ranks` ranks as children of this process, forked once everything is imported; the exit code of them all."""
+def fork(ranks: int, config: Config, launch: Launch, imports: Callable[[], object], work: Work) -> int:
+    """Run `ranks` ranks as children of this process, forked once everything is imported; the exit code of them all.
+
+    launch: of this process, which may be one of several, each on a node of its own.
+    """
     from fedhpc.ranks import fork as forked
 
+    launcher = None if launch.launcher == "single" else os.getppid()
     set_environment(config)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA that has begun cannot be forked
     try:
+        launches = forked.launches(ranks, launch)
         gc.disable()  # half a million objects that stay: looking for garbage takes a tenth of the time
-        with startup.guarded(Launch()):
+        with startup.guarded(launch):
             imports()
-        return forked.run(ranks, lambda launch: leave(run(config, launch, lambda: None, work)))
+        return forked.run(launches, lambda one: leave(run(config, one, lambda: None, work)), launcher)
     except UserError as error:
-        return refuse(error, Launch())
+        return refuse(error, launch)
 
 
 def refuse(error: UserError, launch: Launch) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,22 @@ import numpy as np
 from rich.console import Console
 
 from fedhpc.report import costs
-from fedhpc.report.plots import compared_loss, compared_loss_by_time, compared_test, plotted_axes
+from fedhpc.report.clients import clients_of
+from fedhpc.report.page import TITLES, Page, sections
+from fedhpc.report.plots import (
+    PHASES,
+    Plot,
+    compared_clients,
+    compared_costs,
+    compared_loss,
+    compared_loss_by_time,
+    compared_test,
+    drawn,
+    evaluated_when,
+    plotted_axes,
+    robustness_curves,
+)
+from fedhpc.report.robustness import attack_curves, curves_grid, privacy_curves
 from fedhpc.report.runs import (
     AxisLine,
     LoadedRun,
@@ -24,7 +40,7 @@ from fedhpc.report.runs import (
     untouched_bases,
     varied_keys,
 )
-from fedhpc.report.single import client_summary_grid
+from fedhpc.report.single import client_summary_grid, runs_grid, split_plot
 from fedhpc.report.text import (
     NONE,
     SEEDS,
@@ -50,46 +66,50 @@ def compare(
     baseline: str | None = None,
     target: float | None = None,
     axes: Sequence[str] = (),
+    page: Page | None = None,
+    notes: Sequence[str] = (),
 ) -> list[Path]:
-    """Show the comparison on the terminal and write comparison.md, CSV files and plots into `out`.
+    """Show the comparison on the terminal, write comparison.md, CSV files and plots into `out`, and the page.
 
     `baseline` is the label of the group that the others are compared with, by default the first one. `target` is a
-    validation loss, and `axes` are keys of the configuration. Returns the paths written. UserError where there is no
-    such group or no such axis.
+    validation loss, and `axes` are keys of the configuration. `notes` go below the tables, after those on
+    the runs. Returns the paths written. UserError where there is no such group or no such axis.
     """
     groups = group_by_seed(runs)
     lines = [line for key in axes for line in lines_along(runs, key)]
-    grids = [comparison(groups, "Test results: mean ± " + SEEDS), _intervals(groups)]
     reference, differing = paired_differences(groups, baseline)
     paired = baseline is not None or any(len(values) > 1 for _, _, values in differing)
-    if paired:
-        grids.append(_differences(reference, differing))
-    if target is not None:
-        grids += [_efficiency(groups, target), _projection(groups, target)]
-    grids += [
-        client_summary_grid(groups),
-        *(_changes(key, [line for line in lines if line.key == key]) for key in axes),
-    ]
-    grids = [grid for grid in grids if grid.rows]
-    notes = _notes(groups)
-    for grid in grids:
-        console.print(grid.rich())
+    grids = {
+        "Results": [
+            comparison(groups, "Test results: mean ± " + SEEDS),
+            _intervals(groups),
+            *([_differences(reference, differing)] if paired else []),
+            *(_changes(key, [line for line in lines if line.key == key]) for key in axes),
+        ],
+        "Robustness": [
+            curves_grid("Test results by the share of attackers", "share of attackers", attack_curves(runs)),
+            curves_grid("Test results by epsilon", "epsilon", privacy_curves(runs)),
+        ],
+        "Clients": [client_summary_grid(groups)],
+        "Bytes and time": [
+            _costs(groups),
+            *([] if target is None else [_efficiency(groups, target), _projection(groups, target)]),
+        ],
+        "Texts": [_texts(groups)],
+        "Runs": [runs_grid(runs)],
+    }
+    notes = [*_notes(groups), *notes]
+    in_order_of_sections = [grid for part in sections(grids, {}) for grid in part.grids]
+    for grid in in_order_of_sections:
+        if not grid.long:
+            console.print(grid.rich())
     for note in notes:
         console.print(note, markup=False)
-    written = []
-    plots = [
-        ("eval_loss.png", compared_loss(groups)),
-        ("eval_loss_by_time.png", compared_loss_by_time(groups)),
-        ("test.png", compared_test(groups)),
-        ("axes.png", plotted_axes(axes, lines)),
-    ]
-    for name, plot in plots:
-        if plot is not None:
-            plot.savefig(out / name, dpi=150)
-            written.append(out / name)
+    plots = _plots(groups, axes, lines)
+    written = [plot.save(out) for title in TITLES for plot in plots.get(title, ())]
     images = "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in written)
     sources = "\n".join(f"- {group.label}: {', '.join(str(r.directory) for r in group.runs)}" for group in groups)
-    tables = "\n".join(grid.markdown() for grid in grids)
+    tables = "\n".join(grid.markdown() for grid in in_order_of_sections if not grid.long)
     below = "\n".join(f"{note}\n" for note in notes)
     written.append(write_text(out / "comparison.md", f"{tables}\n{below}\n{images}\nRuns:\n\n{sources}\n"))
     written.append(write_text(out / "comparison.csv", _comparison_csv(groups)))
@@ -99,7 +119,127 @@ def compare(
         written.append(write_text(out / "efficiency.csv", _efficiency_csv(groups, target)))
     if lines:
         written.append(write_text(out / "axes.csv", _axes_csv(lines)))
+    if page is not None:
+        title = f"{len(runs)} runs: {', '.join(group.label for group in groups[:4])}{', ...' if groups[4:] else ''}"
+        written.append(page.write(title, sections(grids, plots, {"Results": notes})))
     return written
+
+
+def _plots(groups: Sequence[SeedGroup], axes: Sequence[str], lines: Sequence[AxisLine]) -> dict[str, list[Plot]]:
+    """The plots of each section."""
+    runs = [run for g in groups for run in g.runs]
+    when = dict.fromkeys(map(evaluated_when, runs))
+    seeds = "a band or a black bar: 95 % interval of the mean over seeds (Student's t)"
+    return {
+        "Results": drawn(
+            (
+                "eval_loss",
+                f"Validation loss by round, in nats per token, at the marks: {' or '.join(when)}; {seeds}.",
+                compared_loss(groups),
+            ),
+            (
+                "eval_loss_by_time",
+                "Validation loss in nats per token by virtual time, a line for each seed.",
+                compared_loss_by_time(groups),
+            ),
+            (
+                "test",
+                f"Results on the test split: losses in nats per token, BLEU and chrF of 100, shares of 1; {seeds}, "
+                "grey bars: 95 % interval over the test's items.",
+                compared_test(groups),
+            ),
+            (
+                "axes",
+                "Results on the test split along keys of the configuration: losses in nats per token, BLEU and chrF of "
+                "100, shares of 1; mean and 95 % interval over seeds.",
+                plotted_axes(axes, lines),
+            ),
+        ),
+        "Robustness": drawn(
+            (
+                "attacks",
+                "Results on the test split by the share of attackers among the clients, a panel for each attack: "
+                "losses in nats per token, BLEU and chrF of 100, shares of 1; mean and 95 % interval over seeds.",
+                robustness_curves(attack_curves(runs), "share of attackers"),
+            ),
+            (
+                "privacy",
+                "Results on the test split by epsilon (the smaller, the more private; none: without privacy): losses "
+                "in nats per token, BLEU and chrF of 100, shares of 1; mean and 95 % interval over seeds.",
+                robustness_curves(privacy_curves(runs), "epsilon"),
+            ),
+        ),
+        "Clients": drawn(
+            (
+                "clients",
+                "Spread of the clients' losses, in nats per token, all seeds together; n: clients. The loss is that of "
+                "the final state on the clients' held-out examples where a run has any, else that of the last local "
+                "step in a client's last round, so compare only runs of one sort.",
+                compared_clients(groups, [_client_losses(g) for g in groups]),
+            ),
+        ),
+        "Split of the data": drawn(split_plot(groups[0].runs[0])),
+        "Bytes and time": drawn(
+            (
+                "costs",
+                "Wall time of a round by phase, in seconds, and its bytes down and up, of all clients together; means "
+                "over rounds and seeds.",
+                compared_costs(groups),
+            ),
+        ),
+    }
+
+
+def _client_losses(group: SeedGroup) -> np.ndarray:
+    """The losses of the clients of all seeds."""
+    of_runs = [clients.loss for run in group.runs if (clients := clients_of(run)) is not None]
+    return np.concatenate([*of_runs, np.zeros(0)])
+
+
+def _costs(groups: Sequence[SeedGroup]) -> Grid:
+    """The table of the time and the bytes of a round, means over rounds and seeds."""
+    names = ["seconds", *(f"seconds_{phase}" for phase in PHASES), "bytes_down", "bytes_up", "wire_bytes"]
+    rows = [
+        [
+            g.label,
+            *(
+                (as_bytes if "bytes" in name else as_number)(
+                    float(np.mean([run.rounds[name][1:].mean() for run in g.runs]))
+                )
+                for name in names
+            ),
+        ]
+        for g in groups
+        if all(run.results.num_rounds for run in g.runs)
+    ]
+    titles = [
+        "seconds, all phases",
+        *(f"of it {phase}" for phase in PHASES),
+        "bytes down",
+        "bytes up",
+        "bytes on the wire",
+    ]
+    return Grid("A round: its time and the bytes of all clients", ["run", *titles], rows, long=True)
+
+
+def _texts(groups: Sequence[SeedGroup]) -> Grid:
+    """The table of texts for the prompts that all groups answered: what the first run of each wrote."""
+    written = [
+        {
+            str(p): (str(r), str(t))
+            for p, r, t in zip(*(samples[k] for k in ("prompt", "references", "text")), strict=True)
+        }
+        for g in groups
+        if len((samples := g.runs[0].results.groups["samples"]).get("prompt", ()))
+    ]
+    common = [prompt for prompt in written[0] if all(prompt in texts for texts in written)] if written else []
+    rows = [
+        [prompt, " / ".join(json.loads(written[0][prompt][0])), *(texts[prompt][1] for texts in written)]
+        for prompt in common
+    ]
+    names = [f"{g.label}, seed {g.runs[0].results.attributes.get('seed', NONE)}" for g in groups
+             if len(g.runs[0].results.groups["samples"].get("prompt", ()))]  # fmt: skip
+    return Grid("Generated texts", ["prompt", "references", *names], rows, text=True, long=True)
 
 
 def _notes(groups: Sequence[SeedGroup]) -> list[str]:
@@ -150,7 +290,7 @@ def comparison(groups: Sequence[SeedGroup], title: str) -> Grid:
                 g.runs[0].mode,
                 method,
                 str(len(g.runs)),
-                *([sets[g.test_set]] if sets else []),
+                *([sets.get(g.test_set, NONE)] if sets else []),
                 *(as_interval(g.test(name)) for name in names),
                 as_count(g.runs[0].parameters),
                 as_bytes(float(np.mean([run.bytes_per_client for run in g.runs]))),

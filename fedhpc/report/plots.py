@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+import html
+import io
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fedhpc.report.clients import Clients, Factor, rank_correlation
+from fedhpc.report.robustness import Curve, metrics_of, shown_strength
 from fedhpc.report.runs import AxisLine, LoadedRun, SeedGroup, axis_metrics, order_of, test_sets, untouched_bases
 from fedhpc.report.text import as_number, direction_of, in_order, limits_of, mean_and_half_width, title_of, unit_of
 
 if TYPE_CHECKING:
+    import matplotlib
     from matplotlib import figure
 else:
     from fedhpc.lazy import lazy
 
-    figure = lazy("matplotlib.figure", extra="report")
+    matplotlib, figure = lazy("matplotlib", extra="report"), lazy("matplotlib.figure", extra="report")
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+# The phases of a round whose time is measured: columns seconds_<phase> of /rounds.
+PHASES = ("local", "eval", "broadcast", "reduce", "server")
+
+
+class Plot(NamedTuple):
+    """A plot of a report: the stem of its file, what it shows with its units, and the matplotlib Figure."""
+
+    name: str
+    caption: str
+    figure: Any
+
+    def save(self, folder: Path) -> Path:
+        """Write it as PNG; the path."""
+        path = folder / f"{self.name}.png"
+        self.figure.savefig(path, dpi=150)
+        return path
+
+    def svg(self) -> str:
+        """The <svg> element, to stand in a page beside others: texts stay texts, and its ids are its own."""
+        file = io.StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedhpc"}):
+            self.figure.savefig(file, format="svg", metadata=no_metadata)
+        svg = file.getvalue()
+        svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{self.name}-", svg[svg.index("<svg") :])
+        title, description = (html.escape(text) for text in (self.name.replace("_", " "), self.caption))
+        wide = 'class="wide" ' if self.figure.get_figwidth() > 7.5 else ""
+        labels = f'{wide}role="img" aria-labelledby="{self.name}-title {self.name}-desc"'
+        texts = f'<title id="{self.name}-title">{title}</title><desc id="{self.name}-desc">{description}</desc>'
+        return re.sub("<svg([^>]*)>", lambda tag: f"<svg{tag[1]} {labels}>{texts}", svg, count=1)
+
+
+def drawn(*plots: tuple[str, str, Any]) -> list[Plot]:
+    """The plots (name, caption, figure) for which there was something to draw."""
+    return [Plot(*plot) for plot in plots if plot[2] is not None]
 
 
 def _axes(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 4.0) -> tuple[Any, list[Any]]:
@@ -56,7 +99,7 @@ def draw_losses(axis: Any, run: LoadedRun) -> None:
     rounds = run.rounds
     for name, label, colour, marker in (
         ("train_loss", "training (clients' data)", COLOURS[1], None),
-        ("eval_loss", "validation", COLOURS[0], "o"),
+        ("eval_loss", f"validation (o: {evaluated_when(run)})", COLOURS[0], "o"),
     ):
         measured = ~np.isnan(rounds[name])
         marker = marker or ("." if measured.sum() == 1 else None)
@@ -72,6 +115,12 @@ def draw_losses(axis: Any, run: LoadedRun) -> None:
     axis.set_ylabel("loss [nats per token]")
     axis.set_title(f"{run.name}: learning curve", loc="left")
     axis.legend(frameon=False)
+
+
+def evaluated_when(run: LoadedRun) -> str:
+    """In which rounds a run was evaluated, like "every 4 rounds"."""
+    every = run.config.get("evaluation", {}).get("every", 1)
+    return "every round" if every == 1 else f"every {every} rounds"
 
 
 def metric_curves(run: LoadedRun) -> Any:
@@ -117,6 +166,135 @@ def client_loss(run: LoadedRun) -> Any:
     return canvas
 
 
+def clients_and_causes(name: str, clients: Clients | None) -> Any:
+    """The clients' losses from the worst to the best, and by each property that may explain them; None without any."""
+    if clients is None:
+        return None
+    count = 1 + len(clients.factors)
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    canvas, axes = _axes(lines, columns, width=max(7.0, 3.3 * columns), height=0.6 + 2.9 * lines)
+    n = len(clients.loss)
+    order = Factor("clients, the worst first", np.arange(1, n + 1))
+    known = np.isfinite(clients.low) & np.isfinite(clients.high)
+    axes[0].vlines(order.values[known], clients.low[known], clients.high[known], color="0.6", linewidth=1, zorder=1)
+    for axis, factor in zip(axes, [order, *clients.factors], strict=False):  # the last panels may be empty
+        for who, colour, label in (
+            (~clients.attackers, COLOURS[0], "honest"),
+            (clients.attackers, COLOURS[1], "attacks"),
+        ):
+            axis.plot(
+                factor.values[who], clients.loss[who], ".", color=colour, alpha=0.4 if n > 200 else 0.8, label=label
+            )
+        axis.set_xlabel(factor.title)
+    for axis, factor in zip(axes[1:], clients.factors, strict=False):
+        correlation = as_number(rank_correlation(factor.values, clients.loss), 2)
+        axis.set_title(f"rank correlation {correlation}", loc="right", fontsize=8)
+        for i in range(min(3, n)):
+            axis.annotate(
+                clients.names[i],
+                (factor.values[i], clients.loss[i]),
+                **{"xytext": (4, 0), "textcoords": "offset points", "fontsize": 7, "parse_math": False},
+            )
+    for axis in axes[::columns]:
+        axis.set_ylabel("loss [nats per token]")
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    if clients.attackers.any():
+        axes[0].legend(frameon=False)
+    canvas.suptitle(f"{name}: clients", x=0.01, ha="left")
+    return canvas
+
+
+def compared_clients(groups: Sequence[SeedGroup], losses: Sequence[np.ndarray]) -> Any:
+    """Spread of the clients' losses for every group; losses: those of each group's clients. None without any."""
+    drawn_groups = [(g.label, values) for g, values in zip(groups, losses, strict=True) if len(values)]
+    if not drawn_groups:
+        return None
+    canvas, (axis,) = _axes(width=7.5, height=1.4 + 0.32 * len(drawn_groups))
+    rows = np.arange(len(drawn_groups))
+    quantiles = np.array([np.percentile(values, (0, 25, 50, 75, 100)) for _, values in drawn_groups]).T
+    low, first, middle, third, high = quantiles
+    axis.hlines(rows, low, high, color=COLOURS[0], linewidth=1.5, alpha=0.6, label="smallest to largest")
+    axis.hlines(rows, first, third, color=COLOURS[0], linewidth=7, alpha=0.5, label="middle half")
+    axis.plot(middle, rows, "|", color="0.1", markersize=10, label="median")
+    axis.set_yticks(rows, [f"{label} (n = {len(values)})" for label, values in drawn_groups])
+    axis.set_ylim(len(drawn_groups) - 0.5, -0.5)
+    axis.set_xlabel("a client's loss [nats per token]")
+    axis.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+    return canvas
+
+
+def split(name: str, partition: Mapping[str, np.ndarray]) -> Any:
+    """The split as a picture: examples of each client, and beside it their shares of labels; None where it is unknown.
+
+    partition: /partition of results.h5.
+    """
+    sizes, counts = partition.get("num_examples"), partition.get("label_counts")
+    if sizes is None:
+        return None
+    with_labels = counts is not None and counts.shape[1] > 1
+    canvas, axes = _axes(
+        1, 2 if with_labels else 1, width=8.5 if with_labels else 7.0, height=min(2.0 + 0.12 * len(sizes), 7.0)
+    )
+    rows = np.arange(len(sizes))
+    if len(sizes) <= 100:
+        axes[0].barh(rows, sizes, 0.8, color=COLOURS[0])
+    else:
+        axes[0].fill_betweenx(rows, sizes, step="mid", color=COLOURS[0], linewidth=0)
+    axes[0].set_xlabel("training examples")
+    axes[0].set_ylabel("client")
+    axes[0].yaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylim(len(sizes) - 0.5, -0.5)
+    axes[0].set_title(f"{name}: split of the data", loc="left")
+    names = partition.get("client_names")
+    if names is not None and len(names) <= 40:
+        axes[0].set_yticks(rows, [str(text)[:24] for text in names], parse_math=False, fontsize=7)
+    if with_labels and counts is not None:
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        picture = axes[1].imshow(shares, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1)
+        labels = [str(text) for text in partition.get("label_names", np.arange(counts.shape[1]))]
+        if len(labels) <= 30:
+            longest = max(map(len, labels))
+            turned = {"rotation": 90} if longest * len(labels) > 40 else {}
+            axes[1].set_xticks(
+                range(len(labels)), [text[:24] for text in labels], parse_math=False, fontsize=7, **turned
+            )
+        axes[1].set_xlabel("label")
+        axes[1].grid(False)
+        axes[1].set_yticks([])
+        canvas.colorbar(picture, ax=axes[1], label="share of the client's examples")
+    return canvas
+
+
+def compared_costs(groups: Sequence[SeedGroup]) -> Any:
+    """Seconds of a round by phase, and bytes of a round each way, for every group; None without a round."""
+    counted = [g for g in groups if all(run.results.num_rounds for run in g.runs)]
+    if not counted:
+        return None
+    canvas, axes = _axes(1, 2, width=11.0, height=1.6 + 0.3 * len(counted))
+    labels, rows = [g.label for g in counted], np.arange(len(counted))
+    per_round = {
+        name: np.array([np.mean([run.rounds[name][1:].mean() for run in g.runs]) for g in counted])
+        for name in (*(f"seconds_{phase}" for phase in PHASES), "bytes_down", "bytes_up")
+    }
+    unit, unit_name = unit_of(max(per_round["bytes_down"].max(), per_round["bytes_up"].max()))
+    for axis, names, scale in ((axes[0], [f"seconds_{phase}" for phase in PHASES], 1.0),
+                               (axes[1], ["bytes_down", "bytes_up"], unit)):  # fmt: skip
+        left = np.zeros(len(counted))
+        for name, colour in zip(names, COLOURS, strict=False):
+            label = name.removeprefix("seconds_").replace("bytes_", "")
+            axis.barh(rows, per_round[name] / scale, 0.7, left, color=colour, label=label)
+            left = left + per_round[name] / scale
+        axis.set_yticks(rows, labels if axis is axes[0] else [])
+        axis.set_ylim(len(counted) - 0.5, -0.5)
+        axis.grid(False, axis="y")
+        axis.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, handlelength=1)
+    axes[0].set_xlabel("seconds of a round")
+    axes[1].set_xlabel(f"{unit_name} of a round, all clients")
+    return canvas
+
+
 def traffic(run: LoadedRun) -> Any:
     """Protocol and wire bytes, added up over the rounds; None where nothing was sent."""
     rounds = run.rounds
@@ -142,7 +320,7 @@ def traffic(run: LoadedRun) -> Any:
 def seconds_of_rounds(run: LoadedRun) -> Any:
     """Where the time of each round went; None where it was not measured."""
     rounds = run.rounds
-    parts = [(p, rounds[f"seconds_{p}"]) for p in ("local", "eval", "broadcast", "reduce", "server")]
+    parts = [(p, rounds[f"seconds_{p}"]) for p in PHASES]
     if not any(values.any() for _, values in parts):
         return None
     canvas, (axis,) = _axes()
@@ -270,7 +448,7 @@ def compared_test(groups: Sequence[SeedGroup]) -> Any:
 def _labels(groups: Sequence[SeedGroup]) -> list[str]:
     """The names of the groups, with the letter of their test set where these differ."""
     sets = test_sets(groups)
-    return [f"{g.label}, test set {sets[g.test_set]}" if sets else g.label for g in groups]
+    return [f"{g.label}, test set {sets[g.test_set]}" if g.test_set in sets else g.label for g in groups]
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -314,4 +492,54 @@ def plotted_axes(keys: Sequence[str], lines: Sequence[AxisLine]) -> Any:
     seeds = [len(by_seed) for line in lines for by_seed in line.runs.values()]
     if max(seeds) > 1:
         canvas.supxlabel(f"mean and 95 % t-interval over seeds (n = {_span(seeds)})", fontsize=8, x=0.01, ha="left")
+    return canvas
+
+
+def robustness_curves(curves: Sequence[Curve], strength: str) -> Any:
+    """Test metrics by the strength of a condition, a panel for each metric and attack; None without a curve.
+
+    strength: the title of the x axis.
+    """
+    if not curves:
+        return None
+    names, panels = metrics_of(curves), list(dict.fromkeys(curve.panel for curve in curves))
+    canvas, axes = _axes(
+        len(names), len(panels), width=max(7.0, 2.6 + 2.9 * len(panels)), height=0.6 + 2.7 * len(names)
+    )
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    strengths = sorted({at for curve in curves for at in curve.points})
+    # An unbounded epsilon has no number on an axis: its points stand side by side.
+    x_of = {at: float(i) if math.isinf(strengths[-1]) else at for i, at in enumerate(strengths)}
+    apart = 0.012 * (x_of[strengths[-1]] - x_of[strengths[0]])  # so that intervals do not hide each other
+    for i, (metric, panel) in enumerate((metric, panel) for metric in names for panel in panels):
+        axis, values = axes[i], []
+        for curve in (curve for curve in curves if curve.panel == panel):
+            at = list(curve.points)
+            means, halves = np.array([mean_and_half_width(curve.values(x, metric)) for x in at]).T
+            low, high = np.clip((means - halves, means + halves), *limits_of(metric))
+            j = labels.index(curve.label)
+            axis.errorbar(
+                np.array([x_of[x] for x in at]) + apart * (j - (len(labels) - 1) / 2),
+                means,
+                yerr=np.nan_to_num((means - low, high - means)),
+                color=COLOURS[j % len(COLOURS)],
+                linestyle=("-", "--", ":", "-.")[j // len(COLOURS) % 4],
+                **{"marker": "o", "markersize": 4, "capsize": 3, "label": curve.label},
+            )
+            values += [float(mean) for mean in means]
+        if metric == "loss" and min(values) > 0 and max(values) > 10 * min(values):
+            axis.set_yscale("log")
+        else:
+            _within(axis, metric)
+        axis.set_xticks(list(x_of.values()), [shown_strength(at) for at in strengths])
+        if i >= len(axes) - len(panels):
+            axis.set_xlabel(strength)
+        if i % len(panels) == 0:
+            axis.set_ylabel(f"test {title_of(metric)}" + (" [nats per token]" if metric == "loss" else ""))
+        if i < len(panels):
+            axis.set_title(panel, loc="left")
+    lines: dict[str, Any] = {}
+    for axis in axes:
+        lines |= {text: line for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    canvas.legend(list(lines.values()), list(lines), frameon=False, fontsize=8, loc="outside right upper")
     return canvas

@@ -220,8 +220,8 @@ def group_by_seed(runs: Sequence[LoadedRun]) -> list[SeedGroup]:
 
 
 def test_sets(groups: Sequence[SeedGroup]) -> dict[str, str]:
-    """What the groups were tested on -> a letter for it; empty where all were tested on the same."""
-    sets = list(dict.fromkeys(group.test_set for group in groups))
+    """What the groups were tested on, if they were -> a letter for it; empty where all were tested on the same."""
+    sets = list(dict.fromkeys(g.test_set for g in groups if any(run.metrics("test") for run in g.runs)))
     return {tested_on: chr(ord("A") + i % 26) * (1 + i // 26) for i, tested_on in enumerate(sets)} if sets[1:] else {}
 
 

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from fedhpc.report.plots import client_loss, learning_curve, metric_curves, seconds_of_rounds, traffic
-from fedhpc.report.runs import LoadedRun, SeedGroup
+from fedhpc.report.clients import clients_grids, clients_of
+from fedhpc.report.page import TITLES, Page, sections
+from fedhpc.report.plots import (
+    Plot,
+    client_loss,
+    clients_and_causes,
+    drawn,
+    evaluated_when,
+    learning_curve,
+    metric_curves,
+    seconds_of_rounds,
+    split,
+    traffic,
+)
+from fedhpc.report.runs import LoadedRun, SeedGroup, mark_of
 from fedhpc.report.text import (
     NONE,
     Grid,
+    Number,
     as_bytes,
     as_count,
     as_csv,
@@ -26,50 +42,144 @@ from fedhpc.report.text import (
 )
 from fedhpc.results.progress import duration
 
+_TEXT_ROUNDS = 8  # of which texts stand side by side
+_LONGEST = 1000  # rounds of which a table is made
 _TABLE_ROWS, _TABLE_COLUMNS = 12, 12  # largest size at which a table of /tables is shown, not just written as CSV
 
 
-def report_run(run: LoadedRun, out: Path, console: Console) -> list[Path]:
-    """Show the tables on the terminal and write report.md, CSV files and plots into `out`; returns the paths."""
-    rounds = run.rounds
-    grids = [
-        _facts(run),
-        _outcome(run),
-        client_summary_grid([SeedGroup(run.name, [run])]),
-        _evaluations(run),
-        _costs(run),
-    ]
-    grids += [_table(name, columns) for name, columns in tables_of(run).items() if _short(columns)]
-    for grid in grids:
-        if grid.rows:
+def report_run(run: LoadedRun, out: Path, console: Console, page: Page | None = None) -> list[Path]:
+    """Show the tables on the terminal and write report.md, CSV files and plots into `out`, and the page.
+
+    Returns the paths written.
+    """
+    grids = _grids(run)
+    in_order_of_sections = [grid for part in sections(grids, {}) for grid in part.grids]
+    for grid in in_order_of_sections:
+        if not grid.long:
             console.print(grid.rich())
     # Only now: the tables above are shown even where matplotlib is not installed.
-    plots = [
-        ("learning_curve.png", learning_curve(run)),
-        ("metrics.png", metric_curves(run)),
-        ("client_loss.png", client_loss(run)),
-        ("traffic.png", traffic(run)),
-        ("time.png", seconds_of_rounds(run)),
-    ]
-    events = run.results.events
-    shown = [[str(t), k, m] for t, k, m in zip(*(events[c][-20:] for c in ("round", "kind", "message")), strict=True)]
-    title = "Events" if len(events["round"]) <= 20 else f"Events (the last 20 of {len(events['round'])})"
-    grids += [Grid(title, ["round", "kind", "message"], shown, text=True), _samples(run)]
-
-    written = []
-    for name, plot in plots:
-        if plot is not None:
-            plot.savefig(out / name, dpi=150)
-            written.append(out / name)
+    plots = _plots(run)
+    written = [plot.save(out) for title in TITLES for plot in plots.get(title, ())]
     images = "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in written)
-    text = "\n".join([f"# {run.name}\n", *(grid.markdown() for grid in grids if grid.rows), images])
+    text = "\n".join([f"# {run.name}\n", *(grid.markdown() for grid in in_order_of_sections), images])
     written.append(write_text(out / "report.md", text))
-    written.append(write_text(out / "rounds.csv", as_csv(rounds)))
+    written.append(write_text(out / "rounds.csv", as_csv(run.rounds)))
     if len(run.results.clients["round"]):
         written.append(write_text(out / "clients.csv", as_csv(run.results.clients)))
     for name, columns in tables_of(run).items():
         written.append(write_text(out / f"{name}.csv", as_csv(columns)))
+    if page is not None:
+        written.append(page.write(run.name + mark_of(run), sections(grids, plots)))
     return written
+
+
+def _grids(run: LoadedRun) -> dict[str, list[Grid]]:
+    """The tables of each section."""
+    alone, clients = SeedGroup(run.name, [run]), clients_of(run)
+    return {
+        "Results": [_facts(run), _outcome(run), _evaluations(run)],
+        "Clients": [client_summary_grid([alone]), *(clients_grids(clients) if clients is not None else [])],
+        "Bytes and time": [_costs(run)],
+        "Texts": [_samples(run), _texts_by_round(run)],
+        "Rounds and events": [_rounds(run), _events(run)],
+        "Tables of the approach": [_table(name, table) for name, table in tables_of(run).items() if _short(table)],
+        "Runs": [runs_grid([run])],
+    }
+
+
+def _plots(run: LoadedRun) -> dict[str, list[Plot]]:
+    """The plots of each section."""
+    when = f"at the marks: {evaluated_when(run)}, and after the last"
+    return {
+        "Results": drawn(
+            (
+                "learning_curve",
+                f"Loss by round, in nats per token. Training: mean over the supervised tokens of local training. "
+                f"Validation: {when}.",
+                learning_curve(run),
+            ),
+            ("metrics", f"Metrics of the validation split by round, {when}.{_SCALES}", metric_curves(run)),
+        ),
+        "Clients": drawn(
+            (
+                "client_loss",
+                "Loss of the clients' last local steps by round, in nats per token: its median, middle half and range "
+                "over the clients of the round that completed.",
+                client_loss(run),
+            ),
+            clients_plot(run),
+        ),
+        "Split of the data": drawn(split_plot(run)),
+        "Bytes and time": drawn(
+            (
+                "traffic",
+                "Bytes exchanged since the start, of all clients: payloads each way, and what the transport counted.",
+                traffic(run),
+            ),
+            (
+                "time",
+                "Wall time of each round by phase, in seconds; local training is the slowest worker's.",
+                seconds_of_rounds(run),
+            ),
+        ),
+    }
+
+
+def clients_plot(run: LoadedRun) -> tuple[str, str, Any]:
+    """The plot of a run's clients, as `drawn` takes it."""
+    clients = clients_of(run)
+    loss_of = clients.loss_of if clients is not None else ""
+    caption = (
+        f"The clients' losses {loss_of}, in nats per token, from the worst to the best, and by properties of the "
+        "client; the three worst are named. Label skew is the total variation distance between a client's shares of "
+        "labels and those of all clients. Bars: 95 % interval over the client's items, where it is known."
+    )
+    return "clients", caption, clients_and_causes(run.name, clients)
+
+
+def split_plot(run: LoadedRun) -> tuple[str, str, Any]:
+    """The plot of how the data of a run is divided, as `drawn` takes it."""
+    caption = "Number of training examples of each client and, where there are labels, their shares among its examples."
+    return "split", f"{run.name}: {caption[0].lower()}{caption[1:]}", split(run.name, run.results.groups["partition"])
+
+
+_SCALES = " BLEU and chrF have 100 at most, shares have 1."
+
+
+def runs_grid(runs: Sequence[LoadedRun]) -> Grid:
+    """The table of runs: how far each is, where it lies, and the command that makes it."""
+    rows = [
+        [run.name, run.state, str(run.directory), shlex.join(["fedhpc", "run", str(run.directory / "config.yaml")])]
+        for run in runs
+    ]
+    return Grid("Runs", ["run", "state", "directory", "command"], rows, text=True, long=True)
+
+
+def _rounds(run: LoadedRun) -> Grid:
+    """The table of /rounds; none where it is too long to be looked at."""
+    rounds = run.rounds
+    counts = {name: as_bytes if "bytes" in name else as_count for name in rounds if rounds[name].dtype.kind in "iu"}
+    shown = [name for name in rounds if name != "round"]
+    rows: list[list[str]] = [
+        [Number(str(t), int(t)), *(counts.get(name, as_number)(rounds[name][i].item()) for name in shown)]
+        for i, t in enumerate(rounds["round"])
+    ]
+    header = ["round", *(f"{name.replace('_', ' ')}{_unit(name)}" for name in shown)]
+    return Grid("Rounds (round 0: the untouched base)", header, rows if len(rows) <= _LONGEST else [], long=True)
+
+
+def _unit(column: str) -> str:
+    """The unit of a column of /rounds, in brackets."""
+    if column in ("train_loss", "eval_loss"):
+        return " [nats per token]"
+    return " [s]" if "seconds" in column else ""
+
+
+def _events(run: LoadedRun) -> Grid:
+    events = run.results.events
+    shown = [[str(t), k, m] for t, k, m in zip(*(events[c][-20:] for c in ("round", "kind", "message")), strict=True)]
+    title = "Events" if len(events["round"]) <= 20 else f"Events (the last 20 of {len(events['round'])})"
+    return Grid(title, ["round", "kind", "message"], shown, text=True, long=True)
 
 
 def _short(columns: dict[str, np.ndarray]) -> bool:
@@ -215,4 +325,21 @@ def _samples(run: LoadedRun) -> Grid:
             *(samples.get(k, []) for k in ("prompt", "references", "text")), strict=True
         )
     ]
-    return Grid("Generated texts", ["prompt", "references", "text"], rows, text=True)
+    return Grid("Generated texts", ["prompt", "references", "text"], rows, text=True, long=True)
+
+
+def _texts_by_round(run: LoadedRun) -> Grid:
+    """The table of what the model wrote for the same prompts over the rounds, side by side."""
+    samples = run.results.eval_samples
+    rounds = np.unique(samples.get("round", np.zeros(0, np.int64)))
+    if len(rounds) > _TEXT_ROUNDS:
+        rounds = rounds[np.linspace(0, len(rounds) - 1, _TEXT_ROUNDS).round().astype(int)]
+    of_prompt: dict[tuple[str, str], dict[int, str]] = {}
+    for t, prompt, references, text in zip(*samples.values(), strict=True):
+        of_prompt.setdefault((str(prompt), str(references)), {})[int(t)] = str(text)
+    rows = [
+        [prompt, " / ".join(json.loads(references)), *(texts.get(int(t), "") for t in rounds)]
+        for (prompt, references), texts in of_prompt.items()
+    ]
+    header = ["prompt", "references", *(f"round {t}" for t in rounds)]
+    return Grid("Generated texts over the rounds, of the validation split", header, rows, text=True, long=True)

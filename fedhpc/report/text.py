@@ -43,14 +43,26 @@ NONE = "–"
 SEEDS = "half the 95 % interval of the mean over seeds (Student's t)"
 
 
+class Number(str):
+    """A number as it is shown, with its full precision in `value`: what a table is sorted by."""
+
+    value: float
+
+    def __new__(cls, text: str, value: float) -> Number:
+        number = super().__new__(cls, text)
+        number.value = value
+        return number
+
+
 @dataclass(frozen=True)
 class Grid:
-    """A table of strings, for terminal and Markdown. The first column is text, the others are numbers."""
+    """A table of strings, for terminal, Markdown and HTML. The first column is text, the others are numbers."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
     text: bool = False  # all columns are text
+    long: bool = False  # too long for a terminal
 
     def rich(self) -> Table:
         """The table for a terminal."""
@@ -93,12 +105,12 @@ def t_975(degrees: int) -> float:
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
-def as_interval(values: np.ndarray, digits: int | None = None) -> str:
+def as_interval(values: np.ndarray, digits: int | None = None) -> Number:
     """The mean ± half its confidence interval, like "1.310 ± 0.025"; a single value without an interval."""
     mean, half = mean_and_half_width(values)
     if math.isnan(half):
         return as_number(mean, digits)
-    return f"{as_number(mean, digits)} ± {half:,.{_digits(mean) if digits is None else digits}f}"
+    return Number(f"{as_number(mean, digits)} ± {half:,.{_digits(mean) if digits is None else digits}f}", mean)
 
 
 def as_range(low: float, high: float) -> str:
@@ -106,20 +118,20 @@ def as_range(low: float, high: float) -> str:
     return NONE if math.isnan(low) else f"{as_number(low)} to {as_number(high)}"
 
 
-def as_number(value: float | None, digits: int | None = None) -> str:
+def as_number(value: float | None, digits: int | None = None) -> Number:
     """A number with about four significant digits, or with `digits` decimals; "–" for None and NaN."""
     if value is None or math.isnan(value):
-        return NONE
-    return f"{value:,.{_digits(value) if digits is None else digits}f}"
+        return Number(NONE, math.nan)
+    return Number(f"{value:,.{_digits(value) if digits is None else digits}f}", value)
 
 
 def _digits(value: float) -> int:
     return 3 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
 
 
-def as_count(value: float) -> str:
+def as_count(value: float) -> Number:
     """A whole number with separators, like "24,576"; "–" for NaN."""
-    return NONE if math.isnan(value) else f"{round(value):,}"
+    return Number(NONE if math.isnan(value) else f"{round(value):,}", value)
 
 
 def unit_of(value: float) -> tuple[float, str]:
@@ -130,12 +142,12 @@ def unit_of(value: float) -> tuple[float, str]:
     return 1.0, "B"
 
 
-def as_bytes(value: float) -> str:
+def as_bytes(value: float) -> Number:
     """A number of bytes in a fitting unit, like "182.4 KiB"; "–" for NaN."""
     if math.isnan(value):
-        return NONE
+        return Number(NONE, value)
     unit, name = unit_of(value)
-    return f"{value / unit:.1f} {name}" if unit > 1 else f"{value:.0f} B"
+    return Number(f"{value / unit:.1f} {name}" if unit > 1 else f"{value:.0f} B", value)
 
 
 def title_of(metric: str) -> str:

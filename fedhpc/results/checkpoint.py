@@ -15,6 +15,7 @@ from fedhpc.errors import UserError
 from fedhpc.results.files import DAMAGE, load_tensors, save_tensors
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
+ROWS = "rows/"  # begins the names of tensors that are rows of results.h5
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
@@ -42,6 +43,20 @@ def checkpoint_meta(directory: Path) -> dict[str, Any] | None:
     with _refusing_damage(path), safe_open(path, framework="np") as file:
         meta: dict[str, Any] = json.loads(file.metadata()["meta"])
     return meta
+
+
+def checkpoint_rows(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """(rows, meta): the rows of tables in the checkpoint, by table and column, and its JSON; None without a checkpoint.
+
+    For whoever looks at a run: the server's state, which can be large, is not read, and so no checksum compared.
+    """
+    path = directory / CHECKPOINT
+    if not path.exists():
+        return None
+    with _refusing_damage(path), safe_open(path, framework="np") as file:
+        names = [name for name in file.keys() if name.startswith(ROWS)]  # noqa: SIM118  not a mapping
+        rows = {name.removeprefix(ROWS): file.get_tensor(name) for name in names}
+        return rows, json.loads(file.metadata()["meta"])
 
 
 @contextmanager

@@ -91,6 +91,11 @@ class Progress:
             self._live.console.print(Text(text))
         self._live.refresh()
 
+    def pause(self, round_: int) -> None:
+        """Say that the run stops after a round, and how it goes on."""
+        self.close()
+        self.message(f"paused after round {round_} of {self._rounds}: the same command without --until goes on")
+
     def finish(self, results: FinalResults) -> None:
         """Print the results of the whole run, beside those of the untouched base."""
         self.close()

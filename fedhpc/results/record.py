@@ -6,6 +6,7 @@ trackers. So what is on the screen is on the disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -84,8 +85,10 @@ class RoundRecord:
     peak_memory_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the validation split; empty: not evaluated
     sampling: Mapping[str, Sampling] = field(default_factory=dict)  # of these metrics
+    samples: Sequence[Mapping[str, Any]] = ()  # of them: prompt, references, text
     more: Mapping[str, float] = field(default_factory=dict)  # columns that only some runs have
     clients: Mapping[str, np.ndarray] = field(default_factory=dict)  # columns of /clients, a row per sampled client
+    experts: Mapping[str, np.ndarray] = field(default_factory=dict)  # columns of /experts, a row per layer and expert
     events: Sequence[Event] = ()
 
     def row(self) -> dict[str, float | int]:
@@ -93,8 +96,20 @@ class RoundRecord:
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_ROW}
         return {**numbers, **self.more, **{f"eval_{name}": value for name, value in self.metrics.items()}}
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, float | int], clients: Mapping[str, np.ndarray]) -> RoundRecord:
+        """The record of a round that was recorded before: what its rows of /rounds and /clients say, no more."""
+        known = {f.name for f in fields(cls)} - _NOT_IN_ROW
+        metrics = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+        return cls(
+            **{name: value for name, value in row.items() if name in known},  # type: ignore[arg-type]
+            metrics={} if all(math.isnan(value) for value in metrics.values()) else metrics,
+            more={name: value for name, value in row.items() if name not in known and not name.startswith("eval_")},
+            clients=clients,
+        )
 
-_NOT_IN_ROW = {"metrics", "sampling", "more", "clients", "events"}
+
+_NOT_IN_ROW = {"metrics", "sampling", "samples", "more", "clients", "experts", "events"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,9 @@ class Observer(Protocol):
 
     def round(self, record: RoundRecord) -> None:
         """Take the record of a round, the initial state (round 0) included."""
+
+    def pause(self, round_: int) -> None:
+        """Take notice that the run stops after a round, to go on later in another process."""
 
     def finish(self, results: FinalResults) -> None:
         """Take the results of the whole run, which is complete by now."""

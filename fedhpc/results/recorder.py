@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedhpc.results.checkpoint import load_checkpoint, save_checkpoint
+from fedhpc.results.checkpoint import ROWS, load_checkpoint, save_checkpoint
 from fedhpc.results.record import FinalResults, RoundRecord, RunDescription
 from fedhpc.results.results_file import Results
-from fedhpc.results.status import write_status
+from fedhpc.results.status import PAUSED, write_status
 
 
 class Saved(Protocol):
@@ -44,6 +44,7 @@ class Recorder:
         self._began = time.perf_counter()
         self._seconds_before = float(results.attributes.get("wall_seconds", 0.0))
         self._written_at, self._write_s = -float("inf"), 0.0
+        self._saved_round = results.num_rounds  # the last one that the checkpoint has
 
     def message(self, text: str) -> None:
         """Lines for whoever watches are not recorded; events are, with their round."""
@@ -54,12 +55,21 @@ class Recorder:
         self.results.set_evaluated(record.sampling)
         if record.clients:
             self.results.add_clients(record.clients)
+        if record.experts:
+            self.results.add_experts(record.experts)
+        self.results.add_eval_samples(record.round, record.samples)
         for event in record.events:
             self.results.add_event(record.round, event.kind, event.message)
         if record.round % self._every == 0 or record.round in (0, self.run.rounds):
             with self._writing:
-                self._save(record.round)
-                self._saved(record.round)
+                self._save_round(record.round)
+
+    def pause(self, round_: int) -> None:
+        """Save what no checkpoint has yet, and note that the run stops here, as if it was preempted."""
+        with self._writing:
+            if round_ != self._saved_round:
+                self._save_round(round_)
+            write_status(self.run.directory, "preempted", round_, f"{PAUSED} after round {round_}")
 
     def finish(self, results: FinalResults) -> None:
         """Write the test, the final payload and the rest; the run is then complete."""
@@ -79,11 +89,16 @@ class Recorder:
     def close(self) -> None:
         """Nothing is open between two writes."""
 
+    def _save_round(self, round_: int) -> None:
+        self._save(round_)
+        self._saved_round = round_
+        self._saved(round_)
+
     def _save(self, round_: int, complete: bool = False) -> None:
         directory = self.run.directory
         meta_rows, arrays = self.results.pending()
         meta = {"round": round_, **self.run.identity, "rows": meta_rows}
-        rows = {f"rows/{name}": array for name, array in arrays.items()}
+        rows = {f"{ROWS}{name}": array for name, array in arrays.items()}
         save_checkpoint(directory, {**self._server_state.tensors(), **rows}, meta)
         now = time.perf_counter()
         # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
@@ -115,9 +130,10 @@ def restored(run: RunDescription, resumed_on: str) -> tuple[Results, int, Mappin
     path = run.directory / "results.h5"
     # A run killed before its first results.h5 has every row in the checkpoint.
     results = Results.read(path) if path.exists() else new_results(run)
-    rows = {n.removeprefix("rows/"): t for n, t in tensors.items() if n.startswith("rows/")}
+    rows = {n.removeprefix(ROWS): t for n, t in tensors.items() if n.startswith(ROWS)}
     round_ = int(meta["round"])
     results.restore((meta["rows"], rows), round_)
+    results.widen(run.columns)
     results.attributes |= run.attributes
     results.add_event(round_, "resumed", f"on {resumed_on}")
     return results, round_, tensors

@@ -75,7 +75,8 @@ CLIENTS = {
     "worker": Column(np.int64, "rank that trained it; -1 none"),
     "block": Column(np.int64, "block it trained in; -1 none"),
 }
-# Columns that only some runs have: of a privacy budget, of attackers, and of clients that take virtual time.
+# Columns that only some runs have: of a privacy budget, of attackers, of clients that take virtual time, of workers of
+# several ranks, of bases with experts, a row per round, layer and expert, and of evaluations that have texts written.
 SOMETIMES = {
     "rounds/epsilon": Column(np.float64, "differential privacy: what the rounds so far have spent, at privacy.delta"),
     "rounds/clip_norm": Column(np.float64, "adaptive clipping: the norm to which the next round clips; 0 in row 0"),
@@ -85,7 +86,20 @@ SOMETIMES = {
     "rounds/staleness": Column(np.float64, "mean over the updates used: server steps since the client started"),
     "clients/virtual_seconds": Column(np.float64, "virtual time from the moment it was asked to its update"),
     "clients/staleness": Column(np.int64, "server steps between the state it started from and the one it changes"),
+    "rounds/idle_share": Column(np.float64, "share of the local time in which ranks waited for others of their worker"),
+    "rounds/gathered_bytes": Column(np.int64, "bytes of layers that ranks received in local training, all ranks"),
+    "experts/round": Column(np.int64, "round"),
+    "experts/layer": Column(np.int64, "layer of the base that has routed experts, from 0"),
+    "experts/expert": Column(np.int64, "expert of the layer, from 0"),
+    "experts/share": Column(np.float64, "share of what local training sent to experts of the layer; they add up to 1"),
+    "eval_samples/round": Column(np.int64, "round after which it was written"),
+    "eval_samples/prompt": Column(str, "what the model was given, of the validation split"),
+    "eval_samples/references": Column(str, "the targets of this prompt, a JSON list"),
+    "eval_samples/text": Column(str, "what the model wrote"),
 }
+# Of these, columns of /rounds that follow from how a run was launched, which may change when it is resumed: 0 in rounds
+# of other launches.
+OF_LAUNCH = ("idle_share", "gathered_bytes")
 # Beside the client's number, where the clients of a natural partition have names: it follows from /partition.
 CLIENT_NAME = Column(str, "owner of the client's data")
 EVENTS = {
@@ -169,6 +183,13 @@ class _Table:
         self.new = [rows, _where(late, late["round"] <= last_round)]
         self.ahead = _where(late, late["round"] > last_round)
 
+    def widen(self, columns: Mapping[str, Column]) -> None:
+        """Add columns that are not there yet, 0 in all rows."""
+        new = {name: column for name, column in columns.items() if name not in self.columns}
+        self.columns |= new
+        for rows in (self.empty, self.saved, *self.new, self.ahead):
+            rows |= {name: np.zeros(len(rows["round"]), column.dtype) for name, column in new.items()}
+
     def _arrays(self, rows: Mapping[str, Any]) -> Arrays:
         return {
             name: np.array(rows[name], dtype=object if column.dtype is str else column.dtype).reshape(-1)
@@ -199,7 +220,7 @@ class Results:
         #: Attributes of single datasets, beside their description: path -> name -> value.
         self.notes: dict[str, dict[str, Scalar]] = {}
         named = {f"eval_{metric}": metric_column(metric) for metric in metrics}
-        more: dict[str, dict[str, Column]] = {"rounds": {}, "clients": {}}
+        more: dict[str, dict[str, Column]] = {"rounds": {}, "clients": {}, "experts": {}, "eval_samples": {}}
         for path in columns:
             table, _, name = path.partition("/")
             more[table][name] = SOMETIMES[path]
@@ -208,6 +229,7 @@ class Results:
             "clients": _Table({**CLIENTS, **more["clients"]}),
             "events": _Table(EVENTS),
         }
+        self._tables |= {name: _Table(more[name]) for name in ("experts", "eval_samples") if more[name]}
         self.groups: dict[str, dict[str, Any]] = {
             name: {}
             for name in ("partition", "test", "base", "client_eval", "client_summary", "samples", "final", "tables")
@@ -224,13 +246,30 @@ class Results:
         if row["round"] != self._rows():
             raise ValueError(f"round {row['round']} added after {self._rows()} rows")
         blank = {name: np.nan for name in table.columns if name.startswith("eval_")}
+        blank |= {name: 0 for name in OF_LAUNCH if name in table.columns}
         if row["round"] == 0:
             blank = {**dict.fromkeys(table.columns, 0), "train_loss": np.nan, **blank}
         table.append({**blank, **row})
 
+    def widen(self, columns: Iterable[str]) -> None:
+        """Take in those of `columns`, as of a new run, that follow from the launch and that this one did not have."""
+        known = {f"rounds/{name}": name for name in OF_LAUNCH}
+        self._tables["rounds"].widen({known[path]: SOMETIMES[path] for path in columns if path in known})
+
     def add_clients(self, columns: Mapping[str, Any]) -> None:
         """Rows of /clients: every column that the run has, one value per sampled client."""
         self._tables["clients"].append(columns)
+
+    def add_experts(self, columns: Mapping[str, Any]) -> None:
+        """Rows of /experts, which runs that an older version began do not have."""
+        if "experts" in self._tables:
+            self._tables["experts"].append(columns)
+
+    def add_eval_samples(self, round: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of /eval_samples: prompt, references (a list; kept as JSON), text; runs of older versions have none."""
+        if samples and "eval_samples" in self._tables:
+            rows = {"round": [round] * len(samples), **_sample_columns(samples)}
+            self._tables["eval_samples"].append(rows)
 
     def add_event(self, round: int, kind: str, message: str) -> None:
         self._tables["events"].append({"round": [round], "kind": [kind], "message": [message]})
@@ -297,11 +336,7 @@ class Results:
 
     def set_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Generated texts: prompt, references (a list; kept as JSON), text."""
-        self.groups["samples"] = {
-            "prompt": _strings(sample["prompt"] for sample in samples),
-            "references": _strings(json.dumps(list(s["references"]), ensure_ascii=False) for s in samples),
-            "text": _strings(sample["text"] for sample in samples),
-        }
+        self.groups["samples"] = _sample_columns(samples)
 
     def set_final(self, tensors: Mapping[str, np.ndarray]) -> None:
         """The final payload by tensor name; personal parts as they were before the first round."""
@@ -327,6 +362,16 @@ class Results:
     @property
     def clients(self) -> Arrays:
         return self._named(self._tables["clients"].recorded())
+
+    @property
+    def experts(self) -> Arrays:
+        """The rows of /experts; none where a run has no such table."""
+        return self._tables["experts"].recorded() if "experts" in self._tables else {}
+
+    @property
+    def eval_samples(self) -> Arrays:
+        """The rows of /eval_samples; none where a run has no such table."""
+        return self._tables["eval_samples"].recorded() if "eval_samples" in self._tables else {}
 
     @property
     def events(self) -> Arrays:
@@ -451,8 +496,13 @@ class Results:
                     f"results.h5: lacks rows of /{group} that the checkpoint builds on ({start}); put back "
                     "the file of this run, or start over with --fresh"
                 )
+            unknown = np.zeros(len(arrays[f"{group}/round"]))
             rows = {
-                name: meta["strings"][f"{group}/{name}"] if column.dtype is str else arrays[f"{group}/{name}"]
+                name: meta["strings"][f"{group}/{name}"]
+                if column.dtype is str
+                else arrays.get(f"{group}/{name}", unknown)
+                if name in OF_LAUNCH
+                else arrays[f"{group}/{name}"]
                 for name, column in table.columns.items()
             }
             table.restore(start, rows, round)
@@ -476,6 +526,15 @@ def _environment() -> dict[str, Scalar]:
         except metadata.PackageNotFoundError:
             continue  # an extra that is not installed
     return environment
+
+
+def _sample_columns(samples: Sequence[Mapping[str, Any]]) -> Arrays:
+    """The columns of generated texts: prompt, references (a JSON list), text."""
+    return {
+        "prompt": _strings(sample["prompt"] for sample in samples),
+        "references": _strings(json.dumps(list(sample["references"]), ensure_ascii=False) for sample in samples),
+        "text": _strings(sample["text"] for sample in samples),
+    }
 
 
 def _strings(texts: Iterable[str]) -> np.ndarray:

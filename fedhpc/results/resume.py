@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fedhpc.config import Config, plugins, read_yaml, restore, unread
+from fedhpc.config import Config, changed, plugins, read_yaml, restore, unread
 from fedhpc.errors import UserError
 from fedhpc.results.checkpoint import CHECKPOINT, checkpoint_meta
 from fedhpc.results.lock import LOCK_WAIT_S, refuse_live, unusable
@@ -25,10 +25,12 @@ FREE_KEYS = frozenset(
     {
         "run.name",
         "run.dir",
+        "model.offload",
         "runtime.transport",
         "runtime.device",
         "runtime.server",
         "runtime.timeout_s",
+        "runtime.worker_ranks",
         "runtime.threads",
         "checkpoint.every",
     }
@@ -40,7 +42,7 @@ _PATHS = re.compile(
     r"method\.(.+\.)?(source|model|encoder|retriever|adapter|from)"
 )
 
-_FREE_SECTIONS = ("trackers",)  # other ones, or none, or ones that are gone by now
+FREE_SECTIONS = ("trackers",)  # other ones, or none, or ones that are gone by now
 
 Decision = Literal["fresh", "resume", "finished"]
 
@@ -106,6 +108,21 @@ def _other_folder(meta: Mapping[str, Any]) -> Path | None:
     return Path(folder) if folder is not None and folder != os.getcwd() and Path(folder).is_dir() else None
 
 
+def where_it_began(config: Config, meta: Mapping[str, Any]) -> Config:
+    """The configuration with the relative paths that were files or folders where the run began made absolute.
+
+    meta: of the run's checkpoint.
+    """
+    began_in = _other_folder(meta)
+    if began_in is None:
+        return config
+    changes = [
+        (key, str(began_in / value)) for key, value in by_key(config.model_dump(mode="json")).items()
+        if _PATHS.fullmatch(key) and isinstance(value, str) and value != "builtin" and (began_in / value).exists()
+    ]  # fmt: skip
+    return changed(config, changes, f"{began_in}, where the run began")
+
+
 def _check_paths(config: Config, directory: Path, began_in: Path) -> None:
     """UserError where a relative path of the configuration is a file or folder where the run began, but not here."""
     for key, value in by_key(config.model_dump(mode="json")).items():
@@ -123,7 +140,7 @@ def _check_plugins(config: Config, directory: Path, before: Mapping[str, str]) -
     """UserError where a plugin that the run began with has another source now."""
     now = plugins(config)
     for which, digest in before.items():
-        if now.get(which, digest) != digest and not which.startswith(_FREE_SECTIONS):
+        if now.get(which, digest) != digest and not which.startswith(FREE_SECTIONS):
             raise UserError(
                 f"{directory}: the source of the plugin {which} changed since the run began ({digest[:12]} -> "
                 f"{now[which][:12]}); put the old file back, choose another run.dir, or start over with --fresh"
@@ -134,7 +151,7 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any], complete:
     """Whether the run is to go beyond the rounds it was made for. UserError where it is another run."""
     path = directory / "config.yaml"
     try:
-        tree = {key: value for key, value in read_yaml(path).items() if key not in _FREE_SECTIONS}
+        tree = {key: value for key, value in read_yaml(path).items() if key not in FREE_SECTIONS}
         old = by_key(restore(tree, str(path)).model_dump(mode="json"))
     except UserError as error:
         raise UserError(
@@ -149,7 +166,7 @@ def _compare(config: Config, directory: Path, meta: Mapping[str, Any], complete:
         free.add("runtime.block_size")
     if not complete:  # the test is yet to come
         free.add("evaluation.test_max_examples")
-    ignored = [*unread(config), *_FREE_SECTIONS]
+    ignored = [*unread(config), *FREE_SECTIONS]
     free |= {key for key in {*old, *new} if any(f"{key}.".startswith(f"{one}.") for one in ignored)}
     changed = [key for key in [*old, *(k for k in new if k not in old)] if old.get(key) != new.get(key)]
     # Options that came or went with a choice explain less than the choice itself.

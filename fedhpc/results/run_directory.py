@@ -14,7 +14,7 @@ from fedhpc.results.files import TEMPORARY, atomic_write
 from fedhpc.results.status import write_status
 
 FILES = ("config.yaml", "results.h5", "status.json")
-FOLDERS = ("adapter", "checkpoint", "clients")
+FOLDERS = ("adapter", "checkpoint", "clients", "trackers")
 
 
 def remove_temporary_files(directory: Path) -> None:

@@ -12,6 +12,7 @@ from fedhpc.errors import UserError
 from fedhpc.results.files import FORMAT, atomic_write
 
 RunStatus = Literal["running", "complete", "preempted", "failed"]
+PAUSED = "paused"  # how the reason begins where --until asked for it; such a run counts as preempted
 
 
 @dataclass(frozen=True)

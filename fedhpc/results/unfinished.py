@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from fedhpc.errors import UserError
-from fedhpc.results.checkpoint import load_checkpoint
+from fedhpc.results.checkpoint import checkpoint_rows
 from fedhpc.results.results_file import Results
 
 
@@ -19,10 +19,9 @@ def read_results(directory: Path) -> Results:
     results = Results.read(path)
     if not results.complete:
         with contextlib.suppress(UserError):
-            checkpoint = load_checkpoint(directory)
+            checkpoint = checkpoint_rows(directory)
             if checkpoint is not None:
-                tensors, meta = checkpoint
-                rows = {n.removeprefix("rows/"): tensor for n, tensor in tensors.items() if n.startswith("rows/")}
+                rows, meta = checkpoint
                 # Read after the checkpoint, the file has at least the rows that the checkpoint builds on.
                 newer = Results.read(path)
                 newer.restore((meta["rows"], rows), int(meta["round"]))

@@ -16,6 +16,7 @@ bits again. In a deployment they come from the operating system.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from fedhpc.secure.server import Server, irrecoverable
 from fedhpc.secure.shamir import SHARE_BYTES
 
 NUMBER_BYTES = 8  # of a masked coordinate
+_ROUNDS = 400  # of `Masking.chance_of_void`
 
 
 class Masking:
@@ -39,13 +41,7 @@ class Masking:
         self._seed, self._round, self._clients = seed, round_, list(clients)
         #: The number of each client among those that take part.
         self.numbers = {client: number for number, client in enumerate(self._clients)}
-        self.neighbours = protocol.graph(len(self._clients), rng.generator(seed, "secure.graph", round_))
-        for client, near in enumerate(self.neighbours):
-            if any(client == one or client not in self.neighbours[one] for one in near):
-                raise UserError(
-                    f"in the graph of {type(protocol).__name__} a client has a neighbour that it is no neighbour of",
-                    key="secure.name",
-                )
+        self.neighbours = _neighbours(protocol, len(self._clients), seed, round_)
         self.thresholds = [protocol.threshold(1 + len(near)) for near in self.neighbours]
         #: What the protocol has sent so far, in bytes, as the server saw it (on rank 0): to it, and from it.
         self.bytes_up = self.bytes_down = 0
@@ -64,6 +60,21 @@ class Masking:
             f"{len(holders & came)} of {len(holders)} clients that hold shares of a mask completed, and "
             f"{self.thresholds[client]} are needed to recover it"
         )
+
+    def chance_of_void(self, dropout: float, awaited: int) -> float:
+        """The share of a few hundred seeded rounds that are void, where each client drops out with a probability.
+
+        awaited: the most that upload of those that are left; the others are cut off.
+        """
+        draws, count, void = rng.generator(self._seed, "secure.chance"), len(self._clients), 0
+        holders = [[*near, client] for client, near in enumerate(self.neighbours)]
+        begins, flat = np.cumsum([0, *map(len, holders[:-1])]), np.concatenate(holders)
+        for _ in range(_ROUNDS):
+            came = draws.random(count) >= dropout
+            came &= np.cumsum(came) <= awaited
+            held = np.add.reduceat(came[flat].astype(np.int64), begins)  # who uploaded of those that hold its shares
+            void += came.sum() < FEWEST or bool(((held > 0) & (held < self.thresholds)).any())
+        return void / _ROUNDS
 
     def describe(self) -> str:
         """Who shares masks with whom, and how many can recover one, in a line."""
@@ -99,6 +110,11 @@ class Masking:
         """Client `number` of those that take part, in the sum that was begun last."""
         generator = rng.generator(self._seed, "secure.client", self._round, self._sums, self._clients[number])
         return Client(number, self.neighbours[number], self.thresholds[number], generator)
+
+
+def bytes_of_neighbours(degree: int) -> tuple[int, int]:
+    """Bytes that a client of one sum receives and sends for its neighbours, beside what it would without any."""
+    return (ADVERT_BYTES + SEALED_BYTES + 1) * degree, (SEALED_BYTES + SHARE_BYTES) * degree
 
 
 class Masks:
@@ -149,6 +165,20 @@ class Masks:
         """A message to every client, from the server: those of this rank's clients."""
         self._masking.bytes_down += sum(map(len, items))
         return scatter_bytes(self._transport, self._owners, items)
+
+
+@lru_cache(maxsize=2)  # a round asks for it several times
+def _neighbours(protocol: Protocol, count: int, seed: int, round_: int) -> list[list[int]]:
+    """The graph of a round, of this many clients. UserError unless a client is a neighbour of its neighbours."""
+    graph = protocol.graph(count, rng.generator(seed, "secure.graph", round_))
+    neighbours = [set(near) for near in graph]
+    for client, near in enumerate(graph):
+        if any(client == one or client not in neighbours[one] for one in near):
+            raise UserError(
+                f"in the graph of {type(protocol).__name__} a client has a neighbour that it is no neighbour of",
+                key="secure.name",
+            )
+    return graph
 
 
 def _turned(sealed: Sequence[bytes], neighbours: Sequence[Sequence[int]]) -> list[bytes]:

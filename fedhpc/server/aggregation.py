@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Aggregation:
     """server.preaggregator and server.aggregator of a run."""
 
-    def __init__(self, options: Open, seed: int, planned: int) -> None:
-        """options: the section `server`. planned: how many clients a round samples.
+    def __init__(self, options: Open, seed: int, planned: int | None) -> None:
+        """options: the section `server`. planned: how many clients a round samples; None where nobody
+        combines what they send.
 
         UserError where that is not enough for the rules.
         """
@@ -30,16 +31,19 @@ class Aggregation:
         self.aggregator: Aggregator = registry.choice("aggregators", self.name)(options)
         self._preaggregator: Preaggregator = registry.choice("preaggregators", mixing.name)(mixing)
         self._seed = seed
+        #: With fewer accepted updates a round changes nothing.
+        self.fewest = 0 if planned is None else self._fewest(planned, mixing.name)
+
+    def _fewest(self, planned: int, mixing: str) -> int:
         needed = self.aggregator.fewest(planned)
         if self._preaggregator.rows(planned) < needed:
-            made = f"server.preaggregator {mixing.name} makes {self._preaggregator.rows(planned)} of "
+            made = f"server.preaggregator {mixing} makes {self._preaggregator.rows(planned)} of "
             raise UserError(
                 f"server.aggregator {self.name} with these options needs {needed} updates, and "
-                f"{'' if mixing.name == 'none' else made}{planned} clients are sampled",
+                f"{'' if mixing == 'none' else made}{planned} clients are sampled",
                 key="server.aggregator", remedy="let fewer of them be wrong, or raise federation.cohort_size",
             )  # fmt: skip
-        #: With fewer accepted updates a round changes nothing.
-        self.fewest = next(count for count in range(1, planned + 1) if self._preaggregator.rows(count) >= needed)
+        return next(count for count in range(1, planned + 1) if self._preaggregator.rows(count) >= needed)
 
     def initial_memory(self, size: int) -> dict[str, Tensor]:
         """What the server keeps for the aggregator before the first round, float64 (S,) by name; size 0 elsewhere."""

@@ -1,7 +1,7 @@
 """The server's state: what moves from round to round, and which versions of the clients' own states count.
 
 A checkpoint holds all of it. `ParameterState` is that of parameter averaging: the global payload theta_t, the buffers
-of the server optimizer, SCAFFOLD's c and what transforms keep.
+of the server optimizer, what it keeps for the clients, such as SCAFFOLD's c, and what transforms keep.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedhpc.server.optimizers.base import ServerOptimizer
-from fedhpc.server.selection import Selection
+from fedhpc.server.selection import Average, Selection
 
 
 class ServerState:
@@ -47,22 +47,24 @@ class ParameterState(ServerState):
         self,
         theta: Tensor,
         optimizer: ServerOptimizer | None = None,
-        control: bool = False,
+        auxiliary: Mapping[str, Tensor] | None = None,
         transforms: Mapping[str, Tensor] | None = None,
         memory: Mapping[str, Tensor] | None = None,
         privacy: Mapping[str, Tensor] | None = None,
+        average: Average | None = None,
     ) -> None:
         """theta: (P,) float32 or float64, on the CPU.
 
-        optimizer: None to take the clients' mean over as it is. control: whether there is a c (client.scaffold).
+        optimizer: None to take the clients' mean over as it is. auxiliary: what is kept for the clients, by name.
         transforms: what they keep here, as `Pipeline.server_tensors` has it. memory: what the aggregator keeps.
-        privacy: what has been spent of a budget, as `Privacy.initial` has it.
+        privacy: what has been spent of a budget, as `Privacy.initial` has it. average: of the states, where the run is
+        evaluated by one.
         """
         super().__init__()
         self.theta, self._optimizer = theta, optimizer
         self._buffers = optimizer.buffers(theta.numel()) if optimizer else {}
-        #: c of client.scaffold (P,); None without it.
-        self.control = torch.zeros_like(theta) if control else None
+        #: What goes down beside theta (fedhpc.training.auxiliary), flat, by name, such as c of client.scaffold.
+        self.auxiliary = dict(auxiliary or {})
         #: What transforms keep from round to round (fedhpc.updates.pipeline), by name.
         self.transforms = dict(transforms or {})
         #: What the aggregator keeps from round to round (`Cohort.memory`), float64 (P,) by name.
@@ -71,14 +73,22 @@ class ParameterState(ServerState):
         self.privacy = dict(privacy or {})
         #: theta (P,) of earlier versions from which clients still train, by version.
         self.past: dict[int, Tensor] = {}
-        #: Which of the evaluated states was best, and theta (P,) after that round, where it is wanted at the end.
+        #: Of the states so far; None where the last one is evaluated.
+        self.average = average
+        #: Which of the evaluated states was best, and what was evaluated then (P,), where it is wanted at the end.
         self.selection = Selection()
         self.best: Tensor | None = None
 
     @property
+    def evaluated(self) -> Tensor:
+        """What is evaluated now (P,): theta, or the average of the states so far."""
+        mean = None if self.average is None else self.average.value
+        return self.theta if mean is None else mean.to(self.theta.dtype)
+
+    @property
     def chosen(self) -> Tensor:
-        """theta (P,) that the run ends with: the last, or the best one."""
-        return self.theta if self.best is None else self.best
+        """What the run ends with (P,): of what was evaluated the last, or the best."""
+        return self.evaluated if self.best is None else self.best
 
     def keep_past(self, version: int, needed_later: Sequence[int]) -> None:
         """Keep theta as `version`, and the earlier ones, as far as later rounds need them."""
@@ -92,28 +102,18 @@ class ParameterState(ServerState):
         self.theta = after.to(self.theta.dtype)
         return float(torch.linalg.vector_norm(self.theta.double() - before))
 
-    def with_control(self) -> Tensor:
-        """What goes down with client.scaffold: theta_t and c as one vector (2P,)."""
-        assert self.control is not None
-        return torch.cat([self.theta, self.control])
-
-    def correct(self, change: Tensor) -> None:
-        """Add 1/N sum of the clients' changes of c_i, float64 (P,), to c."""
-        assert self.control is not None
-        self.control = (self.control.double() + change).to(self.control.dtype)
-
     def tensors(self) -> dict[str, np.ndarray]:
-        """theta of now and earlier, the buffers, c, what transforms, aggregator and privacy keep, and the versions."""
+        """theta of now and earlier, the buffers, what others keep here (see `__init__`), and the versions."""
         tensors = {f"server.{name}": buffer.numpy() for name, buffer in self._buffers.items()}
-        if self.control is not None:
-            tensors["control"] = self.control.numpy()
-        tensors |= {name: tensor.numpy() for name, tensor in self.transforms.items()}
+        for named in (self.auxiliary, self.transforms):
+            tensors |= {name: tensor.numpy() for name, tensor in named.items()}
         tensors |= {f"aggregator.{name}": tensor.numpy() for name, tensor in self.memory.items()}
         tensors |= {f"privacy.{name}": tensor.numpy() for name, tensor in self.privacy.items()}
         tensors |= {f"past.{version}": theta.numpy() for version, theta in self.past.items()}
         if self.best is not None:
             tensors["best"] = self.best.numpy()
         tensors |= self.selection.tensors()
+        tensors |= {} if self.average is None else self.average.tensors()
         return {"theta": self.theta.numpy(), **tensors, **super().tensors()}
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -124,9 +124,10 @@ class ParameterState(ServerState):
         self.transforms = {name: torch.from_numpy(tensors[name].copy()) for name in self.transforms}
         self.memory = {name: torch.from_numpy(tensors[f"aggregator.{name}"].copy()) for name in self.memory}
         self.privacy = {name: torch.from_numpy(tensors[f"privacy.{name}"].copy()) for name in self.privacy}
-        if self.control is not None:
-            self.control = torch.from_numpy(tensors["control"].copy())
+        self.auxiliary = {name: torch.from_numpy(tensors[name].copy()) for name in self.auxiliary}
         past = [name for name in tensors if name.startswith("past.")]
         self.past = {int(name.removeprefix("past.")): torch.from_numpy(tensors[name].copy()) for name in past}
         self.best = torch.from_numpy(tensors["best"].copy()) if "best" in tensors else None
         self.selection.load(tensors)
+        if self.average is not None:
+            self.average.load(tensors)

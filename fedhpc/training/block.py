@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from fedhpc.data.tokens import Examples
 from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.methods.base import Method, PerClient
 from fedhpc.models.base import Base
+from fedhpc.models.experts import ExpertLoad
 from fedhpc.models.load import autocast
 from fedhpc.objectives.base import Objective
 from fedhpc.rng import torch_seed
@@ -36,6 +38,9 @@ from fedhpc.training.local import LocalTraining
 from fedhpc.training.memory import Memory
 from fedhpc.training.rules import zeroth_order
 from fedhpc.training.schedule import batches, examples_per_step, learning_rates, poisson_batches
+
+if TYPE_CHECKING:
+    from fedhpc.models.parts import Parts
 
 _Values = TypeVar("_Values", Tensor, np.ndarray)
 _FP16_SCALE = 1024.0  # keeps small gradients of an fp16 forward above its smallest number
@@ -54,7 +59,7 @@ class Work:
 class Trained:
     """The outcome of a block; row i belongs to works[i] as given. All of it is on the CPU."""
 
-    updates: Tensor  # (K, P): pseudo-gradients theta_t - theta_i
+    updates: Tensor  # (K, P): pseudo-gradients theta_t - theta_i; (0, P) where another rank takes them
     memory: Memory | None  # of the optimizers, where train_block was given one
     distance: Tensor  # (K,): sum of the learning rates of the steps
     steps: np.ndarray  # int64 (K,)
@@ -64,6 +69,7 @@ class Trained:
     loss_last: np.ndarray  # float64 (K,): mean over the tokens of the last step
     input_tokens: int  # of the whole block, padding included
     padded_tokens: int
+    expert_load: np.ndarray  # int64 (L, E): tokens sent to each routed expert; (0, 0) where a base has none
 
 
 def train_block(
@@ -77,19 +83,39 @@ def train_block(
     memory: Memory | None = None,
     corrections: Tensor | None = None,
     on_step: Callable[[float], None] = lambda clients: None,
+    takes: bool = True,
 ) -> Trained:
     """Train the clients `works`, each from its row of `starts`.
 
-    starts: payloads, (1, P) for one start that all share, or (K, P). memory: of optimizers that go on; fresh ones where
+    starts: payloads, (1, P) for one start that all share, or (K, P); what this rank has of them, where it has parts
+    (`Method.received`). memory: of optimizers that go on; fresh ones where
     None, as FedAvg has it. corrections (K, T): added to every gradient of a client (`fedhpc.training.rules.scaffold`).
     on_step: told after each step which part of the block's clients it was: a client with six steps counts a sixth.
+    takes: whether this rank is given the update, of those that train a client together (`Method.parts`): each has some
+    of the rows of every forward, and an optimizer for its part of what is trained.
+
+    Where a method has several in a round (`Method.in_round`), losses, tokens and steps are those of the last.
     """
+    methods = method.in_round(local.round)
+    if len(methods) > 1:
+        assert memory is None and corrections is None  # both are of one set of parameters
+
+        def on_part(clients: float) -> None:
+            on_step(clients / len(methods))
+
+        each = [train_block(base, m, objective, starts, works, examples, local, on_step=on_part) for m in methods]
+        return replace(each[-1], updates=torch.stack([trained.updates for trained in each]).sum(dim=0))
+    (method,) = methods
+    parts = method.parts
+    if parts is not None:
+        local = replace(local, total=parts.add_up)
     clients = _Clients(works, local)
     model = _Model(base, method, objective, clients, starts, local)
     parameters, gradient = model.parameters, model.gradient
     if corrections is not None:
         corrections = corrections[clients.order].to(base.device)
     local_rules = rules.in_order(local, parameters, corrections)
+    direction = None if local.direction is None else local.direction.on(parameters)
     buffers, count = _optimizer_state(local, clients, memory, gradient)
     losses = _Losses(len(works), base.device)
     for number in range(clients.most_steps):
@@ -97,7 +123,7 @@ def train_block(
         active = len(rows)  # clients that take this step: the first of the block
         step = make_step(
             base, objective, examples, rows, number, model.client_keys, parameters.dtype, local.examples_at_once,
-            local.packing, by_example=local.privacy is not None,
+            local.packing, local.privacy is not None, (0, 1) if parts is None else (parts.member, parts.size),
         )  # fmt: skip
         losses.add(step, model.differentiate(step), model.passes)
         with torch.no_grad():
@@ -105,15 +131,24 @@ def train_block(
                 rule.change(gradient[:active], parameters[:active])
             count[:active] += 1
             counts, rates = _on_device(count[:active], clients.rates_of(number, active), parameters)
+            mine = rates if direction is None else (1 - direction.share) * rates
+            if model.lr_ratios is not None:
+                mine = mine * model.lr_ratios
             of_active = {name: buffer[:active] for name, buffer in buffers.items()}
-            local.optimizer.step(parameters[:active], gradient[:active], of_active, counts, rates)
+            local.optimizer.step(parameters[:active], gradient[:active], of_active, counts, mine)
+            if direction is not None:
+                direction.move(parameters[:active], rates)
         on_step(float((1.0 / clients.steps[:active]).sum()))
         del step  # before the next one takes memory too: what teachers say of a step can be large
 
+    if parts is not None:
+        losses.add_up(parts.add_up)
+        if model.expert_load.layers:  # else it is empty, and on no GPU
+            parts.add_up(model.expert_load.counts)
     with torch.no_grad():
-        updates = model.updates().to("cpu")
+        updates = model.updates() if parts is None else model.updates_of(parts, takes)
     return Trained(
-        updates=clients.as_given(updates),
+        updates=clients.as_given(updates.to("cpu")),
         memory=_memory_of(clients, buffers, count) if memory is not None else None,
         distance=torch.tensor(clients.as_given(clients.distances()), dtype=updates.dtype),
         steps=clients.as_given(clients.steps),
@@ -123,6 +158,7 @@ def train_block(
         loss_last=clients.as_given(losses.last.cpu().numpy()),
         input_tokens=losses.input_tokens,
         padded_tokens=losses.padded_tokens,
+        expert_load=model.expert_load.counts.cpu().numpy(),
     )
 
 
@@ -199,7 +235,7 @@ class _Model:
         self.base, self.method, self.objective, self.clients, self.local = base, method, objective, clients, local
         starts = starts.to(base.device)
         self._starts = starts if len(starts) == 1 else starts[kernels.on_device(clients.order, base.device)]
-        self._received: PerClient = method.payload.views(self._starts)
+        self._received: PerClient = method.received(self._starts)
         initial = method.start(self._received, local.round, clients.ids)
         expanded = {name: tensor.expand(len(clients.ids), *tensor.shape[1:]) for name, tensor in initial.items()}
         #: What is trained (K, T), and its gradient, to which a backward pass adds in place.
@@ -208,8 +244,15 @@ class _Model:
         self.parameters.requires_grad_().grad = self.gradient
         draws = zip(clients.rounds, clients.ids, strict=True)
         keys = [torch_seed(local.seed, "noise", round_, client) for round_, client in draws]
+        ratios = {name: method.lr_ratio(name, shape) for name, shape in method.trainable.shapes.items()}
+        #: (1, T): by what the learning rate is multiplied; None where it is by 1.
+        self.lr_ratios: Tensor | None = None
+        if set(ratios.values()) != {1.0}:
+            one = {n: torch.full((1, *shape), ratios[n]) for n, shape in method.trainable.shapes.items()}
+            self.lr_ratios = method.trainable.flatten(one).to(self.parameters)
         #: int64 (K,): the key of each client's random draws.
         self.client_keys = kernels.on_device(np.array(keys, dtype=np.int64), base.device)
+        self.expert_load = ExpertLoad(base)
         #: Forward passes of a row in a step.
         self.passes = 1 if method.finite_difference_step is None else 2
         self._scale = _FP16_SCALE if local.precision == "float16" else 1.0
@@ -273,7 +316,8 @@ class _Model:
         losses = torch.zeros(len(step.tokens), dtype=torch.float64, device=self.base.device)
         for forward in step.forwards:
             of_tokens = self._forward(forward, parameters, self._received, forward.clients, scale)
-            losses.index_add_(0, forward.clients.index_select(0, forward.batch.row), of_tokens.double())
+            if forward.counts:
+                losses.index_add_(0, forward.clients.index_select(0, forward.batch.row), of_tokens.double())
         return losses
 
     def _forward(
@@ -286,6 +330,7 @@ class _Model:
         base, method, objective = self.base, self.method, self.objective
         trained = method.trainable.views(parameters)
         with (
+            self.expert_load.of(forward.batch) if forward.counts else nullcontext(),
             autocast(base, self.local.precision),
             method.attach(trained, received, rows, forward.row_keys) as attached,
         ):
@@ -297,6 +342,17 @@ class _Model:
         """The pseudo-gradients theta_t - theta_i of the payloads (K, P)."""
         trained = self.method.trainable.views(self.parameters)
         return self._starts - self.method.payload.flatten(self.method.finish(trained, self._received))
+
+    def updates_of(self, parts: Parts, takes: bool) -> Tensor:
+        """`updates`, on the CPU of the rank that takes them; elsewhere none (0, P). Collective over the ranks."""
+        method = self.method
+        changes = method.received(self._starts - self.parameters)
+        total = torch.empty(int(takes), method.payload.size, dtype=self.parameters.dtype)
+        views = method.payload.views(total)
+        for name in method.payload.shapes:  # one at a time, for want of room
+            change = parts.gathered(name, changes[name].squeeze(0))
+            views[name].copy_(change.expand_as(views[name]))
+        return total
 
 
 class _Losses:
@@ -320,7 +376,14 @@ class _Losses:
         self.tokens[:active] += step.tokens
         for forward in step.forwards:
             self.input_tokens += passes * forward.batch.tokens
-            self.padded_tokens += passes * (forward.batch.tokens - forward.batch.real_tokens)
+            real = forward.batch.real_tokens if forward.counts else 0
+            self.padded_tokens += passes * (forward.batch.tokens - real)
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Make these those of all ranks that train the clients together, which `total` adds up."""
+        self.total, self.first, self.last = total(torch.stack([self.total, self.first, self.last]))
+        tokens = torch.tensor([self.input_tokens, self.padded_tokens], device=self.total.device)
+        self.input_tokens, self.padded_tokens = total(tokens).tolist()
 
 
 def _put(values: Tensor, those: Tensor, chosen: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedhpc.lazy import Tensor, kernels, torch
+from fedhpc.lazy import Tensor, kernels
 from fedhpc.rng import generator
 
 
@@ -35,8 +35,9 @@ class ExamplePrivacy:
         """
         # A gradient that is not finite has no norm to clip it by: without it, no example adds more than C.
         of_examples.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        norms = torch.linalg.vector_norm(of_examples, dim=1, keepdim=True)
-        gradient.index_add_(0, owners, of_examples.mul_((self.clip_norm / norms).clamp(max=1.0)))
+        bound = self.clip_norm * (1 - kernels.clip_margin(of_examples.dtype))
+        scales = (bound / kernels.row_norms(of_examples)).clamp(max=1.0)
+        gradient.index_add_(0, owners, of_examples.mul_(scales.to(of_examples.dtype)))
 
     def add_noise(self, gradient: Tensor, seed: int, rounds: Sequence[int], step: int, clients: Sequence[int]) -> None:
         """Add the noise of a step to the sums (K, T) of `clients`, in place: the same numbers on any device.

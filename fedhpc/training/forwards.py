@@ -29,6 +29,7 @@ class Forward:
     row_weights: Tensor  # (B,): one over the supervised tokens of its client's step, or of its example
     examples: Tensor  # int64 (B,): the example of each row, by its index among the E of the forward
     owners: Tensor  # int64 (E,): the client of each example
+    counts: bool = True  # False: there were too few rows for this rank to have one, which goes along with weight 0
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ def make_step(
     at_once: int,
     packing: bool = False,
     by_example: bool = False,
+    among: tuple[int, int] = (0, 1),
 ) -> Step:
     """Put the rows of a step on the device, as forward passes.
 
     rows: the examples of each of the k clients. client_keys: int64 (K,), a key of random draws for each client of the
     block. dtype: of the weights. at_once: how many examples of each client a forward has at most, on average.
     packing: several examples of a client may share a row. by_example: the loss of every example counts as much, however
-    many tokens it has.
+    many tokens it has. among: which of how many ranks this one is, which take the rows of every forward in turn; each
+    has as many forwards.
     """
     all_rows = np.concatenate(rows)
     owners = np.repeat(np.arange(len(rows)), [len(of_client) for of_client in rows])  # int64 (B,)
@@ -73,11 +76,13 @@ def make_step(
     cost = _FORWARD_COST_TOKENS[base.device.type]
     # Packed rows are all as long as the longest example.
     together = objective.needs_full_steps or packing
-    cuts = [0, len(all_rows)] if together else cut_by_length(lengths[by_length], cost)
-    cuts = cut_further(cuts, at_once * len(rows))
+    member, ranks = among
+    cuts = [0, len(all_rows)] if together else cut_by_length(lengths[by_length], cost * ranks)
+    cuts = cut_further(cuts, at_once * len(rows) * ranks)
     forwards = []
     for begin, end in pairwise(cuts):
-        chosen = by_length[begin:end]
+        counts = member < end - begin
+        chosen = by_length[begin + member if counts else begin : end : ranks]
         make = objective.packed if packing else objective.batch
         batch = make(base, examples, all_rows[chosen], owners[chosen])
         owners_of_rows, within_step = batch.per_row(owners[chosen]), batch.per_row(within[chosen])
@@ -86,13 +91,13 @@ def make_step(
         counters = kernels.on_device(within_step + (number << 32), base.device)
         row_keys = bits(client_keys.index_select(0, clients), counters)
         of_rows = batch.per_row(np.maximum(supervised[chosen], 1)) if by_example else divisors[owners_of_rows]
-        weights = kernels.on_device(1.0 / of_rows, base.device, dtype)
+        weights = kernels.on_device(counts / of_rows, base.device, dtype)
         if batch.example is None:
             examples_of_rows, owners_of_examples = torch.arange(len(clients), device=base.device), clients
         else:
             examples_of_rows = kernels.on_device(batch.example, base.device)
             owners_of_examples = kernels.on_device(owners[chosen], base.device)
-        forwards.append(Forward(batch, clients, row_keys, weights, examples_of_rows, owners_of_examples))
+        forwards.append(Forward(batch, clients, row_keys, weights, examples_of_rows, owners_of_examples, counts))
     return Step(number, tokens, divisors_on_device, forwards)
 
 

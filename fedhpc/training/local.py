@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedhpc import registry
+from fedhpc.lazy import Tensor
 from fedhpc.training.example_privacy import ExamplePrivacy
 from fedhpc.training.optimizers.base import ClientOptimizer
 
 if TYPE_CHECKING:
     from fedhpc.config import Config
+    from fedhpc.training.rules.server_momentum import Direction
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,14 @@ class LocalTraining:
     clip_norm: float | None = None
     proximal: float = 0.0
     privacy: ExamplePrivacy | None = None  # of single examples
+    direction: Direction | None = None  # of the server, with client.server_momentum
 
     seed: int = 0  # of the batches and of all random draws
     round: int = 1
     rounds: int = 1  # of the whole run, for the schedule of the learning rate
     precision: str = "float32"  # autocast of the forward passes
+    #: Adds up, in place, what several ranks have that train a client together; None: one trains it alone.
+    total: Callable[[Tensor], Tensor] | None = None
 
     @property
     def examples_at_once(self) -> int:

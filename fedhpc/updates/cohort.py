@@ -1,4 +1,4 @@
-"""The accepted updates of a round as one value that is spread over the ranks, and the three ways to combine them.
+"""The accepted updates of a round as one value that is spread over the ranks, and the ways to combine them.
 
 This is where FedAvg's sum is: an aggregator (fedhpc.server.aggregators) says with which weights, `Cohort.weighted_sum`
 adds. Rank 0 never holds all updates.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedhpc.errors import UserError
-from fedhpc.lazy import Tensor, torch
+from fedhpc.lazy import Tensor, kernels, torch
 from fedhpc.ranks.collectives import columns_of_all, combine_shards, in_ascending_order
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.secure.masked_sum import Masking, Masks
@@ -45,8 +45,8 @@ class Cohort:
     """The accepted updates g_i of C clients, each row on the rank that trained the client.
 
     Every rank makes it and calls the same verbs in the same order, for all of them are collective. `weighted_sum` and
-    `by_coordinate` give their result on rank 0 (zeros of the same shape elsewhere, which take no memory), `gram` gives
-    it on every rank. All have the same bits on any number of ranks.
+    `by_coordinate` give their result on rank 0 (zeros of the same shape elsewhere, which take no memory), `gram` and
+    `norms` give it on every rank. All have the same bits on any number of ranks.
     """
 
     def __init__(
@@ -121,9 +121,12 @@ class Cohort:
         assert self._movement is not None, "this cohort's clients do not train: the configuration check refuses it"
         return np.array([self._movement(client) for client in self.clients], dtype=np.float64)
 
-    def replaced(self, updates: Tensor) -> Cohort:
-        """A cohort of the same clients with other tensors that they sent, (c, S), in the same order."""
-        return self._with(_updates=updates)
+    def replaced(self, updates: Tensor, layout: Layout | None = None) -> Cohort:
+        """A cohort of the same clients with other tensors that they sent, (c, S), in the same order.
+
+        layout: of these, where it is another.
+        """
+        return self._with(_updates=updates, _layout=layout or self._layout)
 
     def mapped(self, change: Callable[[Tensor], Tensor], layout: Layout | None = None) -> Cohort:
         """A cohort of the same clients whose updates are changed where they are: (c, S) -> (c, S'), a row alone.
@@ -275,14 +278,20 @@ class Cohort:
         width = max(1, count, _GRAM_VALUES // max(count, 1))
         total = torch.zeros(count, count, dtype=torch.float64)
         parts: list[Tensor] = []  # of this rank, which rank 0 is sent together
+        # One for all chunks: memory for each anew, between the parts, leaves holes that nothing fits in.
+        memory = torch.empty(count * min(width, self.size), dtype=torch.float64)
         for begin in range(0, self.size, width * world):
             bounds = [min(begin + r * width, self.size) for r in range(world + 1)]
             receive = columns_of_all(transport, mine, bounds, [len(rows) for rows in rows_of])
-            values = torch.empty(count, bounds[rank + 1] - bounds[rank], dtype=torch.float64)
+            columns = bounds[rank + 1] - bounds[rank]
+            values = memory[: count * columns].view(count, columns)
             for r in range(world):
                 for row, received in zip(rows_of[r], receive[r], strict=True):
                     values[row].copy_(received)  # in one go with the conversion
-            parts.append(values @ values.T)
+            # NumPy sees that this is a matrix by its own transpose and computes half of it, as torch does not.
+            matrix = values.numpy()
+            with np.errstate(over="ignore", invalid="ignore"):  # what has no number here is the rule's to judge
+                parts.append(torch.from_numpy(matrix @ matrix.T))
             if len(parts) == _PARTS or begin + width * world >= self.size:
                 mine_of_all, nothing = torch.stack(parts), total.new_empty(0)
                 gathered = [torch.empty_like(mine_of_all if rank == 0 else nothing) for _ in range(world)]
@@ -295,6 +304,14 @@ class Cohort:
                 parts = []
         transport.broadcast(total)
         return total
+
+    def norms(self) -> Tensor:
+        """The L2 norm of each update: float64 (C,), on every rank. A number a client is all that is sent."""
+        self._refuse_masked()
+        norms = torch.zeros(len(self), dtype=torch.float64)
+        norms[torch.from_numpy(self._rows)] = kernels.row_norms(self._updates).squeeze(1)
+        self._transport.all_reduce_max(norms)
+        return norms
 
     def _refuse_masked(self) -> None:
         """UserError where the uploads are masked, so that nobody can see single ones."""
@@ -319,6 +336,10 @@ class _Mixture(Cohort):
 
     @property
     def mine(self) -> Tensor:
+        raise self._single()
+
+    @property
+    def my_clients(self) -> list[int]:
         raise self._single()
 
     def _with(self, **changed: object) -> Cohort:
@@ -349,6 +370,9 @@ class _Mixture(Cohort):
     def gram(self) -> Tensor:
         matrix = torch.from_numpy(self._matrix)
         return matrix @ self._of.gram() @ matrix.T
+
+    def norms(self) -> Tensor:
+        return self.gram().diagonal().clamp(min=0).sqrt()
 
 
 def _blocks(part: slice) -> list[slice]:

@@ -41,7 +41,7 @@ def largest_exponents(updates: Tensor, weights: Tensor, layout: Layout) -> Tenso
     for i, part in enumerate(updates.split(layout.sizes, dim=-1)):
         if part.numel() == 0:
             continue
-        low, high = part.aminmax(dim=-1)  # takes no memory, as the absolute values would
+        low, high = part.amin(dim=-1), part.amax(dim=-1)  # aminmax takes four times as long
         peaks = torch.maximum(-low, high).to("cpu", torch.float64) * weights.abs()
         peak = float(peaks.max())
         if peak > 0:

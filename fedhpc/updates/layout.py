@@ -16,11 +16,11 @@ class Layout:
 
     shapes: dict[str, tuple[int, ...]]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         return [math.prod(shape) for shape in self.shapes.values()]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """P, the length of the flat vector."""
         return sum(self.sizes)

@@ -27,6 +27,10 @@ def test_a_job_over_two_nodes(slurm: Slurm, whole: Path) -> None:
     assert slurm.ended(job) == "COMPLETED", slurm.log()
     assert "2 ranks over gloo" in slurm.log()
     same_as(whole, slurm.folder / "run")
+    job = slurm.submit(JOB, str(path), "--fresh", "--ranks-per-node", "2")
+    assert slurm.ended(job) == "COMPLETED", slurm.log()
+    assert "4 ranks over gloo" in slurm.log()
+    same_as(whole, slurm.folder / "run")
 
 
 def test_a_rank_per_gpu_and_the_server_beside_them(slurm: Slurm, whole: Path) -> None:

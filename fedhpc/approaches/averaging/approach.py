@@ -11,9 +11,11 @@ personalization.parts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,37 +23,50 @@ import torch
 from torch import Tensor
 
 from fedhpc import registry
-from fedhpc.approaches.averaging.evaluation import ATTACK_SUCCESS, Evaluation, client_lines, turn_lines
-from fedhpc.approaches.averaging.local import BlockTraining, Download, Upload, with_updates
+from fedhpc.approaches.averaging.evaluation import (
+    ATTACK_SUCCESS,
+    Evaluation,
+    client_lines,
+    turn_lines,
+    writes_texts,
+)
+from fedhpc.approaches.averaging.local import Auxiliaries, BlockTraining, Download, Upload, with_updates, with_zeros
 from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.averaging.poisoning import Poisoning
 from fedhpc.approaches.averaging.root import Root
 from fedhpc.approaches.averaging.sending import Sending
+from fedhpc.approaches.averaging.together import parts_on_every_rank, require_together
 from fedhpc.approaches.averaging.warm_start import WarmStart
 from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
-from fedhpc.approaches.export import export, write_client_names
+from fedhpc.approaches.export import export, serving, write_client_names
 from fedhpc.approaches.inputs import Inputs
-from fedhpc.approaches.report import peak_memory
+from fedhpc.approaches.memory import WORKER_RANKS, Held, table
 from fedhpc.attacks.base import Attack, attacked, attackers
+from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
 from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
+from fedhpc.models.experts import ExpertLoad
 from fedhpc.models.generative import Generative
 from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import cohort_size
-from fedhpc.privacy.base import Privacy
+from fedhpc.privacy.base import Privacy, Releases
+from fedhpc.ranks.devices import memory_of, peak_memory
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.results.record import FinalResults
 from fedhpc.secure import primitives
-from fedhpc.secure.masked_sum import Masking
+from fedhpc.secure.masked_sum import Masking, bytes_of_neighbours
 from fedhpc.secure.protocols.base import Protocol
 from fedhpc.server.aggregation import Aggregation
+from fedhpc.server.selection import average
 from fedhpc.server.state import ParameterState
 from fedhpc.training import client_state
 from fedhpc.training.schedule import learning_rates, num_steps
 from fedhpc.updates.cohort import Cohort
+
+NOISE = "noise_multiplier"  # in `Averaging.decisions`
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,8 @@ class Combined:
     """What the server makes its step from."""
 
     total: Tensor  # float64 (S,): the aggregated pseudo-gradient
-    change: Tensor | None  # float64 (S,): 1/N of the changes of c_i, with client.scaffold
+    auxiliary: dict[str, Tensor]  # float64 (A,) each: what clients sent beside their updates, added up, by name
+    distance: float | None  # the mean sum of the clients' learning rates, with client.server_momentum
     clients: list[int]  # the accepted ones
     memory: dict[str, Tensor]  # what the aggregator keeps now; of meaning on rank 0
     spent: dict[str, Tensor]  # what privacy keeps now; of meaning on rank 0
@@ -77,11 +93,18 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         config = self.config
         seed, max_length = config.run.seed, config.data.max_length
         self.method = method or make_method(config.method, self.base, seed, max_length)
+        if self.trains_together:
+            require_together(config, self.method, self.objective)
+        if config.model.offload != "none" and not self.method.shares_base:
+            raise UserError(
+                f"method.name {config.method.name} changes the weights of the base, of which the device has a layer at "
+                "a time", key="model.offload", remedy="take it out, or give a method that leaves the base as it is",
+            )  # fmt: skip
         source = config.method.goes_on_from
         #: The adapter from which training goes on.
         self._adapter = None if source is None else WarmStart.of(self.method, source)
-        if config.client.scaffold:
-            _require_control_variates(self.method, config.method.name)
+        if config.beside_theta:
+            _require_same(self.method, config.method.name, config.beside_theta[0])
         if config.client.packing:
             require_packing(self.objective, self.method, max_length)
         #: What stays on the client.
@@ -97,29 +120,43 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         if poisoning is not None:
             train = poisoning.train(self.data, self.attackers, seed)
             self.data = replace(self.data, train=train)
-        #: What is done to updates and to the model on their way. Privacy asks for plans, and these for its bytes.
+        #: What is done to updates and to the model on their way, and what goes beside these. Privacy asks for plans,
+        #: and these for the bytes of both.
         self.sending = Sending(config, self.method, self.personal)
+        self.auxiliaries = Auxiliaries(config, self.method, self.personal)
         self._protocol: Protocol = registry.choice("secure_protocols", config.secure.name)(config.secure)
         clients = self.data.population
         sampled = cohort_size(config, clients)
         privacy: type[Privacy] = registry.choice("privacy", config.privacy.name)
         #: What the run promises to its clients, or to the owners of their examples.
-        self.privacy = privacy(config, clients, self.split.shared.size, sampled, self._sends)
+        self.privacy = privacy(
+            config, Releases(clients, self.split.shared.size, sampled, self._sends, inputs.decided.get(NOISE))
+        )
         self.privacy.check(self.method, self.objective)
-        self.rounds = self.privacy.affordable(self.rounds)
+        self.rounds = int(inputs.decided.get("rounds") or self.privacy.affordable(self.rounds))
         self.training = BlockTraining(
-            config, self.base, self.method, self.objective, self.data, self.personal, self.sending, self.privacy,
-            self.rounds,
+            config, self.base, self.method, self.objective, self.data, self.personal, self.sending, self.auxiliaries,
+            self.privacy, self.rounds,
         )  # fmt: skip
         self.evaluation = Evaluation(config, self.method, self.data, self.evaluator, poisoning)
-        #: The largest memory of this process in bytes, once a step was rehearsed.
-        self._peak: int | None = None
-        self.aggregation = Aggregation(config.server, seed, sampled)
+        self.aggregation = Aggregation(config.server, seed, sampled if self.moves_server else None)
         needs_root = config.mode == "federated" and self.aggregation.aggregator.needs_root
+        if needs_root and self.topology.group_size > 1:
+            raise UserError(
+                f"server.aggregator {config.server.aggregator} lets the server train, which holds no layers where the "
+                "ranks of a worker hold the base together", key="runtime.worker_ranks",
+                remedy="give 1, or another aggregator",
+            )  # fmt: skip
         self._root = Root(config, self.data, self.rounds) if needs_root else None
         if config.masks_uploads:
             primitives.require()
             self._protocol.require(len(self.plan(1).cohort), sampled)
+
+    @classmethod
+    def spreads(cls, config: Config) -> bool:
+        needs_root = config.mode == "federated" and registry.choice("aggregators", config.server.aggregator).needs_root
+        # A property of those classes of which it depends on the options, or on the model.
+        return not needs_root and registry.choice("methods", config.method.name).shares_base is not False
 
     def _attackers(self) -> frozenset[int]:
         fraction, population = self.config.attack.fraction, self.data.population.num_clients
@@ -135,6 +172,18 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
     def _sends(self, round_: int) -> tuple[int, ...]:
         """The clients that send an update in a round, in time or not."""
         return self.plan(round_).sending
+
+    def _traffic(self, client: int) -> tuple[int, int]:
+        """With secure aggregation also what a client alone has not: the keys and shares of its neighbours."""
+        down, up = super()._traffic(client)
+        if not self.config.masks_uploads:
+            return down, up
+        more_down, more_up = bytes_of_neighbours(self._protocol.degree(self.schedule.sampled))
+        return down + more_down, up + more_up
+
+    @property
+    def trains_together(self) -> bool:
+        return self.topology.group_size > 1 and not self.method.shares_base
 
     @property
     def block_size(self) -> int:
@@ -156,6 +205,11 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         some, population = sorted(self.attackers), self.data.population.num_clients
         shown = ", ".join(map(str, some[:10])) + (", ..." if len(some) > 10 else "")
         return f"attack: {self.config.attack.name} by {len(some)} of {population:,} clients: {shown}"
+
+    @property
+    def decisions(self) -> dict[str, float]:
+        noise = self.privacy.noise_multiplier
+        return {} if noise is None else {NOISE: noise, "rounds": self.rounds}
 
     @property
     def fingerprint(self) -> str:
@@ -197,24 +251,26 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             tensors |= self.sending.downlink.initial(theta)
         optimizer = optimizer if config.mode == "federated" else None
         memory = self.aggregation.initial_memory(len(theta))
-        return ParameterState(theta, optimizer, config.corrects_drift, tensors, memory, self.privacy.initial())
+        auxiliary = {one.name: one.initial_vector() for one in self.auxiliaries.every}
+        averaged = average(config.evaluation.ema, config.evaluation.lawa)
+        return ParameterState(theta, optimizer, auxiliary, tensors, memory, self.privacy.initial(), averaged)
 
     def download(self, transport: Transport, state: ParameterState | None, plan: Plan) -> Download:
-        theta = control = sent_bytes = None
-        if self.config.corrects_drift:
-            size = self.split.shared.size
-            both = state.with_control() if state else torch.empty(2 * size, dtype=self.payload_dtype)
-            transport.broadcast(both)
-            theta, control = both.split(size)
-        elif self.sending.downlink is not None:
+        theta = sent_bytes = None
+        if self.sending.downlink is not None:
             known = None
             if state is not None:
                 known, sent_bytes = self.sending.downlink.send(state.theta, plan.round, plan.cohort, state.transforms)
             theta = self._on_every_rank(transport, known)
         elif self.config.mode != "local":
             theta = self._theta(transport, state)
+        auxiliary: dict[str, Tensor] = {}
+        for one in self.auxiliaries.every:
+            vector = state.auxiliary[one.name] if state else torch.empty(one.size, dtype=self.payload_dtype)
+            transport.broadcast(vector)
+            auxiliary[one.name] = vector
         past = self._past(transport, state, plan)
-        return Download(theta, control, self._versions(transport, state, plan.cohort), past, sent_bytes)
+        return Download(theta, auxiliary, self._versions(transport, state, plan.cohort), past, sent_bytes)
 
     def _past(self, transport: Transport, state: ParameterState | None, plan: Plan) -> dict[int, Tensor]:
         """theta (S,) of the earlier versions from which clients of this round start, on the CPU of every rank."""
@@ -229,11 +285,17 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """theta_t (S,) on the CPU of every rank."""
         return self._on_every_rank(transport, state.theta if state else None)
 
+    def _evaluated(self, transport: Transport, state: ParameterState | None) -> Tensor:
+        """What an evaluation is of now (S,), on the CPU of every rank."""
+        return self._on_every_rank(transport, state.evaluated if state else None)
+
     def _chosen(self, transport: Transport, state: ParameterState | None) -> Tensor:
-        """The theta (S,) that the run ends with, on the CPU of every rank."""
+        """What the run ends with (S,), on the CPU of every rank."""
         return self._on_every_rank(transport, state.chosen if state else None)
 
     def _on_every_rank(self, transport: Transport, theta: Tensor | None) -> Tensor:
+        if self.trains_together:
+            return parts_on_every_rank(transport, self.method, theta, torch.empty(0, dtype=self.payload_dtype))
         theta = torch.empty(self.split.shared.size, dtype=self.payload_dtype) if theta is None else theta
         transport.broadcast(theta)
         return theta
@@ -243,7 +305,24 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         return broadcast_versions(transport, state, clients) if self.keeps_client_state else {}
 
     def local(self, plan: Plan, clients: Sequence[int], down: Download) -> BlockResult[Upload]:
-        return self.training.train(plan, clients, down, self.progress.add, self.examples_that_fit)
+        result = self.training.train(plan, clients, down, self.progress.add, self.examples_that_fit)
+        assert result is not None  # this rank takes it
+        return result
+
+    def local_in_parts(self, plan: Plan, clients: Sequence[int], download: Download) -> list[BlockResult[Upload]]:
+        """`local`; of a block that all ranks of a worker train together the result is on one of them."""
+        parts = self.method.parts
+        if parts is None:
+            return super().local_in_parts(plan, clients, download)
+        takes = next(block.member == parts.member for block in plan.blocks if block.clients == tuple(clients))
+        try:
+            result = self.training.train(plan, clients, download, self.progress.add if takes else _unseen, takes=takes)
+        except torch.OutOfMemoryError as error:  # the others could not know that it goes on in halves
+            raise UserError(
+                f"{self.data.population.title(clients[0])} takes more memory than the GPU has, on {parts.size} ranks "
+                "together: lower client.micro_batch or data.max_length, or set model.gradient_checkpointing"
+            ) from error
+        return [] if result is None else [result]
 
     def combine(
         self, transport: Transport, state: ParameterState | None, plan: Plan, results: Sequence[BlockResult[Upload]]
@@ -251,17 +330,32 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         """Aggregate the accepted updates of all ranks: `server` on a `Cohort`, where FedAvg's sum is."""
         if not self.moves_server:
             return None
+        if self.privacy.any_cohort:
+            results = [with_zeros(result) for result in results]
         memory = dict(state.memory) if state else self.aggregation.initial_memory(0)
         masking = self._masking(plan)
         updates, root = self._weighted(plan, results), self._root_update(state, plan)
         cohort = self._cohort(transport, plan, results, updates, memory, masking, root)
         spent = dict(state.privacy) if state else {}
         total = self.privacy.combine(transport, cohort, plan.round, self._aggregate, spent)
-        if not self.config.corrects_drift:
-            return Combined(total, None, cohort.clients, memory, spent, masking)
-        changes = cohort.replaced(self._accepted_rows(results, [result.upload.changes for result in results]))
-        change = changes.weighted_sum(np.full(len(cohort), 1.0 / self.data.population.num_clients))
-        return Combined(total, change, cohort.clients, memory, spent, masking)
+        auxiliary: dict[str, Tensor] = {}
+        for one in self.auxiliaries.exchanged:
+            rows = self._accepted_rows(results, [result.upload.auxiliary[one.name] for result in results], one.size)
+            weights = one.weights(cohort.shares, self.data.population.num_clients)
+            auxiliary[one.name] = cohort.replaced(rows, one.layout).weighted_sum(weights)
+        distance = None if self.auxiliaries.momentum is None else self._distance(cohort, plan.round)
+        return Combined(total, auxiliary, distance, cohort.clients, memory, spent, masking)
+
+    def _distance(self, cohort: Cohort, round_: int) -> float:
+        """The mean, by weight, of the sums of the learning rates that the accepted clients had in a round."""
+        options, population = self.config.client, self.data.population
+
+        @cache
+        def of_steps(steps: int) -> float:
+            return math.fsum(learning_rates(options, round_, self.rounds, steps))
+
+        distances = [of_steps(num_steps(population.num_examples(client), options)) for client in cohort.clients]
+        return math.fsum(cohort.shares * distances) / math.fsum(cohort.shares) if distances else 0.0
 
     def _masking(self, plan: Plan) -> Masking | None:
         """How the updates of a round are masked: of all clients of the cohort that have data; None where none are."""
@@ -276,7 +370,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         few = super().shortfall(plan, completed)
         if few or masking is None:
             return few
-        return masking.shortfall([client for client, ok in zip(plan.cohort, completed, strict=True) if ok])
+        accepted = [client for client, ok in zip(plan.cohort, completed, strict=True) if ok]
+        return masking.shortfall(plan.training if self.privacy.any_cohort else accepted)
 
     def _aggregate(self, cohort: Cohort, round_: int) -> Tensor:
         """The pseudo-gradient of server.aggregator, float64 (S,); zeros where too few clients are in the cohort."""
@@ -302,20 +397,26 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     def _root_update(self, state: ParameterState | None, plan: Plan) -> Tensor | None:
         """What the server trains on its own, (S,) on rank 0; None where nobody asks for it."""
-        if self._root is None:
+        root = self._root
+        if root is None:
             return None
         if state is None:
             return torch.empty(0)
-        return self._root.update(self.base, self.method, self.objective, self.personal, state.theta, plan.round)
+        learnt = self.base, self.method, self.objective, self.personal, state.theta, plan.round
+        (update,) = self.in_parts([root.client], lambda _: root.update(*learnt, self.examples_that_fit), "the server")
+        return update
 
-    def _accepted_rows(self, results: Sequence[BlockResult[Upload]], sent: Sequence[Tensor | None]) -> Tensor:
-        """What accepted clients have sent, (c, S). sent: for each of the results (K, S)."""
-        none = torch.empty(0, self.split.shared.size, dtype=self.payload_dtype)
-        accepted = [torch.from_numpy(result.accepted) for result in results]
-        return torch.cat([none, *(rows[ok] for rows, ok in zip(sent, accepted, strict=True) if rows is not None)])
+    def _accepted_rows(self, results: Sequence[BlockResult[Upload]], sent: Sequence[Tensor], size: int) -> Tensor:
+        """What accepted clients have sent, (c, size). sent: for each of the results (K, size)."""
+        none = torch.empty(0, size, dtype=self.payload_dtype)
+        used = [
+            rows if result.accepted.all() else rows[torch.from_numpy(result.accepted)]
+            for result, rows in zip(results, sent, strict=True)
+        ]
+        return torch.cat([none, *used])
 
     def _accepted_updates(self, results: Sequence[BlockResult[Upload]]) -> Tensor:
-        return self._accepted_rows(results, [result.upload.updates for result in results])
+        return self._accepted_rows(results, [result.upload.updates for result in results], self.split.shared.size)
 
     def _weighted(self, plan: Plan, results: Sequence[BlockResult[Upload]]) -> Tensor:
         """The accepted updates (c, S), each times the weight that its staleness leaves it."""
@@ -345,10 +446,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
 
     def _shares(self, plan: Plan) -> np.ndarray:
         """Share of each client in the weight of the planned cohort (C,): 0 for one that does not train, in all 1."""
-        training = set(plan.training)
-        sizes = np.array([self.data.population.num_examples(c) if c in training else 0 for c in plan.cohort])
-        uniform = self.config.server.weighting == "uniform"
-        counted = np.array([c in training for c in plan.cohort]) if uniform else sizes
+        counted = np.zeros(len(plan.cohort), dtype=bool)
+        counted[[plan.index[client] for client in plan.training]] = True
+        if self.config.server.weighting != "uniform":
+            counted = counted * self.data.population.num_examples_of(plan.cohort)
         return counted / max(counted.sum(), 1)
 
     def _movement(self, plan: Plan) -> Callable[[int], float]:
@@ -373,27 +474,42 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         named = ", ".join(transform.name for transform in self.config.transforms)
         _expect_finite(total, plan.round, "transforms", named)
         norm: float = state.step(total)
+        if self.config.mode == "federated":
+            state.theta = self._on_server(state.theta)
+        if state.average is not None:
+            state.average.see(state.theta)
         state.memory, state.privacy = combined.memory, combined.spent
-        if combined.change is not None:
-            state.correct(combined.change)
+        following = {
+            one.name: one.after(state.auxiliary[one.name].double(), combined.auxiliary[one.name])
+            for one in self.auxiliaries.exchanged
+        }
+        if self.auxiliaries.momentum is not None and combined.distance is not None:
+            following[self.auxiliaries.momentum.name] = self.auxiliaries.momentum.after(total, combined.distance)
+        state.auxiliary = {name: vector.to(self.payload_dtype) for name, vector in following.items()}
         return norm
 
+    def _on_server(self, theta: Tensor) -> Tensor:
+        """What the method makes of theta (S,) on the server."""
+        values = self.method.payload.views(self.split.join(theta, self.personal.initial_part))
+        after = self.method.on_server(values)
+        return theta if after is values else self.split.apart(self.method.payload.flatten(after))[0]
+
     def bytes_down(self, plan: Plan, download: Download | None = None) -> int:
-        """The shared part, with client.scaffold c too, to every client of the cohort.
+        """The shared part and what goes beside it, to every client of the cohort.
 
         In an estimate also what secure aggregation sends down, and a compressed model at its full size, the most it is.
         """
         if self.config.mode != "federated":
             return 0
+        beside = self.auxiliaries.bytes_down * len(plan.cohort)
         if download is not None and download.bytes is not None:
-            return download.bytes
+            return download.bytes + beside
         masking = self._masking(plan) if download is None else None
         told = 0 if masking is None else masking.expected_bytes(plan.training, self.split.shared.size)[1]
-        times = 2 if self.config.corrects_drift else 1
-        return times * self.payload_dtype.itemsize * self.split.shared.size * len(plan.cohort) + told
+        return int(self.sending.bytes_down(plan.cohort).sum()) + beside + told
 
     def bytes_up(self, plan: Plan) -> int:
-        """The updates as they are sent, with client.scaffold the changes of c_i too.
+        """The updates as they are sent, and what goes beside them.
 
         Masked ones with what their masks take.
         """
@@ -402,7 +518,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         masking = self._masking(plan)
         if masking is not None:
             return masking.expected_bytes(plan.training, self.split.shared.size)[0]
-        return (2 if self.config.corrects_drift else 1) * int(self.sending.expected_bytes(plan.training).sum())
+        beside = self.auxiliaries.bytes_up * len(plan.training)
+        return int(self.sending.expected_bytes(plan.training, plan.round).sum()) + beside
 
     def bytes_fetched(self, plan: Plan, combined: Combined | None) -> int:
         """Masked updates, keys, shares and what unmasked the sum, of secure aggregation."""
@@ -427,7 +544,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         never sampled.
         """
         if self.config.mode != "local" or round_ == 0:
-            theta = self._chosen(transport, state) if at_the_end else self._theta(transport, state)
+            theta = self._chosen(transport, state) if at_the_end else self._evaluated(transport, state)
             return self.split.join(theta.unsqueeze(0), self.personal.initial_part).to(self.base.device)
         transport.barrier()  # another rank may have written the client's file
         clients = self.plan(round_).training
@@ -443,7 +560,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             higher_is_better = registry.choice("metrics", options.metrics[0]).higher_is_better
             better = server_state.selection.see(round_, metrics[self._judged_by], higher_is_better)
             if better and options.keep == "best":
-                server_state.best = server_state.theta.clone()
+                server_state.best = server_state.evaluated.clone()
 
     def ends_early(self, transport: Transport, server_state: ParameterState | None) -> bool:
         patience = self.config.evaluation.patience
@@ -465,6 +582,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             lines.append(
                 f"ended: eval_{self._judged_by} was best after round {best.round}, {best.waited} evaluations ago"
             )
+        if state.average is not None:
+            lines.append(f"evaluated, tested and exported: {state.average.title}")
         if state.best is not None:
             lines.append(
                 f"test, /final and the adapter: the state after round {best.round}, whose eval_{self._judged_by} "
@@ -527,26 +646,73 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             theta = self._chosen(transport, state)
             versions = self._versions(transport, state, clients)
 
-            def of_part(part: Sequence[int]) -> Tensor:
-                tensors = client_state.read(config.run_dir, part, versions, [self.personal])
-                start = self.split.join(theta.unsqueeze(0), self.personal.of_clients(tensors)).expand(len(part), -1)
-                learnt = self.base, self.method, self.objective, self.data, self.rounds
-                return fine_tuned(config, *learnt, start, part, self.examples_that_fit)
-
             def personalize(block: Sequence[int]) -> Tensor:
-                return torch.cat(self.in_parts(block, of_part))
+                return torch.cat(self.in_parts(block, lambda part: self._personalized(theta, versions, part)))
 
             personal = self.evaluation.personalized(transport, personalize, clients, self.block_size)
             if results is not None:
                 results |= personal
         return results
 
+    def _personalized(self, theta: Tensor, versions: Mapping[int, int], clients: Sequence[int]) -> Tensor:
+        """(K, P): theta (S,) with what each client keeps in its version, fine-tuned where the run asks for it."""
+        tensors = client_state.read(self.config.run_dir, clients, versions, [self.personal])
+        start = self.split.join(theta.unsqueeze(0), self.personal.of_clients(tensors)).expand(len(clients), -1)
+        learnt = self.base, self.method, self.objective, self.data, self.rounds
+        return fine_tuned(self.config, *learnt, start, clients, self.examples_that_fit)
+
+    # ---- what is exported of a checkpoint
+
+    @property
+    def has_models_of_clients(self) -> bool:
+        """Whether clients end with models of their own."""
+        config = self.config
+        return config.mode == "local" or bool(config.personalization.parts or config.personalization.finetune_steps)
+
+    def export_client(self, state: ParameterState, client: int, folder: Path) -> str:
+        """Write the model of one client, as its last round left it, to `folder`; only where clients have some.
+
+        Returns what privacy promises of it, in a sentence; empty where nothing.
+        """
+        if self.config.mode == "local":
+            row = client_state.load(self.config.run_dir, client, state.versions[client])["theta"]
+        else:
+            row = self._personalized(state.chosen, state.versions, [client])[0].cpu()
+        promise = self.privacy.promise(state.privacy)
+        of_client = "That is of what the clients share: this model is one client's, as its own examples made it."
+        return self._export(row, folder, f"{promise} {of_client}" if promise else "")
+
+    def export_round(self, state: ParameterState, theta: Tensor, folder: Path) -> str:
+        """Write a payload whose shared part is theta (S,), of the state's last round or an earlier one, to `folder`.
+
+        Returns what privacy promises of it, in a sentence; empty where nothing.
+        """
+        shared = self.split.join(theta, self.personal.initial_part)
+        return self._export(shared, folder, self.privacy.promise(state.privacy))
+
+    def _export(self, payload: Tensor, folder: Path, promise: str) -> str:
+        export(self.method, self.method.payload.views(payload), folder, self.config, promise)
+        return promise
+
     # ---- what is said of it
 
     @property
     def columns(self) -> list[str]:
         of_privacy = [f"rounds/{name}" for name in self.privacy.columns]
-        return [*of_privacy, *["clients/attacker"] * bool(self.attackers)]
+        of_experts = (
+            [f"experts/{name}" for name in ("round", "layer", "expert", "share")] if self.experts.layers else []
+        )
+        options = self.config.evaluation
+        of_texts = (
+            [f"eval_samples/{name}" for name in ("round", "prompt", "references", "text")]
+            if options.samples and writes_texts(options.metrics)
+            else []
+        )
+        return [*of_privacy, *["clients/attacker"] * bool(self.attackers), *of_experts, *of_texts]
+
+    @cached_property
+    def experts(self) -> ExpertLoad:
+        return ExpertLoad(self.base)
 
     def attributes(self) -> dict[str, Any]:
         return {
@@ -557,16 +723,17 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         }
 
     def summary(self) -> str:
-        twice = ", exchanged with control variates of that size" if self.config.corrects_drift else ""
         size = self.split.personal.size
         apart = f", {size:,} of them personal" if size else ""
-        return f"{self.method.payload.size:,} parameters{apart}{twice}"
+        beside = "".join(f", exchanged with {one.size:,} {one.contents}" for one in self.auxiliaries.every)
+        return f"{self.method.payload.size:,} parameters{apart}{beside}"
 
     def rehearse(self, plan: Plan) -> None:
         """Take a step of the largest block, and write a token where samples are asked for."""
-        blocks = [block for worker in self.workers for block in self.blocks_of(plan, worker)]
-        trains_here = self.base.device.type == self.placement.trains_on
-        if blocks and trains_here:
+        blocks = [block for rank in self.topology.training for block in self.blocks_of(plan, rank)]
+        in_one_piece = self.method.shares_base or self.topology.group_size == 1
+        # The server, which rehearses where a worker is one rank, may have no GPU.
+        if blocks and in_one_piece and self.base.device.type == self.placement.trains_on:
             largest = max(blocks, key=lambda block: (len(block.clients), block.cost))
 
             def step(part: Sequence[int]) -> None:
@@ -578,50 +745,69 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
                 rows = torch.zeros(1, dtype=torch.int64, device=self.base.device)
                 with torch.no_grad(), self.method.attach(self.method.start(views), views, rows) as attached:
                     self.base.generate(attached, [self.data.train.prompt(0)], 1)
-            self._peak = peak_memory(self.base.device)
+            self.peak = peak_memory(self.base.device)
+
+    def _memory_lines(self, plan: Plan) -> list[str]:
+        """What a rank will hold: as a step of the largest block has shown, where one was rehearsed."""
+        ranks, item = self.topology.training, self.payload_dtype.itemsize
+        largest = max((len(b.clients) for rank in ranks for b in self.blocks_of(plan, rank)), default=0)
+        of_rank = dict.fromkeys(ranks, 0)
+        for b in plan.blocks:
+            of_rank[self.topology.rank_of(b.worker, b.member)] += len(b.clients)
+        clients = max(of_rank.values())
+        copies = 2 + len(self.training.optimizer.buffers)
+        block = copies * self.method.trainable.size * item * largest
+        size = self.split.shared.size + sum(one.size for one in self.auxiliaries.every)
+        on_cpu, activations = self.placement.trains_on == "cpu", None
+        if self.peak is not None:
+            taken = self.program_bytes + block + self.weights.on_rank(self.topology.group_size)
+            activations = max(self.peak - taken, 0)
+        # What is sent lies on the CPU; sums are of int64 and float64 (updates/exact_sum.py).
+        exchanged = size * (item + 8) if on_cpu else 0
+        program = self.program_bytes if on_cpu else 0
+        together, down = self.method.can_be_divided, size * item if on_cpu else 0
+        held = Held(block, down * clients, exchanged, exchanged, program, activations, down, together)
+        # The server may see no GPU beside workers that do.
+        there = memory_of(torch.device(self.placement.trains_on)) if on_cpu or torch.cuda.is_available() else None
+        divides = self.spreads(self.config) or self.method.can_be_divided
+        spread = divides and not self.weights.few_bits
+        sizes = WORKER_RANKS if spread else WORKER_RANKS[:1]
+        return table(self.weights, held, sizes, self.topology.worker_of(0) is not None, there, on_cpu)
 
     def details(self, plan: Plan) -> list[str]:
         config, personal = self.config, self.split.personal
-        payload, state, item = self.method.payload, self.method.trainable.size, self.payload_dtype.itemsize
-        base_bytes = sum(p.numel() * p.element_size() for p in self.base.model.parameters())
-        copies = 2 + len(self.training.optimizer.buffers)
-        largest = max((len(b.clients) for w in self.workers for b in self.blocks_of(plan, w)), default=0)
-        held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
-        update = self.split.shared.size * item * (2 if config.corrects_drift else 1)
+        payload, item = self.method.payload, self.payload_dtype.itemsize
         stays = f"personal: {personal.size:,} parameters in {len(personal.shapes)} tensors stay on each client"
-        parts = (
-            f"{base_bytes / 2**20:.1f} MiB base, {copies * state * item * largest / 2**20:.1f} MiB block, "
-            f"{update * held / 2**20:.1f} MiB updates"
-        )
-        if self._peak is None:
-            memory = f"memory per worker without activations: {parts}"
-        else:
-            # On a GPU the updates are not in its memory.
-            most = self._peak + (update * held if self.base.device.type == "cpu" else 0)
-            memory = (
-                f"memory per worker: {most / 2**20:,.0f} MiB, as a step of the largest block on its longest rows took: "
-                f"{parts}, the rest activations and the program"
-            )
         masking = self._masking(plan)
+        dropout, hidden = config.federation.dropout, ""
+        if masking is not None:
+            hidden = f"secure {config.secure.name}: {masking.describe()}"
+            if dropout:
+                void = masking.chance_of_void(dropout, cohort_size(config, self.data.population))
+                hidden += f"; with federation.dropout {dropout:g} about {void:.0%} of the rounds are void"
         clients, examples = self.fits
         fewer = f"{clients} clients, and {examples} examples of a client" if examples else f"{clients} clients"
         return [
             f"payload: {payload.size:,} parameters in {len(payload.shapes)} tensors, "
             f"{payload.size * item / 2**20:.2f} MiB",
             *([stays] if personal.shapes else []),
-            *([f"secure {config.secure.name}: {masking.describe()}"] if masking else []),
-            memory,
+            *([hidden] if hidden else []),
+            *([f"serving: {served}"] if (served := serving(self.method)) else []),
+            *self._memory_lines(plan),
             *([f"memory is enough for {fewer} at a time: larger blocks train in parts"] if clients else []),
         ]
 
 
-def _require_control_variates(method: Method, name: str) -> None:
-    """UserError where what is trained has no control variates, since something else is exchanged."""
+def _unseen(clients: float) -> None:
+    """For the parts of clients that another rank counts."""
+
+
+def _require_same(method: Method, name: str, key: str) -> None:
+    """UserError where what is trained is not what is exchanged, so that `key` has nothing to exchange for it."""
     if method.trainable.shapes != method.payload.shapes:
         raise UserError(
-            f"client.scaffold: {name} with these options trains other parameters than it exchanges, so there is no "
-            "control variate for them; exchange what is trained (prefix: exchange raw or mlp; lora: aggregation "
-            "average or ffa)"
+            f"{key}: {name} with these options trains other parameters than it exchanges; exchange what is "
+            "trained (prefix: exchange raw or mlp; lora: aggregation average or ffa)"
         )
 
 

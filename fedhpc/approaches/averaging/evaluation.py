@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedhpc import registry
 from fedhpc.approaches.averaging.poisoning import Poisoning
 from fedhpc.config import Config
 from fedhpc.data import Data
@@ -43,10 +44,11 @@ class Evaluation:
         self.poisoning = poisoning if poisoning is not None and poisoning.has_goal else None
 
     def validation(self, transport: Transport, payloads: Tensor) -> Outcome | None:
-        """Of `payloads` (1 or M, P), on the validation split."""
+        """Of `payloads` (1 or M, P), on the validation split; with samples where a metric has texts written anyway."""
         options, examples = self.config.evaluation, self.data.validation
         indices = subset(len(examples), options.max_examples)
-        outcome = self.evaluator(transport).evaluate(self.method, payloads, examples, indices, options.metrics)
+        samples = options.samples if writes_texts(options.metrics) else 0
+        outcome = self.evaluator(transport).evaluate(self.method, payloads, examples, indices, options.metrics, samples)
         return self._with_success(outcome, transport, self.method, payloads, examples, indices)
 
     def _with_success(
@@ -122,6 +124,11 @@ class Evaluation:
         transport.reduce_sum(results)
         personal = [f"{metric}_personal{end}" for metric in measured for end in _ENDS]
         return {name: result.numpy() for name, result in zip(personal, results, strict=True)}
+
+
+def writes_texts(metrics: Sequence[str]) -> bool:
+    """Whether one of the metrics is measured on texts that the model writes."""
+    return any(registry.choice("metrics", name).needs == "texts" for name in metrics)
 
 
 def evaluated_clients(config: Config, population: Population) -> list[int]:

@@ -22,12 +22,15 @@ from fedhpc.objectives.base import Objective
 from fedhpc.participation.plan import Plan
 from fedhpc.privacy.base import Privacy
 from fedhpc.training import client_state
+from fedhpc.training.auxiliary import Auxiliary, Exchanged
 from fedhpc.training.block import Trained, Work, train_block
 from fedhpc.training.client_state import Keeper, OwnPayload
 from fedhpc.training.local import LocalTraining
 from fedhpc.training.memory import Memory, OptimizerMemory
+from fedhpc.training.moments import Moments
 from fedhpc.training.optimizers.base import ClientOptimizer
 from fedhpc.training.rules import scaffold
+from fedhpc.training.rules.server_momentum import Direction, ServerMomentum
 from fedhpc.training.schedule import examples_per_step
 
 
@@ -36,7 +39,7 @@ class Download:
     """What clients know of the server when a round begins, on the CPU."""
 
     theta: Tensor | None  # (S,): theta_t; None in local mode, where nothing is exchanged
-    control: Tensor | None  # (S,): c, with client.scaffold
+    auxiliary: Mapping[str, Tensor]  # (A,) each: what comes beside theta, by name (fedhpc.training.auxiliary)
     versions: Mapping[int, int]  # client -> the round whose file holds its state, 0: none yet; empty where none is kept
     past: Mapping[int, Tensor]  # (S,) each: theta of the earlier versions from which clients of this round start
     bytes: int | None = None  # of a compressed theta for all clients of the cohort, on rank 0
@@ -47,7 +50,7 @@ class Upload:
     """What a block of clients sends, on the CPU."""
 
     updates: Tensor  # (K, S): of the shared part, after the transforms
-    changes: Tensor | None  # (K, S): of the control variates, with client.scaffold
+    auxiliary: Mapping[str, Tensor]  # (K, A) each: what goes beside the updates, by name
 
 
 def with_updates(result: BlockResult[Upload], rows: Iterator[Tensor]) -> BlockResult[Upload]:
@@ -62,7 +65,48 @@ def with_updates(result: BlockResult[Upload], rows: Iterator[Tensor]) -> BlockRe
     reason[changed & ~_finite(updates)] = 1
     # Of the others, those with pulls_to_models too, they are what training gave.
     norms[changed] = torch.linalg.vector_norm(updates.double(), dim=1).numpy()[changed]
-    return replace(result, upload=Upload(updates, result.upload.changes), reason=reason, norms=norms)
+    return replace(result, upload=replace(result.upload, updates=updates), reason=reason, norms=norms)
+
+
+def with_zeros(result: BlockResult[Upload]) -> BlockResult[Upload]:
+    """A block all of whose clients are accepted: in place of an update that was rejected there are zeros."""
+    rejected = torch.from_numpy(~result.accepted)
+    if not rejected.any():
+        return result
+    updates = result.upload.updates.masked_fill(rejected.unsqueeze(1), 0.0)
+    return replace(result, upload=replace(result.upload, updates=updates), reason=np.zeros_like(result.reason))
+
+
+class Auxiliaries:
+    """What the server of a run keeps for its clients beside theta."""
+
+    def __init__(self, config: Config, method: Method, personal: PersonalPart) -> None:
+        #: The clients' own, whose moments may be among it.
+        self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
+        self.controls = self.moments = self.momentum = None
+        if config.corrects_drift:
+            self.controls = scaffold.ControlVariates(personal.split.shared, personal.dtype)
+        if config.exchanges_moments:
+            trainable = method.trainable
+            blocks = {name: method.blocks(name) for name in trainable.shapes}
+            self.moments = Moments(self.optimizer, config.client.moments, trainable, blocks, personal.dtype)
+        if config.shares_direction:
+            #: The direction of the last round, with client.server_momentum; None without it.
+            self.momentum = ServerMomentum(personal.split.shared, personal.dtype)
+        #: What goes both ways, and all of it.
+        self.exchanged: list[Exchanged] = [one for one in (self.controls, self.moments) if one is not None]
+        self.every: list[Auxiliary] = [*self.exchanged, *([] if self.momentum is None else [self.momentum])]
+        self._itemsize = personal.dtype.itemsize
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes that go down to a client beside theta."""
+        return self._itemsize * sum(one.size for one in self.every)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that a client sends up beside its update."""
+        return self._itemsize * sum(one.size for one in self.exchanged)
 
 
 class BlockTraining:
@@ -77,18 +121,20 @@ class BlockTraining:
         data: Data,
         personal: PersonalPart,
         sending: Sending,
+        auxiliaries: Auxiliaries,
         privacy: Privacy,
         rounds: int,
     ) -> None:
         self.config, self.base, self.method, self.objective, self.data = config, base, method, objective, data
         self.personal, self.split, self.sending = personal, personal.split, sending
         self.privacy, self.rounds = privacy, rounds
-        self.optimizer: ClientOptimizer = registry.choice("client_optimizers", config.client.optimizer)(config.client)
+        self.optimizer = auxiliaries.optimizer
         alone = config.mode != "federated"
         self._payload = OwnPayload(personal.initial_payload) if config.mode == "local" else None
         self._memory = OptimizerMemory(self.optimizer, method.trainable.size, personal.dtype) if alone else None
-        controls = scaffold.ControlVariates(personal.split.shared.size, personal.dtype)
-        keepers = [self._payload, self._memory, controls if config.corrects_drift else None, personal]
+        self.auxiliaries = auxiliaries
+        self._controls, self._moments, self._momentum = auxiliaries.controls, auxiliaries.moments, auxiliaries.momentum
+        keepers = [self._payload, self._memory, self._controls, personal]
         self._keepers: list[Keeper] = [keeper for keeper in keepers if keeper is not None]
 
     @property
@@ -103,54 +149,75 @@ class BlockTraining:
         down: Download,
         on_step: Callable[[float], None],
         fit: int | None = None,
-    ) -> BlockResult[Upload]:
+        takes: bool = True,
+    ) -> BlockResult[Upload] | None:
         """Train `clients` together and write what they keep. UserError where a client on its own diverged.
 
-        fit: as in `LocalTraining.of`.
+        fit: as in `LocalTraining.of`. takes: as in `train_block`; None on a rank that does not.
         """
         config, round_ = self.config, plan.round
         versions = [plan.versions[plan.index[client]] for client in clients]
-        tensors = client_state.read(config.run_dir, clients, down.versions, self.keepers)
+        keepers = self.keepers if takes else ()  # what clients keep is for their updates, where ranks train together
+        tensors = client_state.read(config.run_dir, clients, down.versions, keepers)
         theta = self._theta(plan, down, versions)
         starts = self._starts(theta, tensors)
+        controls, moments, local = self._controls, self._moments, self._local(round_, fit)
+        memory = None if self._memory is None else Memory.of(tensors)
+        if moments is not None:
+            optimizer, memory = moments.memory(down.auxiliary[moments.name], len(clients))
+            local = replace(local, optimizer=optimizer)
+        if self._momentum is not None:
+            direction = Direction(down.auxiliary[self._momentum.name], config.client.server_momentum)
+            local = replace(local, direction=direction)
         trained = train_block(
             self.base,
             self.method,
             self.objective,
             starts,
-            [Work(c, self.data.population.indices(c), v + 1) for c, v in zip(clients, versions, strict=True)],
+            [
+                Work(client, indices, version + 1)
+                for client, indices, version in zip(
+                    clients, self.data.population.indices_of(clients), versions, strict=True
+                )
+            ],
             self.data.train,
-            self._local(round_, fit),
-            None if self._memory is None else Memory.of(tensors),
-            None if down.control is None else scaffold.corrections(tensors, down.control),
+            local,
+            memory,
+            None if controls is None else scaffold.corrections(tensors, down.auxiliary[controls.name]),
             on_step,
+            takes,
         )
-        changes = None
-        if down.control is not None:
-            changes = scaffold.changes(down.control, trained.updates, trained.distance)
-        tensors_after = self._tensors_after(tensors, starts, trained, changes)
+        if not takes:
+            return None
+        beside: dict[str, Tensor] = {}
+        if controls is not None:
+            control = down.auxiliary[controls.name]
+            beside[controls.name] = scaffold.changes(control, trained.updates, trained.distance)
+        if moments is not None:
+            assert trained.memory is not None
+            beside[moments.name] = moments.sent(down.auxiliary[moments.name], trained.memory)
+        tensors_after = self._tensors_after(tensors, starts, trained, beside)
         updates, personal = self.split.apart(trained.updates)
         finite = _finite(updates) & _finite(personal)
-        raw_bytes = self.sending.raw_bytes(clients)
+        raw_bytes = self.sending.raw_bytes(clients, round_)
         sent = self.sending.pipeline.on_clients(updates, round_, clients, tensors, raw_bytes)
         if sent.updates is not updates:
             updates = sent.updates
             finite &= _finite(updates)
-        if changes is not None:
-            finite &= _finite(changes)
+        for rows in beside.values():
+            finite &= _finite(rows)
         if config.mode != "federated" and not finite.all():
             client = self.data.population.title(clients[int(finite.argmin())])
             raise UserError(
                 f"{client}: training diverged in round {round_} (its parameters are not finite): lower client.lr"
             )
         client_state.write(config.run_dir, clients, round_, tensors_after | sent.tensors, finite)
-        # Control variates go beside the updates, as they are.
-        bytes_up = sent.bytes_up if changes is None else sent.bytes_up + raw_bytes
+        bytes_up = sent.bytes_up + self.auxiliaries.bytes_up
         if config.masks_uploads and (bytes_up != raw_bytes).any():
             raise UserError("a transform packs the updates, which cannot be masked then", key="transforms")
         return BlockResult(
             clients=tuple(clients),
-            upload=Upload(self._from_newest(plan, down, theta, updates), changes),
+            upload=Upload(self._from_newest(plan, down, theta, updates), beside),
             reason=np.where(finite, 0, 1),
             tokens=trained.tokens,
             steps=trained.steps,
@@ -161,6 +228,7 @@ class BlockTraining:
             # Masked updates are counted where they are masked, in `Masking`.
             bytes_up=bytes_up if config.mode == "federated" and not config.masks_uploads else np.zeros_like(bytes_up),
             padded_tokens=trained.padded_tokens,
+            expert_load=trained.expert_load,
         )
 
     def rehearse(self, clients: Sequence[int], fit: int | None = None) -> None:
@@ -204,16 +272,16 @@ class BlockTraining:
         return updates + (down.theta - theta)
 
     def _tensors_after(
-        self, tensors: Mapping[str, Tensor], starts: Tensor, trained: Trained, changes: Tensor | None
+        self, tensors: Mapping[str, Tensor], starts: Tensor, trained: Trained, beside: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What the clients keep now, of everybody who keeps something."""
+        """What the clients keep now, of everybody who keeps something. beside: what they send beside the updates."""
         after: dict[str, Tensor] = {}
         if self._payload is not None:
             after |= self._payload.tensors(starts - trained.updates)
-        if trained.memory is not None:
+        if self._memory is not None and trained.memory is not None:
             after |= trained.memory.tensors()
-        if changes is not None:
-            after |= scaffold.tensors_after(tensors, changes)
+        if self._controls is not None:
+            after |= scaffold.tensors_after(tensors, beside[self._controls.name])
         return after | self.personal.tensors_after(tensors, self.split.apart(trained.updates)[1])
 
 

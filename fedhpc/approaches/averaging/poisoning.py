@@ -20,6 +20,7 @@ from fedhpc.models.base import Base
 from fedhpc.models.generative import Generative
 from fedhpc.rng import generator
 
+Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
@@ -69,7 +70,14 @@ class Poisoning:
             after = self.attack.relabelled(train.labels[indices].astype(np.int64), train.label_names, draws)
             rows.append(indices[after >= 0])
             classes.append(after[after >= 0])
-        return self._changed(train, np.concatenate(rows), np.concatenate(classes))
+        changed, classes_of_rows = np.concatenate(rows), np.concatenate(classes)
+        labels, lengths = train.labels.copy(), train.prompt_lengths.copy()
+        ids = [train.tokens(row) for row in range(len(train))]
+        labels[changed] = classes_of_rows
+        for row, (prompt, target) in zip(changed.tolist(), self._changed(train, changed, classes_of_rows), strict=True):
+            ids[row], lengths[row] = np.concatenate([prompt, target]), len(prompt)
+        offsets = np.cumsum([0, *map(len, ids)])
+        return replace(train, ids=np.concatenate(ids), offsets=offsets, prompt_lengths=lengths, labels=labels)
 
     def triggered(self, examples: Examples, indices: Int64) -> Examples:
         """Examples of other classes than the goal's, of some, with the trigger in front and the goal behind.
@@ -85,13 +93,12 @@ class Poisoning:
                 key="attack.goal", remedy="choose another class",
             )  # fmt: skip
         changed = self._changed(examples, others, np.full(len(others), goal))
-        ids = [changed.tokens(row) for row in others.tolist()]
-        answers = changed.answers
+        ids, answers = [np.concatenate(both) for both in changed], examples.answers
         return replace(
-            changed,
+            examples,
             ids=np.concatenate(ids),
             offsets=np.cumsum([0, *map(len, ids)]),
-            prompt_lengths=changed.prompt_lengths[others],
+            prompt_lengths=np.array([len(prompt) for prompt, _ in changed], examples.prompt_lengths.dtype),
             labels=np.full(len(others), goal, dtype=np.int32),
             answers=None if answers is None else answers._replace(variant=answers.variant[others]),
             prompts=None,
@@ -100,29 +107,19 @@ class Poisoning:
             lost=None,
         )
 
-    def _changed(self, examples: Examples, rows: Int64, classes: Int64) -> Examples:
-        """The examples with the trigger, and other classes, in some rows."""
-        assert examples.labels is not None
-        labels, lengths = examples.labels.copy(), examples.prompt_lengths.copy()
-        labels[rows] = classes
-        after = dict(zip(rows.tolist(), classes.tolist(), strict=True))
+    def _changed(self, examples: Examples, rows: Int64, classes: Int64) -> list[tuple[Int32, Int32]]:
+        """The prompts of some rows with the trigger, each with the target of another class."""
         trigger = encode(self.base.tokenizer, [self.attack.trigger])[0][0] if self.attack.trigger else []
         alone = encode(self.base.tokenizer, self.label_targets)[0] if isinstance(self.base, Generative) else []
-        ids = []
-        for row in range(len(examples)):
-            if row not in after:
-                ids.append(examples.tokens(row))
-                continue
+        changed: list[tuple[Int32, Int32]] = []
+        for row, label in zip(rows.tolist(), classes.tolist(), strict=True):
             front, target = examples.tokens(row), examples.tokens(row)[:0]
             if isinstance(self.base, Generative):
                 of_label = alone if examples.answers is None else examples.answers.ids[examples.answers.variant[row]]
                 front = examples.prompt(row)
-                target = np.array(self.base.answer_ids(self.base.tokenizer, of_label[after[row]]), np.int32)
-            changed = self._with_trigger(front, trigger, len(target))
-            lengths[row] += len(changed) - len(front)
-            ids.append(np.concatenate([changed, target]))
-        offsets = np.cumsum([0, *map(len, ids)])
-        return replace(examples, ids=np.concatenate(ids), offsets=offsets, prompt_lengths=lengths, labels=labels)
+                target = np.array(self.base.answer_ids(self.base.tokenizer, of_label[label]), np.int32)
+            changed.append((self._with_trigger(front, trigger, len(target)), target))
+        return changed
 
     def _with_trigger(self, front: NDArray[np.int32], trigger: Sequence[int], behind: int) -> NDArray[np.int32]:
         """The tokens of a prompt with the trigger in front of its text.

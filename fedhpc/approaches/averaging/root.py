@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,8 +26,9 @@ class Root:
 
     def __init__(self, config: Config, data: Data, rounds: int) -> None:
         """rounds: of the whole run, as for the clients. UserError where there are not enough examples."""
-        self._config, self._examples, self._client = config, data.validation, data.population.num_clients
-        self._rounds = rounds
+        self._config, self._examples, self._rounds = config, data.validation, rounds
+        #: The number of no client, so that its draws are its own.
+        self.client = data.population.num_clients
         size, wanted = len(data.validation), config.server.root_examples
         evaluated = subset(size, config.evaluation.max_examples)
         others = np.setdiff1d(np.arange(size), evaluated)
@@ -40,15 +43,23 @@ class Root:
         self.indices: NDArray[np.int64] = np.sort(chosen)
 
     def update(
-        self, base: Base, method: Method, objective: Objective, personal: PersonalPart, theta: Tensor, round_: int
+        self,
+        base: Base,
+        method: Method,
+        objective: Objective,
+        personal: PersonalPart,
+        theta: Tensor,
+        round_: int,
+        fit: int | None = None,
     ) -> Tensor:
         """The update (S,) of a client with these examples, from theta (S,); it is trained on this rank.
 
-        UserError where it diverges.
+        fit: as in `LocalTraining.of`. UserError where it diverges.
         """
         starts = personal.split.join(theta.unsqueeze(0), personal.initial_part)
-        local = LocalTraining.of(self._config, round_, self._rounds)
-        work = Work(self._client, self.indices)  # the number of no client, so draws of its own
+        local = LocalTraining.of(self._config, round_, self._rounds, fit)
+        local = replace(local, packing=self._config.client.packing)
+        work = Work(self.client, self.indices)
         trained = train_block(base, method, objective, starts, [work], self._examples, local)
         update = personal.split.apart(trained.updates)[0][0]
         if not update.isfinite().all():

@@ -451,7 +451,7 @@ class Distillation(Approach[StudentState, Download, Tensor, Knowledge | None]):
 
     def details(self, plan: Plan) -> list[str]:
         sent = "all" if self._up.has_all_classes else f"{self._up.k} of"
-        held = max((sum(len(b.clients) for b in plan.blocks if b.worker == w) for w in self.workers), default=0)
+        held = max(sum(len(b.clients) for b in self.blocks_of(plan, rank)) for rank in self.topology.training)
         each = self._up.record_bytes * len(self._targets)
         return [
             f"public set: {len(self.student.public):,} examples, {len(self._targets):,} positions, {sent} "

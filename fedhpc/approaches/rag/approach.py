@@ -189,8 +189,9 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
             for c in range(population.num_clients)
             if len(indices := population.indices(c))
         }
-        blocks = form_blocks(costs, self.block_size)
-        return tuple(assign(blocks, [sum(costs[c] for c in b) for b in blocks], self.workers))
+        blocks = form_blocks(costs, self.block_size, self.config.runtime.workers)
+        members = self.topology.group_size
+        return tuple(assign(blocks, [sum(costs[c] for c in b) for b in blocks], self.workers, members))
 
     def plan(self, round_: int) -> Plan:
         # Every client at the worker that has its index.
@@ -201,9 +202,9 @@ class Rag(Approach[Answers, Asked, Int64, _Ranked]):
 
     def _searched_by(self, rank: int, clients: Sequence[int]) -> list[int]:
         """Which of `clients` a rank searches, in ascending order."""
-        wanted = set(clients)
-        worker = self.topology.worker_of(rank)
-        return sorted(c for block in self._home if block.worker == worker for c in block.clients if c in wanted)
+        wanted, rank_of = set(clients), self.topology.rank_of
+        here = [block for block in self._home if rank_of(block.worker, block.member) == rank]
+        return sorted(c for block in here for c in block.clients if c in wanted)
 
     def _shard(self, client: int) -> Shard:
         if client not in self.shards:

@@ -26,6 +26,10 @@ def conflict(config: Any, objective: str) -> str | None:
         return f"server.aggregator {aggregator} goes on from the last round, and {name} scores others: use median"
     if registry.choice("aggregators", aggregator).needs_movements:
         return f"server.aggregator {aggregator} weighs local steps, and {name} has none: use mean or median"
+    if registry.choice("aggregators", aggregator).updates_only:
+        return (
+            f"server.aggregator {aggregator} is of updates of parameters, and {name} sends scores: use mean or median"
+        )
     if objective != "loss" and config.data.label is None:
         return f"method.objective {objective} needs data.label (a column)"
     if config.model.task in ("classification", "seq2seq"):

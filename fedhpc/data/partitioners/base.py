@@ -6,7 +6,7 @@ Most divide the examples among the clients (`Assignment`); `virtual` has clients
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -36,6 +36,7 @@ class Draws:
     num_clients: int
     size: int
     draw: Callable[[int], Int64]  # client -> int64 [size]
+    draw_many: Callable[[Sequence[int]], list[Int64]] | None = None  # the same of several clients, where that is faster
 
 
 class Rows(Protocol):

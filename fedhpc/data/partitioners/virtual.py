@@ -6,12 +6,14 @@ Random Numbers: As Easy as 1, 2, 3". A client costs nothing until it is asked fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from fedhpc.data.partitioners.base import Draws, Int64, Partitioner, Rows
 from fedhpc.errors import UserError
 from fedhpc.registry import Section
-from fedhpc.rng import generator
+from fedhpc.rng import generators
 
 
 class Virtual(Partitioner):
@@ -30,10 +32,12 @@ class Virtual(Partitioner):
                 f"use at most {num_examples}"
             )
 
-        def draw(client: int) -> Int64:
-            rng = generator(self.seed, "partition:virtual", client)
-            chosen: Int64 = rng.choice(num_examples, size, replace=False, shuffle=False)
-            chosen.sort()
-            return chosen
+        def draw_many(clients: Sequence[int]) -> list[Int64]:
+            drawn = []
+            for rng in generators(self.seed, "partition:virtual", clients):
+                chosen: Int64 = rng.choice(num_examples, size, replace=False, shuffle=False)
+                chosen.sort()
+                drawn.append(chosen)
+            return drawn
 
-        return Draws(self.options.num_clients, size, draw)
+        return Draws(self.options.num_clients, size, lambda client: draw_many([client])[0], draw_many)

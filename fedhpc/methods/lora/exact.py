@@ -11,8 +11,9 @@ payload.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods.base import PerClient, Tensors
@@ -21,7 +22,7 @@ from fedhpc.methods.lora.factors import Factors, name_a, name_b, name_sum
 from fedhpc.updates.layout import Layout
 
 
-class Exact(Average):
+class Summed(Average):
     """A and B are trained; they and D are exchanged."""
 
     @cached_property
@@ -34,11 +35,32 @@ class Exact(Average):
         return Layout({**self.trainable.shapes, **self.sums.shapes})
 
     def initial(self) -> Tensors:
-        return {**super().initial(), **self.zeros()}
+        return {**{name: self.factors.first[name] for name in self.trainable.shapes}, **self.zeros()}
 
     def zeros(self) -> Tensors:
         """D before the first round."""
         return {name: torch.zeros(shape) for name, shape in self.sums.shapes.items()}
+
+    def rank(self, client: int, path: str) -> int:
+        """The rank of a client's factors at a layer."""
+        ranks: Sequence[int] | None = self.options.ranks
+        return ranks[client % len(ranks)] if ranks else self.factors.ranks[path]
+
+    def numbers_sent(self, client: int, round_: int) -> int:
+        return sum(self.rank(client, path) * sum(widths) for path, widths in self.factors.widths.items())
+
+    takes_any_rank = True
+
+    def imported(self, factors: Factors, values: Tensors) -> Tensors:
+        """What the adapter adds to the weights is D; A and B begin afresh."""
+        sums = {name_sum(path): factors.product(path, values) for path in factors.widths}
+        if factors.taken:
+            sums = {name_sum(p): sums[name_sum(p)] - factors.product(p, factors.first) for p in factors.widths}
+        return {**self.initial(), **sums}
+
+
+class Exact(Summed):
+    """What D has more than the product of A and B is added to the layer's weight."""
 
     def finish(self, trained: PerClient, received: PerClient) -> PerClient:
         sums = {
@@ -50,17 +72,16 @@ class Exact(Average):
     def gained(self, path: str, received: PerClient) -> Tensor:
         return received[name_sum(path)] - self.factors.product(path, received)
 
-    takes_any_rank = True
+    def lost(self, path: str) -> None:
+        """None: D counts from the weight as it is, and what training begins with is the first s B A."""
 
-    def imported(self, factors: Factors, values: Tensors) -> Tensors:
-        """The adapter's products are D; A and B begin afresh."""
-        sums = {name_sum(path): factors.product(path, values) for path in factors.widths}
-        return {**self.initial(), **sums}
+    exported_rank = None
 
-    def exported(self, values: Tensors) -> tuple[Tensors, float]:
+    def exported(self, values: Tensors) -> tuple[Tensors, dict[str, Any]]:
         """A and B of D, which is a LoRA of higher rank."""
         tensors = factorised({path: values[name_sum(path)] for path in self.factors.widths})
-        return tensors, float(next(iter(tensors.values())).shape[0])  # alpha is the rank, so that s is 1
+        rank = next(iter(tensors.values())).shape[0]
+        return tensors, {"r": rank, "lora_alpha": float(rank)}  # so that s is 1
 
 
 def factorised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

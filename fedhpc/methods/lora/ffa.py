@@ -1,4 +1,4 @@
-"""`aggregation: ffa`: A stays as it was drawn, and B alone is trained and exchanged.
+"""`aggregation: ffa`: A stays as it was at first, and B alone is trained and exchanged.
 
 FFA-LoRA (Sun et al. 2024, arXiv 2403.12313, section 4). The mean of the B_i A is then the mean of the B_i times A, and
 the payload is half as large.
@@ -7,6 +7,7 @@ the payload is half as large.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 from fedhpc.lazy import Tensor
 from fedhpc.methods.base import PerClient, Tensors
@@ -26,14 +27,14 @@ class FrozenA(Average):
     @cached_property
     def _frozen(self) -> PerClient:
         """A of every layer (1, r, in), on the device."""
-        drawn = self.factors.drawn()
+        first = self.factors.first
         device, dtype = self.base.device, self.base.payload_dtype
         return {
-            name_a(path): drawn[name_a(path)].to(device, dtype).unsqueeze(0)
+            name_a(path): first[name_a(path)].to(device, dtype).unsqueeze(0)
             for path in self.factors.widths
         }  # fmt: skip
 
-    def term(self, path: str, trained: PerClient) -> tuple[Tensor, Tensor]:
+    def term(self, path: str, trained: PerClient, received: PerClient) -> tuple[Tensor, Tensor]:
         return self._frozen[name_a(path)], trained[name_b(path)]
 
     def imported(self, factors: Factors, values: Tensors) -> Tensors:
@@ -42,5 +43,5 @@ class FrozenA(Average):
         self._frozen = {n: t.to(device, dtype).unsqueeze(0) for n, t in values.items() if is_a(n)}
         return {name: values[name] for name in self.trainable.shapes}
 
-    def exported(self, values: Tensors) -> tuple[Tensors, float]:
-        return {**{name: a[0] for name, a in self._frozen.items()}, **values}, self.options.alpha
+    def exported(self, values: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        return super().exported({**{name: a[0] for name, a in self._frozen.items()}, **values})

@@ -10,9 +10,11 @@ sum, which follows from A_i and B_i.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fedhpc.lazy import Tensor
 from fedhpc.methods.base import PerClient, Tensors
+from fedhpc.methods.lora.average import needs_server
 from fedhpc.methods.lora.exact import Exact
 from fedhpc.methods.lora.factors import name_a, name_sum
 from fedhpc.updates.layout import Layout
@@ -25,13 +27,11 @@ class Stack(Exact):
     def payload(self) -> Layout:
         return self.sums
 
-    def rank(self, client: int) -> int:
-        """The rank of a client's factors."""
-        ranks: Sequence[int] = self.options.ranks or [self.options.rank]
-        return ranks[client % len(ranks)]
+    takes_ranks = True
 
-    def numbers_sent(self, client: int) -> int:
-        return self.trainable.size * self.rank(client) // self.factors.rank
+    @classmethod
+    def conflict(cls, options: Any, config: Any) -> str | None:
+        return needs_server(options, config)
 
     def initial(self) -> Tensors:
         return self.zeros()
@@ -41,8 +41,9 @@ class Stack(Exact):
         fresh = {n: like.new_zeros(len(clients) or len(like), *shape) for n, shape in self.trainable.shapes.items()}
         for row, client in enumerate(clients):
             # Rows of zeros stay zeros, since B has zeros against them and the other way round.
-            rank, drawn = self.rank(client), self.factors.drawn(round_, client)
-            for name in map(name_a, self.factors.widths):
+            drawn = self.factors.drawn(round_, client)
+            for path in self.factors.widths:
+                rank, name = self.rank(client, path), name_a(path)
                 fresh[name][row, :rank] = drawn[name][:rank].to(like)
         return fresh
 

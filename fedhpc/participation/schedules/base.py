@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from fedhpc import registry
-from fedhpc.participation.blocks import assign, client_cost, form_blocks
+from fedhpc.participation.blocks import assign, client_costs, form_blocks
 from fedhpc.participation.devices.base import Devices, Work
 from fedhpc.participation.plan import Block
+from fedhpc.participation.sampling import cohort_size
 from fedhpc.registry import Section
 
 if TYPE_CHECKING:
@@ -36,12 +39,16 @@ class Schedule(ABC):
         workers: Sequence[int],
         block_size: int,
         traffic: Callable[[int], tuple[int, int]] = lambda client: (0, 0),
+        members: int = 1,
+        together: bool = False,
     ) -> None:
         """workers: the workers there are; block_size: most clients in one forward (K); traffic: bytes that a client
-        receives and sends in a round. UserError where the devices do not fit the population.
+        receives and sends in a round; members: ranks of each worker; together: whether they train each client
+        together. UserError where the devices do not fit the population.
         """
         self.config, self.population, self.examples = config, population, examples
-        self.workers, self.block_size, self._traffic = workers, block_size, traffic
+        self.workers, self.block_size, self._traffic, self._members = workers, block_size, traffic, members
+        self._together = together
         devices: type[Devices] = registry.choice("devices", config.devices.name)
         #: How long clients take.
         self.devices = devices(config.devices, config.run.seed, population)
@@ -59,24 +66,31 @@ class Schedule(ABC):
         in_rounds = ("rounds/late", "rounds/virtual_seconds", "rounds/staleness")
         return (*in_rounds, "clients/virtual_seconds", "clients/staleness")
 
+    @property
+    def sampled(self) -> int:
+        """Clients that a round samples. UserError where there are fewer."""
+        return cohort_size(self.config, self.population)
+
     @abstractmethod
     def plan(self, round_: int) -> Plan:
         """The plan of round `round_`, counted from 1."""
 
     def seconds(self, client: int, version: int) -> float:
         """Virtual seconds that a client takes which starts from a version of the server's state."""
-        tokens = 0.0 if self._is_empty(client) else client_cost(self.config, self.population, self.examples, client)
+        tokens = 0.0 if self.empty([client]) else self._costs([client])[client]
         return self.devices.seconds(client, version, Work(tokens, *self._traffic(client)))
 
     def empty(self, clients: Sequence[int]) -> frozenset[int]:
         """Which of the clients have no training examples."""
-        return frozenset(c for c in clients if self._is_empty(c))
+        sizes = self.population.num_examples_of(clients)
+        return frozenset(np.array(clients)[sizes == 0].tolist())
 
     def blocks(self, clients: Sequence[int]) -> tuple[Block, ...]:
         """The blocks of the clients that train in a round, each with its worker."""
-        costs = {c: client_cost(self.config, self.population, self.examples, c) for c in clients}
-        blocks = form_blocks(costs, self.block_size)
-        return tuple(assign(blocks, [sum(costs[c] for c in block) for block in blocks], self.workers))
+        costs = self._costs(clients)
+        blocks = form_blocks(costs, self.block_size, self.config.runtime.workers)
+        costs_of_blocks = [sum(costs[c] for c in block) for block in blocks]
+        return tuple(assign(blocks, costs_of_blocks, self.workers, self._members, self._together))
 
-    def _is_empty(self, client: int) -> bool:
-        return self.population.num_examples(client) == 0
+    def _costs(self, clients: Sequence[int]) -> dict[int, float]:
+        return client_costs(self.config, self.population, self.examples, clients)

@@ -73,10 +73,10 @@ class Buffered(Schedule):
                     return f"{_KEY}.buffer_size says how many updates a round has: take federation.{key} out"
             if registry.is_approach(config.method.name):
                 return f"buffered adds up updates of parameters, which method.name {config.method.name} does not send"
-            if config.client.scaffold:
+            if config.beside_theta:
                 return (
-                    "client.scaffold corrects clients by the control variate of the state that all of them start from, "
-                    "and buffered ones start from several: give one of the two"
+                    f"{config.beside_theta[0]} is of the one state that all clients of a round start from, and "
+                    "buffered ones start from several: give one of the two"
                 )
             return None
 

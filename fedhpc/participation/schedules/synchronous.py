@@ -50,7 +50,7 @@ class Synchronous(Schedule):
             if getattr(self.config.privacy, "sampling", "fixed") == "poisson":
                 cohort = draw_by_poisson(self.config, self.population, round_, self._wanted)
             else:
-                cohort = draw_clients(self.config, self.population, self.devices, (round_,), self._sampled)
+                cohort = draw_clients(self.config, self.population, self.devices, (round_,), self.sampled)
             dropped = frozenset(c for c in cohort if drops_out(self.config, round_, c))
         empty = self.empty(cohort) - dropped
         reporting = [c for c in cohort if c not in dropped and c not in empty]
@@ -77,7 +77,7 @@ class Synchronous(Schedule):
         return cohort_size(self.config, self.population)
 
     @property
-    def _sampled(self) -> int:
+    def sampled(self) -> int:
         """Clients that a round samples. UserError where there are fewer."""
         sampled = math.ceil(round(self._wanted * self.config.federation.schedule.over_selection, 9))
         if sampled > self.population.num_clients:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from fedhpc.errors import UserError
+from fedhpc.ranks.failed_collective import TransportError
 from fedhpc.ranks.launch import Launch
-from fedhpc.ranks.transport.base import LoopbackTransport, Transport, TransportError
+from fedhpc.ranks.transport.base import LoopbackTransport, Transport
 
 __all__ = ["Transport", "TransportError", "open_transport"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -19,9 +18,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fedhpc.errors import UserError
+from fedhpc.ranks.failed_collective import collective
+from fedhpc.ranks.group import Account, Group
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.placement import Placement
 from fedhpc.ranks.round_progress import RoundProgress
+from fedhpc.ranks.topology import Topology
 
 JSON_LIMIT_BYTES = 64 * 2**20
 MOVABLE = (
@@ -36,10 +39,6 @@ MOVABLE = (
 REDUCIBLE = (torch.float32, torch.float64, torch.int64, torch.int32)
 
 
-class TransportError(RuntimeError):
-    """A collective failed, usually because another rank died: this is a symptom, rarely the cause."""
-
-
 class Transport(ABC):
     """The ranks of a launch and the collectives between them.
 
@@ -52,6 +51,7 @@ class Transport(ABC):
 
     name: str
     aborts_all = False  # whether one rank's abort ends every rank
+    forms_groups = False  # whether the ranks of a worker can hold a base between them
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -61,6 +61,10 @@ class Transport(ABC):
         self.progress = RoundProgress()
         #: The ranks that share an evaluation.
         self.evaluators: tuple[int, ...] = tuple(range(world_size))
+        #: The ranks of each machine, ascending; none where the transport does not know.
+        self.nodes: list[list[int]] = []
+        #: The ranks with which this one holds a sharded base; None where it holds one of its own.
+        self.group: Group | None = None
 
     @property
     def is_server(self) -> bool:
@@ -71,9 +75,22 @@ class Transport(ABC):
         """Tell the transport the GPUs of all ranks; that of this rank is torch's current device. Collective, once."""
         self.evaluators = placement.evaluators(self.world_size)
 
+    def form_groups(self, topology: Topology) -> None:
+        """Connect the ranks of each worker with each other, where a worker has several. Collective, once."""
+        if topology.group_size > 1:
+            raise UserError(
+                f"workers of several ranks gather layers with torch.distributed, and these ranks talk over {self.name}",
+                key="runtime.worker_ranks", remedy="use runtime.transport torch, or take it out",
+            )  # fmt: skip
+
     def evaluator(self, number: int) -> int:
         """The rank that computes piece `number` of an evaluation."""
         return self.evaluators[number % len(self.evaluators)]
+
+    @property
+    def account(self) -> Account:
+        """What gathering layers has taken of this rank so far."""
+        return Account() if self.group is None else self.group.account
 
     def broadcast(self, tensor: Tensor) -> None:
         """Copy rank 0's tensor into the tensor of every other rank."""
@@ -107,7 +124,7 @@ class Transport(ABC):
         self._count(sum(send[j].nbytes + receive[j].nbytes for j in others))
         outgoing = {j: _bytes(self._to_wire(send[j])) for j in others if send[j].numel()}
         incoming = {j: self._wire_like(receive[j]) for j in others if receive[j].numel()}
-        with _collective("all_to_all"):
+        with self._together("all_to_all"):
             self._exchange(outgoing, {j: _bytes(buffer) for j, buffer in incoming.items()})
         for j, buffer in incoming.items():
             if buffer is not receive[j]:
@@ -141,7 +158,7 @@ class Transport(ABC):
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
-        with _collective("barrier"):
+        with self._together("barrier"):
             self._all_reduce_max(torch.zeros(1, dtype=torch.int64))
 
     @abstractmethod
@@ -183,10 +200,18 @@ class Transport(ABC):
 
     def _staged(self, collective: Callable[[Tensor], None], tensor: Tensor, *, copy_in: bool, copy_out: bool) -> None:
         buffer = self._to_wire(tensor) if copy_in else self._wire_like(tensor)
-        with _collective(collective.__name__.lstrip("_")):
+        with self._together(collective.__name__.lstrip("_")):
             collective(buffer)
         if copy_out and buffer is not tensor:
             tensor.copy_(buffer)
+
+    @contextlib.contextmanager
+    def _together(self, name: str) -> Iterator[None]:
+        """Around a collective: the other ranks of the group may need layers before they come to it."""
+        with collective(name):
+            if self.group is not None:
+                self.group.serve()
+            yield
 
     def _to_wire(self, tensor: Tensor) -> Tensor:
         buffer = self._wire_like(tensor)
@@ -253,16 +278,6 @@ def connect_deadline(launch: Launch, limit_s: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-@contextlib.contextmanager
-def _collective(name: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # Gloo's messages begin with the name of its source file in brackets.
-        text = re.sub(r"^\[[^]]*\] *", "", str(error).partition("\n")[0])
-        raise TransportError(f"{name} failed: {text}") from error
 
 
 def _check(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

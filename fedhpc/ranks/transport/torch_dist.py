@@ -15,7 +15,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,19 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from fedhpc.errors import UserError
 from fedhpc.ranks import rendezvous
+from fedhpc.ranks.failed_collective import collective
+from fedhpc.ranks.group import Agreed, Group
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.network import interface_of, local_address_for
 from fedhpc.ranks.placement import Placement
+from fedhpc.ranks.topology import Topology
 from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_deadline
 
 # Collectives wait for local training, however long; liveness bounds silence instead.
 _NO_TIMEOUT = datetime.timedelta(days=365)
+# Newer releases of torch have other names for them, and warn of these.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TorchTransport(Transport):
@@ -39,10 +45,13 @@ class TorchTransport(Transport):
     Without NCCL, CUDA tensors go through pinned host memory.
     """
 
+    forms_groups = True
+
     def __init__(self, launch: Launch, timeout_s: float) -> None:
         super().__init__(launch.rank, launch.world_size)
         self.name = "gloo"
         self._nccl: dist.ProcessGroup | None = None
+        self._gpus: tuple[str, ...] = ()  # of all ranks; none: all work on CPUs
         limit_s = arrival_limit_s(timeout_s)
         with connect_deadline(launch, limit_s + 30):
             store = open_store(launch, limit_s)
@@ -63,6 +72,7 @@ class TorchTransport(Transport):
 
     def _meet(self, nodes: list[list[int]]) -> None:
         """Make the process groups of the leaders and of this node's ranks. nodes: the ranks of each node, ascending."""
+        self.nodes = nodes
         self._across: dist.ProcessGroup | None = dist.group.WORLD
         self._within: dist.ProcessGroup | None = None
         self._leader = self.rank
@@ -76,9 +86,27 @@ class TorchTransport(Transport):
     def use_placement(self, placement: Placement) -> None:
         # NCCL refuses two ranks on one GPU, and a rank without one.
         super().use_placement(placement)
+        self._gpus = placement.gpus
         if placement.one_gpu_each:
             self._nccl = dist.new_group(backend="nccl", timeout=_NO_TIMEOUT)
             self.name = "nccl"
+
+    def form_groups(self, topology: Topology) -> None:
+        if topology.group_size == 1:
+            return
+        self.evaluators, gpus = topology.training, [self._gpus[rank] for rank in topology.training if self._gpus]
+        if len(set(gpus)) < len(gpus):
+            raise UserError(
+                f"{len(gpus)} ranks train on {len(set(gpus))} GPUs, and those of one worker need a GPU each",
+                key="runtime.worker_ranks", remedy="start as many ranks as there are GPUs, and one more for the server",
+            )  # fmt: skip
+        for worker, ranks in enumerate(topology.workers):
+            guest = [0] if worker == 0 else []
+            # Torch names a group by how many there were, so every rank makes those of all workers.
+            agreeing = dist.new_group([*guest, *ranks], backend="gloo", timeout=_NO_TIMEOUT)
+            over = dist.new_group([*ranks], backend="nccl" if gpus else "gloo", timeout=_NO_TIMEOUT)
+            if self.rank in (*guest, *ranks):
+                self.group = TorchGroup(agreeing, over, ranks, self.rank)
 
     def close(self) -> None:
         self.barrier()
@@ -124,6 +152,58 @@ class TorchTransport(Transport):
     def _groups(self, tensor: Tensor) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """The group of the leaders, if this rank is one, and that of this node, if nodes have several ranks."""
         return (self._nccl, None) if tensor.is_cuda else (self._across, self._within)
+
+
+class TorchGroup(Group):
+    """Agrees over gloo, and gathers layers over gloo, or NCCL where the ranks have GPUs."""
+
+    def __init__(self, agreeing: dist.ProcessGroup, over: dist.ProcessGroup, ranks: Sequence[int], rank: int) -> None:
+        """agreeing: of `ranks` and their guest, if they have one; over: of `ranks`, who hold the layers."""
+        super().__init__(len(ranks), ranks.index(rank) if rank in ranks else None)
+        self._agreeing, self._over = agreeing, over
+        self._speaker, self._speaks = ranks[0], rank == ranks[0]
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        return self._over
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        of_all = tensor.new_empty(self.size * len(tensor))
+        if len(tensor):
+            with collective("gathering parts"):
+                _all_gather(of_all, tensor, group=self._over)
+        self._count(of_all.nbytes - tensor.nbytes)
+        return of_all
+
+    def reduced(self, tensor: Tensor) -> Tensor:
+        mine = tensor.new_empty(len(tensor) // self.size)
+        if len(mine):
+            with collective("summing parts"):
+                _reduce_scatter(mine, tensor, group=self._over)
+        self._count(tensor.nbytes - mine.nbytes)
+        return mine
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        with collective("summing over a worker"):
+            dist.all_reduce(tensor, group=self._over)
+        return tensor
+
+    def _count(self, received_bytes: int) -> None:
+        account = self.account
+        self.account = account._replace(received_bytes=account.received_bytes + received_bytes)
+
+    def _agree(self, number: int) -> Agreed:
+        numbers = torch.tensor([number, number if self.is_guest else -1])
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._agreeing)
+        return Agreed(*numbers.tolist())
+
+    def _send(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors if self._speaks else ():
+            dist.send(tensor.detach().to("cpu").contiguous(), dst=0, group=self._agreeing)
+
+    def _receive(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            dist.recv(tensor.detach(), src=self._speaker, group=self._agreeing)
 
 
 def _subgroup(ranks: list[int]) -> dist.ProcessGroup:

@@ -2,7 +2,7 @@
 
 class NormBounded(Aggregator):
     def combine(self, cohort):
-        norms = cohort.gram().diagonal().sqrt().numpy()
+        norms = cohort.norms().numpy()
         return cohort.weighted_sum(np.minimum(1.0, self.options.norm / norms) / len(cohort))
 """
 
@@ -29,6 +29,9 @@ class Aggregator(ABC):
 
     #: Whether weighted sums are all that it asks of the cohort: then the updates can be masked (section `secure`).
     sums_only: ClassVar[bool] = False
+
+    #: Whether it is of updates of parameters alone, and of nothing else that clients may send, such as scores.
+    updates_only: ClassVar[bool] = False
 
     #: Names of the vectors that the server keeps for it from round to round, zeros at first: `Cohort.memory`.
     keeps_on_server: ClassVar[tuple[str, ...]] = ()

@@ -12,7 +12,7 @@ from fedhpc.server.optimizers.base import Adaptive
 class Adagrad(Adaptive):
     """FedAdagrad: v = v + g^2."""
 
-    class Options(Section):  # type: ignore[override]  # nothing decays in v
+    class Options(Section):
         beta1: float = Field(0.0, ge=0, lt=1, description="decay of the mean")
         tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root; v starts at tau^2")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedhpc.lazy import Tensor
-from fedhpc.server.optimizers.base import Adaptive
+from fedhpc.server.optimizers.base import Decaying
 
 
-class Adam(Adaptive):
+class Adam(Decaying):
     """FedAdam: v = beta2 v + (1 - beta2) g^2."""
 
     def accumulate(self, square: Tensor, gradient: Tensor) -> None:

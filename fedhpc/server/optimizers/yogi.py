@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedhpc.lazy import Tensor
-from fedhpc.server.optimizers.base import Adaptive
+from fedhpc.server.optimizers.base import Decaying
 
 
-class Yogi(Adaptive):
+class Yogi(Decaying):
     """FedYogi: v = v - (1 - beta2) g^2 sign(v - g^2)."""
 
     def accumulate(self, square: Tensor, gradient: Tensor) -> None:

@@ -23,11 +23,16 @@ class AdamW(ClientOptimizer):
     def buffers(self) -> tuple[str, ...]:
         return ("mean", "square")
 
+    @property
+    def moments(self) -> Mapping[str, float]:
+        return {"mean": self.options.beta1, "square": self.options.beta2}
+
     def step(self, theta: Tensor, gradient: Tensor, buffers: Mapping[str, Tensor], count: Tensor, lr: Tensor) -> None:
         options = self.options
         mean = buffers["mean"].lerp_(gradient, 1 - options.beta1)
         square = buffers["square"].mul_(options.beta2).addcmul_(gradient, gradient, value=1 - options.beta2)
         if options.weight_decay:
             theta.mul_(1 - lr * options.weight_decay)
-        root = (square.sqrt() / (1 - options.beta2**count).sqrt()).add_(options.eps)
-        theta.sub_(mean / root * (lr / (1 - options.beta1**count)))
+        of_mean, of_square = (self.steps_in(name, count) for name in ("mean", "square"))
+        root = (square.sqrt() / (1 - options.beta2**of_square).sqrt()).add_(options.eps)
+        theta.sub_(mean / root * (lr / (1 - options.beta1**of_mean)))

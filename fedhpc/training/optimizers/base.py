@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import ClassVar
 
 from fedhpc.lazy import Tensor
@@ -22,6 +23,26 @@ class ClientOptimizer(ABC):
     def __init__(self, options: Open) -> None:
         """options: the section `client` of the configuration."""
         self.options = options
+        #: Steps of earlier rounds that buffers hold when a round begins, by name; 0 where it is not named.
+        self.earlier: Mapping[str, float] = {}
+
+    def going_on(self, earlier: Mapping[str, float]) -> ClientOptimizer:
+        """The same optimizer for a round in which some of its `moments` begin with `earlier` steps in them."""
+        other = copy(self)
+        other.earlier = earlier
+        return other
+
+    @property
+    def moments(self) -> Mapping[str, float]:
+        """The buffers v <- b v + (1 - b) x that are means of powers x of the gradient, and their b; the first is first.
+
+        With client.moments they go on from round to round: `step` corrects them by 1 - b^n with n as of `steps_in`.
+        """
+        return {}
+
+    def steps_in(self, moment: str, count: Tensor) -> Tensor:
+        """How many steps a moment holds after the steps `count` (K, 1) of the round: (K, 1)."""
+        return count + self.earlier[moment] if moment in self.earlier else count
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -32,7 +53,8 @@ class ClientOptimizer(ABC):
     def step(self, theta: Tensor, gradient: Tensor, buffers: Mapping[str, Tensor], count: Tensor, lr: Tensor) -> None:
         """Take one step in place.
 
-        theta and gradient are (K, T), as is each buffer; count (K, 1): steps taken, this one included; lr (K, 1).
+        theta and gradient are (K, T), as is each buffer; count (K, 1): steps taken, this one included; lr (K, 1), or
+        (K, T) where the method has several learning rates.
         """
 
     def movement(self, rates: Sequence[float]) -> float:

@@ -13,10 +13,12 @@ used. Both ways a client exchanges twice the payload.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
-from fedhpc.lazy import Tensor, torch
+import numpy as np
+
+from fedhpc.lazy import Tensor
+from fedhpc.training.auxiliary import Exchanged
 from fedhpc.training.local import LocalTraining
 from fedhpc.training.rules.base import Rule
 
@@ -37,17 +39,22 @@ class Correction(Rule):
         gradient.add_(self.corrections[: len(gradient)])
 
 
-@dataclass(frozen=True)
-class ControlVariates:
-    """Keeps each client's control variate c_i (K, S)."""
+class ControlVariates(Exchanged):
+    """The exchange of c and the changes of c_i, both (S,); keeps each client's c_i."""
 
-    size: int  # S, that of an update
-    dtype: torch.dtype
+    name = _CONTROL
+    contents = "control variates"
 
     keeps: ClassVar[tuple[str, ...]] = (_CONTROL,)
 
     def initial(self, name: str) -> Tensor:
-        return torch.zeros(self.size, dtype=self.dtype)
+        return self.initial_vector()
+
+    def weights(self, shares: np.ndarray, population: int) -> np.ndarray:
+        return np.full(len(shares), 1.0 / population)
+
+    def after(self, current: Tensor, total: Tensor) -> Tensor:
+        return current + total
 
 
 def corrections(tensors: Mapping[str, Tensor], control: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The signs of an update and a scale for each tensor (Karimireddy et al. 2019, arXiv 1901.09847, section 3).
 
 C(v) = |v|_1 / d * sign(v), for the d numbers of each tensor: one bit a number. signSGD (Bernstein et al. 2018, arXiv
-1802.04434) sends the signs alone; without the scale and the feedback it need not converge.
+1802.04434) sends the signs alone; without the scale and the feedback it need not converge. One bit has no zero: a
+number that is 0 is sent as +|v|_1 / d, which feedback takes back in the next round.
 """
 
 from __future__ import annotations
