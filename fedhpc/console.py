@@ -5,6 +5,7 @@ It imports nothing heavy itself; each command is the module's own `python -m` fo
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from fedhpc import __version__
 from fedhpc.errors import UserError, nearest
 
 DONE, REFUSED = 0, 2
+UNREAD = 141  # 128 + SIGPIPE, what a shell says of any program that `head` has cut off
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedhpc: error: {error}", file=sys.stderr)
         return REFUSED
     sys.argv = [f"fedhpc {words[0]}", *words[1:]]
-    runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+    try:
+        try:
+            runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads has had enough, as with `fedhpc config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which flushes once more
+        return UNREAD
     return DONE
 
 

@@ -390,6 +390,19 @@ def test_commands_are_the_modules_of_python_m(small: tuple[dict[str, Any], fedhp
         assert done.returncode == 0 and done.stdout.startswith(f"usage: fedhpc {word} "), done
 
 
+@pytest.mark.parametrize("words", [("config",), ("config", "run"), ("watch", "RUN"), ("report", "RUN")])
+def test_output_that_nobody_reads_is_no_error(words: tuple[str, ...], small: tuple[Any, fedhpc.Run]) -> None:
+    """As with `fedhpc config | head`, which closes the pipe: also where all would come with the last flush."""
+    words = tuple(str(small[1].path) if word == "RUN" else word for word in words)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedhpc", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (1 if words[0] == "report" else console.UNREAD, "")  # 1: rich's own
+
+
 def test_config_prints_the_sections_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     from fedhpc.config.__main__ import main
 
