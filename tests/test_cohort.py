@@ -1,4 +1,4 @@
-"""The three verbs of a cohort against numpy, and their bits on several ranks."""
+"""The verbs of a cohort against numpy, and their bits on several ranks."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def gram(cohort: Cohort) -> torch.Tensor:
     return cohort.gram()
 
 
+def largest_sums(cohort: Cohort) -> torch.Tensor:
+    return cohort.sum_over_coordinates(lambda values: values.amax(dim=0).sum())
+
+
 def norms(cohort: Cohort) -> torch.Tensor:
     return cohort.norms()
 
@@ -59,8 +63,9 @@ def largest(cohort: Cohort) -> torch.Tensor:
         (largest, UPDATES.double().amax(dim=0)),
         (gram, UPDATES[ASCENDING].double() @ UPDATES[ASCENDING].double().T),
         (norms, UPDATES[ASCENDING].double().norm(dim=1)),
+        (largest_sums, UPDATES.double().amax(dim=0).sum()),
     ],
-    ids=["weighted sum", "by coordinate", "gram", "norms"],
+    ids=["weighted sum", "by coordinate", "gram", "norms", "sum over coordinates"],
 )
 def test_a_verb_is_what_it_says_with_the_same_bits_on_any_number_of_ranks(
     verb: Callable[[Cohort], torch.Tensor], wanted: torch.Tensor
@@ -70,7 +75,7 @@ def test_a_verb_is_what_it_says_with_the_same_bits_on_any_number_of_ranks(
     for ranks in (2, 3, 5):
         several = on_ranks(ranks, verb)
         assert torch.equal(several[0], alone)
-        if verb in (gram, norms):
+        if verb in (gram, norms, largest_sums):
             assert all(torch.equal(other, alone) for other in several)
         else:
             assert all(other.shape == alone.shape for other in several[1:])
@@ -102,6 +107,8 @@ def test_some_mixed_updates_are_chosen_and_none_is_changed_by_itself() -> None:
     torch.testing.assert_close(second, (of_second @ of_second).reshape(1, 1))
     (length,) = on_ranks(1, lambda cohort: cohort.mixed(matrix[1:]).norms())
     torch.testing.assert_close(length, of_second.norm().reshape(1))
+    (total,) = on_ranks(1, lambda cohort: cohort.mixed(matrix).sum_over_coordinates(lambda values: values.sum(dim=1)))
+    torch.testing.assert_close(total, torch.from_numpy(matrix) @ UPDATES[ASCENDING].double().sum(dim=1))
     verbs: list[Callable[[Cohort], object]] = [
         lambda mixed: mixed.mapped(torch.sign),
         lambda mixed: mixed.replaced(UPDATES),

@@ -19,6 +19,7 @@ from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
 from fedhpc.server.aggregation import Aggregation
+from fedhpc.server.aggregators.foundationfl import FoundationFL
 from fedhpc.training.block import train_block
 from fedhpc.training.local import LocalTraining
 from fedhpc.updates.cohort import Cohort
@@ -95,6 +96,17 @@ def norm_bounding(x: np.ndarray, norm: float) -> np.ndarray:
     return np.mean([one * min(1, norm / np.linalg.norm(one)) for one in x], axis=0)
 
 
+def foundationfl(x: np.ndarray, copies: int, rule: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    extremes = x.max(axis=0), x.min(axis=0)
+    scores = [min(np.linalg.norm(one - extreme) for extreme in extremes) for one in x]
+    return rule(np.vstack([x, *[x[np.argmax(scores)]] * copies]))
+
+
+def median(x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = np.median(x, axis=0)
+    return result
+
+
 def nearest_neighbours(x: np.ndarray, f: int) -> np.ndarray:
     distances = [[np.linalg.norm(a - b) for b in x] for a in x]
     return np.array([x[np.argsort(row)[: len(x) - f]].mean(axis=0) for row in distances])
@@ -102,10 +114,10 @@ def nearest_neighbours(x: np.ndarray, f: int) -> np.ndarray:
 
 MEDIAN_NORM = float(np.median(np.linalg.norm(UPDATES, axis=1)))
 RULES: list[tuple[dict[str, Any], Callable[[np.ndarray], np.ndarray]]] = [
-    ({"aggregator": "median"}, lambda x: np.median(x, axis=0)),
+    ({"aggregator": "median"}, median),
     ({"aggregator": "trimmed_mean"}, lambda x: trimmed_mean(x, 2)),
     ({"aggregator": "trimmed_mean", "byzantine": 0.0}, lambda x: x.mean(axis=0)),
-    ({"aggregator": "trimmed_mean", "byzantine": 0.49}, lambda x: np.median(x, axis=0)),
+    ({"aggregator": "trimmed_mean", "byzantine": 0.49}, median),
     ({"aggregator": "meamed"}, lambda x: meamed(x, 2)),
     ({"aggregator": "meamed", "byzantine": 0.4}, lambda x: meamed(x, 4)),
     ({"aggregator": "krum", "byzantine": 0.3}, lambda x: krum(x, 3)),
@@ -117,6 +129,21 @@ RULES: list[tuple[dict[str, Any], Callable[[np.ndarray], np.ndarray]]] = [
     (
         {"aggregator": "centered_clipping", "radius": 3.0, "iterations": 4},
         lambda x: centered_clipping(x, np.zeros(SIZE), 3.0, 4),
+    ),
+    ({"aggregator": "foundationfl"}, lambda x: foundationfl(x, 5, median)),
+    ({"aggregator": "foundationfl", "synthetic": 1.0}, lambda x: foundationfl(x, 11, median)),
+    ({"aggregator": "foundationfl", "synthetic": 0.0}, median),
+    (
+        {"aggregator": "foundationfl", "rule": "trimmed_mean"},
+        lambda x: foundationfl(x, 5, lambda y: trimmed_mean(y, 2)),
+    ),
+    (
+        {"aggregator": "foundationfl", "rule": "trimmed_mean", "synthetic": 0.3, "byzantine": 0.3},
+        lambda x: foundationfl(x, 3, lambda y: trimmed_mean(y, 3)),
+    ),
+    (
+        {"aggregator": "foundationfl", "preaggregator": {"name": "nearest_neighbours"}},
+        lambda x: foundationfl(nearest_neighbours(x, 2), 5, median),
     ),
     (
         {"aggregator": "mean", "preaggregator": {"name": "nearest_neighbours"}},
@@ -198,13 +225,32 @@ def test_too_few_clients_are_refused(planned: int, server: dict[str, Any], words
         aggregation(planned, **server)
 
 
-@pytest.mark.parametrize("aggregator", ["krum", "multi_krum", "geometric_median", "norm_bounding", "centered_clipping"])
+@pytest.mark.parametrize(
+    "aggregator", ["krum", "multi_krum", "geometric_median", "norm_bounding", "centered_clipping", "foundationfl"]
+)
 @pytest.mark.parametrize("scale", [1e30, 1e160, 1e300])
 def test_one_enormous_update_does_not_win(aggregator: str, scale: float) -> None:
     updates = UPDATES.copy()
     updates[[2, 5]] = 0.1
     updates[5] = scale
     assert np.abs(aggregated(updates, aggregator=aggregator)).max() < 10
+
+
+def test_foundationfl_withstands_what_the_mean_does_not() -> None:
+    draws = np.random.default_rng(3)
+    center = draws.normal(size=SIZE)
+    honest = center + 0.3 * draws.normal(size=(8, SIZE))
+
+    def far(attack: np.ndarray, aggregator: str) -> float:
+        total = aggregated(np.vstack([honest, attack]), aggregator=aggregator)
+        return float(np.linalg.norm(total - honest.mean(axis=0)) / np.linalg.norm(center))
+
+    alike = -5 * (center + 0.3 * draws.normal(size=(2, SIZE)))  # they are the extremes of every coordinate
+    assert far(alike, "foundationfl") < 0.4 < 1 < far(alike, "mean")
+    noise = 200 * draws.normal(size=(2, SIZE))  # one of them has the largest score
+    assert far(noise, "foundationfl") < 1 < 10 < far(noise, "mean")
+    total = aggregated(np.vstack([honest, noise]), aggregator="foundationfl")
+    assert (total > honest.min(axis=0)).all() and (total < honest.max(axis=0)).all()
 
 
 def test_fltrust_weighs_by_the_angle_to_the_server_s_update() -> None:
@@ -237,8 +283,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_texts(tmp_path_factory.mktemp("texts"))
 
 
-def test_memory_is_the_same_on_three_ranks_and_after_a_resume(texts: Path, tmp_path: Path) -> None:
-    server = {"aggregator": "centered_clipping", "preaggregator": {"name": "bucketing"}}
+@pytest.mark.parametrize("aggregator", ["centered_clipping", "foundationfl"])
+def test_a_run_is_the_same_on_three_ranks_and_after_a_resume(aggregator: str, texts: Path, tmp_path: Path) -> None:
+    server = {"aggregator": aggregator, "preaggregator": {"name": "bucketing"}}
     raw = tree(texts, server=server, federation={"rounds": 3}, evaluation={"max_examples": 4, "test_max_examples": 4})
     for folder, ranks, rounds in (("one", 1, 3), ("three", 3, 3), ("resumed", 1, 2), ("resumed", 2, 3)):
         raw["federation"]["rounds"] = rounds
@@ -246,6 +293,31 @@ def test_memory_is_the_same_on_three_ranks_and_after_a_resume(texts: Path, tmp_p
     one = final(tmp_path / "one")
     for folder in ("three", "resumed"):
         assert all(np.array_equal(one[name], other) for name, other in final(tmp_path / folder).items())
+
+
+def test_a_run_takes_the_steps_of_the_formula(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = {"aggregator": "foundationfl", "rule": "trimmed_mean", "byzantine": 0.3}
+    small = {"max_examples": 4, "test_max_examples": 4}
+    raw = tree(texts, model={"dtype": "float64"}, server=server, federation={"rounds": 3}, evaluation=small)
+    sent: list[np.ndarray] = []
+
+    def spied(self: FoundationFL, cohort: Cohort) -> torch.Tensor:
+        sent.append(cohort.mine.numpy().copy())
+        return combine(self, cohort)
+
+    combine = FoundationFL.combine
+    monkeypatch.setattr(FoundationFL, "combine", spied)
+    config = settings(tmp_path, raw)
+    federate(config)
+    steps = [foundationfl(x, 3, lambda y: trimmed_mean(y, 1)) for x in sent]
+    assert len(steps) == 3 and sent[0].dtype == np.float64
+    np.testing.assert_allclose(table(tmp_path, "rounds")["update_norm"][1:], np.linalg.norm(steps, axis=1), rtol=1e-9)
+    approach = prepare(config, LoopbackTransport(), Launch(), True)
+    wanted = approach.initial_payload().numpy() - np.sum(steps, axis=0)
+    payload = approach.method.payload.flatten(
+        {name: torch.from_numpy(value) for name, value in final(tmp_path).items()}
+    )
+    np.testing.assert_allclose(payload.numpy(), wanted, rtol=1e-9, atol=1e-9 * np.linalg.norm(steps))
 
 
 def test_the_server_s_own_training_is_the_same_on_three_ranks_and_after_a_resume(texts: Path, tmp_path: Path) -> None:
@@ -323,6 +395,12 @@ def test_a_rule_that_nobody_uses_needs_no_updates(texts: Path, tmp_path: Path) -
         (
             {"server": {"aggregator": "krum", "byzantine": 0.4}},
             r"krum with these options needs 7 updates, and 6 clients",
+        ),
+        ({"server": {"aggregator": "foundationfl", "rule": "krum"}}, r"server\.rule: .*median.*trimmed_mean"),
+        ({"server": {"aggregator": "foundationfl", "synthetic": 2}}, r"server\.synthetic: .*less than or equal to 1"),
+        (
+            {"server": {"aggregator": "foundationfl", "byzantine": 0.4, "preaggregator": {"name": "bucketing"}}},
+            r"foundationfl with these options needs 5 updates, and server.preaggregator bucketing makes 3 of 6 clients",
         ),
         ({"server": {"aggregator": "median", "byzantine": 0.2}}, r"unknown key 'server\.byzantine'"),
         (

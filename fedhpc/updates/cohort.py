@@ -24,8 +24,8 @@ _CHUNK = 2**20  # coordinates per collective: bounds the 8-byte buffers whatever
 _BLOCK = 2**14  # coordinates of a sum that are turned into integers at once, and values of all of its clients, which
 _CACHED = 2**17  # are to stay in a core's cache
 _VALUES = 2**22  # and values of all clients together, where a rank sees each of them
-_PARTS = 16  # chunks of `Cohort.gram` on each rank whose inner products are sent together
-_GRAM_VALUES = 2**21  # values of all clients in one chunk of `Cohort.gram`; its bits depend on it
+_PARTS = 16  # chunks of `Cohort.sum_over_coordinates` on each rank whose results are sent together
+_SUMMED_VALUES = 2**21  # values of all clients in one of these chunks; the bits of the sum depend on it
 
 
 def accepted(transport: Transport, positions: np.ndarray, num_planned: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +45,8 @@ class Cohort:
     """The accepted updates g_i of C clients, each row on the rank that trained the client.
 
     Every rank makes it and calls the same verbs in the same order, for all of them are collective. `weighted_sum` and
-    `by_coordinate` give their result on rank 0 (zeros of the same shape elsewhere, which take no memory), `gram` and
-    `norms` give it on every rank. All have the same bits on any number of ranks.
+    `by_coordinate` give their result on rank 0 (zeros of the same shape elsewhere, which take no memory), `gram`,
+    `norms` and `sum_over_coordinates` give it on every rank. All have the same bits on any number of ranks.
     """
 
     def __init__(
@@ -267,16 +267,31 @@ class Cohort:
     def gram(self) -> Tensor:
         """The inner products g_i . g_j of all pairs: float64 (C, C), on every rank.
 
-        |g_i - g_j|^2 = G_ii + G_jj - 2 G_ij. Coordinates are taken in chunks of a size that does not depend on the
-        ranks, each on one rank, and their parts are added in the order of the coordinates.
+        |g_i - g_j|^2 = G_ii + G_jj - 2 G_ij.
+        """
+
+        def products(values: Tensor) -> Tensor:
+            # NumPy sees that this is a matrix by its own transpose and computes half of it, as torch does not.
+            matrix = values.numpy()
+            with np.errstate(over="ignore", invalid="ignore"):  # what has no number here is the rule's to judge
+                return torch.from_numpy(matrix @ matrix.T)
+
+        return self.sum_over_coordinates(products)
+
+    def sum_over_coordinates(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add up what a rule makes of chunks of coordinates: float64, of the rule's shape, on every rank.
+
+        rule: (C, n) float64 -> float64 of a shape that does not depend on n, of 0 coordinates zeros; the rows in the
+        order of `clients`. A chunk has a size that does not depend on the ranks and is on one of them; what the rule
+        makes of each is added in the order of the coordinates.
         """
         self._refuse_masked()
         transport, count = self._transport, len(self)
         world, rank = transport.world_size, transport.rank
         rows_of = [np.flatnonzero(self._owners == r).tolist() for r in range(world)]
         mine = in_ascending_order(self._updates, self._rows)
-        width = max(1, count, _GRAM_VALUES // max(count, 1))
-        total = torch.zeros(count, count, dtype=torch.float64)
+        width = max(1, count, _SUMMED_VALUES // max(count, 1))
+        total = rule(torch.empty(count, 0, dtype=torch.float64))
         parts: list[Tensor] = []  # of this rank, which rank 0 is sent together
         # One for all chunks: memory for each anew, between the parts, leaves holes that nothing fits in.
         memory = torch.empty(count * min(width, self.size), dtype=torch.float64)
@@ -288,10 +303,7 @@ class Cohort:
             for r in range(world):
                 for row, received in zip(rows_of[r], receive[r], strict=True):
                     values[row].copy_(received)  # in one go with the conversion
-            # NumPy sees that this is a matrix by its own transpose and computes half of it, as torch does not.
-            matrix = values.numpy()
-            with np.errstate(over="ignore", invalid="ignore"):  # what has no number here is the rule's to judge
-                parts.append(torch.from_numpy(matrix @ matrix.T))
+            parts.append(rule(values))
             if len(parts) == _PARTS or begin + width * world >= self.size:
                 mine_of_all, nothing = torch.stack(parts), total.new_empty(0)
                 gathered = [torch.empty_like(mine_of_all if rank == 0 else nothing) for _ in range(world)]
@@ -366,6 +378,9 @@ class _Mixture(Cohort):
             return rule(mixtures(self._matrix, values))
 
         return self._of.by_coordinate(of_mixtures)
+
+    def sum_over_coordinates(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._of.sum_over_coordinates(lambda values: rule(mixtures(self._matrix, values)))
 
     def gram(self) -> Tensor:
         matrix = torch.from_numpy(self._matrix)

@@ -28,16 +28,16 @@ class Byzantine(Aggregator):
 
     def wrong(self, planned: int) -> int:
         """How many of `planned` clients may be wrong: f, rounded down."""
-        return wrong(self.options.byzantine, planned)
+        return rounded_down(self.options.byzantine, planned)
 
     def fewest(self, planned: int) -> int:
         # More than half of the updates must be right, whoever dropped out.
         return 2 * self.wrong(planned) + 1
 
 
-def wrong(share: float, planned: int) -> int:
-    """The share of `planned` clients, rounded down; 0.29 of 100 is 29, whatever its float64 is."""
-    return int(share * planned + 1e-9)
+def rounded_down(share: float, clients: int) -> int:
+    """How many of some clients a share is; 0.29 of 100 is 29, whatever its float64 is."""
+    return int(share * clients + 1e-9)
 
 
 def squared_distances(gram: np.ndarray) -> np.ndarray:

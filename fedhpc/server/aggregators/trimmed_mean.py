@@ -16,4 +16,9 @@ class TrimmedMean(Byzantine):
 
     def combine(self, cohort: Cohort) -> Tensor:
         cut = self.wrong(cohort.expected)
-        return cohort.by_coordinate(lambda values: mean_of(in_order(values)[cut : len(values) - cut]))
+        return cohort.by_coordinate(lambda values: trimmed(in_order(values), cut))
+
+
+def trimmed(ordered: Tensor, cut: int) -> Tensor:
+    """The mean of every column of ascending values without its first and last `cut`: (C, n) -> (n,)."""
+    return mean_of(ordered[cut : len(ordered) - cut])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedhpc.server.aggregators._byzantine import ByzantineOptions, gram_of, squared_distances, wrong
+from fedhpc.server.aggregators._byzantine import ByzantineOptions, gram_of, rounded_down, squared_distances
 from fedhpc.server.preaggregators.base import Preaggregator
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class NearestNeighbours(Preaggregator):
     Options = ByzantineOptions
 
     def mixed(self, cohort: Cohort, draws: np.random.Generator) -> Cohort:
-        count = max(1, len(cohort) - wrong(self.options.byzantine, cohort.expected))
+        count = max(1, len(cohort) - rounded_down(self.options.byzantine, cohort.expected))
         nearest = np.argsort(squared_distances(gram_of(cohort)), axis=1, kind="stable")[:, :count]
         matrix = np.zeros((len(cohort), len(cohort)))
         np.put_along_axis(matrix, nearest, 1 / count, axis=1)
