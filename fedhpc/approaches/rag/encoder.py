@@ -24,7 +24,7 @@ from fedhpc.data.tokens import cache_dir
 from fedhpc.errors import UserError
 from fedhpc.methods import retriever
 from fedhpc.models.base import special_ids
-from fedhpc.models.encoder import SentenceEncoder
+from fedhpc.models.encoder import SentenceEncoder, batch_shape
 from fedhpc.models.load import load_base
 
 _CHECKSUM = 32  # bytes of SHA-256 in front of a file's content
@@ -76,8 +76,9 @@ class Encoder:
             f"{cut} chunks are longer than the {self._max_tokens} tokens that method.encoder reads; their ends are not "
             "in their vectors: lower method.chunk_words"
         ]  # fmt: skip
-        # The device and the version of torch are part of the name because they round differently.
-        computed_by = f"{self.base.fingerprint} {self.base.device.type} {torch.__version__}"
+        # The device, the version of torch and the shapes of batches are part of the name: they round differently.
+        shapes = [batch_shape(length, self.base.max_positions) for length in sorted({len(one) for one in ids})]
+        computed_by = f"{self.base.fingerprint} {self.base.device.type} {torch.__version__} {shapes}"
         digest = hashlib.sha256(computed_by.encode())
         for one in ids:
             digest.update(np.array([len(one), *one], np.int64).tobytes())
