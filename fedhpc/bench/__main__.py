@@ -119,10 +119,14 @@ def measure(options: argparse.Namespace) -> int:
 
         parts = private.parts(options.repeats or (3 if options.quick else 5), options.quick)
     else:
-        from fedhpc.bench import compute, rounds
+        from fedhpc.bench import compute, embedding, rounds
 
         repeats = options.repeats or (3 if options.quick else 5)
-        parts = [*compute.parts(repeats, options.quick), *rounds.parts(repeats, options.quick)]
+        parts = [
+            *compute.parts(repeats, options.quick),
+            *rounds.parts(repeats, options.quick),
+            *embedding.parts(repeats),
+        ]
     if not options.json:
         print(", ".join(f"{name} {value}" for name, value in machine().items()) + f"\n\n{table.HEADING}", flush=True)
     elif options.gpu:
