@@ -163,7 +163,10 @@ def load(
     # Older exports have no such file: no prompt is cut then, and the base is loaded in float32.
     facts = {"max_length": 10**9, "precision": "float32", **read_json(folder / FACTS, missing_ok=True)}
     model = model_of(folder, base).model_copy(update={"offload": offload})
-    ready = load_base(model, torch.device(device), classes_of(folder), group=group)
+    try:
+        ready = load_base(model, torch.device(device), classes_of(folder), group=group)
+    except UserError as error:
+        raise error if base is None else error.but(key="base") from error
     template = folder / TEMPLATE
     chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
     of_run = (facts["max_length"], facts["precision"], chat_template)

@@ -168,6 +168,8 @@ def test_the_clients_of_a_local_run_have_adapters_of_their_own(
     assert export.main([str(tmp_path), "--client", str(clients[1]), "--adapter", str(tmp_path / "one")]) == 0
     tensors = [tmp_path / folder / "adapter_model.safetensors" for folder in ("one", f"adapter/{clients[1]}")]
     assert tensors[0].read_bytes() == tensors[1].read_bytes()
+    last = table(tmp_path, "rounds")["round"][-1]  # fewer than federation.rounds: as many as it would be sampled for
+    assert last < 3 and f"client {clients[1]}, round {last} of {last}." in (tmp_path / "one/README.md").read_text()
     assert export.main([str(tmp_path), "--adapter", str(tmp_path / "all")]) == 2
     assert "where each client has a model; give --client" in capsys.readouterr().err
 

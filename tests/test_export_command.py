@@ -392,6 +392,7 @@ def test_a_client_has_an_adapter_of_its_own(unfinished: Path, texts: Path, tmp_p
         (["{run}", "--adapter", "{tmp}/x", "--client", "0"], "clients of this run have no models of their own"),
         (["{run}", "--adapter", "{run}"], "is there already; choose another one"),
         (["{run}", "--merge", "{tmp}/x", "--base", "{tmp}/none"], "is not a model folder"),
+        (["{run}", "--merge", "{tmp}/x", "--base", "none"], "base: the tokenizer of 'none' cannot be loaded"),
     ],
 )
 def test_bad_input_is_one_line(

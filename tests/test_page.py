@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,8 @@ from scipy.stats import spearmanr
 from fedhpc.lazy import lazy
 from fedhpc.report import page as pages
 from fedhpc.report.__main__ import main
-from fedhpc.report.plots import robustness_curves
+from fedhpc.report.clients import Clients, Factor
+from fedhpc.report.plots import Plot, clients_and_causes, robustness_curves, split
 from fedhpc.report.robustness import attack_curves, curves_grid, privacy_curves
 from fedhpc.report.runs import LoadedRun
 from fedhpc.results.results_file import Results
@@ -288,11 +290,28 @@ def test_a_browser_shows_it_without_errors_and_sorts(run: Path, alone: Page, tmp
     assert title[1].split("|") == [" ".join(map(str, [*order, 0])) for order in (up, up[::-1])] + ["descending"]
 
 
+def test_names_of_any_script_and_length_stand_in_plots_without_a_warning(tmp_path: Path) -> None:
+    names = ["x" * 300, "two\nlines\tand \x1b[31mred", "\u5e97", "$\\frac$"]
+    shown = ["x" * 23 + "\u2026", "two lines and  [31mred", "\u5e97", "$\\frac$"]
+    loss = np.arange(4.0, 0.0, -1.0)
+    factors = [Factor("number of rounds", np.arange(4.0))]
+    clients = Clients(names, loss, "of the last local step", loss - 1, loss + 1, np.zeros(4, bool), factors)
+    partition = {"num_examples": np.arange(4), "label_counts": np.ones((4, 4)), "client_names": names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in (split("demo", {**partition, "label_names": names}), clients_and_causes("demo", clients)):
+            plot = Plot("names", "names", figure)
+            plot.save(tmp_path)
+            svg = plot.svg()
+            assert [name for name in shown[:3] if name not in svg] == []
+            assert names[0] not in svg
+
+
 @pytest.mark.parametrize("missing", ["folder", "jinja2"])
 def test_bad_input_is_one_line(
     missing: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "no/such" if missing == "folder" else tmp_path
+    folder = run / "results.h5" if missing == "folder" else tmp_path  # a file is no folder
     if missing == "jinja2":
         monkeypatch.setattr(pages, "jinja2", lazy("jinja2", extra="report"))
         monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -300,4 +319,7 @@ def test_bad_input_is_one_line(
     assert main([str(run), "--out", str(tmp_path / "out"), "--html", str(folder / "page.html")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("fedhpc report: error: ")
+    assert main([str(run), "--out", str(tmp_path / "out"), "--html", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and f"{tmp_path}: cannot be written: Is a directory; choose another --html" in shown.err
     assert ("choose another --html" if missing == "folder" else "pip install 'fedhpc[report]'") in error

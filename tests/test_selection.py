@@ -109,9 +109,10 @@ def test_a_round_that_is_exported_later_is_the_average_too() -> None:
     states = [torch.full((3,), float(value)) for value in (1, 2, 4)]
     state = ParameterState(torch.zeros(3), average=Lawa(2))
     assert torch.equal(state.evaluated, state.theta)
-    for state.theta in states:
+    for count, state.theta in zip((1, 2, 2), states, strict=True):
         assert state.average is not None
         state.average.see(state.theta)
+        assert state.average.title == f"the mean of the states of the last {count} rounds"
     state.past = {2: states[1]}  # from which late clients start
     kept = _thetas(state, 3)
     assert list(kept) == [3] and torch.equal(kept[3], torch.full((3,), 3.0))

@@ -214,6 +214,7 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
             "mode": config.mode,
             "model": config.model.name,
             "seed": config.run.seed,
+            "rounds": approach.rounds,
             "world_size": transport.world_size,
             "worker_ranks": approach.topology.group_size,
             "transport": transport.name,

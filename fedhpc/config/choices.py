@@ -127,6 +127,8 @@ def _readable(error: ValidationError, model: type[Section], label: str) -> UserE
         problem = f"must be {problem}"
     if first["type"] == "string_pattern_mismatch":
         problem = "only letters, digits, spaces and . , + = - _ are allowed"
+    if first["type"] in ("string_too_short", "too_short"):
+        problem = "must not be empty"
     key = ".".join([label, *(str(part) for part in location if part != "[key]")])
     return UserError(f"{key}: {problem[0].lower()}{problem[1:]}, got {first['input']!r}", key=key)
 

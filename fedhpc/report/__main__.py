@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or (runs[0].directory / "report" if len(runs) == 1 else folder)
         try:
             out.mkdir(parents=True, exist_ok=True)
+            if page is not None:
+                page.prepare()
             if len(runs) == 1 and options.target_loss is None:
                 written = report_run(runs[0], out, screen, page)
             else:

@@ -5,6 +5,8 @@ The page is the template page.html. Jinja escapes what it fills in: names and ge
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,15 @@ class Page:
 
     path: Path
     command: str
+
+    def prepare(self) -> None:
+        """Make the folder that the page goes into. OSError, which names the page, where it cannot be written there."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if self.path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
 
     def write(self, title: str, sections: Sequence[Section]) -> Path:
         """Write the sections that have any content. Returns the path."""

@@ -6,7 +6,9 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +33,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # The phases of a round whose time is measured: columns seconds_<phase> of /rounds.
 PHASES = ("local", "eval", "broadcast", "reduce", "server")
 
+_LONGEST_NAME = 24  # characters of a client's or a label's name
+
 
 class Plot(NamedTuple):
     """A plot of a report: the stem of its file, what it shows with its units, and the matplotlib Figure."""
@@ -42,14 +46,15 @@ class Plot(NamedTuple):
     def save(self, folder: Path) -> Path:
         """Write it as PNG; the path."""
         path = folder / f"{self.name}.png"
-        self.figure.savefig(path, dpi=150)
+        with _letters_of_any_script():
+            self.figure.savefig(path, dpi=150)
         return path
 
     def svg(self) -> str:
         """The <svg> element, to stand in a page beside others: texts stay texts, and its ids are its own."""
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedhpc"}):
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedhpc"}), _letters_of_any_script():
             self.figure.savefig(file, format="svg", metadata=no_metadata)
         svg = file.getvalue()
         svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{self.name}-", svg[svg.index("<svg") :])
@@ -58,6 +63,20 @@ class Plot(NamedTuple):
         labels = f'{wide}role="img" aria-labelledby="{self.name}-title {self.name}-desc"'
         texts = f'<title id="{self.name}-title">{title}</title><desc id="{self.name}-desc">{description}</desc>'
         return re.sub("<svg([^>]*)>", lambda tag: f"<svg{tag[1]} {labels}>{texts}", svg, count=1)
+
+
+@contextmanager
+def _letters_of_any_script() -> Iterator[None]:
+    """Letters that the font of matplotlib lacks, as in Chinese names, are boxes: the tables have them, no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font", category=UserWarning)
+        yield
+
+
+def _short(name: object) -> str:
+    """A name of the data's as it stands in a plot: one line of at most 24 characters, which moves nothing else."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(name))
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
 def drawn(*plots: tuple[str, str, Any]) -> list[Plot]:
@@ -192,7 +211,7 @@ def clients_and_causes(name: str, clients: Clients | None) -> Any:
         axis.set_title(f"rank correlation {correlation}", loc="right", fontsize=8)
         for i in range(min(3, n)):
             axis.annotate(
-                clients.names[i],
+                _short(clients.names[i]),
                 (factor.values[i], clients.loss[i]),
                 **{"xytext": (4, 0), "textcoords": "offset points", "fontsize": 7, "parse_math": False},
             )
@@ -249,17 +268,15 @@ def split(name: str, partition: Mapping[str, np.ndarray]) -> Any:
     axes[0].set_title(f"{name}: split of the data", loc="left")
     names = partition.get("client_names")
     if names is not None and len(names) <= 40:
-        axes[0].set_yticks(rows, [str(text)[:24] for text in names], parse_math=False, fontsize=7)
+        axes[0].set_yticks(rows, [_short(text) for text in names], parse_math=False, fontsize=7)
     if with_labels and counts is not None:
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         picture = axes[1].imshow(shares, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1)
-        labels = [str(text) for text in partition.get("label_names", np.arange(counts.shape[1]))]
+        labels = [_short(text) for text in partition.get("label_names", np.arange(counts.shape[1]))]
         if len(labels) <= 30:
             longest = max(map(len, labels))
             turned = {"rotation": 90} if longest * len(labels) > 40 else {}
-            axes[1].set_xticks(
-                range(len(labels)), [text[:24] for text in labels], parse_math=False, fontsize=7, **turned
-            )
+            axes[1].set_xticks(range(len(labels)), labels, parse_math=False, fontsize=7, **turned)
         axes[1].set_xlabel("label")
         axes[1].grid(False)
         axes[1].set_yticks([])

@@ -53,8 +53,9 @@ class LoadedRun:
 
     @property
     def planned(self) -> str:
-        """How many rounds the configuration asks for, as text; "?" where it does not say."""
-        return str(self.config.get("federation", {}).get("rounds", "?"))
+        """How many rounds the run has, as text; of older files what the configuration asks for, "?" without that."""
+        asked = self.config.get("federation", {}).get("rounds", "?")
+        return str(self.results.attributes.get("rounds", asked))
 
     def metrics(self, group: str) -> dict[str, float]:
         """The metrics of /test or /base. A metric with a value for each client becomes their mean."""

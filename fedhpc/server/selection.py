@@ -21,8 +21,10 @@ _AVERAGE = "average."  # in front of the names of an average's tensors there
 class Average(ABC):
     """A mean of the states theta (P,) that the server's steps have made so far, theta_0 not among them."""
 
-    #: What it is, for people.
-    title: str
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What it is, for people."""
 
     @abstractmethod
     def see(self, theta: Tensor) -> None:
@@ -50,9 +52,12 @@ class Ema(Average):
     """
 
     def __init__(self, decay: float) -> None:
-        self.title = f"the moving average of the states of all rounds, with decay {decay:g}"
         self._decay, self._weight = decay, 0.0
         self._mean: Tensor | None = None
+
+    @property
+    def title(self) -> str:
+        return f"the moving average of the states of all rounds, with decay {self._decay:g}"
 
     def see(self, theta: Tensor) -> None:
         self._weight = 1 + self._decay * self._weight
@@ -78,9 +83,12 @@ class Lawa(Average):
     """The mean of the last `most` states, of fewer at first (LAWA, Kaddour 2022, arXiv 2209.14981)."""
 
     def __init__(self, most: int) -> None:
-        self.title = f"the mean of the states of the last {most} rounds"
         self._most = most
         self._states: list[Tensor] = []
+
+    @property
+    def title(self) -> str:
+        return f"the mean of the states of the last {len(self._states)} rounds"
 
     def see(self, theta: Tensor) -> None:
         self._states = [*self._states, theta][-self._most :]
