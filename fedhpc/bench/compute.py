@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from fedhpc.bench import workloads
 from fedhpc.bench.table import Part, Row, interleaved, ratio, skipped
 from fedhpc.bench.workloads import BATCH, COHORT, LENGTH, W1, W1_BIG, W2, W2_BIG, W3, Workload
+from fedhpc.config import Config
 from fedhpc.errors import UserError
 
 _CLIENTS = COHORT // 2  # one worker's share of a round
@@ -33,7 +34,8 @@ _STEPS = {"small": 4, "big": 2, "large": 2}  # of a client; a few are enough, si
 def parts(repeats: int, quick: bool) -> list[Part]:
     """All parts of this file."""
     chosen = (W1, W2) if quick else (W1, W2, W1_BIG, W2_BIG)
-    return [*(partial(_against_loops, workload, repeats) for workload in chosen), _compiled, _padding, _memory]
+    loops = [partial(_against_loops, workload, repeats) for workload in chosen]
+    return [*loops, _compiled, partial(_for_workers, repeats), _padding, _memory]
 
 
 def _against_loops(workload: Workload, repeats: int) -> list[Row]:
@@ -82,6 +84,54 @@ def _against_loops(workload: Workload, repeats: int) -> list[Row]:
 def _compiled() -> list[Row]:
     """The row that says why nothing is compared under torch.compile."""
     return [skipped("block over one after another, compiled", "fedhpc does not use torch.compile")]
+
+
+def _for_workers(repeats: int) -> Iterator[Row]:
+    """Compare blocks for the two workers that there are with those for eight, the default: all clients of a round."""
+    from fedhpc import config as configuration
+
+    default = "embedded default"
+    for what in (default, W3.name):
+        title = f"{what}, cohort of 10: blocks for 8 workers over blocks for 2"
+        if what != default and (why := W3.absent()):
+            yield skipped(title, why)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            configs = {}
+            for workers in (8, 2):
+                runtime = {"device": "cpu", "block_size": "auto", "workers": workers}
+                if what == default:
+                    given = [f"run.dir={folder}/run", *(f"runtime.{key}={value}" for key, value in runtime.items())]
+                    configs[workers] = configuration.load(None, given)
+                else:
+                    path = workloads.write(W3, Path(folder), 1, federation={"cohort_size": 10}, runtime=runtime)
+                    configs[workers] = workloads.read(path)
+            rounds = {str(workers): _round_of(config) for workers, config in configs.items()}
+            seconds = interleaved(rounds, repeats, time.process_time)
+        yield Row(title, ratio(seconds["8"], seconds["2"]), 1.3, note=f"{statistics.median(seconds['2']):.2f} s")
+
+
+def _round_of(config: Config) -> Callable[[], None]:
+    """A function that trains the blocks of the first round, as many as there are, in this process."""
+    import torch
+
+    from fedhpc.approaches.prepare import prepare
+    from fedhpc.ranks import memory
+    from fedhpc.ranks.launch import Launch
+    from fedhpc.ranks.transport.base import LoopbackTransport
+
+    torch.set_num_threads(1)
+    memory.keep_freed_memory()
+    transport = LoopbackTransport()
+    approach: Any = prepare(config, transport, Launch(), write_cache=False)
+    plan = approach.plan(1)
+    down = approach.download(transport, approach.initial_state(), plan)
+
+    def train() -> None:
+        for block in plan.blocks:
+            approach.local(plan, block.clients, down)
+
+    return train
 
 
 def _padding() -> list[Row]:
