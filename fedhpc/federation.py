@@ -2,21 +2,23 @@
 
 A round: every rank computes the same plan, the server's state goes down, the workers let their blocks of clients work,
 the contributions combine exactly, the server steps. What these are is the approach's (fedhpc.approaches); the loop is
-the same for all of them and for every mode.
+the same for all of them and for every mode. It is also the same for one run and for several in step, as those of a
+sweep: each has a plan, a state, a run directory and a round of its own, and their clients train side by side.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from fedhpc.approaches.base import AnyApproach, BlockResult
+from fedhpc.approaches.base import AnyApproach, BlockResult, Share
 from fedhpc.approaches.describe import evaluated, headline, run_description
 from fedhpc.approaches.report import Before, Clock, collect, make_record
+from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
 from fedhpc.results.following import Following
@@ -28,26 +30,74 @@ from fedhpc.server.state import ServerState
 from fedhpc.training import client_state
 
 
-def run_round(
-    approach: AnyApproach, transport: Transport, server_state: ServerState | None, round_: int
-) -> RoundRecord | None:
-    """One round; its record on rank 0. FedAvg's are lines 3 to 8 of algorithm 1 of McMahan et al. 2017."""
-    before, fitted, clock = Before.of(transport), approach.fits, Clock()
+@dataclass
+class Round:
+    """A round of one run that is under way, on one rank."""
+
+    plan: Plan
+    download: Any  # of the approach
+    before: Before
+    opening_bytes: int  # that went over the wire until the clients could begin
+    fitted: tuple[int, int]  # `approach.fits` before it
+    clock: Clock
+    results: list[BlockResult[Any]] = field(default_factory=list)
+
+
+def open_round(approach: AnyApproach, transport: Transport, server_state: ServerState | None, round_: int) -> Round:
+    """Plan a round, and bring to the clients what they need of the server. Collective."""
+    before, clock = Before.of(transport), Clock()
     with clock("broadcast"):
         plan = approach.plan(round_)
-        transport.progress.begin(round_, len(plan.training))
         download = approach.download(transport, server_state, plan)
-    with clock("local"):
-        blocks = approach.blocks_of(plan, transport.rank)
-        results: list[BlockResult[Any]] = []
-        for block in blocks:
-            done = len(results)
-            results += approach.local_in_parts(plan, block.clients, download)
-            transport.progress.finish(sum(len(result.clients) for result in results[done:]))
+    return Round(plan, download, before, transport.wire_bytes - before.wire_bytes, approach.fits, clock)
+
+
+def train(transport: Transport, rounds: Sequence[tuple[AnyApproach, Round]]) -> None:
+    """Let the clients of this rank train, block after block; those of several runs in one forward, where they join.
+
+    The time of a forward is divided among its clients.
+    """
+    for forward in _forwards(transport.rank, rounds):
+        shares = [share for share, _ in forward]
+        clients = sum(len(share.clients) for share in shares)
+        began = time.perf_counter()
+        results = shares[0].approach.local_in_parts(shares)
+        seconds = time.perf_counter() - began
+        transport.progress.finish(sum(len(result.clients) for of_share in results for result in of_share))
+        for (share, round_), of_share in zip(forward, results, strict=True):
+            round_.results += of_share
+            round_.clock.add("local", seconds * len(share.clients) / clients)
+
+
+def _forwards(rank: int, rounds: Sequence[tuple[AnyApproach, Round]]) -> list[list[tuple[Share, Round]]]:
+    """What a rank trains, a forward each, in the order of the runs."""
+    forwards: list[list[tuple[Share, Round]]] = []
+    filling: dict[Hashable, list[tuple[Share, Round]]] = {}  # by what runs have in common: where there may be room left
+    for approach, round_ in rounds:
+        joins = approach.joins if len(rounds) > 1 else None
+        for block in approach.blocks_of(round_.plan, rank):
+            share = Share(approach, round_.plan, block.clients, round_.download)
+            last = filling.get(joins, []) if joins is not None else []
+            there = sum(len(other.clients) for other, _ in last)
+            if last and there + len(share.clients) <= approach.most_of_runs:
+                last.append((share, round_))
+            else:
+                filling[joins] = [(share, round_)]
+                forwards.append(filling[joins])
+    return forwards
+
+
+def close_round(
+    approach: AnyApproach, transport: Transport, server_state: ServerState | None, round_: Round
+) -> RoundRecord | None:
+    """Combine what the clients sent, and let the server step; the record of the round on rank 0. Collective."""
+    plan, clock = round_.plan, round_.clock
+    # Other runs may have sent something since it was opened.
+    before = round_.before._replace(wire_bytes=transport.wire_bytes - round_.opening_bytes)
     with clock("reduce"):
-        results = approach.attacked(transport, plan, results)
+        results = approach.attacked(transport, plan, round_.results)
         combined = approach.combine(transport, server_state, plan, results)
-        reports = collect(transport, plan, results, approach, fitted, clock.seconds("local"), before)
+        reports = collect(transport, plan, results, approach, round_.fitted, clock.seconds("local"), before)
     if server_state is None or reports is None:
         return None
     with clock("server"):
@@ -55,14 +105,25 @@ def run_round(
         shortfall = approach.shortfall(plan, completed) if approach.moves_server else ""
         norm = approach.step(server_state, plan, combined) if not shortfall and approach.moves_server else 0.0
         if not shortfall and approach.keeps_client_state:
-            server_state.keep_versions([c for c, ok in zip(plan.cohort, completed, strict=True) if ok], round_)
-    down = approach.bytes_down(plan, download) + approach.bytes_told(plan, combined)
+            accepted = [c for c, ok in zip(plan.cohort, completed, strict=True) if ok]
+            server_state.keep_versions(accepted, plan.round)
+    down = approach.bytes_down(plan, round_.download) + approach.bytes_told(plan, combined)
     up = approach.bytes_fetched(plan, combined)
     spent = approach.spend(server_state, plan)
     record = make_record(approach, plan, reports, clock, norm, down, up, transport.evaluators, spent)
     if not shortfall:
         return record
     return replace(record, events=[*record.events, Event("void", shortfall)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of those that go on together in this process."""
+
+    approach: AnyApproach
+    on_round: Callable[[int], None]  # told which round is safely on disk; on ranks above 0 only the first
+    #: Held while rank 0 writes its files: who holds it for good keeps the run directory as it is.
+    writing: AbstractContextManager[object]
 
 
 def run(
@@ -73,33 +134,77 @@ def run(
     writing: AbstractContextManager[object] | None = None,
     until: int | None = None,
 ) -> None:
-    """Run or resume to the end. `on_round` is told which round is safely on disk; on ranks above 0 only the first.
+    """Run or resume one run to the end: `run_together` of one."""
+    run_together([Run(approach, on_round, writing or nullcontext())], transport, fresh, until)
 
-    `writing` is held while rank 0 writes its files: who holds it for good keeps the run directory as it is. With
-    `until` the run pauses after that round, to be resumed, unless it was the last one.
+
+def run_together(runs: Sequence[Run], transport: Transport, fresh: bool, until: int | None = None) -> None:
+    """Run or resume all `runs` to their ends, a round of each at a time.
+
+    FedAvg's rounds are lines 3 to 8 of algorithm 1 of McMahan et al. 2017. With `until` a run pauses after that round,
+    to be resumed, unless it was the last one.
     """
-    approach.progress = transport.progress
     with ExitStack() as stack:
-        round_, server = _begin(approach, transport, fresh, on_round, writing or nullcontext(), stack)
-        server_state = server.state if server else None
-        while round_ < approach.rounds and not approach.ends_early(transport, server_state):
-            if until is not None and round_ >= until:
-                if server:
-                    server.pause(round_)
-                return
-            round_ += 1
-            record = run_round(approach, transport, server_state, round_)
-            if round_ % approach.config.evaluation.every == 0 or round_ == approach.rounds:
-                record = _evaluated(approach, transport, server_state, round_, record)
-            if server and record:
-                server.record(record)
+        names = [one.approach.config.run.name if len(runs) > 1 else "" for one in runs]
+        going = [_begun(one, transport, fresh, name, stack) for one, name in zip(runs, names, strict=True)]
+        while going := [one for one in going if not one.is_over(until)]:
+            rounds = [(one.approach, one.open()) for one in going]
+            clients = sum(len(round_.plan.training) for _, round_ in rounds)
+            transport.progress.begin(going[0].round, clients)
+            train(transport, rounds)
+            for one, (_, round_) in zip(going, rounds, strict=True):
+                one.close(round_)
+
+
+@dataclass
+class Going:
+    """A run that has begun, on one rank."""
+
+    approach: AnyApproach
+    transport: Transport
+    round: int  # the last that has begun
+    server: Server | None
+    closing: ExitStack  # what lets go of the run directory
+
+    @property
+    def _state(self) -> ServerState | None:
+        return self.server.state if self.server else None
+
+    def open(self) -> Round:
+        """Begin the next round."""
+        self.round += 1
+        return open_round(self.approach, self.transport, self._state, self.round)
+
+    def close(self, opened: Round) -> None:
+        """End a round: sum, evaluation, record."""
+        approach, round_ = self.approach, self.round
+        record = close_round(approach, self.transport, self._state, opened)
+        if round_ % approach.config.evaluation.every == 0 or round_ == approach.rounds:
+            record = _evaluated(approach, self.transport, self._state, round_, record)
+        if self.server and record:
+            self.server.record(record)
+
+    def is_over(self, until: int | None) -> bool:
+        """Whether no round follows; the run is at its end then, or pauses after the round `until`. Collective."""
+        ended = self.round >= self.approach.rounds or self.approach.ends_early(self.transport, self._state)
+        if ended:
+            self._finish()
+        elif until is None or self.round < until:
+            return False
+        elif self.server:
+            self.server.pause(self.round)
+        self.closing.close()
+        return True
+
+    def _finish(self) -> None:
+        approach, transport = self.approach, self.transport
         transport.progress.activity = "test"
-        results = approach.finish(transport, server_state)
-        if server and results:
-            server.finish(results)
+        results = approach.finish(transport, self._state)
+        if self.server and results:
+            self.server.finish(results)
             adapter = approach.config.run_dir / "adapter"
             exported = f" and {adapter}" if adapter.exists() else ""
-            server.message(f"complete: {approach.config.run_dir}/results.h5{exported}")
+            self.server.message(f"complete: {approach.config.run_dir}/results.h5{exported}")
         if approach.topology.group_size > 1:
             transport.barrier()  # who holds layers stays as long as the server may need them, as for an export
 
@@ -158,30 +263,25 @@ def _evaluated(
     )
 
 
-def _begin(
-    approach: AnyApproach,
-    transport: Transport,
-    fresh: bool,
-    on_round: Callable[[int], None],
-    writing: AbstractContextManager[object],
-    stack: ExitStack,
-) -> tuple[int, Server | None]:
-    """Take the run directory and go on from what it holds: the last round that is done, and what rank 0 has.
+def _begun(run: Run, transport: Transport, fresh: bool, name: str, stack: ExitStack) -> Going:
+    """Take the run directory and go on from what it holds; lock and observers are closed with `stack` at the latest.
 
-    The lock and the observers are closed with `stack`. A new run evaluates the initial state first.
+    A new run evaluates the initial state first. name: what stands in front of its lines on the screen.
     """
+    approach, closing = run.approach, stack.enter_context(ExitStack())
+    approach.progress = transport.progress
     describe = partial(run_description, approach, transport)
     opening = Opening(approach.config, describe, fresh, approach.initial_state)  # used on rank 0 alone
-    stack.callback(opening.close)
+    closing.callback(opening.close)
     decision = on_server(transport, opening.claim)
     round_ = on_server(transport, lambda: opening.restore(f"{transport.world_size} ranks over {transport.name}"))
     on_server(transport, opening.begin)
-    on_round(round_)
+    run.on_round(round_)
     server = None
     if transport.is_server:
-        server = Server(opening.server_state, _observers(approach, opening, on_round, writing))
+        server = Server(opening.server_state, _observers(run, opening, name))
         for observer in server.observers:
-            stack.callback(observer.close)
+            closing.callback(observer.close)
         for message in [headline(approach, transport), evaluated(approach), *approach.messages]:
             server.message(message)
         if not opening.is_locked:
@@ -194,26 +294,21 @@ def _begin(
         record = _evaluated(approach, transport, state, 0, RoundRecord(0, events=notes))
         if server and record:
             server.record(record)
-    return round_, server
+    return Going(approach, transport, round_, server, closing)
 
 
-def _observers(
-    approach: AnyApproach,
-    opening: Opening[ServerState],
-    on_round: Callable[[int], None],
-    writing: AbstractContextManager[object],
-) -> list[Observer]:
+def _observers(one: Run, opening: Opening[ServerState], name: str) -> list[Observer]:
     """Who follows the run on rank 0, in order: the files, the screen, trackers."""
-    config, run, state = approach.config, opening.run, opening.server_state
+    config, run, state = one.approach.config, opening.run, opening.server_state
 
     def saved(round_: int) -> None:
         # Only now are the files of no use that the checkpoint no longer names.
         for client in state.renewed:
             client_state.prune(run.directory, client, state.versions[client])
         state.renewed.clear()
-        on_round(round_)
+        one.on_round(round_)
 
-    recorder = Recorder(run, opening.results, state, config.checkpoint.every, writing, saved)
-    screen = Progress(run.rounds, opening.round, approach.progress)
+    recorder = Recorder(run, opening.results, state, config.checkpoint.every, one.writing, saved)
+    screen = Progress(run.rounds, opening.round, one.approach.progress, name)
     trackers = [Following(config.trackers, run, opening.results, screen)] if config.trackers else []
     return [recorder, screen, *trackers]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from fedhpc import config as configuration
 from fedhpc import federation
+from fedhpc.approaches.base import AnyApproach
 from fedhpc.approaches.prepare import prepare
 from fedhpc.builtin.world import rows
 from fedhpc.config import Config
@@ -119,15 +121,20 @@ class _Sized(LoopbackTransport):
         self.world_size = world_size
 
 
-def federate(
-    config: Config,
+def federate(config: Config, ranks: int = 1, **options: Any) -> int:
+    """`federate_together` of one run."""
+    return federate_together([config], ranks, **options)
+
+
+def federate_together(
+    configs: Sequence[Config],
     ranks: int = 1,
     stop_at: int | None = None,
     fresh: bool = False,
     on_round: Callable[[int], None] = lambda round_: None,
     until: int | None = None,
 ) -> int:
-    """Run `config` on so many threads; the number of collectives that rank 0 took part in.
+    """Run `configs` on so many threads; the number of collectives that rank 0 took part in.
 
     With `stop_at` it is interrupted at that collective and Interrupted is raised, with `until` it pauses after that
     round. Errors of a rank are raised.
@@ -138,15 +145,23 @@ def federate(
 
     # One after the other, since transformers does not load models in two threads at once.
     seen = _Sized(ranks)
-    tasks = [prepare(config, seen, Launch(), write_cache=True)]
+
+    def prepared() -> list[AnyApproach]:
+        made: list[AnyApproach] = []
+        for config in configs:
+            made.append(prepare(config, seen, Launch(), True, made[0] if made else None))
+        return made
+
+    tasks = [prepared()]
     while len(tasks) < ranks:
         # Prefixes leave the base alone, so threads can share it; other methods and heads hook it or swap its weights.
-        again = config.method.name != "prefix" or tasks[0].base.head
-        tasks.append(prepare(config, seen, Launch(), write_cache=True) if again else tasks[0])
+        again = len(configs) > 1 or configs[0].method.name != "prefix" or tasks[0][0].base.head
+        tasks.append(prepared() if again else tasks[0])
 
     def one(rank: int) -> None:
         try:
-            federation.run(tasks[rank], transports[rank], fresh, on_round, until=until)
+            runs = [federation.Run(task, on_round, nullcontext()) for task in tasks[rank]]
+            federation.run_together(runs, transports[rank], fresh, until)
         except BaseException as error:  # handed to the caller
             errors.append(error)
             group.barrier.abort()

@@ -528,15 +528,19 @@ def test_the_column_of_the_wire_is_the_sum_over_all_ranks(
 ) -> None:
     """Not the largest, and not rank 0's alone: each rank's own count of each round."""
     counted: dict[int, dict[int, int]] = {}
-    unpatched = federation.run_round
+    opened, closed = federation.open_round, federation.close_round
 
-    def counting(approach: Any, transport: Any, state: Any, round_: int) -> Any:
-        before = transport.wire_bytes
-        record = unpatched(approach, transport, state, round_)
-        counted.setdefault(round_, {})[transport.rank] = transport.wire_bytes - before
+    def opening(approach: Any, transport: Any, state: Any, round_: int) -> Any:
+        counted.setdefault(round_, {})[transport.rank] = -transport.wire_bytes
+        return opened(approach, transport, state, round_)
+
+    def closing(approach: Any, transport: Any, state: Any, round_: Any) -> Any:
+        record = closed(approach, transport, state, round_)
+        counted[round_.plan.round][transport.rank] += transport.wire_bytes
         return record
 
-    monkeypatch.setattr(federation, "run_round", counting)
+    monkeypatch.setattr(federation, "open_round", opening)
+    monkeypatch.setattr(federation, "close_round", closing)
     federate(settings(tmp_path, tree(texts, federation={"rounds": 2, "dropout": 0.0})), ranks=3)
     for round_, total in enumerate(table(tmp_path, "rounds")["wire_bytes"][1:], start=1):
         of_ranks = counted[round_]

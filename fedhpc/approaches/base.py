@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -26,7 +26,7 @@ from fedhpc.evaluation.evaluate import Evaluator, Outcome
 from fedhpc.models.base import Base
 from fedhpc.models.experts import ExpertLoad
 from fedhpc.models.load import stored_classes
-from fedhpc.participation.blocks import joined, most_together, resolve_block_size
+from fedhpc.participation.blocks import joined, most_of_runs, most_together, resolve_block_size
 from fedhpc.participation.plan import Block, Plan
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.participation.schedules.base import Schedule
@@ -41,6 +41,7 @@ DownloadT = TypeVar("DownloadT")  # what clients know of it in a round
 UploadT = TypeVar("UploadT")  # what a block of clients sends back
 CombinedT = TypeVar("CombinedT")  # all contributions of a round in one
 Result = TypeVar("Result")
+Member = TypeVar("Member")  # what trains in a forward: a client, or one of several runs
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ class BlockResult(Generic[UploadT]):
         return accepted
 
 
+@dataclass(frozen=True)
+class Share:
+    """Clients of one run that train in a forward, where those of other runs may be beside them."""
+
+    approach: AnyApproach
+    plan: Plan
+    clients: tuple[int, ...]
+    download: Any  # of the approach
+
+
 class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     """One way to customize a model together, on one rank."""
 
@@ -95,6 +106,7 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     server_trains: ClassVar[bool] = False
 
     def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
         self.config, self.base, self.objective, self.data = inputs.config, inputs.base, inputs.objective, inputs.data
         for name in (*self.config.evaluation.metrics, *self.config.evaluation.metrics_of_test):
             needed = registry.choice("metrics", name).needs
@@ -156,6 +168,16 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def most_together(self) -> int:
         """How many clients of one worker train in one forward at most, once its blocks are joined."""
         return most_together(self.config, self.block_size, self.placement.trains_on)
+
+    @property
+    def joins(self) -> Hashable | None:
+        """What runs in one process have in common whose clients can train in one forward; None: they train alone."""
+        return None
+
+    @property
+    def most_of_runs(self) -> int:
+        """How many clients of several runs train in one forward at most."""
+        return most_of_runs(self.config, self.block_size, self.placement.trains_on)
 
     @property
     def fits(self) -> tuple[int, int]:
@@ -235,27 +257,30 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
     def local(self, plan: Plan, clients: Sequence[int], download: DownloadT) -> BlockResult[UploadT]:
         """What a block of clients does. No collectives, no files but the clients' own."""
 
-    def local_in_parts(self, plan: Plan, clients: Sequence[int], download: DownloadT) -> list[BlockResult[UploadT]]:
-        """`local` of a block, as `in_parts` does it.
+    def local_in_parts(self, shares: Sequence[Share]) -> list[list[BlockResult[UploadT]]]:
+        """`local` of a block, as `in_parts` does it: what each share sends, the first of which is this run's.
 
+        There are several where runs have the same `joins`.
         A block that failed has changed nothing: what clients keep is a file of this round, written again.
         """
-        return self.in_parts(clients, lambda part: self.local(plan, part, download))
+        (one,) = shares
+        population = self.data.population
+        return [self.in_parts(one.clients, lambda part: self.local(one.plan, part, one.download), population.title)]
 
     def in_parts(
-        self, clients: Sequence[int], work: Callable[[Sequence[int]], Result], name: str | None = None
+        self, clients: Sequence[Member], work: Callable[[Sequence[Member]], Result], title: Callable[[Member], str]
     ) -> list[Result]:
         """`work` of a block of clients; of its halves, from now on, where it takes more memory than the GPU has.
 
-        Where a client alone does not fit, its steps go on with half as many examples in a forward. name: of one that is
-        no client, for an error.
+        Where a client alone does not fit, its steps go on with half as many examples in a forward. title: what a client
+        is called in an error.
         """
         if self.clients_that_fit is None or len(clients) <= self.clients_that_fit:
             try:
                 return [work(clients)]
             except torch.OutOfMemoryError as error:
                 if len(clients) == 1 and not self._can_halve_forwards:
-                    client = name or self.data.population.title(clients[0])
+                    client = title(clients[0])
                     can_be_cut = self.trains_in_steps and not self.objective.needs_full_steps
                     one = f"one example of {client}" if can_be_cut else f"{client} alone"
                     raise UserError(
@@ -266,9 +291,9 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
             self.clients_that_fit = math.ceil(len(clients) / 2)
             if len(clients) == 1:
                 self.examples_that_fit = math.ceil(self._examples_at_once / 2)
-                return self.in_parts(clients, work, name)
+                return self.in_parts(clients, work, title)
         half = math.ceil(len(clients) / 2)
-        return [result for part in (clients[:half], clients[half:]) for result in self.in_parts(part, work)]
+        return [result for part in (clients[:half], clients[half:]) for result in self.in_parts(part, work, title)]
 
     @property
     def _examples_at_once(self) -> int:

@@ -10,7 +10,7 @@ from fedhpc import objectives, registry
 from fedhpc.approaches.memory import require_room
 from fedhpc.config import Config
 from fedhpc.config.schema import Client
-from fedhpc.data import Data
+from fedhpc.data import Data, divided_again
 from fedhpc.data.encoding import encode
 from fedhpc.data.load import template
 from fedhpc.errors import UserError
@@ -54,20 +54,27 @@ def load_inputs(
     write_cache: bool,
     read: Callable[[Config, Any, type[Base], bool], Data],
     group: Group | None = None,
+    beside: Inputs | None = None,
 ) -> Inputs:
     """Load and check the model and the data, which `read` reads. UserError where one of them is wrong.
 
-    group: the ranks that hold the base between them.
+    group: the ranks that hold the base between them. beside: of a run that goes on in this process, and with which this
+    one `may_train_together`: its base and its splits serve both, as far as these do not hang on the run.
     """
     model = model_class(config.model)
     objective = objectives.of_config(config, model)
     if objective.needs_full_steps:
         _refuse_split_steps(config.client)
-    data = read(config, load_tokenizer(config.model), model, write_cache)
+    data = divided_again(beside.data, beside.config, config) if beside else None
+    if data is None:
+        data = read(config, load_tokenizer(config.model), model, write_cache)
     device = device_of(launch)
     weights = require_room(config, device, topology.group_size)
     program = peak_memory(device)
-    base = load_base(config.model, device, data.train.label_names, config.run.seed, group)
+    if beside and not beside.base.head:  # the seed may have drawn a head
+        base = beside.base
+    else:
+        base = load_base(config.model, device, data.train.label_names, config.run.seed, group)
     check_length(base, config.data.max_length, virtual=0)
     for split, examples in data.splits.items():
         check_tokens(base, examples, split)

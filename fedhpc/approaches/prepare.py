@@ -61,9 +61,12 @@ def assign_devices(config: Config, transport: Transport, launch: Launch, gpus: S
     return launch
 
 
-def prepare(config: Config, transport: Transport, launch: Launch, write_cache: bool) -> AnyApproach:
+def prepare(
+    config: Config, transport: Transport, launch: Launch, write_cache: bool, beside: AnyApproach | None = None
+) -> AnyApproach:
     """The approach that the configuration names, with its inputs loaded and checked; no run directory is needed.
 
+    beside: of a run in this process, with which this one `may_train_together`: it shares what it has loaded.
     RefusedError on every rank where rank 0 found a mistake of the user's.
     """
     approach_class: type[AnyApproach] = registry.approach(config.method.name)
@@ -78,7 +81,8 @@ def prepare(config: Config, transport: Transport, launch: Launch, write_cache: b
     transport.form_groups(topology)
 
     def load() -> Inputs:
-        return load_inputs(config, launch, topology, write_cache, approach_class.read, transport.group)
+        known = None if beside is None else beside.inputs
+        return load_inputs(config, launch, topology, write_cache, approach_class.read, transport.group, known)
 
     inputs: Inputs | None = None
     if topology.group_size > 1:  # the server holds no layers: it cannot look at a model without the workers

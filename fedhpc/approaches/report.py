@@ -25,27 +25,30 @@ from fedhpc.results.record import DROPPED, LATE, OK, REJECTED, Event, RoundRecor
 
 
 class Clock:
-    """Wall seconds of the phases of a round, one after the other."""
+    """Wall seconds of the phases of a round."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._marks: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """The phase ends with the block."""
+        """The phase, or a part of it, is what the block does."""
+        began = time.perf_counter()
         yield
-        self._marks[phase] = time.perf_counter()
+        self.add(phase, time.perf_counter() - began)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """A part of a phase took so long."""
+        self._seconds[phase] = self.seconds(phase) + seconds
 
     def seconds(self, phase: str) -> float:
-        """From the end of the phase before, or the beginning, to the end of this one."""
-        earlier = [mark for mark in self._marks.values() if mark < self._marks[phase]]
-        return self._marks[phase] - max(earlier, default=self._began)
+        """How long a phase took; 0 where there was none."""
+        return self._seconds.get(phase, 0.0)
 
     @property
     def total(self) -> float:
-        """Seconds from the beginning to the end of the last phase."""
-        return max(self._marks.values()) - self._began
+        """How long all phases took."""
+        return sum(self._seconds.values())
 
 
 class Before(NamedTuple):

@@ -69,6 +69,10 @@ class WithHead(Method):
         return self.method.shares_base
 
     @property
+    def starts_from_payload(self) -> bool:
+        return self.method.starts_from_payload
+
+    @property
     def can_be_divided(self) -> bool:
         return False  # the head is beside the base, and each rank has it whole
 

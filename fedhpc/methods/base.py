@@ -100,6 +100,15 @@ class Method(ABC):
         return True
 
     @property
+    def starts_from_payload(self) -> bool:
+        """Whether what clients train follows from the payload that they received alone, and not from seed or round too.
+
+        Then clients of several runs, in rounds of their own, can share one forward pass (`fedhpc sweep`).
+        """
+        method = type(self)
+        return self.shares_base and method.start is Method.start and method.in_round is Method.in_round
+
+    @property
     def can_be_divided(self) -> bool:
         """Whether the ranks of a worker, which hold the base between them, can train one client together (`parts`).
 

@@ -69,6 +69,10 @@ class Prefix(Method):
     def trainable(self) -> Layout:
         return self._exchange.trainable
 
+    @property
+    def starts_from_payload(self) -> bool:
+        return type(self._exchange).start is _Raw.start
+
     def initial(self) -> Tensors:
         return self._exchange.initial()
 

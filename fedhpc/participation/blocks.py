@@ -46,6 +46,12 @@ def most_together(config: Config, block_size: int, device: str) -> int:
     return max(block_size, _AUTO_BLOCK[device]) if joins else block_size
 
 
+def most_of_runs(config: Config, block_size: int, device: str) -> int:
+    """How many clients of several runs train in one forward at most: those of a block, or with block_size auto as many
+    as pay."""
+    return max(block_size, _AUTO_BLOCK[device]) if config.runtime.block_size == "auto" else block_size
+
+
 def joined(blocks: Sequence[Block], most: int) -> list[Block]:
     """Join the blocks of one rank, in their order, to blocks of at most `most` clients."""
     together: list[Block] = []

@@ -35,18 +35,20 @@ class UnderWay(Protocol):
 class Progress:
     """The display of a run of `rounds` rounds, `start_round` of which were done before (resume).
 
-    under_way: what is shown on a terminal of the round that has begun; read whenever the display is drawn.
+    under_way: what is shown on a terminal of the round that has begun; read whenever the display is drawn. name: of one
+    of several runs in this process, in front of its lines; these are a line a round then, on a terminal too.
     """
 
-    def __init__(self, rounds: int, start_round: int = 0, under_way: UnderWay | None = None) -> None:
+    def __init__(self, rounds: int, start_round: int = 0, under_way: UnderWay | None = None, name: str = "") -> None:
         self._rounds = rounds
+        self._front = f"{name}: " if name else ""
         self._under_way = under_way
         self._above: list[Text] = []  # the line of the last round, where the next one takes its row
         self._start = start_round
         self._began = time.monotonic()
         self._live: Live | None = None
         console = Console(file=sys.stdout, highlight=False)
-        if sys.stdout.isatty() and not console.is_dumb_terminal:
+        if sys.stdout.isatty() and not console.is_dumb_terminal and not name:
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=None),
@@ -66,7 +68,7 @@ class Progress:
     def message(self, text: str) -> None:
         """One line, above the live display on a terminal."""
         if self._live is None:
-            print(text, flush=True)
+            print(f"{self._front}{text}", flush=True)
         else:
             self._live.console.print(Text(text))
 
@@ -83,7 +85,7 @@ class Progress:
         if done == self._start:
             self._began = time.monotonic()
         if self._live is None:
-            print(text, flush=True)
+            print(f"{self._front}{text}", flush=True)
             return
         self._bar.update(self._task, completed=done, left=self._left(done))
         self._above = [] if record.metrics else [Text(text, overflow="ellipsis", no_wrap=True)]
@@ -100,7 +102,7 @@ class Progress:
         """Print the results of the whole run, beside those of the untouched base."""
         self.close()
         for text in [*lines_of_test(results.test, results.test_sampling, results.base), *results.lines]:
-            print(text)
+            self.message(text)
 
     def close(self) -> None:
         """Leave the last state of the display on the screen. May be called twice."""

@@ -52,7 +52,8 @@ class Work:
 
     client_id: int
     indices: np.ndarray  # its training examples
-    round: int | None = None  # whose draws and learning rates it has; None: the round of all
+    #: Whose draws, number of steps and learning rates it has; None: those of all. The rest is the same for all.
+    local: LocalTraining | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,32 @@ class Trained:
     input_tokens: int  # of the whole block, padding included
     padded_tokens: int
     expert_load: np.ndarray  # int64 (L, E): tokens sent to each routed expert; (0, 0) where a base has none
+
+    def apart(self, sizes: Sequence[int]) -> list[Trained]:
+        """The outcomes of several groups of clients, of these sizes one after the other, that trained as one block.
+
+        Padding is everybody's: it is divided by the supervised tokens that were seen. Not for bases with experts, nor
+        for optimizers that go on.
+        """
+        assert self.memory is None and not self.expert_load.size
+        ends = np.cumsum(sizes)
+        seen = np.append(0, np.cumsum(self.tokens))[ends] / max(int(self.tokens.sum()), 1)
+        inputs, padded = (np.diff(np.rint(seen * all_), prepend=0) for all_ in (self.input_tokens, self.padded_tokens))
+        return [
+            replace(
+                self,
+                updates=self.updates[rows],
+                distance=self.distance[rows],
+                steps=self.steps[rows],
+                tokens=self.tokens[rows],
+                loss_sum=self.loss_sum[rows],
+                loss_first=self.loss_first[rows],
+                loss_last=self.loss_last[rows],
+                input_tokens=int(inputs[i]),
+                padded_tokens=int(padded[i]),
+            )
+            for i, rows in enumerate(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+        ]
 
 
 def train_block(
@@ -167,10 +194,9 @@ class _Clients:
 
     def __init__(self, works: Sequence[Work], local: LocalTraining) -> None:
         draw = batches if local.privacy is None else poisson_batches
-        rounds = [local.round if w.round is None else w.round for w in works]
+        ways = [local if w.local is None else w.local for w in works]
         plans = [
-            draw(len(w.indices), local, local.seed, round_, w.client_id)
-            for w, round_ in zip(works, rounds, strict=True)
+            draw(len(w.indices), way, way.seed, way.round, w.client_id) for w, way in zip(works, ways, strict=True)
         ]
         steps = np.array([len(plan) for plan in plans], dtype=np.int64)
         #: For each row of the block's tensors, which of `works` it is; and the other way round.
@@ -178,10 +204,11 @@ class _Clients:
         self._rows = np.argsort(self.order)
         self._works = [works[i] for i in self.order]
         self._plans = [plans[i] for i in self.order]
-        self.rounds = [rounds[i] for i in self.order]
+        #: How each of them trains.
+        self.ways = [ways[i] for i in self.order]
         self._rates = [
-            learning_rates(local, round_, local.rounds, len(plan))
-            for round_, plan in zip(self.rounds, self._plans, strict=True)
+            learning_rates(way, way.round, way.rounds, len(plan))
+            for way, plan in zip(self.ways, self._plans, strict=True)
         ]
         self.steps = steps[self.order]  # int64 (K,)
 
@@ -242,8 +269,10 @@ class _Model:
         self.parameters = method.trainable.flatten(expanded).clone()
         self.gradient = torch.zeros_like(self.parameters)
         self.parameters.requires_grad_().grad = self.gradient
-        draws = zip(clients.rounds, clients.ids, strict=True)
-        keys = [torch_seed(local.seed, "noise", round_, client) for round_, client in draws]
+        keys = [
+            torch_seed(way.seed, "noise", way.round, client)
+            for way, client in zip(clients.ways, clients.ids, strict=True)
+        ]
         ratios = {name: method.lr_ratio(name, shape) for name, shape in method.trainable.shapes.items()}
         #: (1, T): by what the learning rate is multiplied; None where it is by 1.
         self.lr_ratios: Tensor | None = None
@@ -302,7 +331,7 @@ class _Model:
             if self._scale != 1.0:
                 of_examples.div_(self._scale)
             privacy.add_clipped(gradient, of_examples, forward.owners)
-        rounds, clients = self.clients.rounds[: len(gradient)], self.clients.ids[: len(gradient)]
+        rounds, clients = [way.round for way in self.clients.ways[: len(gradient)]], self.clients.ids[: len(gradient)]
         privacy.add_noise(gradient, self.local.seed, rounds, step.number, clients)
         expected = self.clients.expected_examples(self.local, len(gradient))
         gradient.mul_(kernels.on_device(1.0 / expected, gradient.device, gradient.dtype).unsqueeze(1))

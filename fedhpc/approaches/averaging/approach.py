@@ -12,9 +12,9 @@ personalization.parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,16 @@ from fedhpc.approaches.averaging.evaluation import (
     turn_lines,
     writes_texts,
 )
-from fedhpc.approaches.averaging.local import Auxiliaries, BlockTraining, Download, Upload, with_updates, with_zeros
+from fedhpc.approaches.averaging.local import (
+    Auxiliaries,
+    BlockTraining,
+    Download,
+    Job,
+    Upload,
+    train_jobs,
+    with_updates,
+    with_zeros,
+)
 from fedhpc.approaches.averaging.packing import require_packing
 from fedhpc.approaches.averaging.personal import PersonalPart, fine_tuned
 from fedhpc.approaches.averaging.poisoning import Poisoning
@@ -38,7 +47,7 @@ from fedhpc.approaches.averaging.root import Root
 from fedhpc.approaches.averaging.sending import Sending
 from fedhpc.approaches.averaging.together import parts_on_every_rank, require_together
 from fedhpc.approaches.averaging.warm_start import WarmStart
-from fedhpc.approaches.base import Approach, BlockResult, accepted_indices, broadcast_versions
+from fedhpc.approaches.base import Approach, BlockResult, Share, accepted_indices, broadcast_versions
 from fedhpc.approaches.export import export, serving, write_client_names
 from fedhpc.approaches.inputs import Inputs
 from fedhpc.approaches.memory import WORKER_RANKS, Held, table
@@ -50,6 +59,7 @@ from fedhpc.methods import make_method
 from fedhpc.methods.base import Method
 from fedhpc.models.experts import ExpertLoad
 from fedhpc.models.generative import Generative
+from fedhpc.models.parts import Parts
 from fedhpc.participation.plan import Plan
 from fedhpc.participation.sampling import cohort_size
 from fedhpc.privacy.base import Privacy, Releases
@@ -309,14 +319,42 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         assert result is not None  # this rank takes it
         return result
 
-    def local_in_parts(self, plan: Plan, clients: Sequence[int], download: Download) -> list[BlockResult[Upload]]:
-        """`local`; of a block that all ranks of a worker train together the result is on one of them."""
-        parts = self.method.parts
-        if parts is None:
-            return super().local_in_parts(plan, clients, download)
-        takes = next(block.member == parts.member for block in plan.blocks if block.clients == tuple(clients))
+    @property
+    def joins(self) -> Hashable | None:
+        return self.training.joins
+
+    def local_in_parts(self, shares: Sequence[Share]) -> list[list[BlockResult[Upload]]]:
+        if self.method.parts is not None:
+            return [self._local_on_ranks(shares[0], self.method.parts)]
+        if len(shares) == 1:
+            return super().local_in_parts(shares)
+        results: list[list[BlockResult[Upload]]] = [[] for _ in shares]
+
+        def train(part: Sequence[tuple[int, int]]) -> None:
+            jobs: dict[int, Job] = {}
+            for number in dict.fromkeys(number for number, _ in part):
+                one, clients = shares[number], [client for of, client in part if of == number]
+                assert isinstance(one.approach, Averaging)  # as it has the same `joins`
+                jobs[number] = one.approach.training.job(one.plan, clients, one.download, self.examples_that_fit)
+            trained = train_jobs(list(jobs.values()), self.progress.add)
+            for (number, job), outcome in zip(jobs.items(), trained, strict=True):
+                results[number].append(job.training.result(job, outcome))
+
+        def title(member: tuple[int, int]) -> str:
+            approach = shares[member[0]].approach
+            return f"{approach.config.run.name}: {approach.data.population.title(member[1])}"
+
+        members = [(number, client) for number, one in enumerate(shares) for client in one.clients]
+        self.in_parts(members, train, title)
+        return results
+
+    def _local_on_ranks(self, one: Share, parts: Parts) -> list[BlockResult[Upload]]:
+        """`local` of a block that all ranks of a worker train together: the result is on one of them."""
+        plan, clients = one.plan, one.clients
+        takes = next(block.member == parts.member for block in plan.blocks if block.clients == clients)
+        on_step = self.progress.add if takes else _unseen
         try:
-            result = self.training.train(plan, clients, download, self.progress.add if takes else _unseen, takes=takes)
+            result = self.training.train(plan, clients, one.download, on_step, takes=takes)
         except torch.OutOfMemoryError as error:  # the others could not know that it goes on in halves
             raise UserError(
                 f"{self.data.population.title(clients[0])} takes more memory than the GPU has, on {parts.size} ranks "
@@ -403,7 +441,9 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         if state is None:
             return torch.empty(0)
         learnt = self.base, self.method, self.objective, self.personal, state.theta, plan.round
-        (update,) = self.in_parts([root.client], lambda _: root.update(*learnt, self.examples_that_fit), "the server")
+        (update,) = self.in_parts(
+            [root.client], lambda _: root.update(*learnt, self.examples_that_fit), lambda _: "the server"
+        )
         return update
 
     def _accepted_rows(self, results: Sequence[BlockResult[Upload]], sent: Sequence[Tensor], size: int) -> Tensor:
@@ -647,7 +687,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             versions = self._versions(transport, state, clients)
 
             def personalize(block: Sequence[int]) -> Tensor:
-                return torch.cat(self.in_parts(block, lambda part: self._personalized(theta, versions, part)))
+                part = partial(self._personalized, theta, versions)
+                return torch.cat(self.in_parts(block, part, self.data.population.title))
 
             personal = self.evaluation.personalized(transport, personalize, clients, self.block_size)
             if results is not None:
@@ -739,7 +780,7 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
             def step(part: Sequence[int]) -> None:
                 self.training.rehearse(part, self.examples_that_fit)
 
-            self.in_parts(largest.clients, step)
+            self.in_parts(largest.clients, step, self.data.population.title)
             if self.config.evaluation.samples and isinstance(self.base, Generative):
                 views = self.method.payload.views(self.initial_payload().unsqueeze(0).to(self.base.device))
                 rows = torch.zeros(1, dtype=torch.int64, device=self.base.device)

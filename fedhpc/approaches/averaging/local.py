@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from fedhpc.approaches.averaging.personal import PersonalPart
 from fedhpc.approaches.averaging.sending import Sending
 from fedhpc.approaches.base import BlockResult
 from fedhpc.config import Config
+from fedhpc.config.together import may_train_together
 from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Base
+from fedhpc.models.experts import ExpertLoad
 from fedhpc.objectives.base import Objective
 from fedhpc.participation.plan import Plan
 from fedhpc.privacy.base import Privacy
@@ -109,6 +112,47 @@ class Auxiliaries:
         return self._itemsize * sum(one.size for one in self.exchanged)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A block of K clients that is ready to train."""
+
+    training: BlockTraining
+    plan: Plan
+    clients: Sequence[int]
+    down: Download
+    tensors: Mapping[str, Tensor]  # what they have kept
+    theta: Tensor | None  # (K, S) or (1, S): the shared parts from which they train; None in local mode
+    starts: Tensor  # (K, P) or (1, P): the payloads
+    works: Sequence[Work]
+    local: LocalTraining
+    memory: Memory | None
+    corrections: Tensor | None
+
+
+def train_jobs(jobs: Sequence[Job], on_step: Callable[[float], None], takes: bool = True) -> list[Trained]:
+    """Train the clients of all jobs in one forward; what comes out of each job, in order.
+
+    Several are of runs that have the same `BlockTraining.joins`. takes: as in `train_block`.
+    """
+    first = jobs[0]
+    alone, training = len(jobs) == 1, first.training
+    starts = first.starts if alone else torch.cat([job.starts.expand(len(job.works), -1) for job in jobs])
+    trained = train_block(
+        training.base,
+        training.method,
+        training.objective,
+        starts,
+        [work for job in jobs for work in job.works],
+        training.data.train,
+        first.local,
+        first.memory,
+        first.corrections,
+        on_step,
+        takes,
+    )
+    return [trained] if alone else trained.apart([len(job.works) for job in jobs])
+
+
 class BlockTraining:
     """The clients' side of the rounds of one run. S is the size of the payload's shared part."""
 
@@ -142,6 +186,16 @@ class BlockTraining:
         """All that clients keep tensors for from round to round."""
         return [*self._keepers, self.sending.pipeline]
 
+    @cached_property
+    def joins(self) -> Hashable | None:
+        """What runs have in common whose blocks can train in one forward (`train_jobs`); None: these train alone."""
+        key, method = may_train_together(self.config), self.method
+        if key is None or not method.starts_from_payload or method.finite_difference_step is not None:
+            return None
+        if ExpertLoad(self.base).layers:  # whose load is counted for a forward, and not for its rows
+            return None
+        return key, id(self.base), self.data.train.fingerprint
+
     def train(
         self,
         plan: Plan,
@@ -154,6 +208,17 @@ class BlockTraining:
         """Train `clients` together and write what they keep. UserError where a client on its own diverged.
 
         fit: as in `LocalTraining.of`. takes: as in `train_block`; None on a rank that does not.
+        """
+        job = self.job(plan, clients, down, fit, takes)
+        (trained,) = train_jobs([job], on_step, takes)
+        return self.result(job, trained) if takes else None
+
+    def job(
+        self, plan: Plan, clients: Sequence[int], down: Download, fit: int | None = None, takes: bool = True
+    ) -> Job:
+        """All that `clients` need to train together: what the server sent, and what they have kept.
+
+        fit, takes: as in `train`.
         """
         config, round_ = self.config, plan.round
         versions = [plan.versions[plan.index[client]] for client in clients]
@@ -169,26 +234,19 @@ class BlockTraining:
         if self._momentum is not None:
             direction = Direction(down.auxiliary[self._momentum.name], config.client.server_momentum)
             local = replace(local, direction=direction)
-        trained = train_block(
-            self.base,
-            self.method,
-            self.objective,
-            starts,
-            [
-                Work(client, indices, version + 1)
-                for client, indices, version in zip(
-                    clients, self.data.population.indices_of(clients), versions, strict=True
-                )
-            ],
-            self.data.train,
-            local,
-            memory,
-            None if controls is None else scaffold.corrections(tensors, down.auxiliary[controls.name]),
-            on_step,
-            takes,
-        )
-        if not takes:
-            return None
+        of_version = {version: replace(local, round=version + 1) for version in set(versions)}
+        indices = self.data.population.indices_of(clients)
+        works = [Work(c, mine, of_version[v]) for c, mine, v in zip(clients, indices, versions, strict=True)]
+        corrections = None if controls is None else scaffold.corrections(tensors, down.auxiliary[controls.name])
+        return Job(self, plan, clients, down, tensors, theta, starts, works, local, memory, corrections)
+
+    def result(self, job: Job, trained: Trained) -> BlockResult[Upload]:
+        """What the clients of a job send once they have trained; what they keep is written.
+
+        UserError where a client on its own diverged.
+        """
+        config, plan, clients, down, tensors = self.config, job.plan, job.clients, job.down, job.tensors
+        round_, controls, moments = plan.round, self._controls, self._moments
         beside: dict[str, Tensor] = {}
         if controls is not None:
             control = down.auxiliary[controls.name]
@@ -196,7 +254,7 @@ class BlockTraining:
         if moments is not None:
             assert trained.memory is not None
             beside[moments.name] = moments.sent(down.auxiliary[moments.name], trained.memory)
-        tensors_after = self._tensors_after(tensors, starts, trained, beside)
+        tensors_after = self._tensors_after(tensors, job.starts, trained, beside)
         updates, personal = self.split.apart(trained.updates)
         finite = _finite(updates) & _finite(personal)
         raw_bytes = self.sending.raw_bytes(clients, round_)
@@ -217,7 +275,7 @@ class BlockTraining:
             raise UserError("a transform packs the updates, which cannot be masked then", key="transforms")
         return BlockResult(
             clients=tuple(clients),
-            upload=Upload(self._from_newest(plan, down, theta, updates), beside),
+            upload=Upload(self._from_newest(plan, down, job.theta, updates), beside),
             reason=np.where(finite, 0, 1),
             tokens=trained.tokens,
             steps=trained.steps,

@@ -205,6 +205,11 @@ class Lora(Method):
     def trainable(self) -> Layout:
         return Layout({**self._rule.trainable.shapes, **self._magnitudes.shapes})
 
+    @property
+    def starts_from_payload(self) -> bool:
+        # Other rules keep factors that the seed has drawn, or draw new ones in every round.
+        return type(self._rule) is Average and not self._rule.factors.taken
+
     @cached_property
     def _magnitudes(self) -> Layout:
         """The lengths of the rows of every weight, with DoRA."""
