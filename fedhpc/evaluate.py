@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = with_model_of(config, subject)
     except UserError as error:
         return process.refuse(error, launch)
-    return process.run(config, launch, _imports, partial(_work, options, subject))
+    return process.run([config], launch, _imports, partial(_work, options, subject))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

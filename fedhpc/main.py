@@ -6,6 +6,7 @@
     python -m fedhpc.main ...                  one process
     python -m fedhpc.main ... --ranks 3        3 processes of this machine, without a launcher
     python -m fedhpc.main ... --until 5        pause after round 5; the same command without it goes on
+    python -m fedhpc.main A.yaml B.yaml ...    several runs side by side, as `fedhpc sweep` starts them
     torchrun --nproc_per_node=8 -m fedhpc.main ...       torchrun, also on several machines
     mpiexec -n 4 python -m fedhpc.main ...     MPI
     srun python -m fedhpc.main ...             Slurm
@@ -22,16 +23,20 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fedhpc import config as configuration
 from fedhpc.config import Config, Model
+from fedhpc.config.together import may_train_together
 from fedhpc.errors import UserError
 from fedhpc.ranks import process
 from fedhpc.ranks.launch import Launch, detect
 from fedhpc.ranks.process import Rank
 from fedhpc.ranks.startup import DONE
 from fedhpc.ranks.topology import Topology
+
+if TYPE_CHECKING:
+    from fedhpc.approaches.base import AnyApproach
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,8 +49,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="fedhpc run",
         description="Federated customization of large models. Without CONFIG: the embedded demo.",
-        usage="%(prog)s [CONFIG.yaml] [section.key=value ...] [--ranks N | --ranks-per-node N] [--until N] [--check] "
-        "[--where] [--fresh]",
+        usage="%(prog)s [CONFIG.yaml ...] [section.key=value ...] [--ranks N | --ranks-per-node N] [--until N] "
+        "[--check] [--where] [--fresh]",
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG | section.key=value", help="configuration and overrides")
     parser.add_argument(
@@ -72,9 +77,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for word in files:
         if not os.path.exists(word) and word.split(".")[0] in configuration.KEYS:
             raise UserError(f"command line: '{word}' is neither a file nor of the form section.key=value")
-    if len(files) > 1:
-        raise UserError(f"command line: more than one configuration file: {', '.join(files)}")
-    options.config = files[0] if files else None
+    options.configs = files or [None]
     options.overrides = [word for word in options.words if "=" in word and not word.startswith("ranks=")]
     counts = ",".join(word.removeprefix("ranks=") for word in options.words if word.startswith("ranks="))
     if counts and not options.check:
@@ -99,21 +102,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         # The configuration imports numpy, whose OpenBLAS would start a thread per core in every rank.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        config = configuration.load(options.config, options.overrides)
+        configs = [configuration.load(path, options.overrides) for path in options.configs]
+        _check_together(options, configs)
+        config = configs[0]
         _check_forks(options, config, launch)
-        _check_until(options, config)
+        for one in configs:
+            _check_until(options, one)
         _check_groups(options, config, launch)
         _check_trackers(config)
     except UserError as error:
         return process.refuse(error, launch)
     if options.where:
-        print(config.run_dir)
+        print("\n".join(str(one.run_dir) for one in configs))
         return DONE
     work = partial(_work, options)
     imports = partial(_imports, config.runtime.worker_ranks != 1)
     if forks := options.ranks_per_node or (options.forks if options.forks != 1 else None):
-        return process.fork(forks, config, launch, partial(imports, config.model), work)
-    return process.run(config, launch, imports, work)
+        return process.fork(forks, configs, launch, partial(imports, config.model), work)
+    return process.run(configs, launch, imports, work)
+
+
+def _check_together(options: argparse.Namespace, configs: Sequence[Config]) -> None:
+    """UserError where several configurations are not those of runs that can go on together in one process."""
+    if len(configs) == 1:
+        return
+    if options.overrides or options.check:
+        raise UserError(
+            f"command line: {'--check is' if options.check else 'section.key=value is'} for one configuration, and "
+            f"there are {len(configs)}: {', '.join(options.configs)}"
+        )
+    shared = [may_train_together(config) for config in configs]
+    for path, one in zip(options.configs, shared, strict=True):
+        if one is None or one != shared[0]:
+            raise UserError(f"command line: {path} cannot train together with {options.configs[0]}: run it alone")
+    if len({config.run_dir for config in configs}) < len(configs):
+        raise UserError("command line: two configurations have the same run.dir: each run needs one of its own")
 
 
 def _check_forks(options: argparse.Namespace, config: Config, launch: Launch) -> None:
@@ -173,14 +196,27 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     from fedhpc.approaches.describe import describe, forecast_lines
     from fedhpc.approaches.prepare import assign_devices, is_finished, prepare
 
-    config, transport = rank.config, rank.transport
-    if not options.check and is_finished(config, transport, options.fresh):
+    transport = rank.transport
+    runs = [
+        (config, saved)
+        for config, saved in zip(rank.configs, rank.saved, strict=True)
+        if options.check or not is_finished(config, transport, options.fresh)
+    ]
+    if not runs:
         return
-    launch = assign_devices(config, transport, rank.launch, rank.gpus)
-    approach = prepare(config, transport, launch, write_cache=not options.check)
+    launch = assign_devices(rank.config, transport, rank.launch, rank.gpus)
+    approaches: list[AnyApproach] = []
+    for config, _ in runs:
+        beside = approaches[0] if approaches else None
+        approaches.append(prepare(config, transport, launch, not options.check, beside))
     if not options.check:
-        federation.run(approach, transport, options.fresh, rank.saved.reached, rank.saved.writing, options.until)
+        together = [
+            federation.Run(approach, saved.reached, saved.writing)
+            for approach, (_, saved) in zip(approaches, runs, strict=True)
+        ]
+        federation.run_together(together, transport, options.fresh, options.until)
         return
+    (approach,) = approaches
     lines = describe(approach, transport)
     if options.ranks:
         from fedhpc.ranks.verdict import on_server

@@ -2,9 +2,14 @@
 
     python -m fedhpc.sweep SWEEP.yaml [key=value ...] [--list] [--where] [--index I] [--dry-run]
 
-Runs what is missing, one run after the other, continues what was interrupted, and ends with a comparison
-(fedhpc.report) in <dir>/comparison. `--index $SLURM_ARRAY_TASK_ID` does one run of them, for an array job.
-`section.key=value` overrides `set` for all runs, `sweep.key=value` a key of SWEEP.yaml, which has:
+Runs what is missing, continues what was interrupted, and ends with a comparison (fedhpc.report) in <dir>/comparison.
+`--index $SLURM_ARRAY_TASK_ID` does one run of them, for an array job. `section.key=value` overrides `set` for all runs,
+`sweep.key=value` a key of SWEEP.yaml.
+
+Runs train together where they differ in no more than seeds, learning rates and schedules, steps, split, cohort, server,
+transforms or privacy of clients: one process loads model and data once, and clients of all of them share its forwards.
+Each has its plan, state, directory and results as if it were alone, but for the rounding of sums (within 1e-5 in
+float32). With `together: 1` each is alone, to the bit what `fedhpc run` makes of its file. The keys of SWEEP.yaml:
 
     name: approaches                     # dir: default runs/<name>; each run has <dir>/<labels>-s<seed>
     base: configs/skewed.yaml            # without it the embedded default
@@ -16,12 +21,13 @@ Runs what is missing, one run after the other, continues what was interrupted, a
       - partition.alpha: [0.1, 1.0]      # a key and its values
       - run.seed: [0, 1, 2]
     launch: torchrun --standalone --nproc_per_node=3 -m fedhpc.main    # default python -m fedhpc.main
+    together: 12                         # most runs in one process (16); where launch is another program each is alone
     early_stop: {factor: 3, after: [2, 6]}      # after round 2, and again after 6, the best third goes on
 
 With `early_stop` all runs pause after these rounds (`fedhpc.main ... --until 2`). Runs that differ in their seed alone
-are one setting, ranked by the mean of their validation losses (fedhpc.halving); the settings that go on are resumed, so
-they end with the bits of a sweep without it. The others stay as they are, are listed as stopped early, and are in no
-comparison; `sweep.early_stop=null` on the command line lets them go on, too.
+are one setting, ranked by the mean of their validation losses (fedhpc.halving); the settings that go on are resumed,
+and end as in a sweep without it. The others stay as they are, are listed as stopped early, and are in no comparison;
+`sweep.early_stop=null` on the command line lets them go on, too.
 
 Paths are relative to the current directory. Exit codes: 0 all is complete; 1 a run failed (the others went on);
 2 bad command or configuration (nothing was written), or another process has a run; 75 preempted, run again.
@@ -40,6 +46,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +57,7 @@ from pydantic import Field
 
 from fedhpc import config as configuration
 from fedhpc.config import Config
+from fedhpc.config.together import may_train_together
 from fedhpc.errors import UserError, nearest
 from fedhpc.halving import EarlyStop, Halving, Rung
 from fedhpc.ranks.launch import detect
@@ -62,7 +70,7 @@ from fedhpc.results.files import atomic_write
 from fedhpc.results.lock import InUseError
 from fedhpc.results.progress import duration
 from fedhpc.results.resume import decide
-from fedhpc.results.status import PAUSED, read_status
+from fedhpc.results.status import PAUSED, Status, read_status
 
 COMPLETE, REACHED, IN_USE, STOPPED = "complete", "reached", "in use", "preempted"
 EARLY = "stopped early after round"  # and its number
@@ -78,6 +86,7 @@ class Sweep(Section):
     set: dict[str, Any] = Field({}, description="overrides for all runs")
     grid: list[dict[str, Any]] = Field(description="axes; the runs are their combinations")
     launch: str = Field("python -m fedhpc.main", description="command that takes a configuration file")
+    together: int = Field(16, ge=1, description="most runs that train together in one process; 1: each alone")
     early_stop: EarlyStop | None = Field(None, description="rounds after which only the best settings go on")
 
 
@@ -116,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sweep.early_stop is not None:
             halving = Halving(sweep.early_stop, [cell.config for cell in cells], str(options.sweep))
         command = _command(sweep.launch)
+        together = sweep.together if _takes_several(command) else 1
         statuses, rungs = survey(cells, halving)
         chosen = list(range(len(cells)))
         if options.index is not None:
@@ -132,16 +142,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "or give sweep.early_stop=null"
                 )
             on_error = FAILED
-            return run(cells, chosen, command, halving)
+            return run(cells, chosen, command, halving, together)
     except UserError as error:
         print(f"fedhpc sweep: error: {error}", file=sys.stderr)
         return on_error
     until = next(iter(halving.options.after[len(rungs) :]), None) if halving else None
+    missing = [i for i in chosen if statuses[i] not in (COMPLETE, IN_USE) and not statuses[i].startswith(EARLY)]
+    started = {group[-1]: [cells[i] for i in group] for group in grouped(cells, missing, together)}
     for i in chosen:
         print(f"{i:4d}  {cells[i].name:{max(len(cell.name) for cell in cells)}}  {statuses[i]}")
-        if options.dry_run and statuses[i] not in (COMPLETE, IN_USE) and not statuses[i].startswith(EARLY):
+        if options.dry_run and i in missing:
             print("      " + " ".join(f"{key}={json.dumps(value)}" for key, value in cells[i].changes.items()))
-            print(f"      {shlex.join(_started(command, cells[i], until))}")
+            if i in started:
+                print(f"      {shlex.join(_started(command, started[i], until))}")
     if options.dry_run and halving:
         print(halving.plan)
     return DONE
@@ -226,12 +239,28 @@ def _label(key: str, value: Any, where: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
+def grouped(cells: Sequence[Cell], chosen: Sequence[int], together: int) -> list[list[int]]:
+    """The chosen runs in groups that train together in one process, of at most `together`."""
+    groups: list[list[int]] = []
+    filling: dict[str, list[int]] = {}  # by what runs must have alike: the group that has room left
+    for i in chosen:
+        shared = may_train_together(cells[i].config) if together > 1 else None
+        last = filling.get(shared) if shared is not None else None
+        if last is not None and len(last) < together:
+            last.append(i)
+            continue
+        groups.append([i])
+        if shared is not None:
+            filling[shared] = groups[-1]
+    return groups
+
+
 # ---------------------------------------------------------------- running
 
 
 @dataclass
 class _Runner:
-    """Starts one run after the other, and ends the one in progress when a signal comes."""
+    """Starts one process after the other, and ends the one in progress when a signal comes."""
 
     command: Sequence[str]
     process: subprocess.Popen[bytes] | None = None
@@ -255,30 +284,34 @@ class _Runner:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
 
-    def __call__(self, cell: Cell, until: int | None) -> str:
-        """Run one cell, to the end or `until` a round; returns COMPLETE, REACHED, IN_USE, STOPPED, or
-        the reason why it failed."""
-        directory = cell.config.run_dir
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(cell.file, cell.config.to_yaml().encode())
-        status_before = read_status(directory)
+    def __call__(self, cells: Sequence[Cell], until: int | None) -> list[str]:
+        """Run some cells in one process, to their ends or `until` a round; returns COMPLETE, REACHED, IN_USE, STOPPED,
+        or the reason why it failed, of each."""
+        for cell in cells:
+            cell.file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(cell.file, cell.config.to_yaml().encode())
+        before = [read_status(cell.config.run_dir) for cell in cells]
         if self.signals:
-            return STOPPED
+            return [STOPPED] * len(cells)
         # In a session of its own, so that Ctrl-C on a terminal reaches it once, through us.
-        command = _started(self.command, cell, until)
+        command = _started(self.command, cells, until)
         self.process = subprocess.Popen(command, start_new_session=True, env=_environment())
         if self.signals:
             self._end()
         code = self.process.wait()
-        status = read_status(directory)
+        return [self._outcome(cell, code, status, until) for cell, status in zip(cells, before, strict=True)]
+
+    def _outcome(self, cell: Cell, code: int, status_before: Status | None, until: int | None) -> str:
+        status = read_status(cell.config.run_dir)
         # torchrun turns every exit code into 1, so the status that the run wrote decides.
         reported = status if status != status_before else None
-        if self.signals or code == PREEMPTED or (code and reported and reported.state == "preempted"):
+        preempted = reported and reported.state == "preempted" and not reported.reason.startswith(PAUSED)
+        if self.signals or code == PREEMPTED or (code and preempted):
             return STOPPED
         status_now = status_of(cell)
         if status_now in (COMPLETE, IN_USE):
             return status_now
-        if until and code == DONE and status and status.round >= until:
+        if until and status and status.round >= until and (code == DONE or status.reason.startswith(PAUSED)):
             return REACHED
         return reported.reason if reported and reported.state == "failed" else f"exit code {code}, its message is above"
 
@@ -320,16 +353,18 @@ def survey(
     return statuses, rungs
 
 
-def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str], halving: Halving | None) -> int:
+def run(
+    cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str], halving: Halving | None, together: int = 1
+) -> int:
     """Run those of the `chosen` cells that are not complete, then compare all; returns the exit code.
 
-    halving: at each of its rungs all pause, and the best go on.
+    halving: at each of its rungs all pause, and the best go on. together: most of them in one process.
     """
     outcomes: dict[int, str] = {}
     going = chosen
     with _Runner(command) as runner:
         for number, until in enumerate([*(halving.options.after if halving else []), None]):
-            outcomes |= _run_until(until, cells, going, runner, halving)
+            outcomes |= _run_until(until, cells, grouped(cells, going, together), runner, halving)
             if STOPPED in outcomes.values():
                 print("fedhpc sweep: preempted; the same command goes on from there", file=sys.stderr)
                 return PREEMPTED
@@ -343,32 +378,50 @@ def run(cells: Sequence[Cell], chosen: Sequence[int], command: Sequence[str], ha
 
 
 def _run_until(
-    until: int | None, cells: Sequence[Cell], going: Sequence[int], runner: _Runner, halving: Halving | None
+    until: int | None, cells: Sequence[Cell], groups: Sequence[Sequence[int]], runner: _Runner, halving: Halving | None
 ) -> dict[int, str]:
-    """Run the cells `going` to the rung `until`, or to their end; the outcome of each, as of a `_Runner`, in order."""
+    """Run groups of cells to the rung `until`, or to their end; the outcome of each, as of a `_Runner`, in order.
+
+    Where a group ends before all of its cells are done, whichever was to blame, these go on alone.
+    """
     outcomes: dict[int, str] = {}
-    busy: list[int] = []
-    well, seconds, todo = 0, 0.0, len(going)
-    for i in itertools.chain(going, busy):  # at the end again those that another process was running
-        title = f"[{i + 1}/{len(cells)}] {cells[i].name}"
-        outcome = REACHED if halving and until and halving.reached(i, until) else status_of(cells[i])
-        if outcome not in (COMPLETE, REACHED, IN_USE):
-            print(f"{title}: {outcome}, starting", flush=True)
-            began = time.monotonic()
-            outcome = runner(cells[i], until)
-            if outcome == STOPPED:
-                return {i: STOPPED}
-            well += not _is_failure(outcome)
-            seconds += time.monotonic() - began
-        if outcome == IN_USE and i not in busy:
-            busy.append(i)
-        outcomes[i] = outcome
-        todo -= outcome != IN_USE
-        left = seconds / max(well, 1) * todo
-        line = f"{title}: {outcome}" + (f" round {until}" if outcome == REACHED else "")
-        target = f" to round {until}" if until else ""
-        print(line + (f"; at most {duration(left)} left{target}" if left else ""), flush=True)
+    well, seconds, todo = 0, 0.0, sum(len(group) for group in groups)
+    queue = deque(groups)
+    while queue:
+        group, missing = queue.popleft(), []
+        for i in group:
+            outcome = REACHED if halving and until and halving.reached(i, until) else status_of(cells[i])
+            if outcome in (COMPLETE, REACHED, IN_USE):
+                if outcome == IN_USE and i not in outcomes:  # at the end again: another process may have run it by then
+                    queue.append([i])
+                outcomes[i] = outcome
+            else:
+                missing.append(i)
+                print(f"{_title(cells, i)}: {outcome}, starting", flush=True)
+        began = time.monotonic()
+        ended = dict(zip(missing, runner([cells[i] for i in missing], until) if missing else [], strict=True))
+        seconds += time.monotonic() - began
+        if STOPPED in ended.values():
+            return dict.fromkeys(missing, STOPPED)
+        again = [i for i in missing if _is_failure(ended[i])] if len(missing) > 1 else []
+        queue.extendleft([i] for i in reversed(again))
+        if again:
+            print(f"{len(again)} runs ended before they were done ({ended[again[0]]}): each goes on alone", flush=True)
+        outcomes |= {i: outcome for i, outcome in ended.items() if i not in again}
+        well += sum(not _is_failure(outcome) for outcome in ended.values())
+        for i in group:
+            if i in again:
+                continue
+            todo -= outcomes[i] != IN_USE
+            left = seconds / max(well, 1) * todo
+            line = f"{_title(cells, i)}: {outcomes[i]}" + (f" round {until}" if outcomes[i] == REACHED else "")
+            target = f" to round {until}" if until else ""
+            print(line + (f"; at most {duration(left)} left{target}" if left else ""), flush=True)
     return outcomes
+
+
+def _title(cells: Sequence[Cell], i: int) -> str:
+    return f"[{i + 1}/{len(cells)}] {cells[i].name}"
 
 
 def _is_failure(outcome: str) -> bool:
@@ -396,9 +449,14 @@ def _close(cells: Sequence[Cell], chosen: Sequence[int], outcomes: Mapping[int, 
     return FAILED if failed else REFUSED if busy else DONE
 
 
-def _started(command: Sequence[str], cell: Cell, until: int | None) -> list[str]:
-    """The command that runs one cell, to the end or `until` a round."""
-    return [*command, str(cell.file), *(["--until", str(until)] if until else [])]
+def _started(command: Sequence[str], cells: Sequence[Cell], until: int | None) -> list[str]:
+    """The command that runs some cells, to their ends or `until` a round."""
+    return [*command, *(str(cell.file) for cell in cells), *(["--until", str(until)] if until else [])]
+
+
+def _takes_several(command: Sequence[str]) -> bool:
+    """Whether a command is known to take several configurations, whatever starts it."""
+    return tuple(command[-2:]) in {("-m", "fedhpc.main"), ("fedhpc", "run")}
 
 
 def _command(launch: str) -> list[str]:

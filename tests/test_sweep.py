@@ -411,7 +411,7 @@ def test_stopped_in_the_middle_and_started_again(tmp_path: Path, capsys: pytest.
 def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
     """As when a machine goes down: the sweep and its run are gone at once. The run that is done is left as it is, the
     other one goes on and ends with the same bits."""
-    file = write(tmp_path, set={**TINY, "federation.rounds": 12}, grid=[{"x": {"a": {}, "b": {}}}])
+    file = write(tmp_path, together=1, set={**TINY, "federation.rounds": 12}, grid=[{"x": {"a": {}, "b": {}}}])
     first, second = tmp_path / "runs" / "a-s0", tmp_path / "runs" / "b-s0"
     process = launch(file)
     until(lambda: (second / "results.h5").exists() and read_status(second).round > 2)  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -61,11 +61,14 @@ class SavedRounds:
                 self.last = status.round if status else self.last
 
     def record_end(self, code: int, reason: str) -> None:
-        """Write to status.json why the run ended, where it had begun."""
-        from fedhpc.results.status import write_status
+        """Write to status.json why the run ended, where it was under way."""
+        from fedhpc.results.status import read_status, write_status
 
         if self.last is not None:
             with contextlib.suppress(UserError):  # on a full disk the line on the screen, which says so, is all
+                status = read_status(self.directory)
+                if status is not None and status.state != "running":  # complete, or paused, while others went on
+                    return
                 ending: Literal["preempted", "failed"] = "preempted" if code == PREEMPTED else "failed"
                 write_status(self.directory, ending, self.last, reason)
 
@@ -74,21 +77,27 @@ class SavedRounds:
 class Rank:
     """What the work of a rank is given: the configuration that all agree on, and the way to the others."""
 
-    config: Config
+    configs: Sequence[Config]  # of all runs that go on together: as a rule one
     launch: Launch
     transport: Transport
     gpus: list[str]  # unique ids of the GPUs that this process may use
-    saved: SavedRounds
+    saved: Sequence[SavedRounds]  # of each run
+
+    @property
+    def config(self) -> Config:
+        """The configuration, where there is one; of several the first, whose model, data and runtime all have."""
+        return self.configs[0]
 
 
 Work = Callable[[Rank], None]
 
 
-def run(config: Config, launch: Launch, imports: Callable[[], object], work: Work) -> int:
-    """Be one rank of a run, from its imports to its exit code.
+def run(configs: Sequence[Config], launch: Launch, imports: Callable[[], object], work: Work) -> int:
+    """Be one rank of a run, or of several with the same section `runtime`, from its imports to its exit code.
 
     imports: the heavy modules that `work` needs. What `work` raises becomes an exit code and one line.
     """
+    config = configs[0]
     set_environment(config)
     if config.runtime.worker_ranks == 1:
         memory.keep_freed_memory()
@@ -101,15 +110,15 @@ def run(config: Config, launch: Launch, imports: Callable[[], object], work: Wor
             gpus, transport = _connect(config, launch)
         except UserError as error:
             return refuse(error, launch)
-    saved = SavedRounds(config.run_dir)
+    saved = [SavedRounds(one.run_dir) for one in configs]
     liveness = _watch(config, launch, transport, saved)
-    code = _work(Rank(config, launch, transport, gpus, saved), liveness, work)
+    code = _work(Rank(configs, launch, transport, gpus, saved), liveness, work)
     liveness.stop()
     transport.close()
     return code
 
 
-def fork(ranks: int, config: Config, launch: Launch, imports: Callable[[], object], work: Work) -> int:
+def fork(ranks: int, configs: Sequence[Config], launch: Launch, imports: Callable[[], object], work: Work) -> int:
     """Run `ranks` ranks as children of this process, forked once everything is imported; the exit code of them all.
 
     launch: of this process, which may be one of several, each on a node of its own.
@@ -117,14 +126,14 @@ def fork(ranks: int, config: Config, launch: Launch, imports: Callable[[], objec
     from fedhpc.ranks import fork as forked
 
     launcher = None if launch.launcher == "single" else os.getppid()
-    set_environment(config)
+    set_environment(configs[0])
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA that has begun cannot be forked
     try:
         launches = forked.launches(ranks, launch)
         gc.disable()  # half a million objects that stay: looking for garbage takes a tenth of the time
         with startup.guarded(launch):
             imports()
-        return forked.run(launches, lambda one: leave(run(config, one, lambda: None, work)), launcher)
+        return forked.run(launches, lambda one: leave(run(configs, one, lambda: None, work)), launcher)
     except UserError as error:
         return refuse(error, launch)
 
@@ -183,7 +192,7 @@ def _connect(config: Config, launch: Launch) -> tuple[list[str], Transport]:
     return gpus, open_transport(launch, config.runtime.transport, config.runtime.timeout_s)
 
 
-def _watch(config: Config, launch: Launch, transport: Transport, saved: SavedRounds) -> Liveness:
+def _watch(config: Config, launch: Launch, transport: Transport, saved: Sequence[SavedRounds]) -> Liveness:
     """Start liveness's thread; it calls `_announce` before it ends the ranks."""
     from fedhpc.ranks.liveness import Liveness
     from fedhpc.ranks.transport import TransportError
@@ -200,19 +209,18 @@ def _watch(config: Config, launch: Launch, transport: Transport, saved: SavedRou
     return liveness
 
 
-def _announce(saved: SavedRounds, is_server: bool, code: int, reason: str) -> None:
+def _announce(saved: Sequence[SavedRounds], is_server: bool, code: int, reason: str) -> None:
     """Say once for all ranks why they end, on the screen and in status.json."""
-    saved.freeze()
-    if not is_server:
-        saved.reread()
-    progress = (
-        "nothing was changed"
-        if saved.last is None
-        else f"{saved.last} rounds are kept in {saved.directory}, the same command goes on from there"
-    )
+    for one in saved:
+        one.freeze()
+        if not is_server:
+            one.reread()
+    begun = [f"{one.last} rounds are kept in {one.directory}" for one in saved if one.last is not None]
+    progress = f"{', '.join(begun)}, the same command goes on from there" if begun else "nothing was changed"
     line = f"{reason}; {progress}{startup.traceback_follows()}" if code == PREEMPTED else f"error: {reason}"
     print(f"fedhpc: {line}", file=sys.stderr, flush=True)
-    saved.record_end(code, reason)
+    for one in saved:
+        one.record_end(code, reason)
 
 
 def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
@@ -225,10 +233,11 @@ def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
     here = "rank 0: " if transport.rank == 0 and transport.world_size > 1 else ""
     try:
         # Rank 0's file counts, should another host see another one.
-        stated = transport.broadcast_json(configuration.stated(rank.config))
-        config = configuration.restore_stated(stated)
-        saved.directory = config.run_dir
-        work(replace(rank, config=config))
+        stated = transport.broadcast_json([configuration.stated(config) for config in rank.configs])
+        configs = [configuration.restore_stated(one) for one in stated]
+        for one, config in zip(saved, configs, strict=True):
+            one.directory = config.run_dir
+        work(replace(rank, configs=configs))
         return DONE
     except RefusedError as error:
         if transport.rank == 0:
@@ -237,7 +246,7 @@ def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
     except TransportError as error:
         liveness.fail(FAILED, f"{here}{error}", symptom=True)
     except UserError as error:
-        liveness.fail(REFUSED if saved.last is None else FAILED, str(error))
+        liveness.fail(REFUSED if all(one.last is None for one in saved) else FAILED, str(error))
     except (Exception, SystemExit) as error:  # told to every rank, with its cause; none may wait for this one
         import traceback
 

@@ -1,0 +1,294 @@
+"""Runs that train together: each ends as if it were alone, and none harms its neighbours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from fedhpc import config as configuration
+from fedhpc import main, sweep
+from fedhpc.approaches.averaging import local
+from fedhpc.config import Config
+from fedhpc.config.together import may_train_together
+from fedhpc.errors import UserError
+from fedhpc.ranks.launch import Launch
+from fedhpc.ranks.process import Rank, SavedRounds
+from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
+from fedhpc.results.status import read_status
+from fedhpc.training.block import train_block
+from tests.federations import Interrupted, federate, federate_together, final, settings, table, tree, write_texts
+
+METHODS: dict[str, dict[str, Any]] = {
+    "prefix": {"name": "prefix", "num_virtual_tokens": 4},
+    "lora": {"name": "lora", "rank": 2},
+}
+SMALL = {"every": 2, "max_examples": 4, "test_max_examples": 4, "metrics": ["loss"], "samples": 0}
+#: What a run may have of its own.
+OWN: Sequence[Mapping[str, Any]] = (
+    {},
+    {"run": {"seed": 3}, "client": {"lr": 0.02, "schedule": "cosine", "warmup": 0.2, "steps": 3}},
+    {"partition": {"alpha": 0.5}, "federation": {"cohort_size": 3, "rounds": 2}, "server": {"optimizer": "adam"}},
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def runs(folder: Path, texts: Path, method: str, dtype: str = "float64", own: Any = OWN) -> list[Config]:
+    """The configurations of runs that differ in `own`."""
+    client = {"optimizer": "adamw", "lr": 0.05, "batch_size": 3, "steps": 2}
+    common = {"model": {"dtype": dtype}, "client": client, "evaluation": SMALL}
+    configs = []
+    for number, changes in enumerate(own):
+        sections: dict[str, Any] = {"federation": {"rounds": 3, "cohort_size": 5}, **common}
+        for section, values in changes.items():
+            sections[section] = {**sections.get(section, {}), **values}
+        configs.append(settings(folder / str(number), {**tree(texts, **sections), "method": METHODS[method]}))
+    return configs
+
+
+def same(one: Path, other: Path, within: float) -> None:
+    """Two runs have the same results, up to a share of each value."""
+    for tensor, wanted in final(other).items():
+        found = final(one)[tensor]
+        assert np.linalg.norm(found - wanted) <= within * np.linalg.norm(wanted), tensor
+    for name, columns in {
+        "rounds": ("round", "train_loss", "eval_loss", "tokens", "bytes_up", "bytes_down", "completed", "update_norm"),
+        "clients": ("client_id", "num_examples", "tokens", "steps", "loss_first", "loss_last", "status", "block"),
+    }.items():
+        for column in columns:
+            found, wanted = table(one, name)[column], table(other, name)[column]
+            np.testing.assert_allclose(found, wanted, rtol=max(within, 1e-12), err_msg=f"{name}/{column}")
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "ranks", "within"),
+    [("prefix", "float64", 1, 1e-9), ("lora", "float64", 3, 1e-9), ("prefix", "float32", 1, 1e-5)],
+)
+def test_together_is_alone(
+    tmp_path: Path,
+    texts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    dtype: str,
+    ranks: int,
+    within: float,
+) -> None:
+    """Seeds, rates, schedules, steps, split, cohort, rounds and the server are each run's own."""
+    configs, seeds = runs(tmp_path / "together", texts, method, dtype), []
+
+    def training(*arguments: Any) -> Any:
+        seeds.append({work.local.seed for work in arguments[4]})
+        return train_block(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "train_block", training)
+        federate_together(configs, ranks)
+    assert {0, 3} in seeds  # clients of several runs were in one forward
+    for number, config in enumerate(runs(tmp_path / "alone", texts, method, dtype)):
+        federate(config)
+        same(configs[number].run_dir, config.run_dir, within)
+
+
+def test_stopped_anywhere_and_resumed(tmp_path: Path, texts: Path) -> None:
+    """Runs may stand at different rounds then; one that is complete leaves the others."""
+    whole = runs(tmp_path / "whole", texts, "prefix")
+    count = federate_together(whole)
+    for stop_at in (count // 3, count * 2 // 3, count - 2):
+        configs = runs(tmp_path / str(stop_at), texts, "prefix")
+        with pytest.raises(Interrupted):
+            federate_together(configs, stop_at=stop_at)
+        federate_together([config for config in configs if not done(config)])
+        for one, other in zip(configs, whole, strict=True):
+            same(one.run_dir, other.run_dir, 1e-9)
+
+
+def done(config: Config) -> bool:
+    status = read_status(config.run_dir)
+    return status is not None and status.state == "complete"
+
+
+def test_a_run_that_diverges_leaves_the_bits_of_the_others(tmp_path: Path, texts: Path) -> None:
+    results = {}
+    for lr in (1.0, 1e300):
+        own = ({"client": {"optimizer": "sgd"}}, {"client": {"optimizer": "sgd", "lr": lr}})
+        configs = runs(tmp_path / str(lr), texts, "prefix", own=own)
+        federate_together(configs)
+        results[lr] = final(configs[0].run_dir), table(configs[0].run_dir, "rounds")["train_loss"]
+        if lr > 1:
+            assert (table(configs[1].run_dir, "rounds")["rejected"] > 0).any()
+    for name, tensor in results[1.0][0].items():
+        assert np.array_equal(tensor, results[1e300][0][name])
+    assert np.array_equal(results[1.0][1], results[1e300][1], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ([], True),
+        (["run.seed=3", "client.lr=0.1", "client.schedule=cosine", "client.steps=7"], True),
+        (["partition.name=iid", "federation.cohort_size=3", "server.aggregator=median"], True),
+        (["client.batch_size=2"], False),
+        (["client.optimizer=sgd"], False),
+        (["method.num_virtual_tokens=5"], False),
+        (["data.max_length=64"], False),
+        (["runtime.precision=bfloat16"], False),
+        (["mode=local"], False),
+        (["client.server_momentum=0.5"], False),
+        (
+            ["privacy.name=example", "privacy.noise_multiplier=1.0", "privacy.clip_norm=1.0", "privacy.delta=1e-5"],
+            False,
+        ),
+    ],
+)
+def test_which_runs_may_train_together(changes: list[str], fits: bool) -> None:
+    shared = may_train_together(configuration.load(None, []))
+    assert shared is not None
+    assert (may_train_together(configuration.load(None, changes)) == shared) == fits
+
+
+@pytest.mark.parametrize("change", ["mode=local", "method.name=full", "method.name=fedbpt", "client.moments=second"])
+def test_runs_that_train_alone(change: str) -> None:
+    assert may_train_together(configuration.load(None, [change])) is None
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+class Here:
+    """Stands in for a process of fedhpc.main, in this process."""
+
+    commands: list[list[str]]  # the names of the runs of each
+
+    def __init__(self, command: Sequence[str], **_: object) -> None:
+        arguments = list(command[command.index("fedhpc.main") + 1 :])
+        options = main.parse(arguments)
+        configs = [configuration.load(path, []) for path in options.configs]
+        Here.commands.append([config.run.name for config in configs])
+        saved = [SavedRounds(config.run_dir) for config in configs]
+        try:
+            main._check_together(options, configs)
+            main._work(options, Rank(configs, Launch(), LoopbackTransport(), [], saved))
+            self.code = 0
+        except (UserError, RefusedError):
+            self.code = 2
+
+    def wait(self) -> int:
+        return self.code
+
+    poll = wait
+
+
+@pytest.fixture
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.subprocess, "Popen", Here)
+    monkeypatch.setattr(sweep, "compare", lambda *_, **__: None)
+    Here.commands = []
+
+
+def write_sweep(folder: Path, texts: Path, grid: Sequence[object], **keys: object) -> Path:
+    """A sweep of tiny runs over `grid`; its runs go to `folder`/runs."""
+    base = settings(folder / "base", tree(texts, federation={"rounds": 2, "cohort_size": 3}, evaluation=SMALL))
+    (folder / "base.yaml").write_text(base.to_yaml())
+    common = {"evaluation.every": 1, "client.lr": 1.0}
+    written = {"name": "few", "dir": str(folder / "runs"), "base": str(folder / "base.yaml"), "set": common}
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**written, "grid": list(grid), **keys}, sort_keys=False))
+    return file
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_run_that_cannot_begin_harms_nobody(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its group ends before anything is written; then each goes on alone, and it alone fails."""
+    grid = [{"x": {"a": {}, "b": {"partition.num_clients": 5000}, "c": {"run.seed": 4}}}]
+    assert sweep.main([str(write_sweep(tmp_path, texts, grid))]) == 1
+    captured = capsys.readouterr()
+    assert Here.commands == [["a-s0", "b-s0", "c-s4"], ["a-s0"], ["b-s0"], ["c-s4"]]
+    assert "each goes on alone" in captured.out and captured.err.count("b-s0 failed") == 1
+    states = [read_status(tmp_path / "runs" / name) for name in ("a-s0", "b-s0", "c-s4")]
+    assert [status and status.state for status in states] == ["complete", None, "complete"]
+
+
+@pytest.mark.usefixtures("_here")
+def test_groups_and_rungs(tmp_path: Path, texts: Path) -> None:
+    """What differs in more than a row can is another group; the best of early_stop go on together."""
+    grid = [{"client.lr": [0.5, 1.0, 2.0]}, {"client.batch_size": [2, 3]}]
+    file = write_sweep(tmp_path, texts, grid, together=2, early_stop={"factor": 2, "after": [1]})
+    assert sweep.main([str(file)]) == 0
+    first = [["0.5", "1.0"], ["2.0"]]
+    wanted = [[f"lr_{lr}-batch_size_{size}-s0" for lr in some] for some in first for size in (2, 3)]
+    assert sorted(Here.commands[:4]) == sorted(wanted)
+    going = {name for names in Here.commands[4:] for name in names}
+    assert len(going) == 3 == sum(done(cell.config) for cell in sweep.load(file)[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["A", "B", "client.lr=1"], "section.key=value is for one configuration, and there are 2"),
+        (["A", "B", "--check"], "--check is for one configuration"),
+        (["A", "A"], "two configurations have the same run.dir"),
+        (["A", "C"], "cannot train together with"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, changes in {"A": [], "B": ["client.lr=0.1"], "C": ["client.batch_size=3"]}.items():
+        config = configuration.load(None, [*changes, f"run.dir={tmp_path / name}-run"])
+        (tmp_path / name).write_text(config.to_yaml())
+    given = [str(tmp_path / word) if len(word) == 1 else word for word in arguments]
+    assert main.main(given) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "A-run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_by_a_signal_and_the_same_command_again(tmp_path: Path, texts: Path, number: signal.Signals) -> None:
+    """All runs go on from their checkpoints, and end as if nothing had been."""
+    grid = [{"client.lr": [0.5, 1.0]}, {"run.seed": [0, 1]}]
+    common = {"evaluation.every": 1, "federation.rounds": 12}
+    folders = {name: tmp_path / name for name in ("whole", "ended")}
+    for folder in folders.values():
+        folder.mkdir()
+    files = {name: write_sweep(folder, texts, grid, set=common) for name, folder in folders.items()}
+    command = [sys.executable, "-m", "fedhpc.sweep"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(files["ended"])], env=environment)
+    names = [cell.name for cell in sweep.load(files["ended"])[1]]
+    directories = [folders["ended"] / "runs" / name for name in names]
+    deadline = time.monotonic() + 300
+    while not all((status := read_status(one)) and status.round > 2 for one in directories):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    if number == signal.SIGKILL:
+        process.kill()
+        for child in children:  # in a session of its own
+            os.kill(int(child), signal.SIGKILL)
+        process.wait()
+    else:
+        process.send_signal(number)
+        assert process.wait(120) == 75
+        assert {read_status(one).state for one in directories} == {"preempted"}  # type: ignore[union-attr]
+    for file in files.values():
+        subprocess.run([*command, str(file)], env=environment, check=True, timeout=600)
+    for name in names:
+        ended = folders["ended"] / "runs" / name
+        same(ended, folders["whole"] / "runs" / name, 1e-4)
+        assert list(table(ended, "events")["kind"]).count("resumed") == 1
