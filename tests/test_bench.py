@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from fedhpc.bench import peers, private, rounds, workloads
+from fedhpc.bench import peers, private, rounds, sharding, workloads
 from fedhpc.bench.processes import Watched
 from fedhpc.bench.table import Row, interleaved, markdown, ratio, skipped
 from fedhpc.errors import UserError
@@ -121,3 +121,14 @@ def test_private_steps_are_measured_also_where_there_is_no_opacus(monkeypatch: p
     whole, halves, throughput = private._speed(workloads.W1, 1)
     assert 0.2 < whole.measured < 5 and 0.2 < halves.measured < 5 and math.isnan(throughput.measured)
     assert [math.isnan(row.measured) for row in private._memory(workloads.W1)] == [True]
+
+
+def test_steps_on_a_base_that_ranks_hold_together_are_measured() -> None:
+    *of_links, received, nvlink, infiniband = sharding._steps(1, (8,), 3)
+    assert [row.what.split(":")[0] for row in of_links] == ["8 tokens, loopback"] * 3 + ["8 tokens, slow link"] * 3
+    over_loopback, _, _, over_slow, _, hidden = (row.measured for row in of_links)
+    assert over_loopback > 1 and over_slow > 1 and hidden < 1
+    # Layers 0, 1, 2, 1, 0, and in the second of two steps 1, 2, 1, 0; not two for each of three.
+    assert received.measured == pytest.approx((5 + 4) / (2 * 2 * 3), rel=0.01)
+    assert infiniband.measured / nvlink.measured == pytest.approx(7.5)
+    assert nvlink.measured == pytest.approx(received.measured * 4e14 / (2 * 3e11), rel=0.01)

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 import transformers
 import yaml
 from safetensors.numpy import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from fedhpc import config as configuration
 from fedhpc import objectives
@@ -27,8 +30,9 @@ from fedhpc.main import main
 from fedhpc.methods import make_method
 from fedhpc.methods._weights import save_model
 from fedhpc.models.load import BUILTIN
+from fedhpc.models.sharding import shard
 from fedhpc.ranks.failed_collective import TransportError, collective
-from fedhpc.ranks.group import Group
+from fedhpc.ranks.group import Agreed, Group
 from tests import tiny
 from tests.federations import table
 from tests.ranks import REPOSITORY, Ranks, run_ranks
@@ -245,6 +249,123 @@ def test_a_gather_that_fails_is_a_symptom_and_no_fault_of_this_rank() -> None:
         Broken(2, 0).need(0)
     with pytest.raises(torch.OutOfMemoryError), collective("gathering a layer"):
         raise torch.OutOfMemoryError
+
+
+class Part:
+    """A layer that writes down when it is gathered, and fails where more than two would be in memory."""
+
+    size_bytes = 12
+
+    def __init__(self, layers: list[Part], log: list[str]) -> None:
+        self.whole = self.coming = False
+        self._layers, self._log, self._name = layers, log, str(len(layers))
+
+    def parameters(self) -> Sequence[torch.Tensor]:
+        return []
+
+    def prefetch(self) -> None:
+        assert not self.whole and sum(layer.whole + layer.coming for layer in self._layers) <= 1
+        self.coming = True
+        self._log.append(f"{self._name} ahead")
+
+    def unshard(self) -> None:
+        if not self.coming:
+            self._log.append(self._name)
+        self.coming = False
+        assert not any(layer.whole or layer.coming for layer in self._layers)  # as it arrives, and as it is used
+        self.whole = True
+
+    def reshard(self) -> None:
+        self.whole = False
+
+
+class Threads(Group):
+    """A group of threads, of which the last may be the guest."""
+
+    process_group = None
+    _send = _receive = gathered = reduced = add_up = lambda self, *_: None
+
+    def __init__(self, index: int, size: int, needs: list[int], meeting: threading.Barrier) -> None:
+        super().__init__(size, index if index < size else None)
+        self.log: list[str] = []
+        self.parts: list[Part] = []
+        for _ in range(5):
+            self.parts.append(Part(self.parts, self.log))
+            self.add(self.parts[-1])
+        self._index, self._needs, self._meeting = index, needs, meeting
+
+    def _agree(self, number: int) -> Agreed:
+        self._needs[self._index] = number
+        self._meeting.wait()
+        agreed = Agreed(max(self._needs), self._needs[self.size] if len(self._needs) > self.size else -1)
+        self._meeting.wait()
+        return agreed
+
+
+def act_in_threads(size: int, act: Callable[[Threads], None], guest: bool = False) -> list[Threads]:
+    """Let all members of a group, and its guest, act at the same time."""
+    needs = [-1] * (size + guest)
+    meeting = threading.Barrier(len(needs), timeout=30)
+    groups = [Threads(index, size, needs, meeting) for index in range(len(needs))]
+    with ThreadPoolExecutor(len(groups)) as pool:
+        list(pool.map(act, groups))
+    return groups
+
+
+def test_the_next_layer_is_gathered_while_one_computes() -> None:
+    """In training from the second step on, in evaluation from the third batch on, when it has seen how they go on."""
+
+    def act(group: Threads) -> None:
+        for phase in (["train"] * 3, ["evaluate"] * 3):
+            for what in phase:
+                group.log.append(what)
+                for number in [0, 1, 2, 3, 4, *([3, 2, 1, 0] if what == "train" else [])]:
+                    group.need(number)
+                    assert group.parts[number].whole
+            group.serve()
+            assert not any(part.whole or part.coming for part in group.parts)
+
+    (group,) = act_in_threads(1, act)
+    there, back = ["2 ahead", "3 ahead", "4 ahead"], ["3 ahead", "2 ahead", "1 ahead", "0 ahead"]
+    assert group.log == [
+        *("train", "0", "1", "2", "3", "4", "3", "2", "1", "0"),
+        *("train", "1", *there, *back, "1 ahead"),
+        *("train", *there, *back, "1 ahead"),
+        *("evaluate", "0", "1", *there, "3 ahead"),  # as in training
+        *("evaluate", "0", "1", *there, "0 ahead"),
+        *("evaluate", "1 ahead", *there, "0 ahead"),
+    ]
+
+
+@pytest.mark.parametrize(("size", "guest"), [(2, True), (3, False), (4, True)])
+def test_ranks_gather_the_same_layers_in_the_same_order(size: int, guest: bool) -> None:
+    """Whatever each of them computes: passes of any sort, that end anywhere, of other numbers in each rank."""
+
+    def act(group: Threads) -> None:
+        draw = np.random.default_rng(len(group.log) + (size if group.member is None else group.member))
+        for _ in range(6):
+            for _ in range(draw.integers(0, 6)):
+                last, until = draw.integers(1, 5), draw.integers(0, 5)
+                for number in [*range(last + 1), *range(last - 1, until, -1)]:
+                    group.need(number)
+                    assert group.parts[number].whole
+            group.serve()
+            assert not any(part.whole or part.coming for part in group.parts)
+
+    groups = act_in_threads(size, act, guest)
+    assert all(group.log == groups[0].log for group in groups[:size])
+    gathers = len(groups[0].log)
+    assert gathers > 100 and sum("ahead" in line for line in groups[0].log) > gathers / 4
+    assert {group.account.received_bytes for group in groups[:size]} == {gathers * (12 - 12 // size)}
+    assert not guest or not any("ahead" in line for line in groups[size].log)
+
+
+def test_a_torch_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FSDPModule, "set_custom_all_gather")
+    with pytest.raises(
+        UserError, match=r"^runtime\.worker_ranks: torch 2\S* cannot .*; install a newer one, or give 1$"
+    ):
+        shard([], Broken(2, 0), torch.device("cpu"))
 
 
 def refusal(arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> str:

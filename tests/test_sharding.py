@@ -83,6 +83,28 @@ for folder in folders:
 """
 )
 
+MEMORY = (
+    LOAD
+    + """
+from fedhpc.bench.compute import peak_bytes, reset_peak
+from fedhpc.models.sharding import shard
+from fedhpc.ranks.memory import return_freed_memory
+
+return_freed_memory()
+device = torch.device("cpu")
+layers = torch.nn.ModuleList(torch.nn.Linear(1500, 1500) for _ in range(6)).requires_grad_(False)
+shard(layers, group, device)
+passes = [0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0] * 3
+for number in passes:
+    group.need(number)
+group.release()
+before, received = reset_peak(device), group.account.received_bytes
+for number in passes[:-1]:
+    group.need(number)
+print((peak_bytes(device) - before) / layers[0].weight.nbytes, (group.account.received_bytes - received) / 9e6)
+"""
+)
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -123,3 +145,13 @@ def test_the_same_bits_on_three_ranks(folders: dict[str, Path]) -> None:
             "transformers (save_pretrained), or give 1"
         )
         assert same == [f"{folder} same" for folder in [*folders.values()][:-2]]
+
+
+def test_a_rank_has_two_whole_layers_at_most() -> None:
+    """The one that computes and the next one on its way, or the next one as it arrives and as it is used."""
+    for result in run(2, MEMORY):
+        assert (result.code, result.err) == (0, ""), result.err
+        layers, received = map(float, result.out.split())
+        assert 1.8 < layers < 2.4
+        # Halves of the first layer, of two for each of three times forth and back, and of none for nothing.
+        assert received == pytest.approx((1 + 3 * 10) / 2, rel=0.01)

@@ -8,6 +8,7 @@ python -m fedhpc.bench --secure [--quick] [--json]                a client's par
 python -m fedhpc.bench --robust [--quick] [--json]                robust rules, beside ByzFL
 python -m fedhpc.bench --startup [--repeats 5] [--json]           ranks of two nodes, started each or forked
 python -m fedhpc.bench --sweep [--repeats 1] [--json]             a sweep whose runs train together, or each alone
+python -m fedhpc.bench --sharding [--repeats 3] [--quick] [--json]    steps on a base that two ranks hold between them
 python -m fedhpc.bench --gpu [--minutes 12] [--only PART,...] [--quick | --rehearsal] [--json]    blocks on a GPU
 """
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--robust", action="store_true", help="rules that withstand wrong updates instead")
     parser.add_argument("--startup", action="store_true", help="what it costs to start ranks instead")
     parser.add_argument("--sweep", action="store_true", help="a sweep whose runs train together, or alone, instead")
+    parser.add_argument("--sharding", action="store_true", help="steps on a base that two ranks hold instead")
     parser.add_argument("--gpu", action="store_true", help="blocks and runs on this machine's GPU instead")
     parser.add_argument("--minutes", type=float, help="with --gpu: for how long it is there (12); parts end in time")
     parser.add_argument("--rehearsal", action="store_true", help="with --gpu: all parts on the CPU with tiny models")
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least one is needed")
-    others = ("scale", "peers", "private", "secure", "robust", "startup", "sweep", "gpu")
+    others = ("scale", "peers", "private", "secure", "robust", "startup", "sweep", "sharding", "gpu")
     if sum(bool(getattr(options, name)) for name in others) > 1:
         names = [f"--{name}" for name in others]
         parser.error(f"{', '.join(names[:-1])} and {names[-1]} are different measurements: run one at a time")
@@ -120,6 +122,10 @@ def measure(options: argparse.Namespace) -> int:
         from fedhpc.bench import sweeps
 
         parts = sweeps.parts(options.repeats or 1)
+    elif options.sharding:
+        from fedhpc.bench import sharding
+
+        parts = sharding.parts(options.repeats or 3, options.quick)
     elif options.private:
         from fedhpc.bench import private
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fedhpc.models.hooks import ask_for, named_parameters, size_bytes
-from fedhpc.ranks.group import OneWhole
+from fedhpc.ranks.group import Layer, OneWhole
 
 
-class _Waiting:
+class _Waiting(Layer):
     """A layer whose parameters have memory on the device only while it is gathered."""
 
     def __init__(self, layer: torch.nn.Module, device: torch.device) -> None:

@@ -6,6 +6,10 @@ highest that one of them needs. Whoever needs another one, or none, takes part, 
 ever computes for nothing, and ranks that begin a pass together stay together: one that is behind is waited for where
 the other begins its next.
 
+While a layer computes, the next one is on its way. Every rank that holds layers takes part in every gather, so all of
+them know the same past, expect the same layer next and begin to gather it in the same order, without a word. What comes
+is still agreed on: where it is another layer, the expected one was gathered for nothing.
+
 A rank that has nothing left to compute comes to the next collective of all ranks. There it takes part in gathers until
 nobody of its group needs any (`serve`), so whatever lies between two collectives can be different on every rank.
 
@@ -39,6 +43,10 @@ class Layer(Protocol):
 
     def unshard(self) -> Any:
         """Make room for the layer; with parts, gather it from them: every rank that holds one calls it."""
+
+    def prefetch(self) -> None:
+        """Begin to gather the layer, for `unshard` to wait for: every rank that holds a part of it calls it."""
+        return None
 
     def reshard(self) -> None:
         """Let go of all but this rank's own part."""
@@ -87,7 +95,7 @@ class OneWhole:
         if self._gathered != number:
             self._take(number)
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Let go of the layer that is whole."""
         if self._gathered != _NONE:
             if self._gathered in self.before_release:
@@ -96,19 +104,44 @@ class OneWhole:
             self._gathered = _NONE
 
     def _take(self, number: int) -> None:
-        self.release()
+        self._release()
         self.layers[number].unshard()
         self._gathered = number
 
 
+class Succession:
+    """Tells which layer is gathered next: the one that followed the last two when they were last gathered in turn.
+
+    Two tell the way forward from the way back. This is wrong only where passes of another sort begin, as evaluation
+    after training. In the literature it is a Markov prefetcher (Joseph and Grunwald 1997, doi 10.1145/264107.264207).
+    """
+
+    def __init__(self) -> None:
+        self._last = (_NONE, _NONE)
+        self._followed: dict[tuple[int, int], int] = {}
+
+    def add(self, number: int) -> None:
+        """Take in the layer that is gathered now."""
+        self._followed[self._last] = number
+        self._last = (self._last[1], number)
+
+    @property
+    def expected(self) -> int:
+        """The number of the layer that is gathered next; -1 where nothing is known yet."""
+        return self._followed.get(self._last, _NONE)
+
+
 class Group(OneWhole, ABC):
-    """The ranks of one worker, as one of them sees it. One layer is whole at a time."""
+    """The ranks of one worker, as one of them sees it. One layer is whole at a time, and one is on its way."""
 
     def __init__(self, size: int, member: int | None) -> None:
         """size: how many ranks hold the layers. member: which of them this rank is, from 0; None: their guest."""
         super().__init__()
         self.size, self.member = size, member
         self.account = Account()
+        #: What tells which layer to gather while another one computes, on all that hold layers the same.
+        self.succession = Succession()
+        self._coming = _NONE  # the layer that is on its way
 
     @property
     def is_guest(self) -> bool:
@@ -166,17 +199,43 @@ class Group(OneWhole, ABC):
         self.release()
         self.account = self.account._replace(served_s=self.account.served_s + time.perf_counter() - began)
 
+    def release(self) -> None:
+        """Let go of the layer that is whole and of the one on its way. All that hold layers do so at the same point."""
+        self._release()
+        if self._coming != _NONE:
+            with collective("gathering a layer"):
+                self.layers[self._coming].unshard()
+            self.layers[self._coming].reshard()
+            self._coming = _NONE
+
     def _gather(self, agreed: Agreed) -> None:
-        wanted = agreed.layer == agreed.of_guest
-        if self.is_guest and not wanted:
-            return
-        self._take(agreed.layer)
-        layer = self.layers[agreed.layer]
-        received = layer.size_bytes
+        number, wanted = agreed.layer, agreed.layer == agreed.of_guest
         if self.is_guest:
-            self._receive(layer.parameters())
-        else:
-            received -= layer.size_bytes // self.size
             if wanted:
-                self._send(layer.parameters())
-        self.account = self.account._replace(received_bytes=self.account.received_bytes + received)
+                self._take(number)
+                self._receive(self.layers[number].parameters())
+                self._count(self.layers[number].size_bytes)
+            return
+        if self._coming != number:
+            self.release()
+            self._count_gather(number)
+        self._coming = _NONE
+        self._take(number)
+        if wanted:
+            self._send(self.layers[number].parameters())
+        self.succession.add(number)
+        self._prefetch(self.succession.expected)
+
+    def _prefetch(self, number: int) -> None:
+        """Begin to gather a layer, now that the one before it has its final memory: of two there is never more."""
+        if number not in (_NONE, self._gathered):
+            self._count_gather(number)
+            self.layers[number].prefetch()
+            self._coming = number
+
+    def _count_gather(self, number: int) -> None:
+        size_bytes = self.layers[number].size_bytes
+        self._count(size_bytes - size_bytes // self.size)
+
+    def _count(self, received_bytes: int) -> None:
+        self.account = self.account._replace(received_bytes=self.account.received_bytes + received_bytes)

@@ -188,10 +188,6 @@ class TorchGroup(Group):
             dist.all_reduce(tensor, group=self._over)
         return tensor
 
-    def _count(self, received_bytes: int) -> None:
-        account = self.account
-        self.account = account._replace(received_bytes=account.received_bytes + received_bytes)
-
     def _agree(self, number: int) -> Agreed:
         numbers = torch.tensor([number, number if self.is_guest else -1])
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._agreeing)
