@@ -26,7 +26,7 @@ _RANKS = 2  # that hold the base; one more is the server
 _SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "vocab_size": 8}
 _LAYERS, _TOKENS, _STEPS = 8, (64, 256), 2
 _SLOW = 1e8  # bytes a second
-_WHOLE, _LINKS, _NEEDED, _AHEAD = "in one piece", ("loopback", "slow link"), "when needed", "ahead"
+_UNSHARDED, _LINKS, _ON_DEMAND, _AHEAD = "in one piece", ("loopback", "slow link"), "on demand", "ahead"
 _OF_GPUS = {"NVLink": 3e11, "InfiniBand": 4e10}  # bytes a second
 _OPERATIONS, _BF16 = 4e14, 2  # a second of an H100 in bfloat16; bytes of a weight
 
@@ -72,9 +72,9 @@ def _steps(repeats: int, tokens: Sequence[int], layers: int) -> Iterator[Row]:
     torch.set_num_threads(1)
     base = LlamaModel(LlamaConfig(**_SHAPE, num_hidden_layers=layers)).requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder, "found.json")
-        forked(1 + _RANKS, partial(_rank, base, free_port(), repeats, tokens, found), Path(folder, "why"))
-        seconds, received, weights = json.loads(found.read_text())
+        results = Path(folder, "results.json")
+        forked(1 + _RANKS, partial(_rank, base, free_port(), repeats, tokens, results), Path(folder, "why"))
+        seconds, received, weights = json.loads(results.read_text())
     for length, of_way in zip(tokens, seconds, strict=True):
         for link in _LINKS:
             yield from _of_link(f"{length} tokens, {link}: ", *(of_way[way] for way in _ways(link)))
@@ -91,27 +91,27 @@ def _steps(repeats: int, tokens: Sequence[int], layers: int) -> Iterator[Row]:
 
 def _of_link(what: str, *seconds: Sequence[Sequence[float]]) -> Iterator[Row]:
     """seconds: of each way and repeat: those of a step, and CPU seconds of a rank in it."""
-    (whole, whole_cpu), (needed, needed_cpu), (ahead, ahead_cpu) = (tuple(zip(*way, strict=True)) for way in seconds)
-    median = statistics.median
-    one_piece = f"{median(whole):.2f} s in one piece, CPU {median(whole_cpu):.2f} s"
+    (unsharded, cpu), (on_demand, cpu_on_demand), (ahead, cpu_ahead) = (tuple(zip(*s, strict=True)) for s in seconds)
+    middle = statistics.median
     yield Row(
-        f"{what}time of a step, gathered when needed over in one piece", ratio(needed, whole),
-        note=f"{median(needed):.2f} s, CPU {median(needed_cpu):.2f} s; {one_piece}",
+        f"{what}time of a step, gathered on demand over in one piece", ratio(on_demand, unsharded),
+        note=f"{middle(on_demand):.2f} s, CPU {middle(cpu_on_demand):.2f} s; in one piece {middle(unsharded):.2f} s, "
+        f"CPU {middle(cpu):.2f} s",
     )  # fmt: skip
-    yield Row(
-        f"{what}time of a step, gathered ahead over when needed", ratio(ahead, needed), 1.0, most=True,
-        note=f"{median(ahead):.2f} s, CPU {median(ahead_cpu):.2f} s, which is {ratio(ahead_cpu, needed_cpu):.2f} times",
-    )  # fmt: skip
-    hidden = median((n - a) / (n - w) for w, n, a in zip(whole, needed, ahead, strict=True))
+    note = (
+        f"{middle(ahead):.2f} s, CPU {middle(cpu_ahead):.2f} s, {ratio(cpu_ahead, cpu_on_demand):.2f} of it on demand"
+    )
+    yield Row(f"{what}time of a step, gathered ahead over on demand", ratio(ahead, on_demand), note=note)
+    hidden = (middle(on_demand) - middle(ahead)) / (middle(on_demand) - middle(unsharded))
     yield Row(f"{what}share of gathering that is hidden", hidden, unit="%")
 
 
 def _ways(link: str) -> tuple[str, str, str]:
-    return _WHOLE, f"{link}, {_NEEDED}", f"{link}, {_AHEAD}"
+    return _UNSHARDED, f"{link}, {_ON_DEMAND}", f"{link}, {_AHEAD}"
 
 
-def _rank(whole: Any, port: int, repeats: int, tokens: Sequence[int], found: Path, rank: int) -> None:
-    """What one rank does; rank 0 writes down what was found."""
+def _rank(unsharded: Any, port: int, repeats: int, tokens: Sequence[int], results: Path, rank: int) -> None:
+    """What one rank does; rank 0 writes down the results."""
     import torch
 
     from fedhpc.models.sharding import shard
@@ -126,15 +126,15 @@ def _rank(whole: Any, port: int, repeats: int, tokens: Sequence[int], found: Pat
     transport.form_groups(Topology.of(ranks, _RANKS))
     group = transport.group
     assert group is not None
-    weights = sum(p.numel() for p in whole.layers.parameters())
-    spread = copy.deepcopy(whole)
-    shard(spread.layers, group, torch.device("cpu"))
+    weights = sum(p.numel() for p in unsharded.layers.parameters())
+    sharded = copy.deepcopy(unsharded)
+    shard(sharded.layers, group, torch.device("cpu"))
     over = {_LINKS[0]: group.layers, _LINKS[1]: [_OverSlowLink(layer) for layer in group.layers]}
-    needed, ahead = _Unknown(), Succession()
-    ways: dict[str, Any] = {_WHOLE: (whole, group.layers, needed)}
+    on_demand, ahead = _Unknown(), Succession()
+    ways: dict[str, Any] = {_UNSHARDED: (unsharded, group.layers, on_demand)}
     for link, links_layers in over.items():
         _, *names = _ways(link)
-        ways |= {name: (spread, links_layers, s) for name, s in zip(names, (needed, ahead), strict=True)}
+        ways |= {name: (sharded, links_layers, s) for name, s in zip(names, (on_demand, ahead), strict=True)}
 
     def take(base: Any, length: int) -> None:
         states = torch.ones(1, length, base.config.hidden_size, requires_grad=True)
@@ -155,8 +155,8 @@ def _rank(whole: Any, port: int, repeats: int, tokens: Sequence[int], found: Pat
                     received = transport.account.since(before).received_bytes // _STEPS
                 if repeat:
                     seconds[-1][name].append(took)
-    said = transport.gather_json([seconds, received])
-    if said is not None:
-        of_first, received = said[1]
-        found.write_text(json.dumps([of_first, received, weights]))
+    of_ranks = transport.gather_json([seconds, received])
+    if of_ranks is not None:
+        of_first, received = of_ranks[1]
+        results.write_text(json.dumps([of_first, received, weights]))
     transport.close()

@@ -31,7 +31,8 @@ class Footprint:
     def on_rank(self, worker_ranks: int) -> int:
         """The most that the device of a rank holds where `worker_ranks` of them hold the layers between them.
 
-        Of several each has its part, and the layer that is computed: once as it is gathered, once as it is used.
+        Of several each has its part and two layers: that which computes and the next one on its way, or the next one as
+        it arrives and as it is used.
         """
         part = 0 if self.offloaded else -(-self.layers // worker_ranks)
         if worker_ranks == 1:
