@@ -331,7 +331,7 @@ def test_the_next_layer_is_gathered_while_one_computes() -> None:
         *("train", "0", "1", "2", "3", "4", "3", "2", "1", "0"),
         *("train", "1", *there, *back, "1 ahead"),
         *("train", *there, *back, "1 ahead"),
-        *("evaluate", "0", "1", *there, "3 ahead"),  # as in training
+        *("evaluate", "0", "1 ahead", *there, "3 ahead"),  # as in training
         *("evaluate", "0", "1", *there, "0 ahead"),
         *("evaluate", "1 ahead", *there, "0 ahead"),
     ]

@@ -125,6 +125,10 @@ class Succession:
         self._followed[self._last] = number
         self._last = (self._last[1], number)
 
+    def begin(self) -> None:
+        """Begin anew: what is gathered next follows on nothing."""
+        self._last = (_NONE, _NONE)
+
     @property
     def expected(self) -> int:
         """The number of the layer that is gathered next; -1 where nothing is known yet."""
@@ -201,6 +205,10 @@ class Group(OneWhole, ABC):
 
     def release(self) -> None:
         """Let go of the layer that is whole and of the one on its way. All that hold layers do so at the same point."""
+        self._release_all()
+        self.succession.begin()
+
+    def _release_all(self) -> None:
         self._release()
         if self._coming != _NONE:
             with collective("gathering a layer"):
@@ -217,7 +225,7 @@ class Group(OneWhole, ABC):
                 self._count(self.layers[number].size_bytes)
             return
         if self._coming != number:
-            self.release()
+            self._release_all()
             self._count_gather(number)
         self._coming = _NONE
         self._take(number)
