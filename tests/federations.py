@@ -154,8 +154,10 @@ def federate_together(
 
     tasks = [prepared()]
     while len(tasks) < ranks:
-        # Prefixes leave the base alone, so threads can share it; other methods and heads hook it or swap its weights.
-        again = len(configs) > 1 or configs[0].method.name != "prefix" or tasks[0][0].base.head
+        # Prefixes leave the base alone, so threads can share it; other methods and heads hook it or swap its weights,
+        # and the clock of buffered rounds runs as plans are asked for.
+        moves = configs[0].federation.schedule.name == "buffered"
+        again = len(configs) > 1 or configs[0].method.name != "prefix" or tasks[0][0].base.head or moves
         tasks.append(prepared() if again else tasks[0])
 
     def one(rank: int) -> None:

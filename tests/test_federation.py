@@ -728,7 +728,7 @@ def test_the_results_of_a_run(tmp_path: Path, texts: Path) -> None:
         assert (notes["eval_bleu"]["n"], notes["eval_bleu"]["unit"]) == (3, "prompts")  # all there are
         assert notes["eval_loss"]["of"] == 10 and notes["eval_bleu"]["of"] == 3
     found = pandas.DataFrame(table(tmp_path, "rounds"))  # raises where columns are not equally long
-    assert set(found) == {*ROUNDS, "eval_bleu"}
+    assert set(found) == {*ROUNDS, "block_occupancy", "eval_bleu"}
     assert list(found["round"]) == [0, 1, 2, 3]
     assert list(found["train_loss"].isna()) == [True, False, False, False]
     assert list(found["eval_loss"].isna()) == list(found["eval_bleu"].isna()) == [False, True, False, False]

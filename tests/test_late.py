@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -455,6 +456,40 @@ def test_prefixes_with_parts_of_their_own_on_any_number_of_ranks(tmp_path: Path)
     assert any(len(set(staleness)) > 1 for staleness in mixed)
 
 
+def test_rounds_say_how_full_their_blocks_were(tmp_path: Path) -> None:
+    """Synchronous and buffered alike, on any number of ranks; in rounds of an older version it is not known."""
+    raw = tree(
+        write_texts(tmp_path),
+        devices={"name": "lognormal", "speed_sigma": 1.0},
+        client={"epochs": 1, "steps": None, "batch_size": 4},
+        evaluation={"every": 4, "samples": 0, "max_examples": 4, "test_max_examples": 4},
+        runtime={"block_size": 3},
+    )
+    del raw["client"]["steps"]
+
+    def occupancy(name: str, ranks: int, federation: dict[str, Any]) -> list[float]:
+        raw["federation"] = federation
+        federate(settings_of(tmp_path / name, raw), ranks)
+        return [float(one) for one in table(tmp_path / name, "rounds")["block_occupancy"]]
+
+    late = {**buffered(5, 4), "rounds": 3}
+    together = {"rounds": 3, "cohort_size": 5, "dropout": 0.3}
+    for name, federation in (("buffered", late), ("synchronous", together)):
+        found = occupancy(name, 1, federation)
+        np.testing.assert_array_equal(occupancy(f"{name}-3", 3, federation), found)
+        clients = table(tmp_path / name, "clients")
+        for r in range(1, 4):
+            of_round = [clients["steps"][(clients["round"] == r) & (clients["block"] == b)] for b in range(5)]
+            blocks = [steps for steps in of_round if len(steps)]
+            filled, room = sum(steps.sum() for steps in blocks), sum(3 * steps.max() for steps in blocks)
+            assert found[r] == pytest.approx(filled / room, rel=1e-15) and found[r] < 1
+        assert np.isnan(found[0]) and len(set(found)) > 2
+    with h5py.File(tmp_path / "synchronous" / "results.h5", "a") as file:
+        del file["rounds/block_occupancy"]
+    resumed = occupancy("synchronous", 1, {**together, "rounds": 4})
+    assert np.isnan(resumed[:4]).all() and 0 < resumed[4] <= 1
+
+
 def plans(rounds: int, clients: Any = None, block_size: int = 2, **sections: Any) -> list[Plan]:
     """The plans of buffered rounds; asked for again in another order they are the same."""
 
@@ -564,6 +599,8 @@ def test_reports_tell_virtual_time(tmp_path: Path, capsys: pytest.CaptureFixture
     rounds = table(tmp_path / "unequal", "rounds")
     assert "12" in next(line for line in out.splitlines() if "clients late" in line).split()  # 2 of 6, in 6 rounds
     assert "virtual time" in out and "staleness of an update" in out and "clients in a block" in out
+    (full,) = (line for line in out.splitlines() if "block occupancy" in line)
+    assert float(full.split()[-1]) == pytest.approx(rounds["block_occupancy"][1:].mean(), abs=5e-4)
     target = float(rounds["eval_loss"][rounds["round"] == 5][0])
     assert report([*runs, "--out", str(tmp_path / "two"), "--target-loss", str(target)]) == 0
     assert "| virtual seconds to it |" in (tmp_path / "two" / "comparison.md").read_text()

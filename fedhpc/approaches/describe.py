@@ -229,8 +229,12 @@ def run_description(approach: AnyApproach, transport: Transport) -> RunDescripti
             **({"plugins": used} if (used := plugins(config)) else {}),
         },
         partition=_partition(approach),
-        columns=[*approach.schedule.columns, *approach.columns, *_of_groups(approach)],
+        columns=[*approach.schedule.columns, *approach.columns, *_of_steps(approach), *_of_groups(approach)],
     )
+
+
+def _of_steps(approach: AnyApproach) -> list[str]:
+    return ["rounds/block_occupancy"] if approach.trains_in_steps else []
 
 
 def _of_groups(approach: AnyApproach) -> list[str]:

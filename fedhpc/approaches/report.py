@@ -173,7 +173,12 @@ def make_record(
         seconds_server=clock.seconds("server"),
         # Memory of a GPU and of a server on the CPU cannot be compared.
         peak_memory_bytes=int(ranks["peak_memory_bytes"][list(evaluators)].max()),
-        more={**spent, **_virtual(plan, ok), **_gathering(approach.topology, ranks)},
+        more={
+            **spent,
+            **_occupancy(approach, plan, column["steps"]),
+            **_virtual(plan, ok),
+            **_gathering(approach.topology, ranks),
+        },
         clients=_client_columns(approach, plan, column, status),
         experts=_expert_columns(approach, plan, reports.expert_load),
         events=[*_rejections(approach, plan, column, status), *_stragglers(plan), *_memory_events(ranks)],
@@ -209,6 +214,17 @@ def _client_columns(
         **approach.client_columns(plan),
         **({} if plan.times is None else {"virtual_seconds": plan.times.clients, "staleness": plan.staleness}),
     }
+
+
+def _occupancy(approach: AnyApproach, plan: Plan, steps: np.ndarray) -> dict[str, float]:
+    """The column of /rounds that says how full the blocks were: the steps of their clients over those that full blocks
+    would have had, which go on until the client with the most steps is done. steps: (C,).
+    """
+    if not approach.trains_in_steps:
+        return {}
+    of_blocks = [steps[[plan.index[client] for client in block.clients]] for block in plan.blocks]
+    room = approach.block_size * sum(of_block.max() for of_block in of_blocks)
+    return {"block_occupancy": float(sum(of_block.sum() for of_block in of_blocks) / room) if room else float("nan")}
 
 
 def _gathering(topology: Topology, ranks: dict[str, np.ndarray]) -> dict[str, float]:

@@ -295,10 +295,18 @@ def _costs(run: LoadedRun) -> Grid:
         ["clients sampled", as_count(r["cohort_size"].sum()), f"{r['cohort_size'].mean():.1f}"],
         *([["void rounds", as_count(len(run.void_rounds)), ""]] if run.void_rounds else []),
         *([f"clients {k}", as_count(r[k].sum()), f"{r[k].mean():.1f}"] for k in ("completed", "dropped", "rejected")),
+        *_occupancy(r),
         *_virtual(run, r),
         ["peak memory of a rank", as_bytes(r["peak_memory_bytes"].max()), ""],
     ]
     return Grid("Costs", ["", "run", "per round"], rows)
+
+
+def _occupancy(rounds: dict[str, np.ndarray]) -> list[list[str]]:
+    """How full blocks were, in a row of the costs; rounds: the columns of /rounds from round 1 on."""
+    occupancy = rounds.get("block_occupancy", np.empty(0))
+    occupancy = occupancy[~np.isnan(occupancy)]
+    return [["block occupancy", "", as_number(float(occupancy.mean()))]] if len(occupancy) else []
 
 
 def _virtual(run: LoadedRun, rounds: dict[str, np.ndarray]) -> list[list[str]]:

@@ -75,9 +75,11 @@ CLIENTS = {
     "worker": Column(np.int64, "rank that trained it; -1 none"),
     "block": Column(np.int64, "block it trained in; -1 none"),
 }
-# Columns that only some runs have: of a privacy budget, of attackers, of clients that take virtual time, of workers of
-# several ranks, of bases with experts, a row per round, layer and expert, and of evaluations that have texts written.
+# Columns that only some runs have: of clients that train in steps, of a privacy budget, of attackers, of clients that
+# take virtual time, of workers of several ranks, of bases with experts, a row per round, layer and expert, and of
+# evaluations that have texts written.
 SOMETIMES = {
+    "rounds/block_occupancy": Column(np.float64, "local steps over those of full blocks; NaN: nobody trained"),
     "rounds/epsilon": Column(np.float64, "differential privacy: what the rounds so far have spent, at privacy.delta"),
     "rounds/clip_norm": Column(np.float64, "adaptive clipping: the norm to which the next round clips; 0 in row 0"),
     "clients/attacker": Column(np.int8, "1: it attacks (attack.name)"),
@@ -97,9 +99,11 @@ SOMETIMES = {
     "eval_samples/references": Column(str, "the targets of this prompt, a JSON list"),
     "eval_samples/text": Column(str, "what the model wrote"),
 }
-# Of these, columns of /rounds that follow from how a run was launched, which may change when it is resumed: 0 in rounds
-# of other launches.
+# Of these, columns of /rounds that follow from how a run was launched, which may change when it is resumed.
 OF_LAUNCH = ("idle_share", "gathered_bytes")
+# What columns of /rounds that a resumed run may not have had yet say of the rounds before: those of a launch, and one
+# that older versions did not know.
+_BEFORE = {**dict.fromkeys(OF_LAUNCH, 0.0), "block_occupancy": math.nan}
 # Beside the client's number, where the clients of a natural partition have names: it follows from /partition.
 CLIENT_NAME = Column(str, "owner of the client's data")
 EVENTS = {
@@ -184,11 +188,11 @@ class _Table:
         self.ahead = _where(late, late["round"] > last_round)
 
     def widen(self, columns: Mapping[str, Column]) -> None:
-        """Add columns that are not there yet, 0 in all rows."""
+        """Add columns that are not there yet, with what `_BEFORE` says in all rows."""
         new = {name: column for name, column in columns.items() if name not in self.columns}
         self.columns |= new
         for rows in (self.empty, self.saved, *self.new, self.ahead):
-            rows |= {name: np.zeros(len(rows["round"]), column.dtype) for name, column in new.items()}
+            rows |= {n: np.full(len(rows["round"]), _BEFORE[n], column.dtype) for n, column in new.items()}
 
     def _arrays(self, rows: Mapping[str, Any]) -> Arrays:
         return {
@@ -246,14 +250,14 @@ class Results:
         if row["round"] != self._rows():
             raise ValueError(f"round {row['round']} added after {self._rows()} rows")
         blank = {name: np.nan for name in table.columns if name.startswith("eval_")}
-        blank |= {name: 0 for name in OF_LAUNCH if name in table.columns}
+        blank |= {name: value for name, value in _BEFORE.items() if name in table.columns}
         if row["round"] == 0:
             blank = {**dict.fromkeys(table.columns, 0), "train_loss": np.nan, **blank}
         table.append({**blank, **row})
 
     def widen(self, columns: Iterable[str]) -> None:
-        """Take in those of `columns`, as of a new run, that follow from the launch and that this one did not have."""
-        known = {f"rounds/{name}": name for name in OF_LAUNCH}
+        """Take in those of `columns`, as of a new run, that this one may not have had before it was resumed."""
+        known = {f"rounds/{name}": name for name in _BEFORE}
         self._tables["rounds"].widen({known[path]: SOMETIMES[path] for path in columns if path in known})
 
     def add_clients(self, columns: Mapping[str, Any]) -> None:
@@ -496,12 +500,12 @@ class Results:
                     f"results.h5: lacks rows of /{group} that the checkpoint builds on ({start}); put back "
                     "the file of this run, or start over with --fresh"
                 )
-            unknown = np.zeros(len(arrays[f"{group}/round"]))
+            count = len(arrays[f"{group}/round"])
             rows = {
                 name: meta["strings"][f"{group}/{name}"]
                 if column.dtype is str
-                else arrays.get(f"{group}/{name}", unknown)
-                if name in OF_LAUNCH
+                else np.full(count, _BEFORE[name])
+                if name in _BEFORE and f"{group}/{name}" not in arrays
                 else arrays[f"{group}/{name}"]
                 for name, column in table.columns.items()
             }
