@@ -552,7 +552,7 @@ def test_a_tokenizer_larger_than_the_model(capfd: pytest.CaptureFixture[str]) ->
     ("name", "words"),
     [
         ("./absent", ("model.name", "'./absent'", "config.json")),
-        ("nobody/nothing", ("model.name", "'nobody/nothing'", "cannot be loaded")),
+        ("nobody/nothing", ("model.name", "'nobody/nothing'", "cannot be loaded", "give a folder that is there")),
         ("texts", ("model.name", "'texts'", "config.json")),
     ],
 )
