@@ -9,7 +9,6 @@ from pydantic import Field
 
 from fedhpc.lazy import Tensor
 from fedhpc.registry import Section
-from fedhpc.server.aggregators._byzantine import gram_of
 from fedhpc.server.aggregators.base import Aggregator
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class NormBounding(Aggregator):
         )
 
     def combine(self, cohort: Cohort) -> Tensor:
-        norms = np.sqrt(gram_of(cohort).diagonal())
+        norms = cohort.norms().numpy()
         return cohort.weighted_sum(cohort.shares / cohort.shares.sum() * shortened(norms, self.options.norm))
 
 
