@@ -383,12 +383,12 @@ class _loading:  # noqa: N801  a context manager used like a function
         # The libraries raise anything, from OSError (no such file or hub id) to classes of their own (half a file).
         if isinstance(error, Exception) and not isinstance(error, (UserError, TransportError)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            is_not_found = isinstance(error, OSError) and not os.path.isabs(source_of(self.model))
+            is_nowhere = isinstance(error, OSError) and not os.path.isabs(source_of(self.model))
             to_find = "give a folder that is there, or a hub id and a network to the hub (HF_HUB_OFFLINE must not be 1)"
             raise UserError(
                 f"the {self.what} of '{self.model.name}' cannot be loaded: {first[:300].rstrip('.')}",
                 key="model.name",
-                remedy=to_find if is_not_found else "",
+                remedy=to_find if is_nowhere else "",
             ) from error
 
 
