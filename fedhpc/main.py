@@ -194,9 +194,11 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     """What the ranks do together: check, or run to the end."""
     from fedhpc import federation
     from fedhpc.approaches.describe import describe, forecast_lines
-    from fedhpc.approaches.prepare import assign_devices, is_finished, prepare
+    from fedhpc.approaches.prepare import assign_devices, is_finished, prepare, refuse_another_run
 
     transport = rank.transport
+    if options.check:
+        refuse_another_run(rank.config, transport, options.fresh)
     runs = [
         (config, saved)
         for config, saved in zip(rank.configs, rank.saved, strict=True)

@@ -101,8 +101,10 @@ def test_check(approach: Approach, capsys: pytest.CaptureFixture[str]) -> None:
     measured = table(config.run_dir, "rounds")["seconds_local"][1:].mean()
     assert float(three.split()[4]) == pytest.approx(measured, rel=0.5, abs=0.01)
     assert before == {p: p.stat().st_mtime_ns for p in config.run_dir.rglob("*")}
-    assert main([str(path), "client.steps=3", "--check", "ranks=64"]) == 2
-    assert "another configuration" in capsys.readouterr().err
+    for more in (["ranks=64"], []):
+        assert main([str(path), "client.steps=3", "--check", *more]) == 2
+        assert "another configuration" in capsys.readouterr().err
+    assert main([str(path), "client.steps=3", "--check", "--fresh"]) == 0
 
 
 FAILS = """

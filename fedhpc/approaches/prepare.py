@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from fedhpc.ranks.placement import Placement, assign_gpus
 from fedhpc.ranks.topology import Topology
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import on_server
+from fedhpc.results.lock import InUseError
 from fedhpc.results.resume import decide
 
 T = TypeVar("T")
@@ -43,6 +45,16 @@ def is_finished(config: Config, transport: Transport, fresh: bool) -> bool:
         longer = "" if fixed else ", a larger federation.rounds extends it"
         print(f"{config.run_dir}: this run is finished; --fresh starts it over{longer}")
     return finished
+
+
+def refuse_another_run(config: Config, transport: Transport, fresh: bool) -> None:
+    """RefusedError where the run directory holds another run than this one. Collective; writes nothing."""
+
+    def judge() -> None:
+        with suppress(InUseError):  # a run under way can be checked, too
+            decide(config, config.run_dir, fresh, wait_s=0.0)
+
+    on_server(transport, judge)
 
 
 def assign_devices(config: Config, transport: Transport, launch: Launch, gpus: Sequence[str]) -> Launch:
