@@ -389,6 +389,10 @@ def test_a_client_has_an_adapter_of_its_own(unfinished: Path, texts: Path, tmp_p
         (["{run}", "--adapter", "{tmp}/x", "--merge", "{tmp}/y/../x"], "two options write to the same place"),
         (["{run}", "--adapter", "/proc/none/x"], "'/proc/none' cannot be read or written: No such file"),
         (["{run}", "--push", "me/mine"], "the adapter would name its base by a folder of this machine"),
+        (
+            ["{run}", "--merge", "{tmp}/x", "--push", "not a name"],
+            "--push 'not a name' is no name of a repository; give",
+        ),
         (["{run}", "--adapter", "{tmp}/x", "--client", "0"], "clients of this run have no models of their own"),
         (["{run}", "--adapter", "{run}"], "is there already; choose another one"),
         (["{run}", "--merge", "{tmp}/x", "--base", "{tmp}/none"], "is not a model folder"),

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from fedhpc import config as configuration
 from fedhpc.errors import UserError
-from fedhpc.export.hub import PushError, push
+from fedhpc.export.hub import PushError, push, require_name
 from fedhpc.ranks import process
 from fedhpc.ranks.startup import DONE, FAILED, REFUSED
 
@@ -112,6 +112,8 @@ def write(options: argparse.Namespace) -> None:
     for path in (options.adapter, options.merge, options.gguf):
         if path is not None:
             require_new(path, is_folder=path is not options.gguf)
+    if options.push is not None:
+        require_name(options.push)
     base = options.base
     if base is not None and Path(base).expanduser().exists():
         base = os.path.abspath(Path(base).expanduser())

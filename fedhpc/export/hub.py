@@ -11,6 +11,19 @@ class PushError(UserError):
     """A folder that is written could not be brought to the hub."""
 
 
+def require_name(repository: str) -> None:
+    """UserError for a name that no repository of the hub can have."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(
+            f"command line: --push '{repository}' is no name of a repository", remedy="give OWNER/NAME"
+        ) from error
+
+
 def push(folder: Path, repository: str, message: str) -> str:
     """Upload `folder` as one commit of a model repository, which is made private where there is none; its address.
 
