@@ -14,7 +14,7 @@ class PushError(UserError):
 def require_name(repository: str) -> None:
     """UserError for a name that no repository of the hub can have."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
 
     try:
         validate_repo_id(repository)
