@@ -160,6 +160,27 @@ def test_what_the_server_makes_of_a_payload_it_makes_again(method: Method) -> No
 
 
 @every_method
+def test_where_runs_share_a_forward_the_seed_is_in_the_payload_alone(method: Method) -> None:
+    """The method of one run stands for those of others with the same options, so it computes what theirs do."""
+    other, payload, group = type(method)(method.options, method.base, 1), warm(method), works(1)
+    if method.starts_from_payload:
+        assert method.shares_base
+        assert torch.equal(train(other, payload, group), train(method, payload, group))
+        received, rows = method.payload.views(payload), torch.zeros(3, dtype=torch.int64)
+        found = [losses(one, one.start(received), received, rows) for one in (method, other)]
+        assert torch.equal(found[0], found[1])
+
+
+def test_which_methods_share_a_forward_with_those_of_other_runs(encoder: Base, example: str) -> None:
+    """Those that say so: nobody else knows whether something frozen follows from the seed."""
+    assert {name for name in NAMES if registry.choice("methods", name).starts_from_payload is True} == {
+        *("adapter", "ia3", "p_tuning", "prompt", "retriever")
+    }
+    plugin = registry.choice("methods", example)
+    assert not plugin(plugin.Options(), tiny.base("llama"), 0).starts_from_payload
+
+
+@every_method
 def test_what_a_client_learns_does_not_depend_on_the_others(method: Method) -> None:
     """Neither on those of its block nor on those that came before."""
     payload, group = warm(method), works(3)

@@ -54,6 +54,7 @@ class Adapter(Method):
         )
 
     options: Options
+    starts_from_payload = True
 
     @property
     def messages(self) -> list[str]:

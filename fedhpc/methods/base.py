@@ -101,12 +101,12 @@ class Method(ABC):
 
     @property
     def starts_from_payload(self) -> bool:
-        """Whether what clients train follows from the payload that they received alone, and not from seed or round too.
+        """Whether what clients compute and train follows from options, base and payload, and neither seed nor round.
 
-        Then clients of several runs, in rounds of their own, can share one forward pass (`fedhpc sweep`).
+        Then clients of several runs, in rounds of their own, can share one forward pass (`fedhpc sweep`): the method of
+        one of these runs stands for all. Only a method that says so is taken for one.
         """
-        method = type(self)
-        return self.shares_base and method.start is Method.start and method.in_round is Method.in_round
+        return False
 
     @property
     def can_be_divided(self) -> bool:

@@ -38,6 +38,7 @@ class IA3(Method):
         inputs: list[str] | None = Field(None, min_length=1, description="layers whose input is rescaled")
 
     options: Options
+    starts_from_payload = True
 
     @property
     def outputs(self) -> list[str]:

@@ -32,6 +32,7 @@ class PTuning(Method):
         hidden_size: int = Field(128, ge=1, description="width of the MLP")
 
     options: Options
+    starts_from_payload = True
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)

@@ -37,6 +37,7 @@ class Prompt(Method):
         )
 
     options: Options
+    starts_from_payload = True
 
     def __init__(self, options: Any, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)

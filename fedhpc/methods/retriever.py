@@ -56,6 +56,7 @@ class Retriever(Method):
             return None
 
     options: Options
+    starts_from_payload = True
 
     def __init__(self, options: Options, base: Base, seed: int) -> None:
         super().__init__(options, base, seed)

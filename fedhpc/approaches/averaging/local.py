@@ -189,8 +189,8 @@ class BlockTraining:
     @cached_property
     def joins(self) -> Hashable | None:
         """What runs have in common whose blocks can train in one forward (`train_jobs`); None: these train alone."""
-        key, method = may_train_together(self.config), self.method
-        if key is None or not method.starts_from_payload or method.finite_difference_step is not None:
+        key = may_train_together(self.config)
+        if key is None or not self.method.starts_from_payload:
             return None
         if ExpertLoad(self.base).layers:  # whose load is counted for a forward, and not for its rows
             return None
