@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from fedhpc.approaches.base import AnyApproach, BlockResult, Share
 from fedhpc.approaches.describe import evaluated, headline, run_description
 from fedhpc.approaches.report import Before, Clock, collect, make_record
@@ -55,18 +57,34 @@ def open_round(approach: AnyApproach, transport: Transport, server_state: Server
 def train(transport: Transport, rounds: Sequence[tuple[AnyApproach, Round]]) -> None:
     """Let the clients of this rank train, block after block; those of several runs in one forward, where they join.
 
-    The time of a forward is divided among its clients.
+    The time of a forward is divided among its runs by the local steps of their clients. Collective for several runs.
     """
     for forward in _forwards(transport.rank, rounds):
         shares = [share for share, _ in forward]
-        clients = sum(len(share.clients) for share in shares)
         began = time.perf_counter()
         results = shares[0].approach.local_in_parts(shares)
         seconds = time.perf_counter() - began
         transport.progress.finish(sum(len(result.clients) for of_share in results for result in of_share))
-        for (share, round_), of_share in zip(forward, results, strict=True):
+        steps = [sum(int(result.steps.sum()) for result in of_share) for of_share in results]
+        for (_, round_), of_share, taken in zip(forward, results, steps, strict=True):
             round_.results += of_share
-            round_.clock.add("local", seconds * len(share.clients) / clients)
+            round_.clock.add("local", seconds * taken / sum(steps) if len(shares) > 1 else seconds)
+    if len(rounds) > 1:
+        _wait_for_all(transport, [round_.clock for _, round_ in rounds])
+
+
+def _wait_for_all(transport: Transport, clocks: Sequence[Clock]) -> None:
+    """Let rank 0 wait until all ranks have trained, and divide the wait among the runs by what they took of these.
+
+    Else the run that is closed first would wait for the clients of all. Collective.
+    """
+    began = time.perf_counter()
+    local = torch.tensor([clock.seconds("local") for clock in clocks], dtype=torch.float64)
+    transport.reduce_sum(local)
+    if transport.is_server and local.sum() > 0:  # else nobody had anything to train
+        waited = time.perf_counter() - began
+        for clock, share in zip(clocks, (local / local.sum()).tolist(), strict=True):
+            clock.add("reduce", waited * share)
 
 
 def _forwards(rank: int, rounds: Sequence[tuple[AnyApproach, Round]]) -> list[list[tuple[Share, Round]]]:

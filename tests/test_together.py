@@ -121,6 +121,28 @@ def done(config: Config) -> bool:
     return status is not None and status.state == "complete"
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_has_its_share_of_the_time(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """By the steps of its clients; a run does not wait for those that are closed after it."""
+    own = [{"client": {"steps": steps}, "federation": {"rounds": 1, "cohort_size": 2}} for steps in (1, 3)]
+    configs = runs(tmp_path, texts, "prefix", own=own)
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return train_block(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "train_block", slowly)
+        federate_together(configs, ranks)
+    first, second = (table(config.run_dir, "rounds") for config in configs)
+    assert first["seconds_local"][1] + second["seconds_local"][1] > 0.45
+    assert second["seconds_local"][1] == pytest.approx(3 * first["seconds_local"][1], rel=0.1)
+    for found in (first, second):
+        assert found["seconds_reduce"][1] < 0.4 and found["seconds"][1] >= found["seconds_local"][1]
+
+
 def test_a_run_that_diverges_leaves_the_bits_of_the_others(tmp_path: Path, texts: Path) -> None:
     results = {}
     for lr in (1.0, 1e300):
