@@ -170,7 +170,7 @@ def test_comparison_groups_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     plots = {"eval_loss.png", "test.png", "clients.png", "costs.png"}
     assert {p.name for p in out.iterdir()} == {"comparison.md", "comparison.csv", *plots}
     assert all(is_png(out / name) for name in plots)
-    text = (out / "comparison.md").read_text()
+    text, _ = (out / "comparison.md").read_text().split("## Gain kept")
     # Seeds 0, 1, 2: mean 29, standard deviation 1, t(2) = 4.303: 4.303 / sqrt(3) = 2.484.
     assert cells(text, "fed")[1:] == [
         *("federated", "prefix", "3", "1.310 ± 0.025", "29.00 ± 2.48", "0.480 ± 0.000"),
@@ -351,6 +351,26 @@ def test_paired_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert float(row["mean"]) == pytest.approx(-mean)
     assert main([*map(str, runs), "--out", str(out), "--baseline", "lroa"]) == 2
     assert "there is no row 'lroa'; did you mean 'lora'" in capsys.readouterr().err
+
+
+def test_gain_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the way from the untouched base (4.2) to centralised training, seed by seed; none where either is not told."""
+    runs = [make_run(tmp_path, f"ours-s{seed}", seed, level=1 + 0.1 * seed) for seed in (0, 1, 2)]
+    runs += [make_run(tmp_path, f"central-s{seed}", seed, mode="centralized") for seed in (0, 1)]
+    runs += [make_run(tmp_path, f"blind-s{seed}", seed, lr=0.3, base=False) for seed in (0, 1)]
+    assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    ours, central = np.array([1.3, 1.43 + 0.01]), np.array([1.3, 1.31])
+    kept = 100 * (4.2 - ours) / (4.2 - central)
+    half = 12.7062 * np.std(kept, ddof=1) / math.sqrt(2)  # t(1)
+    _, table = (tmp_path / "out" / "comparison.md").read_text().split("## Gain kept")
+    table = table.partition("Groups of runs")[0]
+    assert cells(table, "ours")[1:4] == ["central", "2", f"{kept.mean():.1f} ± {half:.1f}"]
+    assert not any(f"| {other} |" in table.replace("| ours | central |", "") for other in ("blind", "central"))
+    assert "Gain kept" in capsys.readouterr().out
+
+    other = make_run(tmp_path, "central-fast-s0", 0, mode="centralized", lr=0.9)  # which of the two is the goal?
+    assert main([*map(str, [*runs, other]), "--out", str(tmp_path / "two")]) == 0
+    assert "Gain kept" not in (tmp_path / "two" / "comparison.md").read_text()
 
 
 def test_quantiles_of_students_t() -> None:

@@ -33,6 +33,7 @@ from fedhpc.report.runs import (
     LoadedRun,
     SeedGroup,
     axis_metrics,
+    shares_of_gain,
     group_by_seed,
     lines_along,
     paired_differences,
@@ -84,6 +85,7 @@ def compare(
             comparison(groups, "Test results: mean ± " + SEEDS),
             _intervals(groups),
             *([_differences(reference, differing)] if paired else []),
+            *([_shares_of_gain(gains)] if (gains := shares_of_gain(groups)) else []),
             *(_changes(key, [line for line in lines if line.key == key]) for key in axes),
         ],
         "Robustness": [
@@ -322,6 +324,15 @@ def _differences(reference: SeedGroup, differing: Sequence[tuple[SeedGroup, str,
         row.append(as_interval(values))
     title = f"Test results: difference to {reference.label}, seed by seed (mean ± {SEEDS})"
     return Grid(title, ["run", "seeds in common", *map(title_of, names)], list(rows.values()))
+
+
+def _shares_of_gain(gains: Sequence[tuple[SeedGroup, SeedGroup, np.ndarray]]) -> Grid:
+    rows = [
+        [group.label, goal.label, str(len(shares)), as_interval(100 * shares, digits=1)]
+        for group, goal, shares in gains
+    ]
+    title = f"Gain kept: (base - run) / (base - centralised), of test losses, seed by seed (mean ± {SEEDS})"
+    return Grid(title, ["run", "centralised", "seeds in common", "gain kept, %"], rows)
 
 
 def _differences_csv(reference: SeedGroup, differing: Sequence[tuple[SeedGroup, str, np.ndarray]]) -> str:

@@ -252,6 +252,37 @@ def paired_differences(
     return reference, differences
 
 
+def shares_of_gain(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, SeedGroup, np.ndarray]]:
+    """How much of what centralised training gains the other groups keep, by their test losses:
+
+    (base - run) / (base - centralised), one value for each seed that both have, of the same untouched base.
+
+    Returns each group with the centralised one that has its method, model and test; none for a group that has no such,
+    or several.
+    """
+    gains = []
+    for group in groups:
+        goals = [other for other in groups if other.runs[0].mode == "centralized" and _same_task(group, other)]
+        if group.runs[0].mode == "centralized" or len(goals) != 1:
+            continue
+        of_goal = {_seed(run): run.metrics("test").get("loss", math.nan) for run in goals[0].runs}
+        losses = [
+            (run.metrics("base").get("loss", math.nan), run.metrics("test").get("loss", math.nan), of_goal[_seed(run)])
+            for run in group.runs
+            if _seed(run) in of_goal
+        ]
+        base, ours, central = np.array(losses).reshape(-1, 3).T
+        known = base > central  # false for NaN; and where centralised training gains nothing, nothing can be kept
+        if known.any():
+            gains.append((group, goals[0], ((base - ours) / (base - central))[known]))
+    return gains
+
+
+def _same_task(group: SeedGroup, other: SeedGroup) -> bool:
+    one, two = group.runs[0], other.runs[0]
+    return group.test_set == other.test_set and all(one.config.get(k) == two.config.get(k) for k in ("method", "model"))
+
+
 @dataclass(frozen=True)
 class AxisLine:
     """Runs that agree in everything but one configuration key (and the seed): a line in the plot of that key."""
