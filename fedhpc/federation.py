@@ -22,7 +22,7 @@ from fedhpc.approaches.describe import evaluated, headline, run_description
 from fedhpc.approaches.report import Before, Clock, collect, make_record
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
-from fedhpc.ranks.verdict import on_server
+from fedhpc.ranks.verdict import errors_of, on_server
 from fedhpc.results.following import Following
 from fedhpc.results.opening import Opening
 from fedhpc.results.progress import Progress
@@ -142,6 +142,7 @@ class Run:
     on_round: Callable[[int], None]  # told which round is safely on disk; on ranks above 0 only the first
     #: Held while rank 0 writes its files: who holds it for good keeps the run directory as it is.
     writing: AbstractContextManager[object]
+    on_end: Callable[[], None] = lambda: None  # told on every rank when it is complete, or pauses
 
 
 def run(
@@ -164,7 +165,10 @@ def run_together(runs: Sequence[Run], transport: Transport, fresh: bool, until: 
     """
     with ExitStack() as stack:
         names = [one.approach.config.run.name if len(runs) > 1 else "" for one in runs]
-        going = [_begun(one, transport, fresh, name, stack) for one, name in zip(runs, names, strict=True)]
+        going: list[Going] = []
+        for each, name in zip(runs, names, strict=True):
+            with errors_of(name):
+                going.append(_begun(each, transport, fresh, name, stack))
         while going := [one for one in going if not one.is_over(until)]:
             rounds = [(one.approach, one.open()) for one in going]
             clients = sum(len(round_.plan.training) for _, round_ in rounds)
@@ -176,13 +180,15 @@ def run_together(runs: Sequence[Run], transport: Transport, fresh: bool, until: 
 
 @dataclass
 class Going:
-    """A run that has begun, on one rank."""
+    """A run that has begun, on one rank. A UserError of one of several runs in this process names it."""
 
+    name: str  # of one of several runs in this process, else empty
     approach: AnyApproach
     transport: Transport
     round: int  # the last that has begun
     server: Server | None
     closing: ExitStack  # what lets go of the run directory
+    on_end: Callable[[], None]
 
     @property
     def _state(self) -> ServerState | None:
@@ -191,26 +197,30 @@ class Going:
     def open(self) -> Round:
         """Begin the next round."""
         self.round += 1
-        return open_round(self.approach, self.transport, self._state, self.round)
+        with errors_of(self.name):
+            return open_round(self.approach, self.transport, self._state, self.round)
 
     def close(self, opened: Round) -> None:
         """End a round: sum, evaluation, record."""
         approach, round_ = self.approach, self.round
-        record = close_round(approach, self.transport, self._state, opened)
-        if round_ % approach.config.evaluation.every == 0 or round_ == approach.rounds:
-            record = _evaluated(approach, self.transport, self._state, round_, record)
-        if self.server and record:
-            self.server.record(record)
+        with errors_of(self.name):
+            record = close_round(approach, self.transport, self._state, opened)
+            if round_ % approach.config.evaluation.every == 0 or round_ == approach.rounds:
+                record = _evaluated(approach, self.transport, self._state, round_, record)
+            if self.server and record:
+                self.server.record(record)
 
     def is_over(self, until: int | None) -> bool:
         """Whether no round follows; the run is at its end then, or pauses after the round `until`. Collective."""
-        ended = self.round >= self.approach.rounds or self.approach.ends_early(self.transport, self._state)
-        if ended:
-            self._finish()
-        elif until is None or self.round < until:
-            return False
-        elif self.server:
-            self.server.pause(self.round)
+        with errors_of(self.name):
+            ended = self.round >= self.approach.rounds or self.approach.ends_early(self.transport, self._state)
+            if ended:
+                self._finish()
+            elif until is None or self.round < until:
+                return False
+            elif self.server:
+                self.server.pause(self.round)
+        self.on_end()
         self.closing.close()
         return True
 
@@ -312,7 +322,7 @@ def _begun(run: Run, transport: Transport, fresh: bool, name: str, stack: ExitSt
         record = _evaluated(approach, transport, state, 0, RoundRecord(0, events=notes))
         if server and record:
             server.record(record)
-    return Going(approach, transport, round_, server, closing)
+    return Going(name, approach, transport, round_, server, closing, run.on_end)
 
 
 def _observers(one: Run, opening: Opening[ServerState], name: str) -> list[Observer]:

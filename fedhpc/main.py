@@ -135,8 +135,9 @@ def _check_together(options: argparse.Namespace, configs: Sequence[Config]) -> N
     for path, one in zip(options.configs, shared, strict=True):
         if one is None or one != shared[0]:
             raise UserError(f"command line: {path} cannot train together with {options.configs[0]}: run it alone")
-    if len({config.run_dir for config in configs}) < len(configs):
-        raise UserError("command line: two configurations have the same run.dir: each run needs one of its own")
+    for key, of_runs in (("run.dir", [c.run_dir for c in configs]), ("run.name", [c.run.name for c in configs])):
+        if len(set(of_runs)) < len(configs):
+            raise UserError(f"command line: two configurations have the same {key}: each run needs one of its own")
 
 
 def _check_forks(options: argparse.Namespace, config: Config, launch: Launch) -> None:
@@ -195,6 +196,7 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     from fedhpc import federation
     from fedhpc.approaches.describe import describe, forecast_lines
     from fedhpc.approaches.prepare import assign_devices, is_finished, prepare, refuse_another_run
+    from fedhpc.ranks.verdict import errors_of, on_server
 
     transport = rank.transport
     if options.check:
@@ -210,10 +212,11 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     approaches: list[AnyApproach] = []
     for config, _ in runs:
         beside = approaches[0] if approaches else None
-        approaches.append(prepare(config, transport, launch, not options.check, beside))
+        with errors_of(config.run.name if len(runs) > 1 else ""):
+            approaches.append(prepare(config, transport, launch, not options.check, beside))
     if not options.check:
         together = [
-            federation.Run(approach, saved.reached, saved.writing)
+            federation.Run(approach, saved.reached, saved.writing, saved.end)
             for approach, (_, saved) in zip(approaches, runs, strict=True)
         ]
         federation.run_together(together, transport, options.fresh, options.until)
@@ -221,8 +224,6 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     (approach,) = approaches
     lines = describe(approach, transport)
     if options.ranks:
-        from fedhpc.ranks.verdict import on_server
-
         lines += on_server(transport, lambda: forecast_lines(approach, options.ranks))
     if transport.rank == 0:
         print("\n".join(lines))

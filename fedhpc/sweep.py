@@ -70,7 +70,7 @@ from fedhpc.results.files import atomic_write
 from fedhpc.results.lock import InUseError
 from fedhpc.results.progress import duration
 from fedhpc.results.resume import decide
-from fedhpc.results.status import PAUSED, Status, read_status
+from fedhpc.results.status import BESIDE, PAUSED, Status, read_status
 
 COMPLETE, REACHED, IN_USE, STOPPED = "complete", "reached", "in use", "preempted"
 EARLY = "stopped early after round"  # and its number
@@ -125,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sweep.early_stop is not None:
             halving = Halving(sweep.early_stop, [cell.config for cell in cells], str(options.sweep))
         command = _command(sweep.launch)
-        together = sweep.together if _takes_several(command) else 1
+        takes_several = _takes_several(command)
+        together = sweep.together if takes_several else 1
         statuses, rungs = survey(cells, halving)
         chosen = list(range(len(cells)))
         if options.index is not None:
@@ -142,12 +143,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "or give sweep.early_stop=null"
                 )
             on_error = FAILED
+            if not takes_several and len(grouped(cells, chosen, sweep.together)) < len(chosen):
+                print(f"sweep.launch: '{sweep.launch}' may not take several configurations: each run trains alone")
             return run(cells, chosen, command, halving, together)
     except UserError as error:
         print(f"fedhpc sweep: error: {error}", file=sys.stderr)
         return on_error
     until = next(iter(halving.options.after[len(rungs) :]), None) if halving else None
-    missing = [i for i in chosen if statuses[i] not in (COMPLETE, IN_USE) and not statuses[i].startswith(EARLY)]
+    missing = [
+        i
+        for i in chosen
+        if not statuses[i].startswith(EARLY) and _standing(cells, i, until, halving) not in (COMPLETE, REACHED, IN_USE)
+    ]
     started = {group[-1]: [cells[i] for i in group] for group in grouped(cells, missing, together)}
     for i in chosen:
         print(f"{i:4d}  {cells[i].name:{max(len(cell.name) for cell in cells)}}  {statuses[i]}")
@@ -305,7 +312,7 @@ class _Runner:
         status = read_status(cell.config.run_dir)
         # torchrun turns every exit code into 1, so the status that the run wrote decides.
         reported = status if status != status_before else None
-        preempted = reported and reported.state == "preempted" and not reported.reason.startswith(PAUSED)
+        preempted = reported and reported.state == "preempted" and not reported.reason.startswith((PAUSED, BESIDE))
         if self.signals or code == PREEMPTED or (code and preempted):
             return STOPPED
         status_now = status_of(cell)
@@ -313,7 +320,8 @@ class _Runner:
             return status_now
         if until and status and status.round >= until and (code == DONE or status.reason.startswith(PAUSED)):
             return REACHED
-        return reported.reason if reported and reported.state == "failed" else f"exit code {code}, its message is above"
+        is_told = reported and (reported.state == "failed" or reported.reason.startswith(BESIDE))
+        return reported.reason if reported and is_told else f"exit code {code}, its message is above"
 
 
 def status_of(cell: Cell) -> str:
@@ -364,7 +372,7 @@ def run(
     going = chosen
     with _Runner(command) as runner:
         for number, until in enumerate([*(halving.options.after if halving else []), None]):
-            outcomes |= _run_until(until, cells, grouped(cells, going, together), runner, halving)
+            outcomes |= _run_until(until, cells, going, runner, halving, together)
             if STOPPED in outcomes.values():
                 print("fedhpc sweep: preempted; the same command goes on from there", file=sys.stderr)
                 return PREEMPTED
@@ -377,20 +385,32 @@ def run(
         return _close(cells, chosen, outcomes, halving)
 
 
-def _run_until(
-    until: int | None, cells: Sequence[Cell], groups: Sequence[Sequence[int]], runner: _Runner, halving: Halving | None
-) -> dict[int, str]:
-    """Run groups of cells to the rung `until`, or to their end; the outcome of each, as of a `_Runner`, in order.
+def _standing(cells: Sequence[Cell], i: int, until: int | None, halving: Halving | None) -> str:
+    """REACHED for a run that has come to the rung `until`, else its `status_of`."""
+    return REACHED if halving and until and halving.reached(i, until) else status_of(cells[i])
 
-    Where a group ends before all of its cells are done, whichever was to blame, these go on alone.
+
+def _run_until(
+    until: int | None,
+    cells: Sequence[Cell],
+    going: Sequence[int],
+    runner: _Runner,
+    halving: Halving | None,
+    together: int,
+) -> dict[int, str]:
+    """Run cells to the rung `until`, or to their end; the outcome of each, as of a `_Runner`, in order.
+
+    Where a group ends before all of its cells are done, these go on in smaller groups (`_once_more`).
     """
     outcomes: dict[int, str] = {}
-    well, seconds, todo = 0, 0.0, sum(len(group) for group in groups)
-    queue = deque(groups)
+    well, seconds, todo = 0, 0.0, len(going)
+    missing = [i for i in going if _standing(cells, i, until, halving) not in (COMPLETE, REACHED, IN_USE)]
+    # In the order of the sweep; what is done, or another process has, takes nobody's room.
+    queue = deque(sorted([*grouped(cells, missing, together), *([i] for i in going if i not in missing)]))
     while queue:
         group, missing = queue.popleft(), []
         for i in group:
-            outcome = REACHED if halving and until and halving.reached(i, until) else status_of(cells[i])
+            outcome = _standing(cells, i, until, halving)
             if outcome in (COMPLETE, REACHED, IN_USE):
                 if outcome == IN_USE and i not in outcomes:  # at the end again: another process may have run it by then
                     queue.append([i])
@@ -403,10 +423,12 @@ def _run_until(
         seconds += time.monotonic() - began
         if STOPPED in ended.values():
             return dict.fromkeys(missing, STOPPED)
-        again = [i for i in missing if _is_failure(ended[i])] if len(missing) > 1 else []
-        queue.extendleft([i] for i in reversed(again))
+        smaller = _once_more(cells, ended)
+        queue.extendleft(reversed(smaller))
+        again = [i for part in smaller for i in part]
         if again:
-            print(f"{len(again)} runs ended before they were done ({ended[again[0]]}): each goes on alone", flush=True)
+            sizes = " and ".join(str(len(part)) for part in smaller)
+            print(f"{len(again)} runs ended too early ({ended[again[0]]}): they go on, {sizes} together", flush=True)
         outcomes |= {i: outcome for i, outcome in ended.items() if i not in again}
         well += sum(not _is_failure(outcome) for outcome in ended.values())
         for i in group:
@@ -418,6 +440,22 @@ def _run_until(
             target = f" to round {until}" if until else ""
             print(line + (f"; at most {duration(left)} left{target}" if left else ""), flush=True)
     return outcomes
+
+
+def _once_more(cells: Sequence[Cell], ended: Mapping[int, str]) -> list[list[int]]:
+    """The groups in which those of a group go on that ended too early: without the runs that the others name or that
+    another process has, else in halves, since nobody knows which run was to blame. A run that was alone does not.
+
+    ended: the outcome of each run of the group.
+    """
+    early = [i for i, outcome in ended.items() if _is_failure(outcome)]
+    if len(ended) == 1 or not early:
+        return []
+    named = [i for i in early if any(ended[j].startswith(f"{BESIDE} {cells[i].name}:") for j in early)]
+    if named or IN_USE in ended.values():
+        return [[i for i in early if i not in named]]
+    half = len(early) // 2
+    return [part for part in (early[:half], early[half:]) if part]
 
 
 def _title(cells: Sequence[Cell], i: int) -> str:
@@ -455,8 +493,12 @@ def _started(command: Sequence[str], cells: Sequence[Cell], until: int | None) -
 
 
 def _takes_several(command: Sequence[str]) -> bool:
-    """Whether a command is known to take several configurations, whatever starts it."""
-    return tuple(command[-2:]) in {("-m", "fedhpc.main"), ("fedhpc", "run")}
+    """Whether a command is known to take several configurations: it is fedhpc.main or `fedhpc run`, whatever starts it,
+    with nothing but options behind."""
+    for i, (program, word) in enumerate(itertools.pairwise(command), 2):
+        if (program, word) == ("-m", "fedhpc.main") or (Path(program).name, word) == ("fedhpc", "run"):
+            return all(behind.startswith("-") or behind.isdecimal() for behind in command[i:])
+    return False
 
 
 def _command(launch: str) -> list[str]:

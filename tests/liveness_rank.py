@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transport = open_transport(launch, "auto", timeout_s=60)
 
-    def on_exit(code: int, reason: str) -> None:
+    def on_exit(code: int, reason: str, run: str) -> None:
         with Path(status).open("a") as file:
             file.write(f"{transport.rank} {code} {reason}\n")
 

@@ -211,11 +211,14 @@ class Watched:
     def __init__(self, world_size: int, timeout_s: float = 5) -> None:
         self.transport = Recorder(world_size)
         self.exits: list[tuple[int, str]] = []
-        launch = Launch(world_size=world_size, local_world_size=world_size)
-        self.liveness = Liveness(
-            self.transport, launch, timeout_s, lambda code, reason: self.exits.append((code, reason))
-        )
+        self.blamed: list[str] = []  # the run of each
         self.peers: list[socket.socket] = []
+        launch = Launch(world_size=world_size, local_world_size=world_size)
+        self.liveness = Liveness(self.transport, launch, timeout_s, self.on_exit)
+
+    def on_exit(self, code: int, reason: str, run: str) -> None:
+        self.exits.append((code, reason))
+        self.blamed.append(run)
 
     def connect(self, line: bytes | None = None) -> socket.socket:
         """A connection that has said `line`, by default the next rank's hello."""
@@ -250,8 +253,14 @@ def watched(world_size: int, timeout_s: float = 5) -> Iterator[Watched]:
             peer.close()
 
 
-def tell(peer: socket.socket, code: int, reason: str, symptom: bool = False) -> None:
-    peer.sendall(json.dumps({"fail": [code, reason, symptom]}).encode() + b"\n")
+def tell(peer: socket.socket, code: int, reason: str, symptom: bool = False, run: str = "") -> None:
+    peer.sendall(json.dumps({"fail": [code, reason, symptom, run]}).encode() + b"\n")
+
+
+def test_a_rank_tells_which_of_several_runs_has_failed() -> None:
+    with watched(2) as watch:
+        tell(watch.connect(), 1, "rank 1: no room", run="b-s0")
+        assert watch.verdict() == (1, "rank 1: no room") and watch.blamed == ["b-s0"]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +386,7 @@ def test_a_rank_that_never_connects_is_silent() -> None:
 def test_a_hanging_on_exit_does_not_keep_the_ranks() -> None:
     transport = Recorder(1)
     release = threading.Event()
-    liveness = Liveness(transport, Launch(), 30, lambda code, reason: release.wait(20) and None)
+    liveness = Liveness(transport, Launch(), 30, lambda code, reason, run: release.wait(20) and None)
     liveness.start()
     os.kill(os.getpid(), signal.SIGTERM)
     assert transport.aborted.wait(4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ import yaml
 from fedhpc import config as configuration
 from fedhpc import main, sweep
 from fedhpc.approaches.averaging import local
+from fedhpc.approaches.averaging.approach import Averaging
 from fedhpc.config import Config
 from fedhpc.config.together import may_train_together
 from fedhpc.errors import UserError
+from fedhpc.ranks import process
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.process import Rank, SavedRounds
 from fedhpc.ranks.transport.base import LoopbackTransport
-from fedhpc.ranks.verdict import RefusedError
-from fedhpc.results.status import read_status
+from fedhpc.results.status import read_status, write_status
 from fedhpc.training.block import train_block
 from tests.federations import Interrupted, federate, federate_together, final, settings, table, tree, write_texts
 
@@ -190,6 +192,24 @@ def test_runs_that_train_alone(change: str) -> None:
 # ---------------------------------------------------------------- sweeps
 
 
+class EndedError(Exception):
+    """Stands in for the end of a process, with its exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+class Announced:
+    """Stands in for liveness: a failure is told as rank 0 tells it."""
+
+    def __init__(self, saved: Sequence[SavedRounds]) -> None:
+        self.saved = saved
+
+    def fail(self, code: int, reason: str, *, run: str = "", **_: object) -> None:
+        process._announce(self.saved, True, code, reason, run)
+        raise EndedError(code)
+
+
 class Here:
     """Stands in for a process of fedhpc.main, in this process."""
 
@@ -200,13 +220,12 @@ class Here:
         options = main.parse(arguments)
         configs = [configuration.load(path, []) for path in options.configs]
         Here.commands.append([config.run.name for config in configs])
-        saved = [SavedRounds(config.run_dir) for config in configs]
+        main._check_together(options, configs)
+        rank = Rank(configs, Launch(), LoopbackTransport(), [], [SavedRounds(config) for config in configs])
         try:
-            main._check_together(options, configs)
-            main._work(options, Rank(configs, Launch(), LoopbackTransport(), [], saved))
-            self.code = 0
-        except (UserError, RefusedError):
-            self.code = 2
+            self.code = process._work(rank, Announced(rank.saved), partial(main._work, options))  # type: ignore[arg-type]
+        except EndedError as error:
+            self.code = error.code
 
     def wait(self) -> int:
         return self.code
@@ -234,14 +253,108 @@ def write_sweep(folder: Path, texts: Path, grid: Sequence[object], **keys: objec
 
 @pytest.mark.usefixtures("_here")
 def test_a_run_that_cannot_begin_harms_nobody(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its group ends before anything is written; then each goes on alone, and it alone fails."""
-    grid = [{"x": {"a": {}, "b": {"partition.num_clients": 5000}, "c": {"run.seed": 4}}}]
+    """Its group ends before anything is written, with its name; halves of the group go on, and it alone fails."""
+    grid = [{"x": {"a": {}, "b": {"partition.num_clients": 5000}, "c": {"run.seed": 4}, "d": {"run.seed": 5}}}]
     assert sweep.main([str(write_sweep(tmp_path, texts, grid))]) == 1
     captured = capsys.readouterr()
-    assert Here.commands == [["a-s0", "b-s0", "c-s4"], ["a-s0"], ["b-s0"], ["c-s4"]]
-    assert "each goes on alone" in captured.out and captured.err.count("b-s0 failed") == 1
-    states = [read_status(tmp_path / "runs" / name) for name in ("a-s0", "b-s0", "c-s4")]
-    assert [status and status.state for status in states] == ["complete", None, "complete"]
+    assert Here.commands == [["a-s0", "b-s0", "c-s4", "d-s5"], ["a-s0", "b-s0"], ["a-s0"], ["b-s0"], ["c-s4", "d-s5"]]
+    assert "4 runs ended too early (exit code 2, its message is above): they go on, 2 and 2 together\n" in captured.out
+    assert captured.err.count("fedhpc: error: b-s0: ") == 2 and captured.err.count("b-s0 failed") == 1
+    states = [read_status(tmp_path / "runs" / name) for name in ("a-s0", "b-s0", "c-s4", "d-s5")]
+    assert [status and status.state for status in states] == ["complete", None, "complete", "complete"]
+
+
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("moment", ["download", "combine", "finish"])
+def test_a_run_that_fails_ends_its_neighbours_beside_it(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    """It alone has failed, by its name; the others go on from where they were, together."""
+    called = getattr(Averaging, moment)
+
+    def failing(self: Averaging, *arguments: Any) -> Any:
+        if self.config.run.name == "b-s0":
+            raise UserError("no room for this one")
+        return called(self, *arguments)
+
+    monkeypatch.setattr(Averaging, moment, failing)
+    grid = [{"x": {"a": {}, "b": {"client.lr": 0.5}, "c": {"run.seed": 4}}}]
+    assert sweep.main([str(write_sweep(tmp_path, texts, grid))]) == 1
+    captured = capsys.readouterr()
+    assert Here.commands[0] == ["a-s0", "b-s0", "c-s4"] and ["b-s0"] not in Here.commands
+    assert Here.commands[1:] == [["c-s4"] if moment == "finish" else ["a-s0", "c-s4"]]
+    assert "fedhpc: error: b-s0: no room for this one\n" in captured.err
+    assert captured.err.endswith("fedhpc sweep: error: b-s0 failed: no room for this one\n")
+    again = len(Here.commands[1])
+    assert (
+        f"{again} runs ended too early (ended beside b-s0: no room for this one): they go on, {again} " in captured.out
+    )
+    assert "c-s4: preempted, starting" in captured.out
+    status = read_status(tmp_path / "runs" / "b-s0")
+    assert status is not None and (status.state, status.reason) == ("failed", "no room for this one")
+    for name in ("a-s0", "c-s4"):
+        assert done(configuration.load(str(tmp_path / "runs" / f"{name}.yaml"), []))
+
+
+def test_who_is_told_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A signal is of all runs but those that are at their ends, whatever a rank may have read before."""
+    names = ("under_way", "ended", "waiting")
+    configs = [configuration.load(None, [f"run.name={name}", f"run.dir={tmp_path / name}"]) for name in names]
+    saved = [SavedRounds(config) for config in configs]
+    for one in saved[:2]:
+        one.directory.mkdir()
+        one.reached(3)
+        write_status(one.directory, "running", 3)
+    saved[1].end()
+    process._announce(saved, True, 75, "SIGTERM", "")
+    line = f"fedhpc: SIGTERM; 3 rounds are kept in {tmp_path}/under_way, the same command goes on from there\n"
+    assert capsys.readouterr().err == line
+    states = [read_status(one.directory) for one in saved]
+    assert [status and status.state for status in states] == ["preempted", "running", None]
+
+
+@pytest.mark.usefixtures("_here")
+def test_what_is_complete_takes_no_room(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep that goes on starts the groups that --dry-run shows."""
+    file = write_sweep(tmp_path, texts, [{"run.seed": [0, 1, 2, 3]}], together=2)
+    for index in ("0", "2"):
+        assert sweep.main([str(file), "--index", index]) == 0
+    capsys.readouterr()
+    assert sweep.main([str(file), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count(f"fedhpc.main {tmp_path}/runs/few-s1.yaml {tmp_path}/runs/few-s3.yaml\n") == 1
+    assert sweep.main([str(file)]) == 0
+    assert Here.commands == [["few-s0"], ["few-s2"], ["few-s1", "few-s3"]]
+
+
+@pytest.mark.parametrize(
+    ("launch", "several"),
+    [
+        ("python -m fedhpc.main", True),
+        ("python -m fedhpc.main --ranks 3", True),
+        ("torchrun --standalone --nproc_per_node=3 -m fedhpc.main --fresh", True),
+        ("/opt/bin/fedhpc run", True),
+        ("python -m fedhpc.main client.lr=1", False),
+        ("bash launch.sh", False),
+    ],
+)
+def test_which_launches_take_several(
+    launch: str,
+    several: bool,
+    tmp_path: Path,
+    texts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(
+        sweep._Runner, "__call__", lambda _, some, until: started.append(len(some)) or ["x"] * len(some)
+    )
+    monkeypatch.setattr(sweep.shutil, "which", lambda *_, **__: "there")
+    file = write_sweep(tmp_path, texts, [{"run.seed": [0, 1]}], launch=launch)
+    assert sweep.main([str(file)]) == 1
+    assert started[0] == 2 if several else started == [1, 1]
+    told = f"sweep.launch: '{launch}' may not take several configurations: each run trains alone\n"
+    assert (told in capsys.readouterr().out) != several
 
 
 @pytest.mark.usefixtures("_here")

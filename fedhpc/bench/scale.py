@@ -85,7 +85,7 @@ def _scaled(setting: dict[str, Any], rounds: int) -> dict[str, float]:
         ranks, port = setting["ranks"], free_port()
         why = Path(folder, "why")
 
-        def on_exit(_: int, reason: str) -> None:
+        def on_exit(_: int, reason: str, run: str) -> None:
             why.write_text(reason)
 
         def work(rank: int) -> None:

@@ -43,13 +43,14 @@ class _Evidence:
     code: int
     reason: str
     symptom: bool = False
+    run: str = ""  # of several runs in these processes the one whose failure it is; empty: it is everybody's
 
 
 class Liveness:
     """Watches over the ranks of `transport` between `start` and `stop`.
 
-    on_exit(code, reason) is called once for the run, before any rank leaves: by rank 0, or by rank 1 if rank 0 is the
-    one that was lost. It runs in its own thread and has two seconds. Then every rank ends with exit code `code` through
+    on_exit(code, reason, run) is called once, before any rank leaves: by rank 0, or by rank 1 if rank 0 is the one that
+    was lost. It runs in its own thread and has two seconds. Then every rank ends with exit code `code` through
     transport.abort, whatever its main thread does.
 
     timeout_s bounds the silence of a rank's liveness thread, which is silent when its process is stopped, cut off, or
@@ -61,7 +62,7 @@ class Liveness:
         transport: Transport,
         launch: Launch,
         timeout_s: float,
-        on_exit: Callable[[int, str], None],
+        on_exit: Callable[[int, str, str], None],
     ) -> None:
         self._transport = transport
         self._launch = launch
@@ -94,16 +95,17 @@ class Liveness:
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         self._thread.start()
 
-    def fail(self, code: int, reason: str, *, symptom: bool = False) -> NoReturn:
+    def fail(self, code: int, reason: str, *, symptom: bool = False, run: str = "") -> NoReturn:
         """End every rank with exit code `code`; the main thread's last call after an exception.
 
         symptom: marks a failed collective (TransportError). The death of the peer that caused it, or that peer's own
-        explanation, is reported in its place if it becomes known within half a second.
+        explanation, is reported in its place if it becomes known within half a second. run: the name of the one whose
+        failure it is, of several in these processes.
         """
         reason = " ".join(reason.split())[:_REASON_LIMIT]
         if self._rank > 0:
             reason = f"rank {self._rank}: {reason}"
-        evidence = _Evidence(code, reason, symptom)
+        evidence = _Evidence(code, reason, symptom, run)
         if self._thread is None or not self._thread.is_alive():
             self._leave(evidence)
         self._failures.put(evidence)
@@ -222,7 +224,7 @@ class Liveness:
             self._decide_at = now + (_SYMPTOM_WAIT_S if evidence.symptom else 0.0)
         else:
             self._decide_at = self._decide_at if self._evidence else now + _VERDICT_WAIT_S
-            self._star.send(0, {"fail": [evidence.code, evidence.reason, evidence.symptom]})
+            self._star.send(0, {"fail": [evidence.code, evidence.reason, evidence.symptom, evidence.run]})
         self._evidence = evidence
 
     def _lose(self, rank: int, reason: str, *, silent: bool = False) -> None:
@@ -251,7 +253,7 @@ class Liveness:
 
     def _report(self, verdict: _Evidence) -> None:
         def report() -> None:
-            self._on_exit(verdict.code, verdict.reason)
+            self._on_exit(verdict.code, verdict.reason, verdict.run)
             # The process ends without Python's clean-up, which would flush the streams.
             sys.stdout.flush()
             sys.stderr.flush()

@@ -38,14 +38,24 @@ _WRITER_LIMIT_S = 1.0  # a hanging file system must not keep the ranks
 class SavedRounds:
     """How far the run on disk has come, shared between the main thread and liveness's."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self.writing = threading.Lock()  # held while files of the run directory are written
         self.last: int | None = None  # the last round on disk; None while nothing was written
+        self.ended = False  # complete, or paused, while other runs of this process may go on
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.config.run_dir
 
     def reached(self, round_: int) -> None:
         """Round `round_` is safely on disk."""
         self.last = round_
+
+    def end(self) -> None:
+        """The run is complete, or pauses: what happens to this process from now on is not its end."""
+        self.ended = True
 
     def freeze(self) -> None:
         """Leave the run directory as it is: the lock is never given back, since the process is about to end."""
@@ -64,10 +74,10 @@ class SavedRounds:
         """Write to status.json why the run ended, where it was under way."""
         from fedhpc.results.status import read_status, write_status
 
-        if self.last is not None:
+        if self.last is not None and not self.ended:
             with contextlib.suppress(UserError):  # on a full disk the line on the screen, which says so, is all
                 status = read_status(self.directory)
-                if status is not None and status.state != "running":  # complete, or paused, while others went on
+                if status is not None and status.state != "running":  # it ended just now
                     return
                 ending: Literal["preempted", "failed"] = "preempted" if code == PREEMPTED else "failed"
                 write_status(self.directory, ending, self.last, reason)
@@ -110,7 +120,7 @@ def run(configs: Sequence[Config], launch: Launch, imports: Callable[[], object]
             gpus, transport = _connect(config, launch)
         except UserError as error:
             return refuse(error, launch)
-    saved = [SavedRounds(one.run_dir) for one in configs]
+    saved = [SavedRounds(one) for one in configs]
     liveness = _watch(config, launch, transport, saved)
     code = _work(Rank(configs, launch, transport, gpus, saved), liveness, work)
     liveness.stop()
@@ -197,8 +207,8 @@ def _watch(config: Config, launch: Launch, transport: Transport, saved: Sequence
     from fedhpc.ranks.liveness import Liveness
     from fedhpc.ranks.transport import TransportError
 
-    def on_exit(code: int, reason: str) -> None:
-        _announce(saved, transport.rank == 0, code, reason)
+    def on_exit(code: int, reason: str, run: str) -> None:
+        _announce(saved, transport.rank == 0, code, reason, run)
 
     liveness = Liveness(transport, launch, config.runtime.timeout_s, on_exit)
     try:
@@ -209,24 +219,36 @@ def _watch(config: Config, launch: Launch, transport: Transport, saved: Sequence
     return liveness
 
 
-def _announce(saved: Sequence[SavedRounds], is_server: bool, code: int, reason: str) -> None:
-    """Say once for all ranks why they end, on the screen and in status.json."""
+def _announce(saved: Sequence[SavedRounds], is_server: bool, code: int, reason: str, run: str) -> None:
+    """Say once for all ranks why they end, on the screen and in status.json.
+
+    run: whose failure it is, where it is that of one of several; the others can go on without it.
+    """
+    from fedhpc.results.status import BESIDE
+
     for one in saved:
         one.freeze()
         if not is_server:
             one.reread()
-    begun = [f"{one.last} rounds are kept in {one.directory}" for one in saved if one.last is not None]
-    progress = f"{', '.join(begun)}, the same command goes on from there" if begun else "nothing was changed"
-    line = f"{reason}; {progress}{startup.traceback_follows()}" if code == PREEMPTED else f"error: {reason}"
+    begun = [one for one in saved if one.last is not None]
+    rounds = [f"{one.last} rounds are kept in {one.directory}" for one in begun if not one.ended]
+    progress = f"{', '.join(rounds)}, the same command goes on from there" if rounds else "nothing was changed"
+    if begun and not rounds:
+        progress = "no run was under way any more"
+    named = f"{run}: {reason}" if run else reason
+    line = f"{reason}; {progress}{startup.traceback_follows()}" if code == PREEMPTED else f"error: {named}"
     print(f"fedhpc: {line}", file=sys.stderr, flush=True)
     for one in saved:
-        one.record_end(code, reason)
+        if run and one.config.run.name != run:
+            one.record_end(PREEMPTED, f"{BESIDE} {named}")
+        else:
+            one.record_end(code, reason)
 
 
 def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
     """Do `work` with the configuration of rank 0; the exit code, or the end of all ranks where it fails."""
     from fedhpc.ranks.transport import TransportError
-    from fedhpc.ranks.verdict import RefusedError
+    from fedhpc.ranks.verdict import RefusedError, RunError
 
     transport, saved = rank.transport, rank.saved
     # Whose failure it is; ranks above 0 are named by liveness.
@@ -236,7 +258,7 @@ def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
         stated = transport.broadcast_json([configuration.stated(config) for config in rank.configs])
         configs = [configuration.restore_stated(one) for one in stated]
         for one, config in zip(saved, configs, strict=True):
-            one.directory = config.run_dir
+            one.config = config
         work(replace(rank, configs=configs))
         return DONE
     except RefusedError as error:
@@ -246,7 +268,9 @@ def _work(rank: Rank, liveness: Liveness, work: Work) -> int:
     except TransportError as error:
         liveness.fail(FAILED, f"{here}{error}", symptom=True)
     except UserError as error:
-        liveness.fail(REFUSED if all(one.last is None for one in saved) else FAILED, str(error))
+        run = error.run if isinstance(error, RunError) else ""
+        reason = error.message if run else str(error)  # the run is told beside it
+        liveness.fail(REFUSED if all(one.last is None for one in saved) else FAILED, reason, run=run)
     except (Exception, SystemExit) as error:  # told to every rank, with its cause; none may wait for this one
         import traceback
 

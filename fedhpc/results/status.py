@@ -13,6 +13,7 @@ from fedhpc.results.files import FORMAT, atomic_write
 
 RunStatus = Literal["running", "complete", "preempted", "failed"]
 PAUSED = "paused"  # how the reason begins where --until asked for it; such a run counts as preempted
+BESIDE = "ended beside"  # and the name of a run that failed in the same processes; such a run counts as preempted
 
 
 @dataclass(frozen=True)
