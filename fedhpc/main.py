@@ -19,6 +19,7 @@ was written); 75 preempted, checkpointed, run again.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -131,13 +132,32 @@ def _check_together(options: argparse.Namespace, configs: Sequence[Config]) -> N
             f"command line: {'--check is' if options.check else 'section.key=value is'} for one configuration, and "
             f"there are {len(configs)}: {', '.join(options.configs)}"
         )
-    shared = [may_train_together(config) for config in configs]
-    for path, one in zip(options.configs, shared, strict=True):
-        if one is None or one != shared[0]:
-            raise UserError(f"command line: {path} cannot train together with {options.configs[0]}: run it alone")
+    shared: list[str] = []
+    for path, config in zip(options.configs, configs, strict=True):
+        one = may_train_together(config)
+        if one is None:
+            raise UserError(
+                f"command line: {path} can only train alone, by its mode, method, client, privacy, attack, "
+                "data.label_noise, runtime.worker_ranks or trackers: give it by itself"
+            )
+        shared.append(one)
+        if one != shared[0]:
+            raise UserError(
+                f"command line: {path} cannot train together with {options.configs[0]}: they differ in "
+                f"{_differing(shared[0], one)}; run it alone"
+            )
     for key, of_runs in (("run.dir", [c.run_dir for c in configs]), ("run.name", [c.run.name for c in configs])):
         if len(set(of_runs)) < len(configs):
             raise UserError(f"command line: two configurations have the same {key}: each run needs one of its own")
+
+
+def _differing(one: str, other: str) -> str:
+    """The first four of the keys in which two runs differ, of those that they must have alike, as JSON texts."""
+    from fedhpc.results.resume import by_key
+
+    before, after = by_key(json.loads(one)), by_key(json.loads(other))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def _check_forks(options: argparse.Namespace, config: Config, launch: Launch) -> None:

@@ -376,19 +376,23 @@ def test_groups_and_rungs(tmp_path: Path, texts: Path) -> None:
         (["A", "B", "client.lr=1"], "section.key=value is for one configuration, and there are 2"),
         (["A", "B", "--check"], "--check is for one configuration"),
         (["A", "A"], "two configurations have the same run.dir"),
-        (["A", "C"], "cannot train together with"),
+        (["A", "C"], "C cannot train together with {folder}/A: they differ in client.batch_size; run it alone"),
+        (["A", "D"], "/A: they differ in method.name, method.bases_from, method.num_virtual_tokens, method.x and 3 more"),
+        (["A", "E"], "E can only train alone, by its mode, method, client, privacy"),
+        (["A", "F"], "two configurations have the same run.name"),
     ],
 )
 def test_a_mistake_is_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, changes in {"A": [], "B": ["client.lr=0.1"], "C": ["client.batch_size=3"]}.items():
-        config = configuration.load(None, [*changes, f"run.dir={tmp_path / name}-run"])
+    different = {"B": ["client.lr=0.1"], "C": ["client.batch_size=3"], "D": ["method.name=lora"], "E": ["mode=local"]}
+    for name, changes in {"A": [], **different, "F": ["run.name=A"]}.items():
+        config = configuration.load(None, [f"run.name={name}", *changes, f"run.dir={tmp_path / name}-run"])
         (tmp_path / name).write_text(config.to_yaml())
     given = [str(tmp_path / word) if len(word) == 1 else word for word in arguments]
     assert main.main(given) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message.format(folder=tmp_path) in error and error.count("\n") == 1
     assert not (tmp_path / "A-run").exists()
 
 
