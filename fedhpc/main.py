@@ -157,6 +157,7 @@ def _differing(one: str, other: str) -> str:
 
     before, after = by_key(json.loads(one)), by_key(json.loads(other))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys.sort(key=lambda key: not key.endswith(".name"))  # a choice says more than its options
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 

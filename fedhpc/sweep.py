@@ -8,8 +8,9 @@ Runs what is missing, continues what was interrupted, and ends with a comparison
 
 Runs train together where they differ in no more than seeds, learning rates and schedules, steps, split, cohort, server,
 transforms or privacy of clients: one process loads model and data once, and clients of all of them share its forwards.
-Each has its plan, state, directory and results as if it were alone, but for the rounding of sums (within 1e-5 in
-float32). With `together: 1` each is alone, to the bit what `fedhpc run` makes of its file. The keys of SWEEP.yaml:
+Each has its plan, state, directory and results as if it were alone, but for the rounding of sums, which differs from
+one grouping to another. With `together: 1` each is alone, to the bit what `fedhpc run` makes of its file. The keys of
+SWEEP.yaml:
 
     name: approaches                     # dir: default runs/<name>; each run has <dir>/<labels>-s<seed>
     base: configs/skewed.yaml            # without it the embedded default
