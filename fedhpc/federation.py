@@ -19,7 +19,7 @@ import torch
 
 from fedhpc.approaches.base import AnyApproach, BlockResult, Share
 from fedhpc.approaches.describe import evaluated, headline, run_description
-from fedhpc.approaches.report import Before, Clock, collect, make_record
+from fedhpc.approaches.report import Before, Clock, Stopwatch, collect, make_record
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
 from fedhpc.ranks.verdict import errors_of, on_server
@@ -28,6 +28,7 @@ from fedhpc.results.opening import Opening
 from fedhpc.results.progress import Progress
 from fedhpc.results.record import OK, Event, FinalResults, Observer, RoundRecord
 from fedhpc.results.recorder import Recorder
+from fedhpc.results.resume import Decision
 from fedhpc.server.state import ServerState
 from fedhpc.training import client_state
 
@@ -145,16 +146,9 @@ class Run:
     on_end: Callable[[], None] = lambda: None  # told on every rank when it is complete, or pauses
 
 
-def run(
-    approach: AnyApproach,
-    transport: Transport,
-    fresh: bool,
-    on_round: Callable[[int], None],
-    writing: AbstractContextManager[object] | None = None,
-    until: int | None = None,
-) -> None:
-    """Run or resume one run to the end: `run_together` of one."""
-    run_together([Run(approach, on_round, writing or nullcontext())], transport, fresh, until)
+def run(approach: AnyApproach, transport: Transport, fresh: bool, on_round: Callable[[int], None]) -> None:
+    """Run or resume one run to the end: `run_together` of one, whose files nobody else waits for."""
+    run_together([Run(approach, on_round, nullcontext())], transport, fresh)
 
 
 def run_together(runs: Sequence[Run], transport: Transport, fresh: bool, until: int | None = None) -> None:
@@ -164,11 +158,16 @@ def run_together(runs: Sequence[Run], transport: Transport, fresh: bool, until: 
     to be resumed, unless it was the last one.
     """
     with ExitStack() as stack:
-        names = [one.approach.config.run.name if len(runs) > 1 else "" for one in runs]
-        going: list[Going] = []
-        for each, name in zip(runs, names, strict=True):
+        # All of them first, since one that is refused ends the process, which is to leave every directory as it was.
+        claimed: list[_Claimed] = []
+        for one_run in runs:
+            name = one_run.approach.config.run.name if len(runs) > 1 else ""
             with errors_of(name):
-                going.append(_begun(each, transport, fresh, name, stack))
+                claimed.append(_claimed(one_run, transport, fresh, name, stack))
+        going: list[Going] = []
+        for one_claimed in claimed:
+            with errors_of(one_claimed.name):
+                going.append(_begun(one_claimed, transport))
         while going := [one for one in going if not one.is_over(until)]:
             rounds = [(one.approach, one.open()) for one in going]
             clients = sum(len(round_.plan.training) for _, round_ in rounds)
@@ -189,6 +188,7 @@ class Going:
     server: Server | None
     closing: ExitStack  # what lets go of the run directory
     on_end: Callable[[], None]
+    watch: Stopwatch
 
     @property
     def _state(self) -> ServerState | None:
@@ -197,13 +197,14 @@ class Going:
     def open(self) -> Round:
         """Begin the next round."""
         self.round += 1
-        with errors_of(self.name):
+        with errors_of(self.name), self.watch():
             return open_round(self.approach, self.transport, self._state, self.round)
 
     def close(self, opened: Round) -> None:
-        """End a round: sum, evaluation, record."""
+        """End a round, whose clients have trained: sum, evaluation, record."""
         approach, round_ = self.approach, self.round
-        with errors_of(self.name):
+        self.watch.add(opened.clock.seconds("local") + opened.clock.seconds("reduce"))
+        with errors_of(self.name), self.watch():
             record = close_round(approach, self.transport, self._state, opened)
             if round_ % approach.config.evaluation.every == 0 or round_ == approach.rounds:
                 record = _evaluated(approach, self.transport, self._state, round_, record)
@@ -215,7 +216,8 @@ class Going:
         with errors_of(self.name):
             ended = self.round >= self.approach.rounds or self.approach.ends_early(self.transport, self._state)
             if ended:
-                self._finish()
+                with self.watch():
+                    self._finish()
             elif until is None or self.round < until:
                 return False
             elif self.server:
@@ -291,10 +293,22 @@ def _evaluated(
     )
 
 
-def _begun(run: Run, transport: Transport, fresh: bool, name: str, stack: ExitStack) -> Going:
-    """Take the run directory and go on from what it holds; lock and observers are closed with `stack` at the latest.
+@dataclass(frozen=True)
+class _Claimed:
+    """A run whose directory is taken, and as it was."""
 
-    A new run evaluates the initial state first. name: what stands in front of its lines on the screen.
+    name: str  # of one of several runs in this process, else empty
+    run: Run
+    opening: Opening[ServerState]
+    decision: Decision
+    round: int  # the last one that is done
+    closing: ExitStack
+
+
+def _claimed(run: Run, transport: Transport, fresh: bool, name: str, stack: ExitStack) -> _Claimed:
+    """Take the run directory and read what it holds; lock and observers are closed with `stack` at the latest.
+
+    RefusedError where it cannot serve the run. name: what stands in front of its lines on the screen.
     """
     approach, closing = run.approach, stack.enter_context(ExitStack())
     approach.progress = transport.progress
@@ -303,29 +317,37 @@ def _begun(run: Run, transport: Transport, fresh: bool, name: str, stack: ExitSt
     closing.callback(opening.close)
     decision = on_server(transport, opening.claim)
     round_ = on_server(transport, lambda: opening.restore(f"{transport.world_size} ranks over {transport.name}"))
+    return _Claimed(name, run, opening, decision, round_, closing)
+
+
+def _begun(claimed: _Claimed, transport: Transport) -> Going:
+    """Begin or go on in the run directory. A new run evaluates the initial state first."""
+    run, opening, closing, round_ = claimed.run, claimed.opening, claimed.closing, claimed.round
+    approach, watch = run.approach, Stopwatch()
     on_server(transport, opening.begin)
     run.on_round(round_)
     server = None
     if transport.is_server:
-        server = Server(opening.server_state, _observers(run, opening, name))
+        server = Server(opening.server_state, _observers(run, opening, claimed.name, watch))
         for observer in server.observers:
             closing.callback(observer.close)
         for message in [headline(approach, transport), evaluated(approach), *approach.messages]:
             server.message(message)
         if not opening.is_locked:
             server.message(f"{opening.run.directory}: this file system has no locks; do not start a second run in it")
-        if decision == "resume":
+        if claimed.decision == "resume":
             server.message(f"resuming after round {round_}")
-    if decision == "fresh":
+    if claimed.decision == "fresh":
         notes = [Event("note", message) for message in approach.messages] if server else []
         state = server.state if server else None
-        record = _evaluated(approach, transport, state, 0, RoundRecord(0, events=notes))
-        if server and record:
-            server.record(record)
-    return Going(name, approach, transport, round_, server, closing, run.on_end)
+        with watch():
+            record = _evaluated(approach, transport, state, 0, RoundRecord(0, events=notes))
+            if server and record:
+                server.record(record)
+    return Going(claimed.name, approach, transport, round_, server, closing, run.on_end, watch)
 
 
-def _observers(one: Run, opening: Opening[ServerState], name: str) -> list[Observer]:
+def _observers(one: Run, opening: Opening[ServerState], name: str, watch: Stopwatch) -> list[Observer]:
     """Who follows the run on rank 0, in order: the files, the screen, trackers."""
     config, run, state = one.approach.config, opening.run, opening.server_state
 
@@ -336,7 +358,7 @@ def _observers(one: Run, opening: Opening[ServerState], name: str) -> list[Obser
         state.renewed.clear()
         one.on_round(round_)
 
-    recorder = Recorder(run, opening.results, state, config.checkpoint.every, one.writing, saved)
+    recorder = Recorder(run, opening.results, state, config.checkpoint.every, watch, one.writing, saved)
     screen = Progress(run.rounds, opening.round, one.approach.progress, name)
     trackers = [Following(config.trackers, run, opening.results, screen)] if config.trackers else []
     return [recorder, screen, *trackers]

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fedhpc import config as configuration
 from fedhpc.config import Config, Model
-from fedhpc.config.together import may_train_together
+from fedhpc.config.together import shared_settings
 from fedhpc.errors import UserError
 from fedhpc.ranks import process
 from fedhpc.ranks.launch import Launch, detect
@@ -134,7 +134,7 @@ def _check_together(options: argparse.Namespace, configs: Sequence[Config]) -> N
         )
     shared: list[str] = []
     for path, config in zip(options.configs, configs, strict=True):
-        one = may_train_together(config)
+        one = shared_settings(config)
         if one is None:
             raise UserError(
                 f"command line: {path} can only train alone, by its mode, method, client, privacy, attack, "
@@ -232,9 +232,8 @@ def _work(options: argparse.Namespace, rank: Rank) -> None:
     launch = assign_devices(rank.config, transport, rank.launch, rank.gpus)
     approaches: list[AnyApproach] = []
     for config, _ in runs:
-        beside = approaches[0] if approaches else None
         with errors_of(config.run.name if len(runs) > 1 else ""):
-            approaches.append(prepare(config, transport, launch, not options.check, beside))
+            approaches.append(prepare(config, transport, launch, not options.check, approaches))
     if not options.check:
         together = [
             federation.Run(approach, saved.reached, saved.writing, saved.end)

@@ -58,7 +58,7 @@ from pydantic import Field
 
 from fedhpc import config as configuration
 from fedhpc.config import Config
-from fedhpc.config.together import may_train_together
+from fedhpc.config.together import shared_settings
 from fedhpc.errors import UserError, nearest
 from fedhpc.halving import EarlyStop, Halving, Rung
 from fedhpc.ranks.launch import detect
@@ -252,7 +252,7 @@ def grouped(cells: Sequence[Cell], chosen: Sequence[int], together: int) -> list
     groups: list[list[int]] = []
     filling: dict[str, list[int]] = {}  # by what runs must have alike: the group that has room left
     for i in chosen:
-        shared = may_train_together(cells[i].config) if together > 1 else None
+        shared = shared_settings(cells[i].config) if together > 1 else None
         last = filling.get(shared) if shared is not None else None
         if last is not None and len(last) < together:
             last.append(i)

@@ -149,7 +149,7 @@ def federate_together(
     def prepared() -> list[AnyApproach]:
         made: list[AnyApproach] = []
         for config in configs:
-            made.append(prepare(config, seen, Launch(), True, made[0] if made else None))
+            made.append(prepare(config, seen, Launch(), True, made))
         return made
 
     tasks = [prepared()]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +271,8 @@ class Here:
         self.code, self.began = int(config.run.name in Here.failing), -1
         if not self.code:
             approach = test_quadratic.quadratic(test_quadratic.inputs(config))
-            federation.run(approach, LoopbackTransport(), False, self.on_round, until=int(until) if until else None)
+            run = federation.Run(approach, self.on_round, nullcontext())
+            federation.run_together([run], LoopbackTransport(), False, int(until) if until else None)
 
     def on_round(self, round_: int) -> None:
         Here.rounds += self.began >= 0 and round_ > self.began

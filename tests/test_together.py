@@ -17,19 +17,35 @@ import pytest
 import yaml
 
 from fedhpc import config as configuration
-from fedhpc import main, sweep
+from fedhpc import federation, main, sweep
 from fedhpc.approaches.averaging import local
 from fedhpc.approaches.averaging.approach import Averaging
+from fedhpc.approaches.base import AnyApproach
+from fedhpc.approaches.prepare import prepare
 from fedhpc.config import Config
-from fedhpc.config.together import may_train_together
+from fedhpc.config.together import shared_settings
 from fedhpc.errors import UserError
+from fedhpc.federation import run_together
 from fedhpc.ranks import process
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.process import Rank, SavedRounds
 from fedhpc.ranks.transport.base import LoopbackTransport
+from fedhpc.ranks.verdict import RefusedError
+from fedhpc.results.lock import take_lock
+from fedhpc.results.results_file import Results
 from fedhpc.results.status import read_status, write_status
 from fedhpc.training.block import train_block
-from tests.federations import Interrupted, federate, federate_together, final, settings, table, tree, write_texts
+from tests.federations import (
+    Interrupted,
+    federate,
+    federate_together,
+    final,
+    save_random_bert,
+    settings,
+    table,
+    tree,
+    write_texts,
+)
 
 METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"name": "prefix", "num_virtual_tokens": 4},
@@ -113,6 +129,40 @@ def test_together_is_alone(
         same(configs[number].run_dir, config.run_dir, within)
 
 
+def test_classifiers_share_a_base_whose_head_is_the_same(tmp_path: Path, texts: Path) -> None:
+    """A new head is drawn by the seed, so it is that of runs with the same one; a stored one is everybody's."""
+    save_random_bert(tmp_path / "bert")
+    own = ({}, {"client": {"lr": 0.02}}, {"run": {"seed": 3}}, {"run": {"seed": 3}, "client": {"lr": 0.02}})
+
+    def of(folder: str, model: str) -> list[Config]:
+        shared = {
+            "model": {"name": str(tmp_path / model)},
+            "data": {"max_length": 64, "prompt": "{mr}"},
+        }
+        return runs(tmp_path / folder, texts, "lora", own=[{**one, **shared} for one in own])
+
+    def approaches(configs: Sequence[Config]) -> list[AnyApproach]:
+        made: list[AnyApproach] = []
+        for config in configs:
+            made.append(prepare(config, LoopbackTransport(), Launch(), False, made))
+        return made
+
+    drawn = approaches(of("drawn", "bert"))
+    assert [drawn.index(next(one for one in drawn if one.base is other.base)) for other in drawn] == [0, 0, 2, 2]
+    assert all(one.objective is other.objective for one, other in (drawn[:2], drawn[2:]))
+    assert drawn[0].joins == drawn[1].joins != drawn[2].joins
+    drawn[0].base.model.save_pretrained(tmp_path / "stored")
+    drawn[0].base.tokenizer.save_pretrained(tmp_path / "stored")
+    stored = approaches(of("stored runs", "stored"))
+    assert len({id(one.base) for one in stored}) == len({one.joins for one in stored}) == 1
+
+    configs = of("together", "bert")
+    federate_together(configs)
+    for config, other in zip(configs, of("alone", "bert"), strict=True):
+        federate(other)
+        same(config.run_dir, other.run_dir, 1e-9)
+
+
 def test_stopped_anywhere_and_resumed(tmp_path: Path, texts: Path) -> None:
     """Runs may stand at different rounds then; one that is complete leaves the others."""
     whole = runs(tmp_path / "whole", texts, "prefix")
@@ -126,6 +176,18 @@ def test_stopped_anywhere_and_resumed(tmp_path: Path, texts: Path) -> None:
             same(one.run_dir, other.run_dir, 1e-9)
 
 
+def test_a_run_that_is_refused_leaves_all_directories_as_they_were(tmp_path: Path, texts: Path) -> None:
+    configs = runs(tmp_path, texts, "prefix", own=({}, {"run": {"seed": 3}}))
+    lock = take_lock(configs[1].run_dir)
+    for ranks in (1, 2):
+        with pytest.raises(RefusedError):
+            federate_together(configs, ranks)
+        assert read_status(configs[0].run_dir) is None
+    lock.close()
+    federate_together(configs)
+    assert all(map(done, configs))
+
+
 def done(config: Config) -> bool:
     status = read_status(config.run_dir)
     return status is not None and status.state == "complete"
@@ -135,7 +197,8 @@ def done(config: Config) -> bool:
 def test_each_has_its_share_of_the_time(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    """By the steps of its clients; a run does not wait for those that are closed after it."""
+    """By the steps of its clients; a run does not wait for those that are closed after it, nor count their time."""
+    took: list[float] = []
     own = [{"client": {"steps": steps}, "federation": {"rounds": 1, "cohort_size": 2}} for steps in (1, 3)]
     configs = runs(tmp_path, texts, "prefix", own=own)
 
@@ -143,21 +206,31 @@ def test_each_has_its_share_of_the_time(
         time.sleep(0.5)
         return train_block(*arguments)
 
+    def timed(*arguments: Any) -> None:
+        began = time.perf_counter()
+        run_together(*arguments)
+        took.append(time.perf_counter() - began)
+
     with monkeypatch.context() as patch:
         patch.setattr(local, "train_block", slowly)
+        patch.setattr(federation, "run_together", timed)
         federate_together(configs, ranks)
     first, second = (table(config.run_dir, "rounds") for config in configs)
     assert first["seconds_local"][1] + second["seconds_local"][1] > 0.45
     assert second["seconds_local"][1] == pytest.approx(3 * first["seconds_local"][1], rel=0.1)
     for found in (first, second):
         assert found["seconds_reduce"][1] < 0.4 and found["seconds"][1] >= found["seconds_local"][1]
+    walls = [Results.read(config.run_dir / "results.h5").attributes["wall_seconds"] for config in configs]
+    assert sum(walls) <= max(took)
+    assert all(wall > found["seconds"].sum() for wall, found in zip(walls, (first, second), strict=True))
 
 
-def test_a_run_that_diverges_leaves_the_bits_of_the_others(tmp_path: Path, texts: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_diverges_leaves_the_bits_of_the_others(tmp_path: Path, texts: Path, method: str) -> None:
     results = {}
     for lr in (1.0, 1e300):
         own = ({"client": {"optimizer": "sgd"}}, {"client": {"optimizer": "sgd", "lr": lr}})
-        configs = runs(tmp_path / str(lr), texts, "prefix", own=own)
+        configs = runs(tmp_path / str(lr), texts, method, own=own)
         federate_together(configs)
         results[lr] = final(configs[0].run_dir), table(configs[0].run_dir, "rounds")["train_loss"]
         if lr > 1:
@@ -186,15 +259,15 @@ def test_a_run_that_diverges_leaves_the_bits_of_the_others(tmp_path: Path, texts
         ),
     ],
 )
-def test_which_runs_may_train_together(changes: list[str], fits: bool) -> None:
-    shared = may_train_together(configuration.load(None, []))
+def test_which_runs_train_together(changes: list[str], fits: bool) -> None:
+    shared = shared_settings(configuration.load(None, []))
     assert shared is not None
-    assert (may_train_together(configuration.load(None, changes)) == shared) == fits
+    assert (shared_settings(configuration.load(None, changes)) == shared) == fits
 
 
 @pytest.mark.parametrize("change", ["mode=local", "method.name=full", "method.name=fedbpt", "client.moments=second"])
 def test_runs_that_train_alone(change: str) -> None:
-    assert may_train_together(configuration.load(None, [change])) is None
+    assert shared_settings(configuration.load(None, [change])) is None
 
 
 # ---------------------------------------------------------------- sweeps

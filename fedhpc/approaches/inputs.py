@@ -46,6 +46,11 @@ class Inputs:
     #: What is to be said of the ranks of each worker, a line each.
     of_workers: Sequence[str] = ()
 
+    def has_base_for(self, labels: Sequence[str], seed: int) -> bool:
+        """Whether another run with the same section `model` would load the same base: its head can have been drawn."""
+        drawn_alike = not self.base.drawn or seed == self.config.run.seed
+        return drawn_alike and list(labels) == list(self.data.train.label_names)
+
 
 def load_inputs(
     config: Config,
@@ -54,27 +59,29 @@ def load_inputs(
     write_cache: bool,
     read: Callable[[Config, Any, type[Base], bool], Data],
     group: Group | None = None,
-    beside: Inputs | None = None,
+    beside: Sequence[Inputs] = (),
 ) -> Inputs:
     """Load and check the model and the data, which `read` reads. UserError where one of them is wrong.
 
-    group: the ranks that hold the base between them. beside: of a run that goes on in this process, and with which this
-    one `may_train_together`: its base and its splits serve both, as far as these do not hang on the run.
+    group: the ranks that hold the base between them. beside: of runs that go on in this process, and whose
+    `shared_settings` are those of this one: base, objective and splits of theirs serve it too, as far as these do not
+    hang on the run.
     """
     model = model_class(config.model)
     objective = objectives.of_config(config, model)
     if objective.needs_full_steps:
         _refuse_split_steps(config.client)
-    data = divided_again(beside.data, beside.config, config) if beside else None
+    data = divided_again(beside[0].data, beside[0].config, config) if beside else None
     if data is None:
         data = read(config, load_tokenizer(config.model), model, write_cache)
     device = device_of(launch)
     weights = require_room(config, device, topology.group_size)
     program = peak_memory(device)
-    if beside and not beside.base.head:  # the seed may have drawn a head
-        base = beside.base
+    labels, seed = data.train.label_names, config.run.seed
+    if sharing := next((one for one in beside if one.has_base_for(labels, seed)), None):
+        base, objective = sharing.base, sharing.objective
     else:
-        base = load_base(config.model, device, data.train.label_names, config.run.seed, group)
+        base = load_base(config.model, device, labels, seed, group)
     check_length(base, config.data.max_length, virtual=0)
     for split, examples in data.splits.items():
         check_tokens(base, examples, split)

@@ -74,11 +74,11 @@ def assign_devices(config: Config, transport: Transport, launch: Launch, gpus: S
 
 
 def prepare(
-    config: Config, transport: Transport, launch: Launch, write_cache: bool, beside: AnyApproach | None = None
+    config: Config, transport: Transport, launch: Launch, write_cache: bool, beside: Sequence[AnyApproach] = ()
 ) -> AnyApproach:
     """The approach that the configuration names, with its inputs loaded and checked; no run directory is needed.
 
-    beside: of a run in this process, with which this one `may_train_together`: it shares what it has loaded.
+    beside: of the runs in this process whose `shared_settings` are those of this one: it shares what they have loaded.
     RefusedError on every rank where rank 0 found a mistake of the user's.
     """
     approach_class: type[AnyApproach] = registry.approach(config.method.name)
@@ -93,7 +93,7 @@ def prepare(
     transport.form_groups(topology)
 
     def load() -> Inputs:
-        known = None if beside is None else beside.inputs
+        known = [one.inputs for one in beside]
         return load_inputs(config, launch, topology, write_cache, approach_class.read, transport.group, known)
 
     inputs: Inputs | None = None

@@ -51,6 +51,31 @@ class Clock:
         return sum(self._seconds.values())
 
 
+class Stopwatch:
+    """Wall seconds that a process has spent on a run, which may be one of several."""
+
+    def __init__(self) -> None:
+        self._before, self._began = 0.0, -1.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """What the block does is for the run."""
+        self._began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._before, self._began = self.seconds, -1.0
+
+    def add(self, seconds: float) -> None:
+        """So much was for the run of what was done for several."""
+        self._before += seconds
+
+    @property
+    def seconds(self) -> float:
+        """All of it so far, up to now in a block that goes on."""
+        return self._before + (time.perf_counter() - self._began if self._began >= 0 else 0.0)
+
+
 class Before(NamedTuple):
     """What a transport had counted before a round."""
 

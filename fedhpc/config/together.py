@@ -16,7 +16,7 @@ _SECTIONS = (
 _OF_CLIENT = ("lr", "epochs", "steps", "schedule", "schedule_per", "lr_min", "warmup")
 
 
-def may_train_together(config: Config) -> str | None:
+def shared_settings(config: Config) -> str | None:
     """What runs must have alike to train together, as text that is equal then; None for a run that trains alone.
 
     It trains alone where a row of a forward cannot tell all that is its own: where more than the model goes to the

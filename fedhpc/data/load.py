@@ -203,7 +203,7 @@ def load_data(
 def divided_again(data: Data, of: config.Config, settings: config.Config) -> Data | None:
     """The splits of the run `of`, divided among the clients of another one; None where that one may have other rows.
 
-    For runs that `may_train_together`: they read the same data.
+    For runs with the same `shared_settings`: they read the same data.
     """
     if of.partition != settings.partition and (_is_natural(of) or _is_natural(settings)):
         return None

@@ -178,7 +178,8 @@ def load_base(
         )
     fingerprint = _fingerprint(network, new)  # of what is stored, whatever the data make of it
     fitted = chosen.fit_head(network, stored_classes(model), labels, absent)
-    _draw(network, {*new, *fitted.anew}, seed)
+    drawn = {*new, *fitted.anew}
+    _draw(network, drawn, seed)
     network.requires_grad_(False).eval()
     if of_few_bits:
         quantized.leave_files(network)
@@ -192,6 +193,7 @@ def load_base(
         made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
         base = replace(
             made,
+            drawn=bool(drawn),
             source=source,
             revision=model.revision,
             quantization={key: getattr(model, key) for key in QUANTIZATION},

@@ -21,6 +21,13 @@ class Saved(Protocol):
     def tensors(self) -> dict[str, np.ndarray]: ...
 
 
+class Watch(Protocol):
+    """What knows how long this process has been busy with the run."""
+
+    @property
+    def seconds(self) -> float: ...
+
+
 class Recorder:
     """Writes what the rounds of a run did, and the server's state, on rank 0 alone.
 
@@ -34,14 +41,15 @@ class Recorder:
         results: Results,
         server_state: Saved,
         every: int,
+        watch: Watch,
         writing: AbstractContextManager[object],
         saved: Callable[[int], None],
     ) -> None:
-        """every: rounds between checkpoints. `writing` is held while files are written. `saved` is told of each round
-        that is on disk, while `writing` is held."""
+        """every: rounds between checkpoints. watch: of the time that goes into the run. `writing` is held while files
+        are written. `saved` is told of each round that is on disk, while `writing` is held."""
         self.run, self.results = run, results
         self._server_state, self._every, self._writing, self._saved = server_state, every, writing, saved
-        self._began = time.perf_counter()
+        self._watch = watch
         self._seconds_before = float(results.attributes.get("wall_seconds", 0.0))
         self._written_at, self._write_s = -float("inf"), 0.0
         self._saved_round = results.num_rounds  # the last one that the checkpoint has
@@ -103,7 +111,7 @@ class Recorder:
         now = time.perf_counter()
         # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
         if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:
-            self.results.attributes["wall_seconds"] = self._seconds_before + now - self._began
+            self.results.attributes["wall_seconds"] = self._seconds_before + self._watch.seconds
             self.results.write(directory / "results.h5", complete)
             self._written_at = time.perf_counter()
             self._write_s = self._written_at - now

@@ -15,7 +15,7 @@ from fedhpc.approaches.averaging.personal import PersonalPart
 from fedhpc.approaches.averaging.sending import Sending
 from fedhpc.approaches.base import BlockResult
 from fedhpc.config import Config
-from fedhpc.config.together import may_train_together
+from fedhpc.config.together import shared_settings
 from fedhpc.data import Data
 from fedhpc.errors import UserError
 from fedhpc.methods.base import Method
@@ -189,7 +189,7 @@ class BlockTraining:
     @cached_property
     def joins(self) -> Hashable | None:
         """What runs have in common whose blocks can train in one forward (`train_jobs`); None: these train alone."""
-        key = may_train_together(self.config)
+        key = shared_settings(self.config)
         if key is None or not self.method.starts_from_payload:
             return None
         if ExpertLoad(self.base).layers:  # whose load is counted for a forward, and not for its rows
