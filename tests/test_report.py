@@ -8,6 +8,7 @@ import io
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def make_run(
     lr: float = 0.05,
     base: bool = True,
     level: float = 1.0,
+    more: Sequence[str] = (),
 ) -> Path:
     """A run directory with made-up but plausible results."""
     done = rounds if done is None else done
@@ -47,6 +49,7 @@ def make_run(
         f"mode={mode}",
         f"client.lr={lr}",
         "evaluation.metrics=[]",
+        *more,
     ]
     config = load_config(None, [*overrides, f"federation.rounds={rounds}"])
     rng = np.random.default_rng(seed)
@@ -358,6 +361,7 @@ def test_gain_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(tmp_path, f"ours-s{seed}", seed, level=1 + 0.1 * seed) for seed in (0, 1, 2)]
     runs += [make_run(tmp_path, f"central-s{seed}", seed, mode="centralized") for seed in (0, 1)]
     runs += [make_run(tmp_path, f"blind-s{seed}", seed, lr=0.3, base=False) for seed in (0, 1)]
+    runs += [make_run(tmp_path, f"prompted-s{seed}", seed, more=["data.prompt={mr} as a text:"]) for seed in (0, 1)]
     assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
     ours, central = np.array([1.3, 1.43 + 0.01]), np.array([1.3, 1.31])
     kept = 100 * (4.2 - ours) / (4.2 - central)
@@ -365,7 +369,9 @@ def test_gain_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, table = (tmp_path / "out" / "comparison.md").read_text().split("## Gain kept")
     table = table.partition("Groups of runs")[0]
     assert cells(table, "ours")[1:4] == ["central", "2", f"{kept.mean():.1f} ± {half:.1f}"]
-    assert not any(f"| {other} |" in table.replace("| ours | central |", "") for other in ("blind", "central"))
+    assert not any(
+        f"| {other} |" in table.replace("| ours | central |", "") for other in ("blind", "prompted", "central")
+    )
     assert "Gain kept" in capsys.readouterr().out
 
     other = make_run(tmp_path, "central-fast-s0", 0, mode="centralized", lr=0.9)  # which of the two is the goal?

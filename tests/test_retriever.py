@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
 from fedhpc.approaches.prepare import prepare
@@ -172,6 +172,17 @@ def test_the_export_is_what_a_search_loads(encoder: Path, tmp_path: Path) -> Non
     about.write_text(json.dumps({**json.loads(about.read_text()), "fingerprint": "other"}))
     with pytest.raises(UserError, match="was trained behind another encoder"):
         Encoder(str(encoder), str(tmp_path / "adapter"), torch.device("cpu"))
+
+
+def test_a_pooler_that_is_not_stored_is_of_no_seed(encoder: Path, tmp_path: Path) -> None:
+    """So that runs of several seeds share the base: the pooler is drawn, but a sentence's vector does not read it."""
+    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    stored = load_file(folder / "model.safetensors")
+    bare = {name: tensor for name, tensor in stored.items() if "pooler" not in name}
+    assert len(bare) < len(stored)
+    save_file(bare, folder / "model.safetensors", {"format": "pt"})
+    model = Model.model_validate({"name": str(folder), "task": "embedding"})
+    assert not models.load_base(model, torch.device("cpu")).drawn
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,7 @@ class Base(ABC):
     head_dim: int
     hidden_size: int
     head: tuple[str, ...] = ()  # linear layers that every method trains beside its own payload
-    drawn: bool = False  # whether some of its weights, as those of a new head, are drawn by the seed
+    drawn: bool = False  # whether some of the weights that are used, as those of a new head, are drawn by the seed
     messages: tuple[str, ...] = ()  # for the log: what was decided while loading
     source: str = ""  # where it was loaded from: a hub id, or the absolute path of a folder
     revision: str | None = None  # of the hub

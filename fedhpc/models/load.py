@@ -193,7 +193,7 @@ def load_base(
         made = chosen.of(network, tokenizer, device, model.name, fingerprint, new)
         base = replace(
             made,
-            drawn=bool(drawn),
+            drawn=bool(made.head and drawn),  # a pooler that is not stored is not used
             source=source,
             revision=model.revision,
             quantization={key: getattr(model, key) for key in QUANTIZATION},

@@ -238,7 +238,7 @@ def _announce(saved: Sequence[SavedRounds], is_server: bool, code: int, reason: 
     named = f"{run}: {reason}" if run else reason
     line = f"{reason}; {progress}{startup.traceback_follows()}" if code == PREEMPTED else f"error: {named}"
     print(f"fedhpc: {line}", file=sys.stderr, flush=True)
-    for one in saved:
+    for one in sorted(saved, key=lambda one: one.config.run.name != run):  # whose failure it is first, for want of time
         if run and one.config.run.name != run:
             one.record_end(PREEMPTED, f"{BESIDE} {named}")
         else:

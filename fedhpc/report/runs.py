@@ -257,8 +257,8 @@ def shares_of_gain(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, SeedGro
 
     (base - run) / (base - centralised), one value for each seed that both have, of the same untouched base.
 
-    Returns each group with the centralised one that has its method, model and test; none for a group that has no such,
-    or several.
+    Returns each group with the centralised one that has its method, model, data, objective and test; none for a group
+    that has no such, or several.
     """
     gains = []
     for group in groups:
@@ -279,8 +279,8 @@ def shares_of_gain(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, SeedGro
 
 
 def _same_task(group: SeedGroup, other: SeedGroup) -> bool:
-    one, two = group.runs[0], other.runs[0]
-    return group.test_set == other.test_set and all(one.config.get(k) == two.config.get(k) for k in ("method", "model"))
+    one, two, same = group.runs[0].config, other.runs[0].config, ("method", "model", "data", "objective")
+    return group.test_set == other.test_set and all(one.get(section) == two.get(section) for section in same)
 
 
 @dataclass(frozen=True)
