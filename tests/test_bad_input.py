@@ -95,7 +95,7 @@ def says(line: str, *words: str) -> None:
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "missing config": (["absent.yaml"], ("absent.yaml: there is no such configuration file",)),
-    "two configs": (["one.yaml", "two.yaml"], ("more than one configuration file: one.yaml, two.yaml",)),
+    "two configs": (["one.yaml", "two.yaml"], ("one.yaml: there is no such configuration file",)),
     "a folder": (["texts"], ("texts: is a folder",)),
     "override without =": (["client.lr"], ("client.lr", "section.key=value")),
     "override of nothing": (["=3"], ("'=3'", "section.key=value")),
