@@ -203,6 +203,10 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["client.scaffold=true", "client.optimizer=sgd", "transforms=[{name: clip}]"],
         ("transforms", "client.scaffold", "give one"),
     ),
+    "rates by layer and fednova": (
+        ["client.optimizer=sgd", "client.layer_lr_decay=0.8", "server.aggregator=fednova"],
+        ("client.layer_lr_decay", "server.aggregator fednova", "give one"),
+    ),
     "moments of sgd": (["client.optimizer=sgd", "client.moments=both"], ("client.moments", "client.optimizer sgd")),
     "moments and a median": (["client.moments=both", "server.aggregator=median"], ("client.moments", "use mean")),
     "moments and buckets": (

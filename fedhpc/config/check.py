@@ -244,6 +244,14 @@ def conflicts(config: Config) -> None:
 
 def _check_steps(config: Config) -> None:
     client = config.client
+    if client.layer_lr_decay != 1.0:
+        name = config.server.aggregator
+        divides = f"server.aggregator {name}" if registry.choice("aggregators", name).needs_movements else None
+        if divides or client.scaffold:
+            raise UserError(
+                f"{divides or 'client.scaffold'} divides by one learning rate, and with client.layer_lr_decay each "
+                "layer has its own", key="client.layer_lr_decay", remedy="give one of the two",
+            )  # fmt: skip
     for key, changed in (("lr_min", client.lr_min > 0), ("schedule_per", client.schedule_per != "step")):
         if changed and client.schedule == "constant":
             raise UserError(

@@ -61,6 +61,7 @@ SYNONYMS = {
     "federation.min_cohort": "min_available_clients min_clients min_fit_clients min_train_nodes",
     "client.optimizer": "optim",
     "client.lr": "client_lr learning_rate local_lr",
+    "client.layer_lr_decay": "layer_decay layerwise_lr_decay layer_wise_lr_decay llrd lr_layer_decay",
     "client.batch_size": "bs local_batch_size per_device_train_batch_size train_batch_size",
     "client.gradient_accumulation_steps": "accumulate_grad_batches accumulation accumulation_steps grad_accum_steps",
     "client.micro_batch": "micro_batch_size micro_bs",

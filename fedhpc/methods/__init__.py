@@ -23,3 +23,9 @@ def make_method(options: Any, base: Base, seed: int, max_length: int) -> Method:
     method = cls(options, base, seed)
     check_length(base, max_length, method.virtual_tokens)
     return with_head(method)
+
+
+def require_layers(method: Method) -> None:
+    """UserError where something that is trained is in no layer, which client.layer_lr_decay asks of all."""
+    for name in method.trainable.shapes:
+        method.layers_above(name)

@@ -123,6 +123,9 @@ class WithHead(Method):
     def blocks(self, name: str) -> int:
         return 1 if name in self._head.shapes else self.method.blocks(name)
 
+    def layers_above(self, name: str) -> Sequence[int]:
+        return super().layers_above(name) if name in self._head.shapes else self.method.layers_above(name)
+
     def lr_ratio(self, name: str, shape: tuple[int, ...]) -> float:
         return self.method.lr_ratio(name, shape)
 

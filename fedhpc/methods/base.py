@@ -48,12 +48,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor
 from fedhpc.models.base import Attached as Attached
+from fedhpc.models.load import layers_above
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
 
@@ -194,6 +196,25 @@ class Method(ABC):
     def lr_ratio(self, name: str, shape: tuple[int, ...]) -> float:
         """By what the client's learning rate is multiplied for a tensor of the trainable."""
         return 1.0
+
+    def layers_above(self, name: str) -> Sequence[int]:
+        """How many layers of the base are above each block of a trainable tensor, for client.layer_lr_decay.
+
+        Of a tensor that is named by where it stands in the base; UserError where another one is in no layer.
+        """
+        path = name
+        while path and path not in self._layers_above:
+            path = path.rpartition(".")[0]
+        if not path:
+            raise UserError(
+                f"{name}, which is trained, is in no layer of the base", key="client.layer_lr_decay",
+                remedy="take it out, or give method prefix, lora, ia3, adapter or full",
+            )  # fmt: skip
+        return [self._layers_above[path]] * self.blocks(name)
+
+    @cached_property
+    def _layers_above(self) -> Mapping[str, int]:
+        return layers_above(self.base.model)
 
     def weights(self, received: PerClient) -> Tensors:
         """What a payload puts in place of the base's own weights, where this rank has `parts` of them."""

@@ -27,7 +27,7 @@ from fedhpc.methods._weights import conflict_with_quantized, holders, require_un
 from fedhpc.methods.base import Attached, Method, PerClient, Tensors, as_one_client
 from fedhpc.models.experts import biases_of_experts
 from fedhpc.models.hooks import gather
-from fedhpc.models.load import layer_stacks
+from fedhpc.models.load import embedding_modules, layer_stacks
 from fedhpc.registry import Section
 from fedhpc.updates.layout import Layout
 
@@ -80,15 +80,7 @@ class Full(Method):
         if count > fewest:
             raise UserError(f"method.last_layers: {count}, but '{self.base.name}' has {fewest} layers")
         lower = [layer for stack in stacks for layer in stack[: len(stack) - count]]
-        inside = {id(module) for stack in stacks for layer in stack for module in layer.modules()}
-        inside.add(id(self.base.model.get_output_embeddings()))  # named embed_out in GPT-NeoX
-        # By class or by name: BERT's embeddings have a norm of their own.
-        embeddings = [
-            module
-            for path, module in self.base.model.named_modules()
-            if id(module) not in inside and (isinstance(module, torch.nn.Embedding) or "embed" in path)
-        ]
-        return {id(p) for module in [*lower, *embeddings] for p in module.parameters()}
+        return {id(p) for module in [*lower, *embedding_modules(self.base.model)] for p in module.parameters()}
 
     @cached_property
     def payload(self) -> Layout:

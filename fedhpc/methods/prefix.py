@@ -85,6 +85,11 @@ class Prefix(Method):
     def blocks(self, name: str) -> int:
         return 2 * self.base.num_layers if name == PREFIX else 1  # keys and values of each layer
 
+    def layers_above(self, name: str) -> Sequence[int]:
+        if name != PREFIX:
+            return super().layers_above(name)
+        return [above for above in reversed(range(self.base.num_layers)) for _ in ("keys", "values")]
+
     @contextmanager
     def attach(
         self, trained: PerClient, received: PerClient, rows: Tensor, row_keys: Tensor | None = None

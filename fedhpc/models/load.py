@@ -347,6 +347,32 @@ def layer_stacks(model: Any) -> list[list[Any]]:
     return list(stacks.values())
 
 
+def embedding_modules(model: Any) -> list[Any]:
+    """What is below the layers of a transformer: its embeddings, and what they have beside them, as BERT's a norm."""
+    from torch.nn import Embedding
+
+    layers = {id(module) for stack in layer_stacks(model) for layer in stack for module in layer.modules()}
+    other = layers | {id(model.get_output_embeddings())}  # named embed_out in GPT-NeoX
+    return [
+        module
+        for path, module in model.named_modules()
+        if id(module) not in other and (isinstance(module, Embedding) or "embed" in path)
+    ]
+
+
+def layers_above(model: Any) -> dict[str, int]:
+    """Path of a module -> how many layers of its stack are above the one that it is in.
+
+    None are above what is behind the layers, and all of the longest stack above the embeddings.
+    """
+    stacks = layer_stacks(model)
+    above = {id(module): max(map(len, stacks), default=0) for module in embedding_modules(model)}
+    for stack in stacks:
+        for number, layer in enumerate(reversed(stack)):
+            above |= {id(module): number for module in layer.modules()}
+    return {path: above.get(id(module), 0) for path, module in model.named_modules() if path}
+
+
 def checkpoint_layers(model: Any) -> None:
     """Let every layer keep its input alone for the backward pass, and compute itself again there.
 

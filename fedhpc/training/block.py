@@ -273,12 +273,8 @@ class _Model:
             torch_seed(way.seed, "noise", way.round, client)
             for way, client in zip(clients.ways, clients.ids, strict=True)
         ]
-        ratios = {name: method.lr_ratio(name, shape) for name, shape in method.trainable.shapes.items()}
         #: (1, T): by what the learning rate is multiplied; None where it is by 1.
-        self.lr_ratios: Tensor | None = None
-        if set(ratios.values()) != {1.0}:
-            one = {n: torch.full((1, *shape), ratios[n]) for n, shape in method.trainable.shapes.items()}
-            self.lr_ratios = method.trainable.flatten(one).to(self.parameters)
+        self.lr_ratios = _lr_ratios(method, local.layer_lr_decay, self.parameters)
         #: int64 (K,): the key of each client's random draws.
         self.client_keys = kernels.on_device(np.array(keys, dtype=np.int64), base.device)
         self.expert_load = ExpertLoad(base)
@@ -413,6 +409,20 @@ class _Losses:
         self.total, self.first, self.last = total(torch.stack([self.total, self.first, self.last]))
         tokens = torch.tensor([self.input_tokens, self.padded_tokens], device=self.total.device)
         self.input_tokens, self.padded_tokens = total(tokens).tolist()
+
+
+def _lr_ratios(method: Method, decay: float, like: Tensor) -> Tensor | None:
+    """By what the learning rate is multiplied for each of T numbers, (1, T) beside `like`; None where it is by 1.
+
+    decay: client.layer_lr_decay.
+    """
+    ratios = {name: [method.lr_ratio(name, shape)] for name, shape in method.trainable.shapes.items()}
+    if decay != 1.0:
+        ratios = {n: [ratio * decay**above for above in method.layers_above(n)] for n, (ratio,) in ratios.items()}
+    if all(ratio == 1.0 for of_blocks in ratios.values() for ratio in of_blocks):
+        return None
+    of_blocks = {name: torch.tensor([values], dtype=like.dtype) for name, values in ratios.items()}
+    return method.trainable.of_blocks(of_blocks).to(like.device)
 
 
 def _put(values: Tensor, those: Tensor, chosen: np.ndarray) -> None:

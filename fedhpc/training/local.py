@@ -35,6 +35,7 @@ class LocalTraining:
     schedule_per: Literal["step", "round"] = "step"
     lr_min: float = 0.0
     warmup: float = 0.0
+    layer_lr_decay: float = 1.0
     clip_norm: float | None = None
     proximal: float = 0.0
     privacy: ExamplePrivacy | None = None  # of single examples
@@ -71,6 +72,7 @@ class LocalTraining:
             schedule_per=client.schedule_per,
             lr_min=client.lr_min,
             warmup=client.warmup,
+            layer_lr_decay=client.layer_lr_decay,
             clip_norm=client.clip_norm,
             proximal=client.proximal,
             seed=config.run.seed,

@@ -94,8 +94,4 @@ class Moments(Exchanged):
         """A moment (T,) of what was sent of its tensors, every number of a block being its mean."""
         if self._blocks is None:
             return self._trainable.flatten(tensors)
-        expanded: dict[str, Tensor] = {}
-        for name, shape in self._trainable.shapes.items():
-            row = tensors[name].repeat_interleave(math.prod(shape[-1:]) // self._blocks[name])
-            expanded[name] = row.expand(*shape[:-1], -1).reshape(shape)
-        return self._trainable.flatten(expanded)
+        return self._trainable.of_blocks(tensors)

@@ -42,6 +42,15 @@ class Layout:
             flats.append(tensor.reshape(*lead, -1))
         return torch.cat(flats, dim=-1)
 
+    def of_blocks(self, values: Mapping[str, Tensor]) -> Tensor:
+        """name -> (..., n), a number for each of the n blocks into which the last axis falls, to (..., P)."""
+        flats = []
+        for name, shape in self.shapes.items():
+            last = math.prod(shape[-1:])
+            row = values[name].repeat_interleave(last // values[name].shape[-1], dim=-1)  # (..., last)
+            flats.append(row.unsqueeze(-2).expand(*row.shape[:-1], math.prod(shape[:-1]), last).flatten(-2))
+        return torch.cat(flats, dim=-1)
+
 
 @dataclass(frozen=True)
 class Split:

@@ -55,7 +55,7 @@ from fedhpc.attacks.base import Attack, attacked, attackers
 from fedhpc.config import Config
 from fedhpc.errors import UserError
 from fedhpc.evaluation.evaluate import Outcome, over_clients
-from fedhpc.methods import make_method
+from fedhpc.methods import make_method, require_layers
 from fedhpc.methods.base import Method
 from fedhpc.models.experts import ExpertLoad
 from fedhpc.models.generative import Generative
@@ -115,6 +115,8 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         self._adapter = None if source is None else WarmStart.of(self.method, source)
         if config.beside_theta:
             _require_same(self.method, config.method.name, config.beside_theta[0])
+        if config.client.layer_lr_decay != 1.0:
+            require_layers(self.method)
         if config.client.packing:
             require_packing(self.objective, self.method, max_length)
         #: What stays on the client.

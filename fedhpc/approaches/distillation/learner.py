@@ -21,7 +21,7 @@ from fedhpc.approaches.distillation.knowledge import (
 from fedhpc.config import Config, Model
 from fedhpc.data import Data
 from fedhpc.data.tokens import Examples
-from fedhpc.methods import make_method
+from fedhpc.methods import make_method, require_layers
 from fedhpc.methods.base import Method
 from fedhpc.models.base import Predictor
 from fedhpc.models.load import check_tokens, load_base
@@ -50,7 +50,10 @@ class Learner:
     @cached_property
     def method(self) -> Method:
         """The method, which defines the trained parameters."""
-        return make_method(self._method, self.base, self.config.run.seed, self.config.data.max_length)
+        method = make_method(self._method, self.base, self.config.run.seed, self.config.data.max_length)
+        if self.config.client.layer_lr_decay != 1.0:
+            require_layers(method)
+        return method
 
     @property
     def public(self) -> Examples:

@@ -44,7 +44,7 @@ class Options(Section):
         ALWAYS
         | SPLITS
         | {"client.optimizer", "client.lr", "client.weight_decay", "client.clip_norm", "client.proximal"}
-        | {"client.schedule", "client.schedule_per", "client.lr_min", "client.warmup"}
+        | {"client.schedule", "client.schedule_per", "client.lr_min", "client.warmup", "client.layer_lr_decay"}
         | {"client.micro_batch", "server.weighting", "evaluation.max_clients"}
     )
 
