@@ -207,6 +207,11 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["client.optimizer=sgd", "client.layer_lr_decay=0.8", "server.aggregator=fednova"],
         ("client.layer_lr_decay", "server.aggregator fednova", "give one"),
     ),
+    "a metric of no pull": (["client.proximal_metric=relative"], ("client.proximal_metric", "client.proximal is 0")),
+    "a relative pull and fednova": (
+        ["client.optimizer=sgd", "client.proximal=1", "client.proximal_metric=relative", "server.aggregator=fednova"],
+        ("client.proximal_metric", "server.aggregator fednova", "use euclidean"),
+    ),
     "moments of sgd": (["client.optimizer=sgd", "client.moments=both"], ("client.moments", "client.optimizer sgd")),
     "moments and a median": (["client.moments=both", "server.aggregator=median"], ("client.moments", "use mean")),
     "moments and buckets": (

@@ -514,7 +514,7 @@ def test_order_of_the_local_rules() -> None:
     """FedProx's pull is clipped with the gradient, SCAFFOLD's correction comes after."""
     local = LocalTraining(optimizer=None, lr=0.1, batch_size=1, clip_norm=1.0, proximal=0.5)  # type: ignore[arg-type]
     corrections, start = torch.tensor([[10.0, 0.0]]), torch.tensor([[1.0, 1.0]], dtype=torch.float64)
-    applied = rules.in_order(local, start, corrections)
+    applied = rules.in_order(local, start, corrections, method=None)  # type: ignore[arg-type]
     gradient, parameters = torch.tensor([[3.0, 2.0]], dtype=torch.float64), start + torch.tensor([[0.0, 4.0]])
     for rule in applied:
         rule.change(gradient, parameters)

@@ -182,6 +182,7 @@ def test_full_fine_tuning_on_two_ranks_is_that_on_one(tmp_path: Path) -> None:
         ({"client": {"scaffold": True, "optimizer": "sgd"}}, "client.scaffold keeps"),
         ({"client": {"moments": "both"}}, "client.moments needs"),
         ({"client": {"server_momentum": 0.5}}, "client.server_momentum needs"),
+        ({"client": {"proximal": 0.1, "proximal_metric": "relative"}}, "client.proximal_metric relative needs"),
         (
             {"personalization": {"finetune_steps": 1}, "evaluation": {"client_fraction": 0.5}},
             "personalization keeps or trains",

@@ -1,4 +1,4 @@
-"""What is done layer by layer: learning rates, in whole runs against transformers' model and torch.optim."""
+"""What is done by layer: learning rates and FedProx's pull, in whole runs against transformers and torch.optim."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from fedhpc.methods import with_head
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.transport.base import LoopbackTransport
 from fedhpc.ranks.verdict import RefusedError
+from fedhpc.training import rules
+from fedhpc.training.local import LocalTraining
 from fedhpc.training.schedule import batches
 from tests import tiny
 from tests.federations import Interrupted, federate, federate_together, final, settings, tree, write_texts
@@ -40,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 ADAMW = {"optimizer": "adamw", "lr": 0.02}
 SGD = {"optimizer": "sgd", "lr": 0.3, "momentum": 0.5}
 COSINE = {"schedule": "cosine", "lr_min": 0.001}
+MU = {"prefix": 0.3, "lora": 3e-5}
 #: Name -> (count) numbers of one block: keys or values of a layer of a prefix, or a tensor.
 Blocks = dict[str, torch.Tensor]
 
@@ -136,6 +139,10 @@ class Client:
             )
             self.rule.zero_grad()
             losses[supervised].mean().backward()
+            for name, leaf in self.leaves.items() if client.proximal else ():
+                scale = float(start[name].square().mean()) if client.proximal_metric == "relative" else 1.0
+                if scale > 0 and leaf.grad is not None:  # LoRA's B begins at zero
+                    leaf.grad += client.proximal * (leaf.detach() - start[name]) / scale
             rate = client.lr
             if client.schedule == "cosine":
                 share = (round_ - 1 + number / len(plan)) / rounds
@@ -193,6 +200,44 @@ def on_any_ranks(folder: Path, raw: dict[str, Any]) -> Config:
     for other in ("1", "2"):
         same_results(folder / "3", folder / other, ("rounds", "clients"))
     return config
+
+
+# ---------------------------------------------------------------- FedProx
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("client", [ADAMW | COSINE, SGD], ids=["adamw", "sgd"])
+def test_a_run_with_a_relative_pull_is_its_formula(
+    tmp_path: Path, texts: Path, method: str, client: dict[str, Any]
+) -> None:
+    pull = {"proximal": MU[method], "proximal_metric": "relative", "steps": 3}
+    config = on_any_ranks(tmp_path, raw_of(texts, method, client={**client, **pull}))
+    check(config)
+    free = settings(tmp_path, raw_of(texts, method, client={**client, "steps": 3}))
+    task = prepare(config, LoopbackTransport(), Launch(), False)
+    assert isinstance(task, Averaging)
+    first, found, without = apart(task.method.initial()), apart(final(config.run_dir)), by_hand(task, free)
+    for name, value in without.items():
+        assert float((found[name] - value).norm()) > 1e-4 * float((value - first[name]).norm()), name
+
+
+def test_a_relative_pull_does_not_know_the_scale() -> None:
+    """Keys a hundred times as long may go a hundred times as far: the objective is the same."""
+    base, scale = tiny.base("llama"), 100.0
+    method = make("prefix", base)
+    layout, keys = method.trainable, torch.zeros(method.trainable.size, dtype=torch.bool)
+    keys.view(5, 4, -1)[:, ::2] = True
+    start, way = warm(method, torch.float64), torch.randn(3, layout.size).double()
+    local = LocalTraining.of(block_settings(proximal=0.3, proximal_metric="relative"), 1, 1)
+    objective = []
+    for factor in (torch.ones(layout.size).double(), torch.where(keys, scale, 1.0).double()):
+        begin = (start * factor).expand(3, -1).contiguous()
+        (rule,) = rules.in_order(local, begin, None, method)
+        gradient = torch.zeros_like(begin)
+        rule.change(gradient[:2], begin[:2] + way[:2] * factor)
+        objective.append((gradient * way * factor).sum(1))
+        assert not gradient[2].any()
+    torch.testing.assert_close(objective[0], objective[1], rtol=1e-12, atol=0)
 
 
 # ---------------------------------------------------------------- learning rates

@@ -244,14 +244,24 @@ def conflicts(config: Config) -> None:
 
 def _check_steps(config: Config) -> None:
     client = config.client
-    if client.layer_lr_decay != 1.0:
-        name = config.server.aggregator
-        divides = f"server.aggregator {name}" if registry.choice("aggregators", name).needs_movements else None
-        if divides or client.scaffold:
+    name = config.server.aggregator
+    divides = f"server.aggregator {name}" if registry.choice("aggregators", name).needs_movements else None
+    if client.proximal_metric == "relative":
+        if not client.proximal:
             raise UserError(
-                f"{divides or 'client.scaffold'} divides by one learning rate, and with client.layer_lr_decay each "
-                "layer has its own", key="client.layer_lr_decay", remedy="give one of the two",
+                "client.proximal_metric is of a pull that is not there, for client.proximal is 0",
+                key="client.proximal_metric", remedy="give client.proximal, or take it out",
             )  # fmt: skip
+        if divides:
+            raise UserError(
+                f"{divides} knows one client.proximal, and with client.proximal_metric relative each layer has its own",
+                key="client.proximal_metric", remedy="use euclidean, or server.aggregator mean",
+            )  # fmt: skip
+    if client.layer_lr_decay != 1.0 and (divides or client.scaffold):
+        raise UserError(
+            f"{divides or 'client.scaffold'} divides by one learning rate, and with client.layer_lr_decay each layer "
+            "has its own", key="client.layer_lr_decay", remedy="give one of the two",
+        )  # fmt: skip
     for key, changed in (("lr_min", client.lr_min > 0), ("schedule_per", client.schedule_per != "step")):
         if changed and client.schedule == "constant":
             raise UserError(

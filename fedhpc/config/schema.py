@@ -165,6 +165,11 @@ class Client(Open):
     weight_decay: float = Field(0.0, ge=0, description="L2 (sgd) or decoupled (adamw) weight decay")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of a client's gradient in a step")
     proximal: float = Field(0.0, ge=0, description="mu of FedProx: pull towards the state the round began with")
+    proximal_metric: Literal["euclidean", "relative"] = Field(
+        "euclidean",
+        description="how far a client is from there; relative: squares over the mean square of their layer's keys or "
+        "values, or of their tensor, as the round began",
+    )
     scaffold: bool = Field(False, description="correct the clients' drift by control variates (federated, plain sgd)")
     moments: Literal["fresh", "second", "second_by_block", "both"] = Field(
         "fresh",

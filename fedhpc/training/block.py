@@ -141,7 +141,7 @@ def train_block(
     parameters, gradient = model.parameters, model.gradient
     if corrections is not None:
         corrections = corrections[clients.order].to(base.device)
-    local_rules = rules.in_order(local, parameters, corrections)
+    local_rules = rules.in_order(local, parameters, corrections, method)
     direction = None if local.direction is None else local.direction.on(parameters)
     buffers, count = _optimizer_state(local, clients, memory, gradient)
     losses = _Losses(len(works), base.device)

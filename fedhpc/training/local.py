@@ -38,6 +38,7 @@ class LocalTraining:
     layer_lr_decay: float = 1.0
     clip_norm: float | None = None
     proximal: float = 0.0
+    proximal_metric: Literal["euclidean", "relative"] = "euclidean"
     privacy: ExamplePrivacy | None = None  # of single examples
     direction: Direction | None = None  # of the server, with client.server_momentum
 
@@ -75,6 +76,7 @@ class LocalTraining:
             layer_lr_decay=client.layer_lr_decay,
             clip_norm=client.clip_norm,
             proximal=client.proximal,
+            proximal_metric=client.proximal_metric,
             seed=config.run.seed,
             round=round_,
             rounds=rounds,

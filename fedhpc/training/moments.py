@@ -16,7 +16,6 @@ count of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -79,16 +78,10 @@ class Moments(Exchanged):
         tensors = {_STEPS: steps.to(self.dtype)}
         for moment, decay in self.decays.items():
             corrected = memory.buffers[moment] / (1 - decay**steps).to(self.dtype).unsqueeze(1)
-            views = self._trainable.views(corrected)
-            tensors |= {f"{moment}.{name}": self._mean(name, value) for name, value in views.items()}
+            layout, blocks = self._trainable, self._blocks
+            sent = layout.views(corrected) if blocks is None else layout.block_means(corrected, blocks)
+            tensors |= {f"{moment}.{name}": value for name, value in sent.items()}
         return self.layout.flatten(tensors)
-
-    def _mean(self, name: str, values: Tensor) -> Tensor:
-        """What is sent of a moment's tensor (K, ...): itself, or the mean of each block (K, blocks)."""
-        if self._blocks is None:
-            return values
-        blocks, last = self._blocks[name], math.prod(self._trainable.shapes[name][-1:])
-        return values.reshape(len(values), -1, blocks, last // blocks).mean((1, 3))
 
     def _expanded(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A moment (T,) of what was sent of its tensors, every number of a block being its mean."""

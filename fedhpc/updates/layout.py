@@ -51,6 +51,14 @@ class Layout:
             flats.append(row.unsqueeze(-2).expand(*row.shape[:-1], math.prod(shape[:-1]), last).flatten(-2))
         return torch.cat(flats, dim=-1)
 
+    def block_means(self, flat: Tensor, blocks: Mapping[str, int]) -> dict[str, Tensor]:
+        """flat (..., P) to the mean of each of the n = blocks[name] blocks of a last axis, name -> (..., n)."""
+        means = {}
+        for name, view in self.views(flat).items():
+            each = math.prod(self.shapes[name][-1:]) // blocks[name]
+            means[name] = view.reshape(*flat.shape[:-1], -1, blocks[name], each).mean((-3, -1))
+        return means
+
 
 @dataclass(frozen=True)
 class Split:

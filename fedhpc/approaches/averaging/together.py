@@ -28,6 +28,9 @@ def require_together(config: Config, method: Method, objective: Objective) -> No
         "client.server_momentum needs all of the last round's direction": config.shares_direction,
         "personalization keeps or trains a model of each client": bool(personal.parts or personal.finetune_steps),
         "federation.schedule.contribution model needs two states of the server": contribution == "model",
+        "client.proximal_metric relative needs the mean squares of whole tensors": (
+            config.client.proximal_metric == "relative"
+        ),
         "client.packing is tried on the whole base": config.client.packing,
         f"objective.name {config.objective.name} compares all examples of a step": objective.needs_full_steps,
         f"objective.name {config.objective.name} needs the base as it was beside what is trained": (

@@ -43,8 +43,9 @@ class Options(Section):
     reads = (
         ALWAYS
         | SPLITS
-        | {"client.optimizer", "client.lr", "client.weight_decay", "client.clip_norm", "client.proximal"}
-        | {"client.schedule", "client.schedule_per", "client.lr_min", "client.warmup", "client.layer_lr_decay"}
+        | {"client.optimizer", "client.lr", "client.weight_decay", "client.clip_norm"}
+        | {"client.proximal", "client.proximal_metric", "client.layer_lr_decay"}
+        | {"client.schedule", "client.schedule_per", "client.lr_min", "client.warmup"}
         | {"client.micro_batch", "server.weighting", "evaluation.max_clients"}
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedhpc.lazy import Tensor
+from fedhpc.methods.base import Method
 from fedhpc.training.local import LocalTraining
 from fedhpc.training.rules.base import Rule
 from fedhpc.training.rules.clip import Clip
@@ -14,7 +15,7 @@ from fedhpc.training.rules.scaffold import Correction
 ORDER: tuple[type[Rule], ...] = (Proximal, Clip, Correction)
 
 
-def in_order(local: LocalTraining, start: Tensor, corrections: Tensor | None) -> tuple[Rule, ...]:
+def in_order(local: LocalTraining, start: Tensor, corrections: Tensor | None, method: Method) -> tuple[Rule, ...]:
     """The rules that a block applies, of those in `ORDER`; see `Rule.of`."""
-    rules = (rule.of(local, start, corrections) for rule in ORDER)
+    rules = (rule.of(local, start, corrections, method) for rule in ORDER)
     return tuple(rule for rule in rules if rule is not None)

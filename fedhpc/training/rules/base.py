@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from fedhpc.lazy import Tensor
+from fedhpc.methods.base import Method
 from fedhpc.training.local import LocalTraining
 
 
@@ -13,7 +14,7 @@ class Rule(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, local: LocalTraining, start: Tensor, corrections: Tensor | None) -> Rule | None:
+    def of(cls, local: LocalTraining, start: Tensor, corrections: Tensor | None, method: Method) -> Rule | None:
         """The rule as this training asks for it; None where it does not.
 
         start (K, T): the parameters before the first step, which change in place afterwards. corrections (K, T): what

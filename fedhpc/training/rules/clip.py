@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedhpc.lazy import Tensor, torch
+from fedhpc.methods.base import Method
 from fedhpc.training.local import LocalTraining
 from fedhpc.training.rules.base import Rule
 
@@ -22,7 +23,7 @@ class Clip(Rule):
         self.norm, self._total = norm, total
 
     @classmethod
-    def of(cls, local: LocalTraining, start: Tensor, corrections: Tensor | None) -> Rule | None:
+    def of(cls, local: LocalTraining, start: Tensor, corrections: Tensor | None, method: Method) -> Rule | None:
         return None if local.clip_norm is None else cls(local.clip_norm, local.total)
 
     def change(self, gradient: Tensor, parameters: Tensor) -> None:

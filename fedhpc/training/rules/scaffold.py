@@ -18,6 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedhpc.lazy import Tensor
+from fedhpc.methods.base import Method
 from fedhpc.training.auxiliary import Exchanged
 from fedhpc.training.local import LocalTraining
 from fedhpc.training.rules.base import Rule
@@ -32,7 +33,7 @@ class Correction(Rule):
         self.corrections = corrections
 
     @classmethod
-    def of(cls, local: LocalTraining, start: Tensor, corrections: Tensor | None) -> Rule | None:
+    def of(cls, local: LocalTraining, start: Tensor, corrections: Tensor | None, method: Method) -> Rule | None:
         return None if corrections is None else cls(corrections)
 
     def change(self, gradient: Tensor, parameters: Tensor) -> None:
