@@ -27,7 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from fedhpc import config as configuration
-from fedhpc.config import Config, Model
+from fedhpc.config import Config
 from fedhpc.config.together import shared_settings
 from fedhpc.errors import UserError
 from fedhpc.ranks import process
@@ -117,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(str(one.run_dir) for one in configs))
         return DONE
     work = partial(_work, options)
-    imports = partial(_imports, config.runtime.worker_ranks != 1)
+    imports = partial(_imports, config, not options.check)
     if forks := options.ranks_per_node or (options.forks if options.forks != 1 else None):
-        return process.fork(forks, configs, launch, partial(imports, config.model), work)
+        return process.fork(forks, configs, launch, partial(imports, for_ranks=True), work)
     return process.run(configs, launch, imports, work)
 
 
@@ -197,19 +197,24 @@ def _check_trackers(config: Config) -> None:
         check_packages(config.trackers)
 
 
-def _imports(spread: bool, model: Model | None = None) -> None:
-    """The heavy modules of a run; with `model` also those of its architecture, for the ranks that are forked.
-
-    spread: whether ranks may hold a base between them.
-    """
+def _imports(config: Config, write_cache: bool, for_ranks: bool = False) -> None:
+    """Import the heavy modules of a run, and for ranks that are forked what each would import by itself."""
     from fedhpc.models.imports import transformers_for_a_run
     from fedhpc.models.load import import_classes
 
-    transformers_for_a_run(spread)
+    transformers_for_a_run(spread=config.runtime.worker_ranks != 1, write_cache=write_cache)
     from fedhpc import federation  # noqa: F401
 
-    if model is not None:
-        import_classes(model)
+    if for_ranks:
+        import numpy.random  # noqa: F401
+
+        from fedhpc import registry
+        from fedhpc.approaches import prepare  # noqa: F401
+        from fedhpc.ranks import liveness  # noqa: F401
+        from fedhpc.ranks.transport import torch_dist  # noqa: F401
+
+        registry.approach(config.method.name)
+        import_classes(config.model)
 
 
 def _work(options: argparse.Namespace, rank: Rank) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fedhpc.models.import_structure import Reader, Structure
 from fedhpc.ranks import memory
 
 
@@ -98,3 +99,100 @@ print(torch.compile(lambda x: x + 1, backend=lambda graph, _: graph)(torch.ones(
     lines = done.stdout.splitlines()
     assert [line for line in lines if line.startswith("unused:")] == ["unused:", "unused:"]
     assert lines[-3:] == ["(False, 1) False", "(False, 2) True True torch._dynamo.decorators", "tensor([2.])"]
+
+
+def test_transformers_models_are_read_once_and_then_known_from_the_cache(tmp_path: Path) -> None:
+    """It fails where transformers reads them in another way than the one that the cache stands before."""
+    program = """
+import sys
+from fedhpc.models.imports import transformers_for_a_run
+
+read = set()
+def hook(event, arguments):
+    if event == "open" and "/transformers/models/" in str(arguments[0]) and str(arguments[0]).endswith(".py"):
+        read.add(arguments[0])
+sys.addaudithook(hook)
+transformers_for_a_run(write_cache=True)
+print(len(read))
+import transformers
+from transformers.utils import import_utils
+
+reader = import_utils.define_import_structure.__self__
+for path, prefix in ((reader.models, "models"), (reader.models / "__init__.py", None), (reader.models / "gpt2", None)):
+    assert reader.structure(path, prefix) == reader.read(path, prefix)
+print(transformers.GPT2LMHeadModel.__name__, import_utils.__loader__ is import_utils.__spec__.loader)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "FEDHPC_CACHE": str(tmp_path)}
+    counts = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        count, line = done.stdout.splitlines()
+        counts.append(int(count))
+        assert line == "GPT2LMHeadModel True"
+    assert counts[0] > 1000
+    assert counts[1] < 100
+    assert len(list((tmp_path / "imports").iterdir())) == 1
+
+
+def test_models_of_transformers_are_read_again_where_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDHPC_CACHE", str(tmp_path / "cache"))
+    models, program = tmp_path / "models", tmp_path / "import_utils.py"
+    (models / "gpt2").mkdir(parents=True)
+    for file in (program, models / "__init__.py", models / "gpt2" / "modeling_gpt2.py"):
+        file.write_text("1")
+    calls = []
+
+    def read(module_path: str | Path, prefix: str | None = None) -> Structure:
+        calls.append(module_path)
+        return {frozenset(["torch"]): {"gpt2.modeling_gpt2": {"GPT2Model"}}}
+
+    def ask(write: bool = True) -> int:
+        """How many times the files have been read."""
+        reader = Reader(read, program, models, write)
+        assert reader.structure(models, "models") == {
+            frozenset(["torch"]): {"models.gpt2.modeling_gpt2": {"GPT2Model"}}
+        }
+        assert reader.structure(models / "__init__.py") == read("") and calls.pop() == ""
+        return len(calls)
+
+    assert ask(write=False) == 1 and not (tmp_path / "cache").exists()
+    assert ask() == 2 and ask() == 2
+    (models / "gpt2" / "modeling_gpt2.py").write_text("22")
+    assert ask() == 3 and ask() == 3
+    program.write_text("22")
+    assert ask() == 4
+    for file in (tmp_path / "cache" / "imports").iterdir():
+        file.write_text("half of a fi")
+    assert ask() == 5 and ask() == 5
+    (tmp_path / "cache" / "imports").chmod(0o500)
+    (models / "gpt2" / "configuration_gpt2.py").write_text("1")
+    assert ask() == 6
+
+
+def test_forked_ranks_import_nothing_heavy_of_their_own(tmp_path: Path) -> None:
+    """What each of them would import, or compile, its parent has before the fork."""
+    program = """
+import re, sys
+from fedhpc import config, main
+
+compiled, patterns = re.compile, []
+re.compile = lambda *arguments, **named: patterns.append(arguments) or compiled(*arguments, **named)
+main._imports(config.load(None, []), write_cache=False, for_ranks=True)
+there, patterns[:] = {*sys.modules}, []
+assert main.main(["--check", "run.dir=run"]) == 0
+late = {*sys.modules} - there
+heavy = ("torch.", "transformers.", "fedhpc.approaches.", "fedhpc.training.", "fedhpc.ranks.", "numpy.random", "sympy")
+print("late:", *sorted(name for name in late if name.startswith(heavy) and name != "torch.utils._device"))
+print("patterns:", len(patterns))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    late, patterns = done.stdout.splitlines()[-2:]
+    assert late == "late:"
+    assert int(patterns.removeprefix("patterns: ")) < 200  # transformers' 900 for names of weights are not among them

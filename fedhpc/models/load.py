@@ -90,11 +90,15 @@ def stored_dtype(model: Model) -> str:
 
 
 def import_classes(model: Model) -> None:
-    """Import all that `load_base` and `load_tokenizer` will need. UserError where there is no such model."""
+    """Import and set up all that `load_base` and `load_tokenizer` will need. UserError where there is no such model."""
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  a network on the device meta needs it, and it sympy
 
     config, chosen = _load_config(model), model_class(model)
     with _loading(model, "model"):
+        from transformers import AutoTokenizer  # noqa: F401
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping(config.model_type)  # compiles 900 patterns of weights' names the first time
         getattr(transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
 
 
