@@ -145,7 +145,10 @@ def test_full_fine_tuning_on_two_ranks_is_that_on_one(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         **CHANGES,
         "model": {"dtype": "float64"},
-        "client": {"epochs": 1, "steps": None, "batch_size": 3, "optimizer": "adamw", "eps": 1e-5, "clip_norm": 0.5},
+        "client": {
+            **{"epochs": 1, "steps": None, "batch_size": 3, "optimizer": "adamw", "eps": 1e-5, "clip_norm": 0.5},
+            "layer_lr_decay": 0.8,
+        },
         "method": {"name": "full"},
     }
 
