@@ -190,17 +190,12 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a lone brace": (["data.prompt={mr"], ("data.prompt", "lone '{'", "'{mr'", "{{")),
     "another source, with the demo's skew": (["data.source=texts"], ("dirichlet skews labels and needs data.label",)),
     "fednova with adamw": (["server.aggregator=fednova"], ("server.aggregator fednova", "client.optimizer", "use sgd")),
-    "scaffold with adamw": (["client.scaffold=true"], ("client.scaffold", "client.optimizer sgd without momentum")),
-    "scaffold with momentum": (
-        ["client.scaffold=true", "client.optimizer=sgd", "client.momentum=0.9"],
-        ("client.scaffold", "client.optimizer sgd without momentum"),
-    ),
     "scaffold and fedprox": (
-        ["client.scaffold=true", "client.optimizer=sgd", "client.proximal=0.1"],
+        ["client.scaffold=true", "client.proximal=0.1"],
         ("client.scaffold and client.proximal", "give one"),
     ),
     "scaffold and a transform": (
-        ["client.scaffold=true", "client.optimizer=sgd", "transforms=[{name: clip}]"],
+        ["client.scaffold=true", "transforms=[{name: clip}]"],
         ("transforms", "client.scaffold", "give one"),
     ),
     "rates by layer and fednova": (
@@ -227,7 +222,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("client.server_momentum", "server.aggregator fednova", "use mean"),
     ),
     "the server's direction and scaffold": (
-        ["client.optimizer=sgd", "client.server_momentum=0.9", "client.scaffold=true"],
+        ["client.server_momentum=0.9", "client.scaffold=true"],
         ("client.scaffold and client.server_momentum", "give one"),
     ),
     "moments that are masked": (

@@ -327,6 +327,7 @@ RUNS: list[dict[str, Any]] = [
     *[{"method": {"name": name}} for name in ("prefix", "prompt", "p_tuning", "ia3", "adapter")],
     {"method": {"name": "fedkseed", "num_seeds": 8}, "client": STEP},
     {"method": {"name": "lora"}, "client": {**STEP, "scaffold": True}},
+    {"method": {"name": "lora"}, "client": {**STEP, "optimizer": "adamw", "scaffold": True}},
     {"method": {"name": "lora"}, "mode": "local"},
     {"method": {"name": "lora"}, "mode": "centralized"},
     {

@@ -358,7 +358,7 @@ def test_a_student_in_no_layer_is_refused(tmp_path: Path, texts: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "names"),
     [
-        ({"client": {"scaffold": True}}, "client.scaffold divides by one learning rate"),
+        ({"client": {"scaffold": True}}, "client.scaffold with client.optimizer sgd divides by one learning rate"),
         ({"server": {"aggregator": "fednova"}}, "server.aggregator fednova divides by one learning rate"),
     ],
 )

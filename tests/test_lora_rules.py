@@ -364,7 +364,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"privacy": {"name": "client", "noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5}},
         "which the noise of privacy.name client would move: use ffa, or privacy.name example",
     ),
-    ("alternate", {"client": {"scaffold": True, "optimizer": "sgd"}}, "and client.scaffold corrects both: use ffa"),
+    ("alternate", {"client": {"scaffold": True}}, "and client.scaffold corrects both: use ffa"),
+    ("svd", {"client": {"scaffold": True, "optimizer": "adamw", "moments": "second"}}, "client.moments with"),
     (
         "alternate",
         {"personalization": {"finetune_steps": 2}, "evaluation": {"client_fraction": 0.2}},

@@ -401,11 +401,11 @@ def test_patterns_that_mean_nothing_are_refused(options: dict[str, Any], message
         ({"init_lora_weights": "eva", "init_text": []}, {}, "method.init_text"),
         ({"init_lora_weights": "eva", "init_text": "Two rooms.", "aggregation": "ffa"}, {}, "ffa sends no A; use a"),
         ({"loraplus_lr_ratio": 0.0}, {}, "method.loraplus_lr_ratio"),
-        ({"loraplus_lr_ratio": 4.0}, {"client": {"scaffold": True, "optimizer": "sgd"}}, "scaffold corrects by one"),
+        ({"loraplus_lr_ratio": 4.0}, {"client": {"scaffold": True, "optimizer": "sgd"}}, "sgd divides by one"),
         (
             {"loraplus_lr_ratio": 4.0},
             {"client": {"optimizer": "sgd"}, "server": {"aggregator": "fednova"}},
-            "server.aggregator fednova divides by one learning rate, and method.loraplus_lr_ratio has two: use mean",
+            "server.aggregator fednova divides by one learning rate, and method.loraplus_lr_ratio has two: give one",
         ),
         ({"aggregation": "stack", "ranks": [1, 2], "rank_pattern": {"q_proj": 2}}, {}, "method.ranks is of clients"),
         ({"rank_pattern": {"q_proj": 0}}, {}, "method.rank_pattern.q_proj"),

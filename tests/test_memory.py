@@ -16,7 +16,7 @@ import transformers
 
 from fedhpc import registry
 from fedhpc.approaches.memory import WORKER_RANKS, Held, Room, fewest, table
-from fedhpc.approaches.prepare import worker_ranks
+from fedhpc.approaches.prepare import prepare, worker_ranks
 from fedhpc.builtin import __file__ as BUILTIN
 from fedhpc.config import Model, resolve
 from fedhpc.main import main
@@ -173,6 +173,26 @@ def test_the_table() -> None:
     assert [row["fits"] for row in apart] == ["2"] * 4
     (alone,) = cells(table(weights, held, [1], True, 250 * mib, False))
     assert (alone["a_rank"], alone["server"], alone["fits"]) == ("252.0", "-", "no")
+
+
+@pytest.mark.parametrize(
+    ("client", "vectors"),
+    [
+        ({"optimizer": "sgd"}, 2),  # parameters and gradients
+        ({"optimizer": "sgd", "scaffold": True}, 3),  # and the corrections
+        ({"optimizer": "adamw"}, 4),
+        ({"optimizer": "adamw", "scaffold": True}, 6),  # and the sum of the gradients
+    ],
+)
+def test_a_block_holds_what_its_clients_train_by(tmp_path: Path, client: dict[str, Any], vectors: int) -> None:
+    raw = tree(write_texts(tmp_path), method={"name": "lora", "rank": 1024}, client={**client, "lr": 0.01})
+    del raw["method"]["num_virtual_tokens"]
+    task = prepare(settings(tmp_path / "run", raw), LoopbackTransport(), Launch(), False)
+    plan = task.plan(1)
+    task.rehearse(plan)
+    row = cells(task.details(plan))[0]
+    clients = max(len(block.clients) for block in plan.blocks)
+    assert float(row["block"]) == pytest.approx(vectors * clients * task.method.payload.size * 4 / 2**20, abs=0.1)
 
 
 @pytest.mark.slow

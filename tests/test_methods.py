@@ -95,6 +95,7 @@ def trained_by_torch(
     work: Any,
     virtual: int = 0,
     rule: Any = None,
+    round_: int = 1,
 ) -> torch.Tensor:
     """The parameters `named` of `model` after the client's batches under torch.optim, or `rule`: (P,)."""
     c = config.client
@@ -103,7 +104,7 @@ def trained_by_torch(
         if c.optimizer == "sgd"
         else torch.optim.AdamW(named.values(), lr=c.lr, weight_decay=0.0)
     )
-    for picked in batches(len(work.indices), c, 0, 1, work.client_id):
+    for picked in batches(len(work.indices), c, 0, round_, work.client_id):
         chosen = work.indices[picked]
         rows = [torch.from_numpy(data.tokens(int(i)).astype(np.int64)) for i in chosen]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -265,7 +265,9 @@ def test_which_runs_train_together(changes: list[str], fits: bool) -> None:
     assert (shared_settings(configuration.load(None, changes)) == shared) == fits
 
 
-@pytest.mark.parametrize("change", ["mode=local", "method.name=full", "method.name=fedbpt", "client.moments=second"])
+@pytest.mark.parametrize(
+    "change", ["mode=local", "method.name=full", "method.name=fedbpt", "client.moments=second", "client.scaffold=true"]
+)
 def test_runs_that_train_alone(change: str) -> None:
     assert shared_settings(configuration.load(None, [change])) is None
 

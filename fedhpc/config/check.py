@@ -216,15 +216,15 @@ def conflicts(config: Config) -> None:
             key=chosen[0], remedy="take it out",
         )  # fmt: skip
     _check_compression(config)
-    if config.client.scaffold:
-        _check_scaffold(config)
+    if config.client.scaffold and config.client.proximal:
+        raise UserError("client.scaffold and client.proximal both correct the clients' drift: give one")
     if config.client.moments != "fresh":
         _check_moments(config)
     if config.client.server_momentum:
         _check_server_momentum(config)
-    if config.beside_updates is not None and config.transforms:
+    if config.beside_updates and config.transforms:
         raise UserError(
-            f"transforms would not reach what {config.beside_updates} sends beside the update: give one of the two"
+            f"transforms would not reach what {config.beside_updates[0]} sends beside the update: give one of the two"
         )
     if config.masks_uploads:
         _check_secure(config)
@@ -244,23 +244,22 @@ def conflicts(config: Config) -> None:
 
 def _check_steps(config: Config) -> None:
     client = config.client
-    name = config.server.aggregator
-    divides = f"server.aggregator {name}" if registry.choice("aggregators", name).needs_movements else None
     if client.proximal_metric == "relative":
         if not client.proximal:
             raise UserError(
                 "client.proximal_metric is of a pull that is not there, for client.proximal is 0",
                 key="client.proximal_metric", remedy="give client.proximal, or take it out",
             )  # fmt: skip
-        if divides:
+        name = config.server.aggregator
+        if registry.choice("aggregators", name).needs_movements:
             raise UserError(
-                f"{divides} knows one client.proximal, and with client.proximal_metric relative each layer has its own",
-                key="client.proximal_metric", remedy="use euclidean, or server.aggregator mean",
+                f"server.aggregator {name} knows one client.proximal, and with client.proximal_metric relative each "
+                "layer has its own", key="client.proximal_metric", remedy="use euclidean, or server.aggregator mean",
             )  # fmt: skip
-    if client.layer_lr_decay != 1.0 and (divides or client.scaffold):
+    if client.layer_lr_decay != 1.0 and config.divides_by_rate:
         raise UserError(
-            f"{divides or 'client.scaffold'} divides by one learning rate, and with client.layer_lr_decay each layer "
-            "has its own", key="client.layer_lr_decay", remedy="give one of the two",
+            f"{config.divides_by_rate} divides by one learning rate, and with client.layer_lr_decay each layer has its "
+            "own", key="client.layer_lr_decay", remedy="give one of the two",
         )  # fmt: skip
     for key, changed in (("lr_min", client.lr_min > 0), ("schedule_per", client.schedule_per != "step")):
         if changed and client.schedule == "constant":
@@ -299,16 +298,6 @@ def _check_chats(config: Config) -> None:
             raise UserError(
                 f"evaluation.metrics: {name} chooses between labels, and the answers of chats (data.messages) are texts"
             )
-
-
-def _check_scaffold(config: Config) -> None:
-    if config.client.optimizer != "sgd" or config.client.momentum:
-        raise UserError(
-            "client.scaffold is defined for plain SGD steps (arXiv 1910.06378, algorithm 1): use "
-            "client.optimizer sgd without momentum"
-        )
-    if config.client.proximal:
-        raise UserError("client.scaffold and client.proximal both correct the clients' drift: give one")
 
 
 def _check_moments(config: Config) -> None:
@@ -362,10 +351,10 @@ def _check_secure(config: Config) -> None:
             f"secure.name {name} hides what honest clients send, which attack.name {config.attack.name} asks for",
             key="attack.name", remedy="give one of the two",
         )  # fmt: skip
-    if config.beside_updates is not None:
+    if config.beside_updates:
         raise UserError(
             f"secure.name {name} masks the updates, not what goes beside them",
-            key=config.beside_updates, remedy="give one of the two",
+            key=config.beside_updates[0], remedy="give one of the two",
         )  # fmt: skip
     if config.federation.schedule.name != "synchronous":
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, create_model
 
+from fedhpc import registry
 from fedhpc.config.yaml import to_yaml
 from fedhpc.registry import Choice, Chosen, Open, Section
 
@@ -170,7 +171,7 @@ class Client(Open):
         description="how far a client is from there; relative: squares over the mean square of their layer's keys or "
         "values, or of their tensor, as the round began",
     )
-    scaffold: bool = Field(False, description="correct the clients' drift by control variates (federated, plain sgd)")
+    scaffold: bool = Field(False, description="correct the clients' drift by control variates (SCAFFOLD, federated)")
     moments: Literal["fresh", "second", "second_by_block", "both"] = Field(
         "fresh",
         description="which moments of adamw clients begin a round with as the server has them, the mean of the "
@@ -374,17 +375,26 @@ class Config(Section):
         return bool(self.client.scaffold) and self.mode == "federated"
 
     @property
-    def beside_updates(self) -> str | None:
-        """The key by which clients send more than updates, if there is one."""
-        if self.client.scaffold:
-            return "client.scaffold"
-        return None if self.client.moments == "fresh" else "client.moments"
+    def divides_by_rate(self) -> str | None:
+        """The choice by which updates are divided by the one learning rate of all parameters, if there is one."""
+        if registry.choice("aggregators", self.server.aggregator).needs_movements:
+            return f"server.aggregator {self.server.aggregator}"
+        name = self.client.optimizer
+        if self.client.scaffold and registry.choice("client_optimizers", name)(self.client).follows_gradients:
+            return f"client.scaffold with client.optimizer {name}"
+        return None
+
+    @property
+    def beside_updates(self) -> list[str]:
+        """The keys by which clients send more than updates."""
+        moments = [] if self.client.moments == "fresh" else ["client.moments"]
+        return ["client.scaffold", *moments] if self.client.scaffold else moments
 
     @property
     def beside_theta(self) -> list[str]:
         """The keys by which clients are sent more than the server's model."""
         momentum = ["client.server_momentum"] if self.client.server_momentum else []
-        return [*([self.beside_updates] if self.beside_updates else []), *momentum]
+        return [*self.beside_updates, *momentum]
 
     @property
     def shares_direction(self) -> bool:

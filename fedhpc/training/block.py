@@ -62,6 +62,9 @@ class Trained:
 
     updates: Tensor  # (K, P): pseudo-gradients theta_t - theta_i; (0, P) where another rank takes them
     memory: Memory | None  # of the optimizers, where train_block was given one
+    #: (K, T): sum of the learning rates times the gradients, corrections included, that the optimizer was given. None
+    #: without corrections, and where the updates are this sum (`ClientOptimizer.follows_gradients`).
+    gradients: Tensor | None
     distance: Tensor  # (K,): sum of the learning rates of the steps
     steps: np.ndarray  # int64 (K,)
     tokens: np.ndarray  # int64 (K,): supervised tokens seen
@@ -78,7 +81,7 @@ class Trained:
         Padding is everybody's: it is divided by the supervised tokens that were seen. Not for bases with experts, nor
         for optimizers that go on.
         """
-        assert self.memory is None and not self.expert_load.size
+        assert self.memory is None and self.gradients is None and not self.expert_load.size
         ends = np.cumsum(sizes)
         seen = np.append(0, np.cumsum(self.tokens))[ends] / max(int(self.tokens.sum()), 1)
         inputs, padded = (np.diff(np.rint(seen * all_), prepend=0) for all_ in (self.input_tokens, self.padded_tokens))
@@ -144,6 +147,7 @@ def train_block(
     local_rules = rules.in_order(local, parameters, corrections, method)
     direction = None if local.direction is None else local.direction.on(parameters)
     buffers, count = _optimizer_state(local, clients, memory, gradient)
+    sums = None if corrections is None or local.optimizer.follows_gradients else torch.zeros_like(gradient)
     losses = _Losses(len(works), base.device)
     for number in range(clients.most_steps):
         rows = clients.rows(number)
@@ -161,6 +165,8 @@ def train_block(
             mine = rates if direction is None else (1 - direction.share) * rates
             if model.lr_ratios is not None:
                 mine = mine * model.lr_ratios
+            if sums is not None:
+                sums[:active].addcmul_(gradient[:active], rates)
             of_active = {name: buffer[:active] for name, buffer in buffers.items()}
             local.optimizer.step(parameters[:active], gradient[:active], of_active, counts, mine)
             if direction is not None:
@@ -177,6 +183,7 @@ def train_block(
     return Trained(
         updates=clients.as_given(updates.to("cpu")),
         memory=_memory_of(clients, buffers, count) if memory is not None else None,
+        gradients=None if sums is None else clients.as_given(sums.to("cpu")),
         distance=torch.tensor(clients.as_given(clients.distances()), dtype=updates.dtype),
         steps=clients.as_given(clients.steps),
         tokens=clients.as_given(losses.tokens),

@@ -798,7 +798,10 @@ class Averaging(Approach[ParameterState, Download, Upload, Combined | None]):
         for b in plan.blocks:
             of_rank[self.topology.rank_of(b.worker, b.member)] += len(b.clients)
         clients = max(of_rank.values())
-        copies = 2 + len(self.training.optimizer.buffers)
+        optimizer = self.training.optimizer
+        copies = 2 + len(optimizer.buffers)
+        if self.config.corrects_drift:  # the corrections, and the sum of the gradients
+            copies += 1 if optimizer.follows_gradients else 2
         block = copies * self.method.trainable.size * item * largest
         size = self.split.shared.size + sum(one.size for one in self.auxiliaries.every)
         on_cpu, activations = self.placement.trains_on == "cpu", None

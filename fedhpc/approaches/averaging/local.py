@@ -250,7 +250,8 @@ class BlockTraining:
         beside: dict[str, Tensor] = {}
         if controls is not None:
             control = down.auxiliary[controls.name]
-            beside[controls.name] = scaffold.changes(control, trained.updates, trained.distance)
+            sums = trained.updates if trained.gradients is None else trained.gradients
+            beside[controls.name] = scaffold.changes(control, sums, trained.distance)
         if moments is not None:
             assert trained.memory is not None
             beside[moments.name] = moments.sent(down.auxiliary[moments.name], trained.memory)
@@ -301,7 +302,10 @@ class BlockTraining:
             by_length = np.argsort(-self.data.train.lengths_of(indices), kind="stable")
             works.append(Work(client, indices[by_length[: examples_per_step(local)]]))
         start = self.personal.initial_payload().unsqueeze(0)
-        train_block(self.base, self.method, self.objective, start, works, self.data.train, local)
+        corrections = None if self._controls is None else torch.zeros_like(start).expand(len(works), -1)
+        train_block(
+            self.base, self.method, self.objective, start, works, self.data.train, local, corrections=corrections
+        )
 
     def _local(self, round_: int, fit: int | None) -> LocalTraining:
         """How clients train in a round. fit: as in `LocalTraining.of`."""

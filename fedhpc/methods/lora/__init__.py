@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedhpc import registry
 from fedhpc.errors import UserError
 from fedhpc.lazy import Tensor, torch
 from fedhpc.methods._architectures import architecture
@@ -172,14 +171,11 @@ class Lora(Method):
                     f"{carried[0]} with method.aggregation {self.aggregation}, whose factors do not last from round "
                     f"to round, or are not trained together: use {', '.join(_WITH_MOMENTS[:-1])} or {_WITH_MOMENTS[-1]}"
                 )
-            if self.loraplus_lr_ratio is not None:
-                if config.client.scaffold:
-                    return "client.scaffold corrects by one learning rate, and method.loraplus_lr_ratio has two"
-                if registry.choice("aggregators", config.server.aggregator).needs_movements:
-                    return (
-                        f"server.aggregator {config.server.aggregator} divides by one learning rate, and "
-                        "method.loraplus_lr_ratio has two: use mean"
-                    )
+            if self.loraplus_lr_ratio is not None and config.divides_by_rate:
+                return (
+                    f"{config.divides_by_rate} divides by one learning rate, and method.loraplus_lr_ratio has two: "
+                    "give one of them"
+                )
             return rule.conflict(self, config)
 
     options: Options

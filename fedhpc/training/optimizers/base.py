@@ -45,6 +45,11 @@ class ClientOptimizer(ABC):
         return count + self.earlier[moment] if moment in self.earlier else count
 
     @property
+    def follows_gradients(self) -> bool:
+        """Whether a client's update is the sum of learning rates times gradients, with the weight decay in them."""
+        return False
+
+    @property
     def buffers(self) -> tuple[str, ...]:
         """Names of the tensors (K, T) that `step` keeps from step to step, zero before the first."""
         return ()

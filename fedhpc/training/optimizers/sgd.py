@@ -21,6 +21,10 @@ class SGD(ClientOptimizer):
     sums_gradients = True
 
     @property
+    def follows_gradients(self) -> bool:
+        return not self.options.momentum
+
+    @property
     def buffers(self) -> tuple[str, ...]:
         return ("momentum",) if self.options.momentum else ()
 

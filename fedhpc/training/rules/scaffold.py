@@ -2,12 +2,14 @@
 
 Algorithm 1 with option II. Every client keeps a control variate c_i, the server their mean c over the population:
 
-    local step      y <- y - lr (g_i(y) - c_i + c)
-    client          c_i+ = c_i - c + (theta_t - theta_i) / (K lr)
+    local step k    d_k = g_i(y) - c_i + c, which the client optimizer is given as its gradient (SGD: y <- y - lr_k d_k)
+    client          c_i+ = c_i - c + sum_k lr_k d_k / sum_k lr_k
     server          c <- c + 1/N sum over the clients of the round of (c_i+ - c_i)
 
-A client that was never sampled has c_i = 0. Where the learning rate changes, K lr is the sum of the rates that were
-used. Both ways a client exchanges twice the payload.
+So c_i+ is the mean of the client's gradients of the round by their learning rates, whatever the optimizer makes of
+them. With plain SGD the sum of lr_k d_k is theta_t - theta_i, as in the paper; other optimizers have it added up. AdamW
+is given d_k before its moments, as Adam in FAdamGC (Chen et al. 2025, arXiv 2502.02727). A client that was never
+sampled has c_i = 0. Both ways a client exchanges twice the payload.
 """
 
 from __future__ import annotations
@@ -63,14 +65,14 @@ def corrections(tensors: Mapping[str, Tensor], control: Tensor) -> Tensor:
     return control - tensors[_CONTROL]
 
 
-def changes(control: Tensor, updates: Tensor, distance: Tensor) -> Tensor:
+def changes(control: Tensor, sums: Tensor, distance: Tensor) -> Tensor:
     """c_i+ - c_i of K clients (K, S).
 
-    control (S,): c; updates (K, S): theta_t - theta_i; distance (K,): sum of the learning rates of a client's steps. A
-    client whose rates are all 0 has not moved and learnt nothing: no change.
+    control (S,): c; sums (K, S): of lr_k d_k over a client's steps; distance (K,): of lr_k. A client whose rates are
+    all 0 has not moved and learnt nothing: no change.
     """
     moved = distance.unsqueeze(1)
-    return (updates / moved - control).where(moved > 0, 0.0)
+    return (sums / moved - control).where(moved > 0, 0.0)
 
 
 def tensors_after(tensors: Mapping[str, Tensor], changes: Tensor) -> dict[str, Tensor]:
