@@ -5,10 +5,15 @@ from __future__ import annotations
 import datetime
 import socket
 import sys
+import threading
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fedhpc.errors import UserError
@@ -55,12 +60,14 @@ def test_contract(launcher: Launcher, n: int, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_contract_over_nodes() -> None:
+@pytest.mark.parametrize("tree_ranks", [1, 8])
+def test_contract_over_nodes(tree_ranks: int) -> None:
     """Two nodes, one of them with two ranks; with real ones and what crosses between them: cluster/test_hosts.py."""
-    program = """
+    program = f"""
 import sys
 from fedhpc.ranks.transport import torch_dist
 from tests import contract_transport
+torch_dist._TREE_RANKS = {tree_ranks}
 torch_dist._node = lambda launch: "other" if launch.rank else "first"
 sys.argv[1:] = ["auto", "gloo"]
 contract_transport.main()
@@ -68,6 +75,43 @@ contract_transport.main()
     results = run_ranks(3, program, "forked")
     assert [result.code for result in results] == [0] * 3, results
     assert "".join(result.out for result in results).count("contract kept") == 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8, 16, 33])
+def test_a_small_tensor_takes_rank_0_a_message_for_each_doubling_of_the_ranks(
+    world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire: dict[tuple[int, int], SimpleQueue[torch.Tensor]] = defaultdict(SimpleQueue)
+    here, messages = threading.local(), Counter[int]()
+
+    def send(tensor: torch.Tensor, dst: int) -> None:
+        wire[here.rank, dst].put(tensor.clone())
+        messages[here.rank] += 1
+
+    def recv(tensor: torch.Tensor, src: int) -> None:
+        tensor.copy_(wire[src, here.rank].get(timeout=10))
+        messages[here.rank] += 1
+
+    monkeypatch.setattr(torch_dist, "dist", SimpleNamespace(send=send, recv=recv))
+    ranks = [10 * index for index in range(world)]
+    sums, highest = {}, {}
+
+    def work(rank: int) -> None:
+        here.rank = rank
+        sums[rank] = torch.tensor([rank, 1])
+        torch_dist._pass_up(sums[rank], ranks, rank, torch.add)
+        highest[rank] = torch.tensor([-rank, rank])
+        torch_dist._pass_up(highest[rank], ranks, rank, torch.maximum)
+        torch_dist._pass_down(highest[rank], ranks, rank)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sums[0].tolist() == [sum(ranks), world]
+    assert all(one.tolist() == [0, ranks[-1]] for one in highest.values()) and len(highest) == world
+    assert messages[0] == 3 * (world - 1).bit_length()
 
 
 @pytest.mark.slow

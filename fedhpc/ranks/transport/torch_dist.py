@@ -5,6 +5,7 @@ every start: with `torchrun --max-restarts`, the agent's store still holds the a
 
 Gloo knows nothing about nodes: its broadcast would send to every rank of another node separately. So each node has a
 leader, its first rank, and data from or to rank 0 crosses between leaders once per node. NCCL does this by itself.
+Nor does gloo choose by size: among many ranks, what is small is passed on in a tree here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_dead
 
 # Collectives wait for local training, however long; liveness bounds silence instead.
 _NO_TIMEOUT = datetime.timedelta(days=365)
+# From this number of ranks on, tensors of up to this size go from rank to rank in a binomial tree, in which rank 0 has
+# a message for each doubling of the ranks. Gloo's own sums go round in a ring: fewer bytes, but two messages for each
+# rank.
+_TREE_RANKS, _TREE_BYTES = 8, 2**20
 # Newer releases of torch have other names for them, and warn of these.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -76,12 +81,16 @@ class TorchTransport(Transport):
         self._across: dist.ProcessGroup | None = dist.group.WORLD
         self._within: dist.ProcessGroup | None = None
         self._leader = self.rank
+        #: What this rank is in, from the top: the leaders and its node, or all ranks; the first of each leads it.
+        self._levels = [list(range(self.world_size))]
         if 1 < len(nodes) < self.world_size:
             ranks = next(ranks for ranks in nodes if self.rank in ranks)
             self._leader = ranks[0]
             # A rank alone on its node has a group too: torch names a group by how many a rank has made before.
             self._within = _subgroup(ranks)
-            self._across = _subgroup([ranks[0] for ranks in nodes]) if self.rank == self._leader else None
+            leaders = [ranks[0] for ranks in nodes]
+            self._across = _subgroup(leaders) if self.rank == self._leader else None
+            self._levels = [leaders, ranks] if self.rank == self._leader else [ranks]
 
     def use_placement(self, placement: Placement) -> None:
         # NCCL refuses two ranks on one GPU, and a rank without one.
@@ -114,6 +123,10 @@ class TorchTransport(Transport):
 
     def _broadcast(self, tensor: Tensor) -> None:
         content = tensor.view(-1).view(torch.uint8)
+        if self._in_a_tree(tensor):
+            for ranks in self._levels:
+                _pass_down(content, ranks, self.rank)
+            return
         across, within = self._groups(tensor)
         if across:
             dist.broadcast(content, src=0, group=across)
@@ -121,6 +134,10 @@ class TorchTransport(Transport):
             dist.broadcast(content, src=self._leader, group=within)
 
     def _reduce_sum(self, tensor: Tensor) -> None:
+        if self._in_a_tree(tensor):
+            for ranks in reversed(self._levels):
+                _pass_up(tensor, ranks, self.rank, torch.add)
+            return
         across, within = self._groups(tensor)
         if within:
             dist.reduce(tensor, dst=self._leader, op=dist.ReduceOp.SUM, group=within)
@@ -128,6 +145,12 @@ class TorchTransport(Transport):
             dist.reduce(tensor, dst=0, op=dist.ReduceOp.SUM, group=across)
 
     def _all_reduce_max(self, tensor: Tensor) -> None:
+        if self._in_a_tree(tensor):
+            for ranks in reversed(self._levels):
+                _pass_up(tensor, ranks, self.rank, torch.maximum)
+            for ranks in self._levels:
+                _pass_down(tensor, ranks, self.rank)
+            return
         across, within = self._groups(tensor)
         if within:
             dist.reduce(tensor, dst=self._leader, op=dist.ReduceOp.MAX, group=within)
@@ -148,6 +171,9 @@ class TorchTransport(Transport):
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._nccl if tensor.is_cuda else None
+
+    def _in_a_tree(self, tensor: Tensor) -> bool:
+        return self.world_size >= _TREE_RANKS and tensor.nbytes <= _TREE_BYTES and not tensor.is_cuda
 
     def _groups(self, tensor: Tensor) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """The group of the leaders, if this rank is one, and that of this node, if nodes have several ranks."""
@@ -200,6 +226,30 @@ class TorchGroup(Group):
     def _receive(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             dist.recv(tensor.detach(), src=self._speaker, group=self._agreeing)
+
+
+def _pass_down(tensor: Tensor, ranks: Sequence[int], rank: int) -> None:
+    """Copy the tensor of the first of `ranks` into those of the others, as `rank` among them."""
+    index, distance = ranks.index(rank), 1 << (len(ranks) - 1).bit_length()
+    while distance := distance >> 1:
+        if index % (2 * distance) == distance:
+            dist.recv(tensor, ranks[index - distance])
+        elif index % (2 * distance) == 0 and index + distance < len(ranks):
+            dist.send(tensor, ranks[index + distance])
+
+
+def _pass_up(tensor: Tensor, ranks: Sequence[int], rank: int, combine: Callable[..., object]) -> None:
+    """Combine the tensors of all `ranks` in that of the first, as `rank` among them; the others are undefined then."""
+    index, distance = ranks.index(rank), 1
+    while distance < len(ranks):
+        if index % (2 * distance) == distance:
+            dist.send(tensor, ranks[index - distance])
+            return
+        if index + distance < len(ranks):
+            received = torch.empty_like(tensor)
+            dist.recv(received, ranks[index + distance])
+            combine(tensor, received, out=tensor)
+        distance *= 2
 
 
 def _subgroup(ranks: list[int]) -> dist.ProcessGroup:
