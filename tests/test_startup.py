@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -147,13 +148,14 @@ def test_models_of_transformers_are_read_again_where_a_file_changes(
 
     def read(module_path: str | Path, prefix: str | None = None) -> Structure:
         calls.append(module_path)
-        return {frozenset(["torch"]): {"gpt2.modeling_gpt2": {"GPT2Model"}}}
+        return {frozenset(): {"gpt2": {"GPT2Config"}}, frozenset(["torch"]): {"gpt2.modeling_gpt2": {"GPT2Model"}}}
 
     def ask(write: bool = True) -> int:
         """How many times the files have been read."""
         reader = Reader(read, program, models, write)
         assert reader.structure(models, "models") == {
-            frozenset(["torch"]): {"models.gpt2.modeling_gpt2": {"GPT2Model"}}
+            frozenset(): {"models.gpt2": {"GPT2Config"}},
+            frozenset(["torch"]): {"models.gpt2.modeling_gpt2": {"GPT2Model"}},
         }
         assert reader.structure(models / "__init__.py") == read("") and calls.pop() == ""
         return len(calls)
@@ -164,12 +166,25 @@ def test_models_of_transformers_are_read_again_where_a_file_changes(
     assert ask() == 3 and ask() == 3
     program.write_text("22")
     assert ask() == 4
-    for file in (tmp_path / "cache" / "imports").iterdir():
-        file.write_text("half of a fi")
-    assert ask() == 5 and ask() == 5
+    for number, damaged in enumerate(["half of a fi", "[]", "null", "[[[], []]]"], start=5):
+        for file in (tmp_path / "cache" / "imports").iterdir():
+            file.write_text(damaged)
+        assert ask() == number and ask() == number
+    models = models.rename(tmp_path / "elsewhere")
+    assert ask() == 8  # the same files: an environment that each job unpacks
     (tmp_path / "cache" / "imports").chmod(0o500)
     (models / "gpt2" / "configuration_gpt2.py").write_text("1")
-    assert ask() == 6
+    assert ask() == 9
+    monkeypatch.delenv("FEDHPC_CACHE")
+    monkeypatch.setattr(Path, "expanduser", raising := Mock(side_effect=RuntimeError("no home directory")))
+    assert ask() == 10 and raising.called
+
+
+def test_a_call_that_the_cache_does_not_know_goes_to_transformers(tmp_path: Path) -> None:
+    read = Mock(return_value={})
+    reader = Reader(read, tmp_path / "import_utils.py", tmp_path, write=False)
+    assert reader.structure(tmp_path, "models", lazy=True) == {}
+    read.assert_called_once_with(tmp_path, "models", lazy=True)
 
 
 def test_forked_ranks_import_nothing_heavy_of_their_own(tmp_path: Path) -> None:

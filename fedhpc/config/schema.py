@@ -380,7 +380,7 @@ class Config(Section):
         if registry.choice("aggregators", self.server.aggregator).needs_movements:
             return f"server.aggregator {self.server.aggregator}"
         name = self.client.optimizer
-        if self.client.scaffold and registry.choice("client_optimizers", name)(self.client).follows_gradients:
+        if self.corrects_drift and registry.choice("client_optimizers", name)(self.client).follows_gradients:
             return f"client.scaffold with client.optimizer {name}"
         return None
 

@@ -81,10 +81,10 @@ class Reader:
         self.read, self.program, self.models, self.write = read, program, models, write
         self.known: Structure | None = None
 
-    def structure(self, module_path: str | Path, prefix: str | None = None) -> Structure:
+    def structure(self, module_path: str | Path, prefix: str | None = None, *more: Any, **others: Any) -> Structure:
         """The modules of a folder, or of that of a file, with their classes. prefix: what their names begin with."""
-        if Path(module_path) not in (self.models, self.models / "__init__.py"):
-            return self.read(module_path, prefix)
+        if more or others or Path(module_path) not in (self.models, self.models / "__init__.py"):
+            return self.read(module_path, prefix, *more, **others)
         if self.known is None:
             self.known = self._from_cache()
         start = "" if prefix is None else f"{prefix}."
@@ -95,12 +95,12 @@ class Reader:
 
     def _from_cache(self) -> Structure:
         """The modules of all models with their classes, read where the cache has none."""
-        file = cache_dir().with_name("imports") / f"{self._content()}.json"
+        try:
+            file = cache_dir().with_name("imports") / f"{self._content()}.json"
+        except (OSError, RuntimeError):  # a link to nowhere among the files; nobody's home is known
+            return self.read(self.models)
         with suppress(OSError, ValueError):
-            return {
-                frozenset(needed): {name: set(classes) for name, classes in modules.items()}
-                for needed, modules in json.loads(file.read_bytes())
-            }
+            return _parsed(file.read_bytes())
         structure = self.read(self.models)
         if self.write:
             stored = [
@@ -122,8 +122,22 @@ class Reader:
                     if entry.is_dir() and entry.name != "__pycache__":
                         folders.append(entry.path)
                     elif entry.name.endswith(".py"):
-                        digest.update(f"{entry.path} {_state(entry.stat())}\n".encode())
+                        digest.update(f"{os.path.relpath(entry.path, self.models)} {_state(entry.stat())}\n".encode())
         return digest.hexdigest()[:32]
+
+
+def _parsed(content: bytes) -> Structure:
+    """What a file of the cache tells; ValueError where it is of another form."""
+    try:
+        structure = {
+            frozenset(needed): {name: set(classes) for name, classes in modules.items()}
+            for needed, modules in json.loads(content)
+        }
+    except (TypeError, AttributeError) as error:
+        raise ValueError("not a list of packages and modules") from error
+    if frozenset() not in structure:  # the models that need no package beside transformers
+        raise ValueError("no module is without a need")
+    return structure
 
 
 def _state(stat: os.stat_result) -> str:

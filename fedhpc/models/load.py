@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -96,9 +96,13 @@ def import_classes(model: Model) -> None:
     config, chosen = _load_config(model), model_class(model)
     with _loading(model, "model"):
         from transformers import AutoTokenizer  # noqa: F401
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        get_checkpoint_conversion_mapping(config.model_type)  # compiles 900 patterns of weights' names the first time
+        with suppress(ImportError):  # a module of transformers' own, which another release may name otherwise
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+            get_checkpoint_conversion_mapping(
+                config.model_type
+            )  # compiles 900 patterns of weights' names the first time
         getattr(transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
 
 

@@ -39,7 +39,9 @@ class Proximal(Rule):
 
 
 def _weights(start: Tensor, method: Method) -> Tensor:
-    """1 / m_b for each number of a block b of `start` (K, T), 0 where the block is zero: (K, T)."""
+    """1 / m_b for each number of a block b of `start` (K, T), 0 where 1 / m_b is no finite number: (K, T)."""
     trainable = method.trainable
     means = trainable.block_means(start.square(), {name: method.blocks(name) for name in trainable.shapes})
-    return trainable.of_blocks({name: torch.where(m > 0, 1 / m, 0.0) for name, m in means.items()})
+    return trainable.of_blocks(
+        {name: torch.where(m > torch.finfo(m.dtype).tiny, 1 / m, 0.0) for name, m in means.items()}
+    )
