@@ -1,7 +1,8 @@
 """Measures a sweep whose runs train together beside one whose runs are alone: three seeds of four learning rates.
 
 Real text on a tiny model (E2E, tinystories-260k), a few short rounds. Starting a process, and loading model and
-data, is a large part of such a run: the note says which.
+data, is a large part of such a run: the note says which. Then the same with early stopping, beside all runs to their
+end, alone, and whether both name the same learning rate as the best.
 """
 
 from __future__ import annotations
@@ -11,24 +12,30 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedhpc.bench import workloads
 from fedhpc.bench.table import Part, Row, ratio, skipped
 from fedhpc.bench.workloads import Workload
-from fedhpc.config.yaml import to_yaml
+from fedhpc.config.yaml import parse_yaml, to_yaml
 from fedhpc.errors import UserError
+from fedhpc.results.unfinished import read_results
 
 _PREFIX, _LORA = Workload("prefix", workloads.W3.method), Workload("LoRA", workloads.W2.method)
-_RATES = {"prefix": [0.03, 0.1, 0.3, 0.5], "LoRA": [0.003, 0.01, 0.03, 0.1]}
+_RATES = {"prefix": [0.01, 0.03, 0.1, 0.3], "LoRA": [0.001, 0.003, 0.01, 0.03]}
 _SEEDS = [0, 1, 2]
 _ROUNDS = 2
+_LONG = 12  # rounds, with the rungs of early stopping
+_TOGETHER = 16
+_EARLY_STOP = {"factor": 2, "after": [2, 4]}
 
 
 def parts(repeats: int) -> list[Part]:
     """All parts of this file."""
-    return [partial(_sweep, workload, repeats) for workload in (_PREFIX, _LORA)]
+    return [partial(part, workload, repeats) for part in (_sweep, _early_stop) for workload in (_PREFIX, _LORA)]
 
 
 def _sweep(workload: Workload, repeats: int) -> list[Row]:
@@ -38,18 +45,37 @@ def _sweep(workload: Workload, repeats: int) -> list[Row]:
         return [skipped(what, absent)]
     alone, together = [], []
     for _ in range(repeats):
-        alone.append(_cpu_seconds(workload, _ROUNDS, 1))
-        together.append(_cpu_seconds(workload, _ROUNDS, 16))
-    shortest = _cpu_seconds(workload, 1, 1, steps=1)
+        alone.append(_run(workload, _ROUNDS, 1)[0])
+        together.append(_run(workload, _ROUNDS, _TOGETHER)[0])
+    shortest, _ = _run(workload, 1, 1, steps=1)
     note = f"{min(together):.0f} s together, {min(alone):.0f} s alone, {shortest:.0f} s of which for runs of one step"
     return [Row(f"{what}: CPU of the sweep, alone over together", ratio(alone, together), 1.6, note=note)]
 
 
-def _cpu_seconds(workload: Workload, rounds: int, together: int, steps: int = 4) -> float:
+def _early_stop(workload: Workload, repeats: int) -> list[Row]:
+    """CPU seconds to the best learning rate: all runs to their end, alone, over early stopping with runs together."""
+    what = f"{len(_SEEDS)} seeds of {len(_RATES[workload.name])} rates, {workload.name}, {_LONG} rounds"
+    if absent := workload.absent():
+        return [skipped(what, absent)]
+    whole, early = [], []
+    for _ in range(repeats):
+        seconds, best = _run(workload, _LONG, 1)
+        whole.append(seconds)
+        seconds, winner = _run(workload, _LONG, _TOGETHER, early_stop=_EARLY_STOP)
+        early.append(seconds)
+    note = f"{min(early):.0f} s, {min(whole):.0f} s alone; best rate {winner:g}, of all to their end {best:g}"
+    return [Row(f"{what}: CPU to the best rate, alone over early stop", ratio(whole, early), 3.0, note=note)]
+
+
+def _run(
+    workload: Workload, rounds: int, together: int, steps: int = 4, early_stop: Mapping[str, Any] | None = None
+) -> tuple[float, float]:
+    """Run the sweep: CPU seconds, comparison included, and the learning rate with the lowest loss at its end."""
     with tempfile.TemporaryDirectory() as folder:
         base = workloads.write(
             workload, Path(folder), rounds,
-            federation={"cohort_size": 10}, client={"epochs": None, "steps": steps, "batch_size": 4},
+            federation={"cohort_size": 10},
+            client={"optimizer": "adamw", "epochs": None, "steps": steps, "batch_size": 4},
             evaluation={"every": 2, "max_examples": 64, "test_max_examples": 64}, runtime={"block_size": "auto"},
         )  # fmt: skip
         sweep = {
@@ -58,6 +84,7 @@ def _cpu_seconds(workload: Workload, rounds: int, together: int, steps: int = 4)
             "base": str(base),
             "grid": [{"client.lr": _RATES[workload.name]}, {"run.seed": _SEEDS}],
             "together": together,
+            "early_stop": early_stop,
         }
         file = Path(folder) / "sweep.yaml"
         file.write_text(to_yaml(sweep), encoding="utf-8")
@@ -68,7 +95,18 @@ def _cpu_seconds(workload: Workload, rounds: int, together: int, steps: int = 4)
             code = subprocess.run(command, stdout=output, stderr=output, env=os.environ, check=False).returncode
         if code:
             raise UserError(f"the sweep ended with exit code {code}: {log.read_text(errors='replace')[-500:]}")
-        return _of_children() - before
+        return _of_children() - before, _best(Path(folder) / "runs")
+
+
+def _best(runs: Path) -> float:
+    """The learning rate with the lowest mean of the last validation losses, of the runs that came to their end."""
+    losses: dict[float, list[float]] = {}
+    for file in runs.glob("*/results.h5"):
+        results = read_results(file.parent)
+        if results.complete:
+            rate = parse_yaml(str(results.attributes["config"]), str(file))["client"]["lr"]
+            losses.setdefault(rate, []).append(float(results.rounds["eval_loss"][-1]))
+    return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
 
 
 def _of_children() -> float:
