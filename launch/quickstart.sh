@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The embedded demo as server + 2 workers on this machine: federated by the recipe of configs/gap, by plain FedAvg (the embedded
-# default as it is), and centralised; then a table and plots.
+# The embedded demo as server + 2 workers on this machine: federated as configs/gap advises, by plain FedAvg (the
+# embedded default as it is), and centralised; then a table and plots.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh report
 export OMP_NUM_THREADS=1
 run() { .venv/bin/torchrun --standalone --nproc_per_node=3 -m fedhpc.main runtime.workers=2 "$@"; }
-# Few clients a round, many rounds and a rate that falls to 0: what configs/gap calls the recipe. As many examples, and updates to send,
-# as the embedded default's plain FedAvg: about 9,600, and 80.
+# Few clients a round, many rounds and a rate that falls to 0, as configs/gap came to: about as many examples (9,600) and as many updates
+# (80) as the plain FedAvg beside it. What is given on the command line holds for all three runs.
 run run.name=quickstart-federated federation.rounds=40 federation.cohort_size=2 client.lr=0.1 client.schedule=linear \
   evaluation.every=20 "$@"
 run run.name=quickstart-fedavg "$@"

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from functools import partial
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,24 @@ def _early_stop(workload: Workload, repeats: int) -> list[Row]:
     what = f"{len(_SEEDS)} seeds of {len(_RATES[workload.name])} rates, {workload.name}, {_LONG} rounds"
     if absent := workload.absent():
         return [skipped(what, absent)]
-    whole, early = [], []
+    alone, early, rates = [], [], set()
     for _ in range(repeats):
         seconds, best = _run(workload, _LONG, 1)
-        whole.append(seconds)
+        alone.append(seconds)
         seconds, winner = _run(workload, _LONG, _TOGETHER, early_stop=_EARLY_STOP)
         early.append(seconds)
-    note = f"{min(early):.0f} s, {min(whole):.0f} s alone; best rate {winner:g}, of all to their end {best:g}"
-    return [Row(f"{what}: CPU to the best rate, alone over early stop", ratio(whole, early), 3.0, note=note)]
+        rates.add((best, winner))
+    what = f"{what}: CPU to the best rate, alone over early stop"
+    if any(best != winner for best, winner in rates):
+        return [Row(what, nan, 3.0, note=f"another rate: (best, chosen) is {sorted(rates)}")]
+    return [
+        Row(
+            what,
+            ratio(alone, early),
+            3.0,
+            note=f"{min(early):.0f} s, {min(alone):.0f} s alone; the same rate, {best:g}",
+        )
+    ]
 
 
 def _run(
@@ -106,7 +117,8 @@ def _best(runs: Path) -> float:
         if results.complete:
             rate = parse_yaml(str(results.attributes["config"]), str(file))["client"]["lr"]
             losses.setdefault(rate, []).append(float(results.rounds["eval_loss"][-1]))
-    return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+    means = {rate: sum(of_seeds) / len(of_seeds) for rate, of_seeds in losses.items()}
+    return min(means, key=lambda rate: inf if isnan(means[rate]) else means[rate])
 
 
 def _of_children() -> float:
