@@ -7,7 +7,7 @@ python -m fedhpc.bench --private [--quick] [--json]               steps of DP-SG
 python -m fedhpc.bench --secure [--quick] [--json]                a client's part of secure aggregation, beside Flower's
 python -m fedhpc.bench --robust [--quick] [--json]                robust rules, beside ByzFL
 python -m fedhpc.bench --startup [--repeats 5] [--json]           ranks of two nodes, started each or forked
-python -m fedhpc.bench --sweep [--repeats 1] [--json]             a sweep whose runs train together, or stop early
+python -m fedhpc.bench --sweep [--repeats 1] [--json]             a sweep of runs together, or stopped early
 python -m fedhpc.bench --sharding [--repeats 3] [--quick] [--json]    steps on a base that two ranks hold between them
 python -m fedhpc.bench --gpu [--minutes 12] [--only PART,...] [--quick | --rehearsal] [--json]    blocks on a GPU
 """
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="steps with privacy of single examples instead")
     parser.add_argument("--robust", action="store_true", help="rules that withstand wrong updates instead")
     parser.add_argument("--startup", action="store_true", help="what it costs to start ranks instead")
-    parser.add_argument("--sweep", action="store_true", help="a sweep whose runs train together, or stop early, instead")
+    parser.add_argument("--sweep", action="store_true", help="a sweep of runs together, or stopped early, instead")
     parser.add_argument("--sharding", action="store_true", help="steps on a base that two ranks hold instead")
     parser.add_argument("--gpu", action="store_true", help="blocks and runs on this machine's GPU instead")
     parser.add_argument("--minutes", type=float, help="with --gpu: for how long it is there (12); parts end in time")
