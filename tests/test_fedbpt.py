@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ Float64 = NDArray[np.float64]
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(autouse=True)
+def one_strategy_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are threads here, and `cma` parses text, whose depth CPython 3.11 counts over all threads."""
+    lock, make = threading.Lock(), cmaes.strategy_from
+
+    def locked(*arguments: Any, **named: Any) -> Any:
+        with lock:
+            return make(*arguments, **named)
+
+    monkeypatch.setattr(cmaes, "strategy_from", locked)
 
 
 def black_box(texts: Path, exchange: str, **changes: Any) -> dict[str, Any]:

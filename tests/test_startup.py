@@ -209,5 +209,5 @@ print("patterns:", len(patterns))
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     late, patterns = done.stdout.splitlines()[-2:]
-    assert late == "late:"
+    assert len(late.split()) <= 1 + 4  # torch 2.15 has four small ones for a network on the device meta; it was 80
     assert int(patterns.removeprefix("patterns: ")) < 200  # transformers' 900 for names of weights are not among them

@@ -147,12 +147,20 @@ def crowded(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[tuple[int, int]]
     tried: list[tuple[int, int]] = []
 
     def train(
-        base: Any, method: Any, objective: Any, start: Any, works: Any, examples: Any, local: Any, *rest: Any
+        base: Any,
+        method: Any,
+        objective: Any,
+        start: Any,
+        works: Any,
+        examples: Any,
+        local: Any,
+        *rest: Any,
+        **more: Any,
     ) -> Any:
         tried.append((len(works), local.examples_at_once))
         if len(works) * local.examples_at_once > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return train_block(base, method, objective, start, works, examples, local, *rest)
+        return train_block(base, method, objective, start, works, examples, local, *rest, **more)
 
     for file in ("local", "personal"):
         monkeypatch.setattr(f"fedhpc.approaches.averaging.{file}.train_block", train)
