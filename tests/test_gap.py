@@ -5,26 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from fedhpc import sweep
+from fedhpc import registry, sweep
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/gap/sweeps").glob("*.yaml"))
+REPORTS = {"first_report": 5, "baselines": 5, "recipe": 5, "averaged": 5, "more_rows": 3}  # and their seeds
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
 def test_every_arm_has_the_same_rows(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     _, cells = sweep.load(file)
-    report = file.stem == "report"
-    assert {cell.config.run.seed for cell in cells} == (set(range(5)) if report else {100})
+    seeds = REPORTS.get(file.stem)
+    assert {cell.config.run.seed for cell in cells} == (set(range(seeds)) if seeds else {100})
     for cell in cells:
         config = cell.config
-        assert report or config.evaluation.test_max_examples == 1, "the test has no part in the tuning"
+        assert seeds or config.evaluation.test_max_examples == 1, "the test has no part in the tuning"
         clients = 1 if config.mode == "centralized" else config.federation.cohort_size
         rows = clients * config.client.steps * config.client.batch_size * config.federation.rounds
-        assert rows == 640, cell.name
+        times = {"x2": 2, "x4": 4}.get(cell.name.split("-")[1], 1)
+        assert rows == (640 if file.stem.startswith("first_") else 2560 * times), cell.name
 
 
 def test_there_are_sweeps() -> None:
-    assert {"rates", "levers", "recipe_rates", "check", "report"} == {path.stem for path in SWEEPS}
+    tuning = {"central", "shapes", "levers", "prefix", "passed"}
+    first = {f"first_{name}" for name in ("rates", "levers", "recipe_rates", "check", "report")}
+    assert {path.stem for path in SWEEPS} == {*tuning, *first, *REPORTS}
+
+
+def test_matched_tokens_come_in_the_order_of_those_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    base = tiny.base("llama")
+    plugin = registry.choice("methods", "./configs/gap/matched_prefix.py")
+    method = plugin(plugin.Options(num_virtual_tokens=6), base, 0)
+    received = torch.randn(3, 6, method.width, generator=torch.Generator().manual_seed(0))
+    orders = [[2, 0, 1, 5, 4, 3], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
+    trained = torch.stack([prefix[order] for prefix, order in zip(received, orders, strict=True)]) + 0.1
+    finished = method.finish({"prompt_embeddings": trained}, {"prompt_embeddings": received})
+    torch.testing.assert_close(finished["prompt_embeddings"], received + 0.1)

@@ -32,6 +32,8 @@ def scale(quick: bool = False) -> Iterator[dict[str, Any]]:
     settings: list[dict[str, Any]] = [{"ranks": n} for n in ((2, 4) if quick else (2, 4, 8, 16, 32))]
     settings += [{"cohort": n} for n in ((8, 32) if quick else (8, 32, 128, 512))]
     settings += [{"population": n} for n in ((100, 10**6) if quick else (100, 10**3, 10**4, 10**5, 10**6))]
+    if not quick:  # what rank 0 spends on a client and on a rank
+        settings += [{"ranks": n, "cohort": c, "parameters": 2**10} for c in (1000, 10_000) for n in (2, 32)]
     large = [] if quick else [(8, "mean"), (64, "mean"), (8, "median"), (64, "median")]
     settings += [{"ranks": 3, "cohort": n, "parameters": 2**20, "aggregator": rule} for n, rule in large]
     for changed in settings:
