@@ -31,7 +31,7 @@ _SEEDS = [0, 1, 2]
 _ROUNDS = 2
 _LONG = 12  # rounds, with the rungs of early stopping
 _TOGETHER = 16
-_EARLY_STOP = {"factor": 2, "after": [2, 4]}
+_EARLY_STOP = {"factor": 2, "after": [4, 8]}  # after 2 and 4 it comes to another rate
 
 
 def parts(repeats: int) -> list[Part]:
