@@ -374,9 +374,11 @@ def test_gain_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "Gain kept" in capsys.readouterr().out
 
-    other = make_run(tmp_path, "central-fast-s0", 0, mode="centralized", lr=0.9)  # which of the two is the goal?
+    other = make_run(tmp_path, "central-fast-s0", 0, mode="centralized", lr=0.9)  # a row beside each of the two
     assert main([*map(str, [*runs, other]), "--out", str(tmp_path / "two")]) == 0
-    assert "Gain kept" not in (tmp_path / "two" / "comparison.md").read_text()
+    _, table = (tmp_path / "two" / "comparison.md").read_text().split("## Gain kept")
+    assert f"| ours | central | 2 | {kept.mean():.1f} ± {half:.1f} |" in table
+    assert f"| ours | central-fast-s0 | 1 | {kept[0]:.1f} |" in table
 
 
 def test_quantiles_of_students_t() -> None:

@@ -68,14 +68,8 @@ def _early_stop(workload: Workload, repeats: int) -> list[Row]:
     what = f"{what}: CPU to the best rate, alone over early stop"
     if any(best != winner for best, winner in rates):
         return [Row(what, nan, 3.0, note=f"another rate: (best, chosen) is {sorted(rates)}")]
-    return [
-        Row(
-            what,
-            ratio(alone, early),
-            3.0,
-            note=f"{min(early):.0f} s, {min(alone):.0f} s alone; the same rate, {best:g}",
-        )
-    ]
+    note = f"{min(early):.0f} s, {min(alone):.0f} s alone; the same rate, {best:g}"
+    return [Row(what, ratio(alone, early), 3.0, note=note)]
 
 
 def _run(

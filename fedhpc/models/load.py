@@ -100,9 +100,8 @@ def import_classes(model: Model) -> None:
         with suppress(ImportError):  # a module of transformers' own, which another release may name otherwise
             from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-            get_checkpoint_conversion_mapping(
-                config.model_type
-            )  # compiles 900 patterns of weights' names the first time
+            # It compiles 900 patterns of weights' names the first time.
+            get_checkpoint_conversion_mapping(config.model_type)
         getattr(transformers(), chosen.auto_class)._model_mapping[type(config)]  # imports the module that has it
 
 

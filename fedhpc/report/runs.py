@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -257,15 +258,13 @@ def shares_of_gain(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, SeedGro
 
     (base - run) / (base - centralised), one value for each seed that both have, of the same untouched base.
 
-    Returns each group with the centralised one that has its method, model, data, objective and test; none for a group
-    that has no such, or several.
+    Returns each group with each centralised one that has its method, model, data, objective and test.
     """
     gains = []
-    for group in groups:
-        goals = [other for other in groups if other.runs[0].mode == "centralized" and _same_task(group, other)]
-        if group.runs[0].mode == "centralized" or len(goals) != 1:
+    for group, goal in product(groups, groups):
+        if group.runs[0].mode == "centralized" or goal.runs[0].mode != "centralized" or not _same_task(group, goal):
             continue
-        of_goal = {_seed(run): run.metrics("test").get("loss", math.nan) for run in goals[0].runs}
+        of_goal = {_seed(run): run.metrics("test").get("loss", math.nan) for run in goal.runs}
         losses = [
             (run.metrics("base").get("loss", math.nan), run.metrics("test").get("loss", math.nan), of_goal[_seed(run)])
             for run in group.runs
@@ -274,7 +273,7 @@ def shares_of_gain(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, SeedGro
         base, ours, central = np.array(losses).reshape(-1, 3).T
         known = base > central  # false for NaN; and where centralised training gains nothing, nothing can be kept
         if known.any():
-            gains.append((group, goals[0], ((base - ours) / (base - central))[known]))
+            gains.append((group, goal, ((base - ours) / (base - central))[known]))
     return gains
 
 

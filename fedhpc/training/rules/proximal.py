@@ -42,6 +42,5 @@ def _weights(start: Tensor, method: Method) -> Tensor:
     """1 / m_b for each number of a block b of `start` (K, T), 0 where 1 / m_b is no finite number: (K, T)."""
     trainable = method.trainable
     means = trainable.block_means(start.square(), {name: method.blocks(name) for name in trainable.shapes})
-    return trainable.of_blocks(
-        {name: torch.where(m > torch.finfo(m.dtype).tiny, 1 / m, 0.0) for name, m in means.items()}
-    )
+    smallest = torch.finfo(start.dtype).tiny
+    return trainable.of_blocks({name: torch.where(m > smallest, 1 / m, 0.0) for name, m in means.items()})
