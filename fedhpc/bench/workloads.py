@@ -98,7 +98,13 @@ def write(workload: Workload, folder: Path, rounds: int, **changes: Mapping[str,
         "federation": {"rounds": rounds, "cohort_size": COHORT},
         "client": {"optimizer": "sgd", "lr": LEARNING_RATE, "batch_size": BATCH, "epochs": 1},
         # As little evaluation as possible: the peers do not evaluate.
-        "evaluation": {"every": rounds, "metrics": ["loss"], "max_examples": 1, "samples": 0},
+        "evaluation": {
+            "every": rounds,
+            "metrics": ["loss"],
+            "max_examples": 1,
+            "test_max_examples": 1,
+            "samples": 0,
+        },
         "runtime": {"device": "cpu", "block_size": COHORT // 2},
     }
     for section, values in changes.items():
