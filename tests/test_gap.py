@@ -13,6 +13,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/gap/sweeps").glob("*.yaml"))
 REPORTS = {"first_report": 5, "baselines": 5, "recipe": 5, "averaged": 5, "more_rows": 3}  # and their seeds
+CHECKED = ["levers", "prefix"]  # the tuning read seed 100; two more tell what helps from chance
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
@@ -20,7 +21,8 @@ def test_every_arm_has_the_same_rows(file: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     _, cells = sweep.load(file)
     seeds = REPORTS.get(file.stem)
-    assert {cell.config.run.seed for cell in cells} == (set(range(seeds)) if seeds else {100})
+    tuning = {100, 101, 102} if file.stem in CHECKED else {100}
+    assert {cell.config.run.seed for cell in cells} == (set(range(seeds)) if seeds else tuning)
     for cell in cells:
         config = cell.config
         assert seeds or config.evaluation.test_max_examples == 1, "the test has no part in the tuning"
@@ -46,3 +48,15 @@ def test_matched_tokens_come_in_the_order_of_those_received(monkeypatch: pytest.
     trained = torch.stack([prefix[order] for prefix, order in zip(received, orders, strict=True)]) + 0.1
     finished = method.finish({"prompt_embeddings": trained}, {"prompt_embeddings": received})
     torch.testing.assert_close(finished["prompt_embeddings"], received + 0.1)
+
+
+def test_a_mean_start_is_the_mean_of_the_starts_from_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    base = tiny.base("llama")
+    rows = ["The mill is a pub.", "A cheap bar by the river, for families.", "Is it far?"]
+    plugin = registry.choice("methods", "./configs/gap/mean_prefix.py")
+    mean = plugin(plugin.Options(num_virtual_tokens=6, init_text="\n".join(rows)), base, 0).initial()
+    prefix = registry.choice("methods", "prefix")
+    starts = [prefix(prefix.Options(num_virtual_tokens=6, init_text=row), base, 0).initial() for row in rows]
+    expected = sum(start["prompt_embeddings"] for start in starts) / len(rows)
+    torch.testing.assert_close(mean["prompt_embeddings"], expected, rtol=0, atol=1e-12)
