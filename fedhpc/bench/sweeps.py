@@ -1,8 +1,8 @@
 """Measures a sweep whose runs train together beside one whose runs are alone: three seeds of four learning rates.
 
 Real text on a tiny model (E2E, tinystories-260k), a few short rounds. Starting a process, and loading model and
-data, is a large part of such a run: the note says which. Then the same with early stopping, beside all runs to their
-end, alone, and whether both name the same learning rate as the best.
+data, is a large part of such a run: the note says which. Then runs like those of configs/recipes with early stopping,
+beside all runs to their end, alone, and whether both name the same learning rate as the best.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from math import inf, isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedhpc.bench import workloads
 from fedhpc.bench.table import Part, Row, ratio, skipped
@@ -28,10 +28,21 @@ from fedhpc.results.unfinished import read_results
 _PREFIX, _LORA = Workload("prefix", workloads.W3.method), Workload("LoRA", workloads.W2.method)
 _RATES = {"prefix": [0.01, 0.03, 0.1, 0.3], "LoRA": [0.001, 0.003, 0.01, 0.03]}
 _SEEDS = [0, 1, 2]
-_ROUNDS = 2
-_LONG = 12  # rounds, with the rungs of early stopping
 _TOGETHER = 16
-_EARLY_STOP = {"factor": 2, "after": [4, 8]}  # after 2 and 4 it comes to another rate
+_EARLY_STOP = {"factor": 2, "after": [4, 10]}  # a tenth and a quarter of the rounds
+
+
+class _Shape(NamedTuple):
+    """What the runs of a sweep do: rounds, clients of each, local steps of a client, schedule of the learning rate."""
+
+    rounds: int
+    clients: int
+    steps: int
+    schedule: str
+
+
+_SHORT = _Shape(2, 10, 4, "constant")
+_RECIPE = _Shape(40, 2, 8, "linear")  # as in configs/recipes
 
 
 def parts(repeats: int) -> list[Part]:
@@ -41,28 +52,28 @@ def parts(repeats: int) -> list[Part]:
 
 def _sweep(workload: Workload, repeats: int) -> list[Row]:
     """CPU seconds of all processes of the sweep, comparison included, alone over together."""
-    what = f"{len(_SEEDS)} seeds of {len(_RATES[workload.name])} rates, {workload.name}, {_ROUNDS} rounds"
+    what = f"{len(_SEEDS)} seeds of {len(_RATES[workload.name])} rates, {workload.name}, {_SHORT.rounds} rounds"
     if absent := workload.absent():
         return [skipped(what, absent)]
     alone, together = [], []
     for _ in range(repeats):
-        alone.append(_run(workload, _ROUNDS, 1)[0])
-        together.append(_run(workload, _ROUNDS, _TOGETHER)[0])
-    shortest, _ = _run(workload, 1, 1, steps=1)
+        alone.append(_run(workload, _SHORT, 1)[0])
+        together.append(_run(workload, _SHORT, _TOGETHER)[0])
+    shortest, _ = _run(workload, _SHORT._replace(rounds=1, steps=1), 1)
     note = f"{min(together):.0f} s together, {min(alone):.0f} s alone, {shortest:.0f} s of which for runs of one step"
     return [Row(f"{what}: CPU of the sweep, alone over together", ratio(alone, together), 1.6, note=note)]
 
 
 def _early_stop(workload: Workload, repeats: int) -> list[Row]:
     """CPU seconds to the best learning rate: all runs to their end, alone, over early stopping with runs together."""
-    what = f"{len(_SEEDS)} seeds of {len(_RATES[workload.name])} rates, {workload.name}, {_LONG} rounds"
+    what = f"{len(_SEEDS)} seeds of {len(_RATES[workload.name])} rates, {workload.name}, {_RECIPE.rounds} rounds"
     if absent := workload.absent():
         return [skipped(what, absent)]
     alone, early, rates = [], [], set()
     for _ in range(repeats):
-        seconds, best = _run(workload, _LONG, 1)
+        seconds, best = _run(workload, _RECIPE, 1)
         alone.append(seconds)
-        seconds, winner = _run(workload, _LONG, _TOGETHER, early_stop=_EARLY_STOP)
+        seconds, winner = _run(workload, _RECIPE, _TOGETHER, _EARLY_STOP)
         early.append(seconds)
         rates.add((best, winner))
     what = f"{what}: CPU to the best rate, alone over early stop"
@@ -73,14 +84,16 @@ def _early_stop(workload: Workload, repeats: int) -> list[Row]:
 
 
 def _run(
-    workload: Workload, rounds: int, together: int, steps: int = 4, early_stop: Mapping[str, Any] | None = None
+    workload: Workload, shape: _Shape, together: int, early_stop: Mapping[str, Any] | None = None
 ) -> tuple[float, float]:
     """Run the sweep: CPU seconds, comparison included, and the learning rate with the lowest loss at its end."""
     with tempfile.TemporaryDirectory() as folder:
         base = workloads.write(
-            workload, Path(folder), rounds,
-            federation={"cohort_size": 10},
-            client={"optimizer": "adamw", "epochs": None, "steps": steps, "batch_size": 4},
+            workload, Path(folder), shape.rounds,
+            federation={"cohort_size": shape.clients},
+            client={
+                "optimizer": "adamw", "epochs": None, "steps": shape.steps, "batch_size": 4, "schedule": shape.schedule
+            },
             evaluation={"every": 2, "max_examples": 64, "test_max_examples": 64}, runtime={"block_size": "auto"},
         )  # fmt: skip
         sweep = {
