@@ -202,6 +202,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["client.optimizer=sgd", "client.layer_lr_decay=0.8", "server.aggregator=fednova"],
         ("client.layer_lr_decay", "server.aggregator fednova", "give one"),
     ),
+    "a huge factor for each layer": (["client.layer_lr_decay=1e300"], ("client.layer_lr_decay", "less than or equal to 10")),
     "a metric of no pull": (["client.proximal_metric=relative"], ("client.proximal_metric", "client.proximal is 0")),
     "a relative pull and fednova": (
         ["client.optimizer=sgd", "client.proximal=1", "client.proximal_metric=relative", "server.aggregator=fednova"],

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fedhpc import registry, sweep
+from fedhpc.config import load
+from fedhpc.errors import UserError
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +50,17 @@ def test_matched_tokens_come_in_the_order_of_those_received(monkeypatch: pytest.
     trained = torch.stack([prefix[order] for prefix, order in zip(received, orders, strict=True)]) + 0.1
     finished = method.finish({"prompt_embeddings": trained}, {"prompt_embeddings": received})
     torch.testing.assert_close(finished["prompt_embeddings"], received + 0.1)
+    trained[1, 2, 3] = float("nan")  # a client that diverged is rejected later, and alone
+    assert method.finish({"prompt_embeddings": trained}, {"prompt_embeddings": received})[
+        "prompt_embeddings"
+    ].isfinite().flatten(1).all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("override", ["client.scaffold=true", "client.moments=second"])
+def test_what_is_of_single_tokens_does_not_go_with_matching(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=f"{override.partition('=')[0]} is of each virtual token.* give one"):
+        load(None, ["method.name=./configs/gap/matched_prefix.py", override])
 
 
 def test_a_mean_start_is_the_mean_of_the_starts_from_each_row(monkeypatch: pytest.MonkeyPatch) -> None:

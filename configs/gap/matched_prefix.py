@@ -17,12 +17,20 @@ from fedhpc.methods.prefix import PREFIX, Prefix
 class MatchedPrefix(Prefix):
     """Prefix-tuning with virtual tokens in the order that fits the received prefix best."""
 
+    class Options(Prefix.Options):
+        def conflict(self, config):
+            """Why this method cannot go with another section; None where it can."""
+            if config.beside_updates:
+                return f"{config.beside_updates[0]} is of each virtual token, and here they change order: give one"
+            return super().conflict(config)
+
     def finish(self, trained, received):
         finished = super().finish(trained, received)
         if PREFIX not in finished:
             return finished  # a network is exchanged, whose tokens have numbers
         prefixes = finished[PREFIX]  # (K, n, width)
-        distances = torch.cdist(received[PREFIX], prefixes).square().cpu().numpy()  # (K, received, trained)
+        distances = torch.cdist(received[PREFIX], prefixes).square()  # (K, received, trained)
+        distances = distances.nan_to_num().cpu().numpy()  # clients that diverged are rejected later
         orders = [linear_sum_assignment(distance)[1] for distance in distances]
         ordered = [prefix[order] for prefix, order in zip(prefixes, orders, strict=True)]
         return {**finished, PREFIX: torch.stack(ordered)}

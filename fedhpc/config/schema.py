@@ -149,7 +149,7 @@ class Client(Open):
     )
     lr: float = Field(0.01, ge=0, description="learning rate of the clients")
     layer_lr_decay: float = Field(
-        1.0, gt=0, description="factor of the learning rate for each layer that is further below the top one"
+        1.0, gt=0, le=10, description="factor of the learning rate for each layer that is further below the top one"
     )
     batch_size: int = Field(8, ge=1, description="examples per local step")
     gradient_accumulation_steps: int = Field(

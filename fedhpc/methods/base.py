@@ -208,7 +208,7 @@ class Method(ABC):
         if not path:
             raise UserError(
                 f"{name}, which is trained, is in no layer of the base", key="client.layer_lr_decay",
-                remedy="take it out, or give method prefix, lora, ia3, adapter or full",
+                remedy="take it out, or give method prefix (exchange raw), lora, ia3, adapter or full",
             )  # fmt: skip
         return [self._layers_above[path]] * self.blocks(name)
 

@@ -25,7 +25,7 @@ from fedhpc.errors import UserError
 from fedhpc.results.files import atomic_write
 
 _READING, _FUNCTION = "transformers.utils.import_utils", "define_import_structure"  # the module that reads, and how
-_FORMAT = 1  # of the file
+_FORMAT = 2  # of the file: a line with the SHA-256 of the rest, and JSON
 #: For each set of packages that are needed: the classes of every module.
 Structure = dict[frozenset[str], dict[str, set[str]]]
 
@@ -109,7 +109,8 @@ class Reader:
             ]
             with suppress(OSError, UserError):  # it is read again then
                 file.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(file, json.dumps(stored).encode())
+                body = json.dumps(stored).encode()
+                atomic_write(file, b"%s\n%s" % (_sum(body), body))
         return structure
 
     def _content(self) -> str:
@@ -127,17 +128,18 @@ class Reader:
 
 
 def _parsed(content: bytes) -> Structure:
-    """What a file of the cache tells; ValueError where it is of another form."""
-    try:
-        structure = {
-            frozenset(needed): {name: set(classes) for name, classes in modules.items()}
-            for needed, modules in json.loads(content)
-        }
-    except (TypeError, AttributeError) as error:
-        raise ValueError("not a list of packages and modules") from error
-    if frozenset() not in structure:  # the models that need no package beside transformers
-        raise ValueError("no module is without a need")
-    return structure
+    """What a file of the cache tells; ValueError where it is damaged."""
+    stated, _, body = content.partition(b"\n")
+    if stated != _sum(body):
+        raise ValueError("the file is not as it was written")
+    return {
+        frozenset(needed): {name: set(classes) for name, classes in modules.items()}
+        for needed, modules in json.loads(body)
+    }
+
+
+def _sum(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()
 
 
 def _state(stat: os.stat_result) -> str:
