@@ -142,7 +142,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a list for a text": (["run.name=[3]"], ("run.name", "only letters, digits", "[3]")),
     "an empty value": (["client.lr="], ("client.lr", "number", "None")),
     "a broken value": (["data.where={name: [x"], ("command line: data.where", "not valid YAML")),
-    "yes is not true": (["runtime.deterministic=yes"], ("runtime.deterministic", "boolean", "'yes'")),
+    "yes is not true": (["runtime.deterministic=yes"], ("runtime.deterministic", "true or false", "'yes'")),
     "half a round": (["federation.rounds=1.5"], ("federation.rounds", "integer", "1.5")),
     "no rounds": (["federation.rounds=0"], ("federation.rounds", "greater than or equal to 1", "got 0")),
     "an unknown choice": (["method.name=prefiks"], ("method.name", "'prefiks'", "did you mean 'prefix'")),
@@ -202,7 +202,10 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["client.optimizer=sgd", "client.layer_lr_decay=0.8", "server.aggregator=fednova"],
         ("client.layer_lr_decay", "server.aggregator fednova", "give one"),
     ),
-    "a huge factor for each layer": (["client.layer_lr_decay=1e300"], ("client.layer_lr_decay", "less than or equal to 10")),
+    "a huge factor for each layer": (
+        ["client.layer_lr_decay=1e300"],
+        ("client.layer_lr_decay", "less than or equal to 10"),
+    ),
     "a metric of no pull": (["client.proximal_metric=relative"], ("client.proximal_metric", "client.proximal is 0")),
     "a relative pull and fednova": (
         ["client.optimizer=sgd", "client.proximal=1", "client.proximal_metric=relative", "server.aggregator=fednova"],

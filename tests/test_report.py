@@ -356,6 +356,21 @@ def test_paired_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "there is no row 'lroa'; did you mean 'lora'" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinite_metrics_of_runs_that_diverged(tmp_path: Path) -> None:
+    """The perplexity of a loss beyond 709 is infinite: the table says so, and its plot has no bar."""
+    runs = [make_run(tmp_path, f"ours-s{seed}", seed) for seed in (0, 1)]
+    for run in runs:
+        with h5py.File(run / "results.h5", "r+") as file:
+            for key, value in {"test/perplexity": math.inf, "base/perplexity": 66.7}.items():
+                file[key] = value
+            file["test/perplexity"].attrs.update({"low": math.inf, "high": math.inf})
+    runs.append(make_run(tmp_path, "other", lr=0.5))
+    assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "inf" in cells(text, "ours") and is_png(tmp_path / "out" / "test.png")
+
+
 def test_gain_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the way from the untouched base (4.2) to centralised training, seed by seed; none where either is not told."""
     runs = [make_run(tmp_path, f"ours-s{seed}", seed, level=1 + 0.1 * seed) for seed in (0, 1, 2)]

@@ -125,6 +125,7 @@ def _readable(error: ValidationError, model: type[Section], label: str) -> UserE
     problem = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in messages))
     if first["msg"].startswith("Input should be "):
         problem = f"must be {problem}"
+    problem = problem.replace("a valid boolean", "true or false")
     if first["type"] == "string_pattern_mismatch":
         problem = "only letters, digits, spaces and . , + = - _ are allowed"
     if first["type"] in ("string_too_short", "too_short"):

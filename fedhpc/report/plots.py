@@ -432,14 +432,14 @@ def compared_test(groups: Sequence[SeedGroup]) -> Any:
         over_seeds = np.clip((means - halves, means + halves), lowest, highest)
         over_items = np.array([g.over_items(name) for g in groups] + [(math.nan, math.nan)] * len(bases)).T
         start = lowest if math.isfinite(lowest) else 0.0
-        axis.barh(labels, np.nan_to_num(means - start), left=start, color=colours, height=0.7)
+        axis.barh(labels, np.where(np.isfinite(means), means - start, 0.0), left=start, color=colours, height=0.7)
         for (low, high), shift, style in (
             (over_items, 0.2, {"color": "0.5", "linewidth": 3}),
             (over_seeds, 0.0, {"color": "0.1", "capsize": 3}),
         ):
             known = np.isfinite(low) & np.isfinite(high)
-            middle = (low + high)[known] / 2
-            axis.errorbar(middle, np.flatnonzero(known) + shift, xerr=(high - low)[known] / 2, fmt="none", **style)
+            low, high = low[known], high[known]
+            axis.errorbar((low + high) / 2, np.flatnonzero(known) + shift, xerr=(high - low) / 2, fmt="none", **style)
         has_items = has_items or bool(np.isfinite(over_items).any())
         for y, mean in enumerate(means):
             axis.annotate(as_number(mean), (1.02, y), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9)

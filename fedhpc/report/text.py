@@ -87,11 +87,11 @@ def console() -> Console:
 
 
 def mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval (NaN for a single value)."""
-    n = len(values)
-    if n < 2:
-        return (float(values[0]) if n else math.nan), math.nan
-    return float(np.mean(values)), float(t_975(n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    """Mean, and half the width of its 95 % confidence interval (NaN for a single value, and beside infinite ones)."""
+    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
+    if n < 2 or not math.isfinite(mean):
+        return mean, math.nan
+    return mean, float(t_975(n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
 def t_975(degrees: int) -> float:
