@@ -314,6 +314,8 @@ def test_a_paused_run_goes_on_with_the_same_bits(tmp_path: Path, texts: Path) ->
         assert status is not None
         assert (status.state, status.round, status.reason) == ("preempted", reached, f"paused after round {reached}")
         assert not (config.run_dir / "adapter").exists() and read_results(config.run_dir).num_rounds == reached
+        with h5py.File(config.run_dir / "results.h5") as file:  # whatever the last writing took
+            assert len(file["rounds/round"]) == 1 + reached and not file.attrs["complete"]
     federate(config, until=4)
     same_results(tmp_path / "whole", tmp_path / "paused", ("rounds", "clients"))
     assert read_status(config.run_dir).state == "complete"  # type: ignore[union-attr]

@@ -73,10 +73,11 @@ class Recorder:
                 self._save_round(record.round)
 
     def pause(self, round_: int) -> None:
-        """Save what no checkpoint has yet, and note that the run stops here, as if it was preempted."""
+        """Save what no checkpoint has yet, and all rounds in results.h5; the run stops here, as if it was preempted."""
         with self._writing:
             if round_ != self._saved_round:
                 self._save_round(round_)
+            self._write_results(complete=False)
             write_status(self.run.directory, "preempted", round_, f"{PAUSED} after round {round_}")
 
     def finish(self, results: FinalResults) -> None:
@@ -108,14 +109,17 @@ class Recorder:
         meta = {"round": round_, **self.run.identity, "rows": meta_rows}
         rows = {f"{ROWS}{name}": array for name, array in arrays.items()}
         save_checkpoint(directory, {**self._server_state.tensors(), **rows}, meta)
-        now = time.perf_counter()
         # Writing takes longer as the run grows; at most a twentieth of the time goes into it.
-        if complete or round_ == 0 or now - self._written_at > 20 * self._write_s:
-            self.results.attributes["wall_seconds"] = self._seconds_before + self._watch.seconds
-            self.results.write(directory / "results.h5", complete)
-            self._written_at = time.perf_counter()
-            self._write_s = self._written_at - now
+        if complete or round_ == 0 or time.perf_counter() - self._written_at > 20 * self._write_s:
+            self._write_results(complete)
         write_status(directory, "running", round_)
+
+    def _write_results(self, complete: bool) -> None:
+        began = time.perf_counter()
+        self.results.attributes["wall_seconds"] = self._seconds_before + self._watch.seconds
+        self.results.write(self.run.directory / "results.h5", complete)
+        self._written_at = time.perf_counter()
+        self._write_s = self._written_at - began
 
 
 def new_results(run: RunDescription) -> Results:
