@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fedhpc.approaches.base import AnyApproach, BlockResult, Share
-from fedhpc.approaches.describe import evaluated, headline, run_description
+from fedhpc.approaches.describe import evaluated, headline, idle_workers, run_description
 from fedhpc.approaches.report import Before, Clock, Stopwatch, collect, make_record
 from fedhpc.participation.plan import Plan
 from fedhpc.ranks.transport.base import Transport
@@ -331,7 +331,8 @@ def _begun(claimed: _Claimed, transport: Transport) -> Going:
         server = Server(opening.server_state, _observers(run, opening, claimed.name, watch))
         for observer in server.observers:
             closing.callback(observer.close)
-        for message in [headline(approach, transport), evaluated(approach), *approach.messages]:
+        first = [headline(approach, transport), *idle_workers(approach), evaluated(approach)]
+        for message in [*first, *approach.messages]:
             server.message(message)
         if not opening.is_locked:
             server.message(f"{opening.run.directory}: this file system has no locks; do not start a second run in it")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedhpc import config as configuration
 from fedhpc import registry
-from fedhpc.approaches.describe import describe
+from fedhpc.approaches.describe import describe, idle_workers
 from fedhpc.approaches.prepare import prepare
 from fedhpc.data.population import Population
 from fedhpc.data.tokens import Examples, Tokens, examples_from
@@ -201,6 +201,9 @@ def test_forwards_of_ten_clients_by_the_workers_that_blocks_are_made_for(
     transport.world_size = 4
     approach = prepare(settings(tmp_path / "check", tree), transport, Launch(), write_cache=False)
     assert f"clients of the blocks: {said}" in describe(approach, LoopbackTransport())
+    line = "1 of 3 workers have nothing to do: the 10 clients of round 1 are in blocks of 5; give more clients a round"
+    idle = idle_workers(approach)
+    assert len(idle) == int("have none" in said) and all(one.startswith(line) for one in idle)
 
 
 def test_a_plan_seeds_its_virtual_clients_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -565,8 +565,9 @@ def test_a_buffered_round_of_a_million_clients_touches_only_those_at_work() -> N
     ],
 )
 def test_what_does_not_go_with_buffered_is_refused(overrides: list[str], message: str) -> None:
+    given = ["federation.cohort_size=null", "federation.schedule.name=buffered", "devices.name=lognormal"]
     with pytest.raises(UserError, match=message):
-        configuration.load(None, ["federation.schedule.name=buffered", "devices.name=lognormal", *overrides])
+        configuration.load(None, [*given, *overrides])
 
 
 def test_a_run_whose_trace_has_changed_does_not_resume(tmp_path: Path) -> None:

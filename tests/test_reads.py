@@ -148,7 +148,7 @@ def test_a_key_of_the_file_is_refused_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", UNREAD)
 def test_defaults_and_what_the_embedded_file_says_are_not_given(name: str, tmp_path: Path) -> None:
     config = configuration.load(None, [f"method.name={name}", "server.lr=1.0"])
-    assert config.client.lr == (0.01 if name == "rag" else 0.05)
+    assert config.client.lr == (0.01 if name == "rag" else 0.1)
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert configuration.load(str(file), []) == config

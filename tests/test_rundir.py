@@ -28,9 +28,11 @@ from fedhpc.results.resume import decide
 from fedhpc.results.run_directory import begin, remove_temporary_files, write_config
 from fedhpc.results.status import read_status, write_status
 
+FEDAVG = Path(__file__).parents[1] / "configs" / "fedavg.yaml"
+
 
 def config(*overrides: str) -> Config:
-    return load(None, ["evaluation.metrics=[]", *overrides])
+    return load(str(FEDAVG), ["evaluation.metrics=[]", *overrides])
 
 
 def make_run(directory: Path, *overrides: str, round: int = 5, state: str = "running", rounds: int = 20) -> Config:

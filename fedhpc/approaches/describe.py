@@ -91,11 +91,32 @@ def _blocks(approach: AnyApproach, plan: Plan) -> str:
         else f"made {made}" if runtime.block_size == "auto"
         else f"at most {approach.block_size} (runtime.block_size), evened out {made}"
     )  # fmt: skip
+    idle, there = _idle(approach, plan)
+    return f"clients of the blocks: {shown or 'none'}; {why}" + (f"; {idle} of {there} have none" if idle else "")
+
+
+def _idle(approach: AnyApproach, plan: Plan) -> tuple[int, int]:
+    """How many of those that train have no block in a round, and how many there are."""
     # A client that is alone may be trained by all ranks of its worker.
     each = 1 if approach.block_size == 1 else approach.topology.group_size
     there = each * len(approach.workers)
-    idle = there - len({(block.worker, block.member if each > 1 else 0) for block in plan.blocks})
-    return f"clients of the blocks: {shown or 'none'}; {why}" + (f"; {idle} of {there} have none" if idle else "")
+    return there - len({(block.worker, block.member if each > 1 else 0) for block in plan.blocks}), there
+
+
+def idle_workers(approach: AnyApproach) -> list[str]:
+    """A line where a launch has more workers than a synchronous round has work for; else nothing."""
+    config = approach.config
+    if config.mode != "federated" or config.federation.schedule.name != "synchronous":
+        return []
+    plan = approach.plan(1)
+    idle, there = _idle(approach, plan)
+    if not idle:
+        return []
+    return [
+        f"{idle} of {there} workers have nothing to do: the {len(plan.cohort)} clients of round 1 are in blocks of "
+        f"{approach.block_size}; give more clients a round (federation.cohort_size), smaller blocks "
+        "(runtime.block_size), or several runs at once (fedhpc sweep)"
+    ]
 
 
 def _virtual_time(approach: AnyApproach) -> str:

@@ -90,7 +90,7 @@ def _for_workers(repeats: int) -> Iterator[Row]:
     """Compare blocks for the two workers that there are with those for eight, the default: all clients of a round."""
     from fedhpc import config as configuration
 
-    default = "embedded default"
+    default = "built-in data"
     for what in (default, W3.name):
         title = f"{what}, cohort of 10: blocks for 8 workers over blocks for 2"
         if what != default and (why := W3.absent()):
@@ -101,7 +101,8 @@ def _for_workers(repeats: int) -> Iterator[Row]:
             for workers in (8, 2):
                 runtime = {"device": "cpu", "block_size": "auto", "workers": workers}
                 if what == default:
-                    given = [f"run.dir={folder}/run", *(f"runtime.{key}={value}" for key, value in runtime.items())]
+                    given = [f"runtime.{key}={value}" for key, value in runtime.items()]
+                    given += [f"run.dir={folder}/run", "federation.cohort_size=10"]
                     configs[workers] = configuration.load(None, given)
                 else:
                     path = workloads.write(W3, Path(folder), 1, federation={"cohort_size": 10}, runtime=runtime)

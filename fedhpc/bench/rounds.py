@@ -139,7 +139,7 @@ def idle_round(folder: Path, cohort: int, population: int, rounds: int) -> float
     return min(b - a for a, b in pairwise(moments[1:-1]))
 
 
-def _default(rounds: int = 4) -> list[Row]:
+def _default() -> list[Row]:
     """Run the embedded default in one process by its command: its start-up and the share of its evaluations."""
     import h5py
 
@@ -150,8 +150,7 @@ def _default(rounds: int = 4) -> list[Row]:
             ends.append(moment)
 
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"run.dir={folder}/run", f"federation.rounds={rounds}"]
-        command = [sys.executable, "-m", "fedhpc.main", *overrides]
+        command = [sys.executable, "-m", "fedhpc.main", f"run.dir={folder}/run"]
         with Watched([(command, os.environ)], Path(folder) / "log", on_line) as watched:
             watched.wait(600)
         with h5py.File(Path(folder) / "run" / "results.h5") as file:

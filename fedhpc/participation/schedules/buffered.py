@@ -70,7 +70,9 @@ class Buffered(Schedule):
                 )
             for key in ("cohort_size", "cohort_fraction"):
                 if getattr(federation, key) is not None:
-                    return f"{_KEY}.buffer_size says how many updates a round has: take federation.{key} out"
+                    return (
+                        f"{_KEY}.buffer_size says how many updates a round has: take federation.{key} out or give null"
+                    )
             if registry.is_approach(config.method.name):
                 return f"buffered adds up updates of parameters, which method.name {config.method.name} does not send"
             if config.beside_theta:
