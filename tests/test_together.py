@@ -26,6 +26,7 @@ from fedhpc.config import Config
 from fedhpc.config.together import shared_settings
 from fedhpc.errors import UserError
 from fedhpc.federation import run_together
+from fedhpc.halving import Halving
 from fedhpc.ranks import process
 from fedhpc.ranks.launch import Launch
 from fedhpc.ranks.process import Rank, SavedRounds
@@ -453,6 +454,37 @@ def test_groups_and_rungs(tmp_path: Path, texts: Path) -> None:
     assert len(going) == 3 == sum(done(cell.config) for cell in sweep.load(file)[1])
 
 
+@pytest.mark.usefixtures("_here")
+def test_what_rungs_save(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each rung and full forwards, to the setting that is best where all runs go to their end, alone."""
+    forwards: list[int] = []  # the clients of each
+
+    def counted(*arguments: Any) -> Any:
+        forwards.append(len(arguments[4]))
+        return train_block(*arguments)
+
+    rates, common = [0.01, 0.1, 1.0, 10.0], {"evaluation.every": 1, "federation.rounds": 4, "federation.cohort_size": 2}
+    grid = [{"client.lr": rates}, {"run.seed": [0, 1]}]
+    file = write_sweep(tmp_path, texts, grid, set=common, early_stop={"factor": 2, "after": [1, 2]})
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "train_block", counted)
+        assert sweep.main([str(file)]) == 0
+    assert [len(names) for names in Here.commands] == [8, 4, 2]
+    assert forwards == [8, 8, 8, 4, 4]
+
+    everything = ["sweep.early_stop=null", "sweep.together=1", f"sweep.dir={tmp_path / 'all'}"]
+    assert sweep.main([str(file), *everything]) == 0
+    losses = {
+        rate: sum(table(tmp_path / "all" / f"lr_{rate}-s{seed}", "rounds")["eval_loss"][-1] for seed in (0, 1))
+        for rate in rates
+    }
+    best = min(losses, key=losses.__getitem__)
+    ended = [cell.name for cell in sweep.load(file)[1] if done(cell.config)]
+    assert ended == [f"lr_{best}-s0", f"lr_{best}-s1"]
+    for name in ended:
+        same(tmp_path / "runs" / name, tmp_path / "all" / name, 1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -482,6 +514,15 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "A-run").exists()
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a sweep and its runs at once, as when a machine goes down."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for child in children:  # in a session of its own
+        os.kill(int(child), signal.SIGKILL)
+    process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_ended_by_a_signal_and_the_same_command_again(tmp_path: Path, texts: Path, number: signal.Signals) -> None:
@@ -501,12 +542,8 @@ def test_ended_by_a_signal_and_the_same_command_again(tmp_path: Path, texts: Pat
     while not all((status := read_status(one)) and status.round > 2 for one in directories):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     if number == signal.SIGKILL:
-        process.kill()
-        for child in children:  # in a session of its own
-            os.kill(int(child), signal.SIGKILL)
-        process.wait()
+        kill(process)
     else:
         process.send_signal(number)
         assert process.wait(120) == 75
@@ -517,3 +554,37 @@ def test_ended_by_a_signal_and_the_same_command_again(tmp_path: Path, texts: Pat
         ended = folders["ended"] / "runs" / name
         same(ended, folders["whole"] / "runs" / name, 1e-4)
         assert list(table(ended, "events")["kind"]).count("resumed") == 1
+
+
+@pytest.mark.slow
+def test_killed_on_the_way_to_a_rung(tmp_path: Path, texts: Path) -> None:
+    """The same command comes to the same decisions, and what goes on ends as if nothing had been."""
+    rungs = {"factor": 2, "after": [20, 40]}
+    common = {"evaluation.every": 1, "federation.rounds": 60}
+    folders = {name: tmp_path / name for name in ("whole", "ended")}
+    for folder in folders.values():
+        folder.mkdir()
+    files = {
+        name: write_sweep(folder, texts, [{"client.lr": [0.01, 0.1, 1.0, 10.0]}], set=common, early_stop=rungs)
+        for name, folder in folders.items()
+    }
+    command = [sys.executable, "-m", "fedhpc.sweep"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(files["ended"])], env=environment)
+    cells = sweep.load(files["ended"])[1]
+    deadline = time.monotonic() + 300
+    while not any((status := read_status(cell.config.run_dir)) and 20 < status.round < 40 for cell in cells):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kill(process)
+    assert not any(done(cell.config) for cell in cells)
+    statuses: dict[str, list[str]] = {}
+    for name, file in files.items():
+        subprocess.run([*command, str(file)], env=environment, check=True, timeout=600)
+        keys, cells = sweep.load(file)
+        assert keys.early_stop is not None
+        halving = Halving(keys.early_stop, [cell.config for cell in cells], str(file))
+        statuses[name], _ = sweep.survey(cells, halving)
+    assert statuses["ended"] == statuses["whole"] and statuses["whole"].count("complete") == 1
+    best = cells[statuses["whole"].index("complete")].name
+    same(folders["ended"] / "runs" / best, folders["whole"] / "runs" / best, 1e-4)
