@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -42,7 +42,28 @@ def forks() -> ForkServerContext:
     """Where processes are forked from; that one has imported the libraries, once for all tests of this process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.failing_rank"])
+    check = context.Process(target=_check_imported)
+    # The server imports from the folder where it is started, and a test may have left ours; it ignores what it misses.
+    with _in_folder(REPOSITORY):
+        check.start()
+    check.join()
+    assert check.exitcode == 0, "ranks would be forked from a process that has not imported the libraries"
     return context
+
+
+@contextlib.contextmanager
+def _in_folder(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _check_imported() -> None:
+    """Leave with 1 where this process was forked from one without the libraries."""
+    sys.exit("tests.failing_rank" not in sys.modules)
 
 
 class Forked:

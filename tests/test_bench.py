@@ -19,6 +19,7 @@ from fedhpc.bench import peers, private, rounds, sharding, workloads
 from fedhpc.bench.processes import Watched
 from fedhpc.bench.table import Row, interleaved, markdown, ratio, skipped
 from fedhpc.errors import UserError
+from tests.test_kill import until
 
 
 def test_a_target_is_met_from_its_own_side() -> None:
@@ -40,20 +41,57 @@ def test_runs_are_interleaved_and_the_first_is_a_warm_up() -> None:
     assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
 
 
+# Burns CPU and starts another that does so too, which ends before it. After each step they write what they have spent
+# and wait until the watch has seen it.
+PROGRAM = """
+import subprocess, sys, time
+from pathlib import Path
+
+def wait_for(name):
+    sys.stdout.write(f"{len(sys.argv)} {time.process_time()}\\n")
+    sys.stdout.flush()
+    while not Path(name).exists():
+        time.sleep(0.05)
+
+def burn(until):
+    while time.process_time() < until:
+        pass
+
+if first := len(sys.argv) == 1:
+    wait_for("start")
+    other = subprocess.Popen([sys.executable, *sys.argv, "other"])
+memory = bytearray(30 << 20)
+burn(0.4)
+wait_for("both")
+if first:
+    other.wait()
+    burn(0.8)
+    wait_for("end")
+"""
+
+
 def test_programs_are_watched_with_all_that_they_start(tmp_path: Path) -> None:
-    burn = "import time\nx = bytearray(30 << 20)\nwhile time.process_time() < 0.4: pass\n"
-    program = (
-        f"import subprocess, sys\nprint('begun', flush=True)\nsubprocess.run([sys.executable, '-c', {burn!r}])\n{burn}"
-    )
+    (tmp_path / "program.py").write_text(PROGRAM)
     lines: list[tuple[float, str]] = []
+    command = [sys.executable, "program.py"]
     with Watched(
-        [([sys.executable, "-c", program], os.environ)], tmp_path / "log", lambda t, line: lines.append((t, line))
+        [(command, os.environ)], tmp_path / "log", lambda t, line: lines.append((t, line)), cwd=tmp_path
     ) as watched:
-        watched.wait(60)
-    assert [line for _, line in lines] == ["begun\n"]
-    spent = watched.cpu_at(time.time()) - watched.cpu_at(lines[0][0])
-    assert 0.6 < spent < 1.5  # what a process does after the last look at it is not seen
-    assert 30e6 < watched.peak_pss_bytes < 300e6
+
+        def sees(count: int) -> bool:
+            """Whether `count` lines were written, and the watch knows of the seconds in the last of each process."""
+            spent = dict(line.split() for _, line in lines)
+            return len(lines) == count and abs(watched.cpu_at(time.time()) - sum(map(float, spent.values()))) < 0.1
+
+        until(lambda: sees(1))
+        (tmp_path / "start").touch()
+        until(lambda: sees(3) and watched.peak_pss_bytes > 60e6)
+        (tmp_path / "both").touch()
+        until(lambda: sees(4))
+        (tmp_path / "end").touch()
+        watched.wait(300)
+    assert watched.cpu_at(watched.began) == 0 <= watched.cpu_at(lines[0][0]) < watched.cpu_at(lines[-1][0])
+    assert watched.peak_pss_bytes < 300e6
 
 
 def test_a_program_that_fails_or_takes_too_long_is_an_error_and_none_is_left(tmp_path: Path) -> None:
