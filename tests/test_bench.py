@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from fedhpc.bench import peers, private, rounds, sharding, workloads
+from fedhpc.bench import peers, private, processes, rounds, sharding, workloads
 from fedhpc.bench.processes import Watched
 from fedhpc.bench.table import Row, interleaved, markdown, ratio, skipped
 from fedhpc.errors import UserError
@@ -70,27 +70,42 @@ if first:
 """
 
 
-def test_programs_are_watched_with_all_that_they_start(tmp_path: Path) -> None:
+def test_programs_are_watched_with_all_that_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    lines: list[tuple[float, str]] = []
+    lines: list[str] = []
+    looks: list[tuple[int, float]] = []  # process, its CPU seconds
+    cpu_seconds = processes._cpu_seconds
+
+    def noted(pid: int) -> float:
+        looks.append((pid, cpu_seconds(pid)))
+        return looks[-1][1]
+
+    def spent() -> float:
+        """The seconds in the last line of each process, together."""
+        return sum(map(float, dict(line.split() for line in list(lines)).values()))
+
+    def sees(count: int) -> bool:
+        """Whether `count` lines were written, and the watch has looked since."""
+        return len(lines) == count and abs(sum(dict(looks).values()) - spent()) < 0.1
+
+    monkeypatch.setattr(processes, "_cpu_seconds", noted)
     command = [sys.executable, "program.py"]
     with Watched(
-        [(command, os.environ)], tmp_path / "log", lambda t, line: lines.append((t, line)), cwd=tmp_path
+        [(command, os.environ)], tmp_path / "log", lambda _, line: lines.append(line), cwd=tmp_path
     ) as watched:
-
-        def sees(count: int) -> bool:
-            """Whether `count` lines were written, and the watch knows of the seconds in the last of each process."""
-            spent = dict(line.split() for _, line in lines)
-            return len(lines) == count and abs(watched.cpu_at(time.time()) - sum(map(float, spent.values()))) < 0.1
-
         until(lambda: sees(1))
         (tmp_path / "start").touch()
         until(lambda: sees(3) and watched.peak_pss_bytes > 60e6)
+        looked = len(looks)
+        until(lambda: len(looks) > looked + 4)  # at both of them once more, so that all before is recorded
+        both, moment = spent(), time.time()
         (tmp_path / "both").touch()
         until(lambda: sees(4))
         (tmp_path / "end").touch()
         watched.wait(300)
-    assert watched.cpu_at(watched.began) == 0 <= watched.cpu_at(lines[0][0]) < watched.cpu_at(lines[-1][0])
+    total = watched.cpu_at(time.time())
+    assert abs(total - spent()) < 0.1
+    assert watched.cpu_at(watched.began) == 0 < both - 0.1 < watched.cpu_at(moment) <= total
     assert watched.peak_pss_bytes < 300e6
 
 
