@@ -331,8 +331,9 @@ def _begun(claimed: _Claimed, transport: Transport) -> Going:
         server = Server(opening.server_state, _observers(run, opening, claimed.name, watch))
         for observer in server.observers:
             closing.callback(observer.close)
-        first = [headline(approach, transport), *idle_workers(approach), evaluated(approach)]
-        for message in [*first, *approach.messages]:
+        # Of several runs each has its blocks at another worker.
+        idle = [] if claimed.name else idle_workers(approach)
+        for message in [headline(approach, transport), *idle, evaluated(approach), *approach.messages]:
             server.message(message)
         if not opening.is_locked:
             server.message(f"{opening.run.directory}: this file system has no locks; do not start a second run in it")

@@ -23,9 +23,9 @@ SWEEP.yaml:
       - run.seed: [0, 1, 2]
     launch: torchrun --standalone --nproc_per_node=3 -m fedhpc.main    # default python -m fedhpc.main
     together: 12                         # most runs in one process (16); where launch is another program each is alone
-    early_stop: {factor: 3, after: [2, 6]}      # after round 2, and again after 6, the best third goes on
+    early_stop: {factor: 3, after: [4, 8]}      # after round 4, and again after 8, the best third goes on
 
-With `early_stop` all runs pause after these rounds (`fedhpc.main ... --until 2`). Runs that differ in their seed alone
+With `early_stop` all runs pause after these rounds (`fedhpc.main ... --until 4`). Runs that differ in their seed alone
 are one setting, ranked by the mean of their validation losses (fedhpc.halving); the settings that go on are resumed,
 and end as in a sweep without it. The others stay as they are, are listed as stopped early, and are in no comparison;
 `sweep.early_stop=null` on the command line lets them go on, too.

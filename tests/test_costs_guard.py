@@ -29,6 +29,7 @@ from fedhpc.training.block import Work
 from fedhpc.training.forwards import Step, make_step
 from tests import tiny
 from tests.federations import federate, final, settings, write_texts
+from tests.federations import tree as small
 
 LENGTH, BATCH = 12, 2
 
@@ -201,9 +202,18 @@ def test_forwards_of_ten_clients_by_the_workers_that_blocks_are_made_for(
     transport.world_size = 4
     approach = prepare(settings(tmp_path / "check", tree), transport, Launch(), write_cache=False)
     assert f"clients of the blocks: {said}" in describe(approach, LoopbackTransport())
-    line = "1 of 3 workers have nothing to do: the 10 clients of round 1 are in blocks of 5; give more clients a round"
+    line = "1 of 3 workers have nothing to do in round 1: its 10 clients with work are in blocks of 5; give more"
     idle = idle_workers(approach)
     assert len(idle) == int("have none" in said) and all(one.startswith(line) for one in idle)
+
+
+def test_a_launch_with_too_many_workers_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, line = write_texts(tmp_path), "2 of 3 workers have nothing to do in round 1: its 2 clients"
+    evaluation = {"metrics": ["loss"], "max_examples": 2, "test_max_examples": 2, "samples": 0}
+    own = {"federation": {"rounds": 1, "cohort_size": 2}, "client": {"steps": 1}, "evaluation": evaluation}
+    for name, changes in {"few": {}, "centralized": {"mode": "centralized"}}.items():
+        federate(settings(tmp_path / name, {**small(folder, **own), **changes}), 4)
+        assert (line in capsys.readouterr().out) == (name == "few")
 
 
 def test_a_plan_seeds_its_virtual_clients_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,16 @@ def test_together_is_alone(
         same(configs[number].run_dir, config.run_dir, within)
 
 
+def test_small_rounds_of_several_runs_keep_all_workers_at_work(tmp_path: Path, texts: Path) -> None:
+    """Where a round of a run is one block, each run has it at another worker."""
+    transport, approaches = LoopbackTransport(), list[AnyApproach]()
+    transport.world_size = 4
+    own = [{"run": {"seed": seed}, "federation": {"cohort_size": 2}} for seed in range(4)]
+    for config in runs(tmp_path, texts, "prefix", own=own):
+        approaches.append(prepare(config, transport, Launch(), write_cache=False, beside=approaches))
+    assert [[block.worker for block in one.plan(1).blocks] for one in approaches] == [[0], [1], [2], [0]]
+
+
 def test_classifiers_share_a_base_whose_head_is_the_same(tmp_path: Path, texts: Path) -> None:
     """A new head is drawn by the seed, so it is that of runs with the same one; a stored one is everybody's."""
     save_random_bert(tmp_path / "bert")

@@ -213,9 +213,10 @@ class Approach(ABC, Generic[StateT, DownloadT, UploadT, CombinedT]):
         return False
 
     @property
-    def workers(self) -> range:
-        """The workers, as a plan counts them."""
-        return range(self.topology.num_workers)
+    def workers(self) -> list[int]:
+        """The workers, as a plan counts them, in the order in which they get the blocks of a round."""
+        first = self.inputs.first_worker
+        return [*range(first, self.topology.num_workers), *range(first)]
 
     @cached_property
     def schedule(self) -> Schedule:

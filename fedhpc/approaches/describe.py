@@ -112,10 +112,12 @@ def idle_workers(approach: AnyApproach) -> list[str]:
     idle, there = _idle(approach, plan)
     if not idle:
         return []
+    those = "workers" if there == len(approach.workers) else "ranks of workers"
+    smaller = "" if approach.block_size == 1 else "smaller blocks (runtime.block_size), "
     return [
-        f"{idle} of {there} workers have nothing to do: the {len(plan.cohort)} clients of round 1 are in blocks of "
-        f"{approach.block_size}; give more clients a round (federation.cohort_size), smaller blocks "
-        "(runtime.block_size), or several runs at once (fedhpc sweep)"
+        f"{idle} of {there} {those} have nothing to do in round 1: its {len(plan.training)} clients with work are in "
+        f"blocks of {approach.block_size}; give more clients a round (federation.cohort_size), {smaller}"
+        "or several runs at once (fedhpc sweep with the same ranks in its `launch`)"
     ]
 
 

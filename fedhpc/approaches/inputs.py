@@ -45,6 +45,8 @@ class Inputs:
     decided: Mapping[str, float] = field(default_factory=dict)
     #: What is to be said of the ranks of each worker, a line each.
     of_workers: Sequence[str] = ()
+    #: Which worker gets the first block of a round: of several runs in a process each begins with another one.
+    first_worker: int = 0
 
     def has_base_for(self, labels: Sequence[str], seed: int) -> bool:
         """Whether another run with the same section `model` would load the same base: its head can have been drawn."""

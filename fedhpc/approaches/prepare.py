@@ -103,7 +103,10 @@ def prepare(
     approach: AnyApproach | None = None
 
     def make(decided: Mapping[str, float]) -> AnyApproach:
-        made = approach_class(replace(inputs or load(), decided=decided, of_workers=of_workers))
+        first_worker = len(beside) % topology.num_workers
+        made = approach_class(
+            replace(inputs or load(), decided=decided, of_workers=of_workers, first_worker=first_worker)
+        )
         made.plan(1)  # clients that cannot be scheduled are refused before anything is written
         return made
 

@@ -141,21 +141,25 @@ def assign(
 ) -> list[Block]:
     """Give each block to a worker: the costliest first, each to the worker with the least to do (Graham 1969).
 
+    workers: of those with as little to do the first gets it.
     members: the ranks of each worker, between which its blocks are divided likewise. Blocks of like cost follow each
     other, so the ranks of a worker, which gather layers together, are busy with like work at the same time.
     together: all ranks of a worker train each of its blocks; the member is the one that takes what it gives.
     """
     ranks = [[(worker, member) for member in range(members)] for worker in workers]
-    # Those that share their load, in a heap: their load, that of the one that has least to do, and who it is.
-    sharing = ranks if together else [[one] for of_worker in ranks for one in of_worker]
-    load = {one: 0.0 for of_worker in ranks for one in of_worker}
-    heap = [(0.0, 0.0, some[0], some) for some in sorted(sharing)]
+    whose = [one for of_worker in ranks for one in of_worker]
+    sharing = ranks if together else [[one] for one in whose]
+    turn = {one: position for position, one in enumerate(whose)}
+    load = dict.fromkeys(turn, 0.0)
+    # Those that share their load, in a heap: their load, that of the one that has least to do, and whose turn it is.
+    heap = [(0.0, 0.0, turn[some[0]], some) for some in sharing]
     placed = []
     for clients, cost in sorted(zip(blocks, costs, strict=True), key=lambda item: (-item[1], item[0])):
-        _, _, (worker, member), some = heap[0]
+        _, _, position, some = heap[0]
+        worker, member = whose[position]
         load[worker, member] += cost
-        least = min(some, key=lambda one: (load[one], one))
-        heapq.heapreplace(heap, (sum(load[one] for one in some), load[least], least, some))
+        least = min(some, key=lambda one: (load[one], turn[one]))
+        heapq.heapreplace(heap, (sum(load[one] for one in some), load[least], turn[least], some))
         placed.append(Block(clients, worker, cost, member))
     return placed
 

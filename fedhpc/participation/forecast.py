@@ -129,7 +129,7 @@ def lines(
     if pilot is None:
         table.append(
             f"no times: {approach.config.run_dir} holds no run of this configuration to take them from; run a few "
-            "rounds of it there (federation.rounds=3), then ask again"
+            "rounds of it there (--until 3), then ask again"
         )
     table.append(
         f"{'ranks':>6} {'at work':>8} {'round':>10} {'local':>10} {'exchange':>10} {'other':>10} {'updates held':>13} "
