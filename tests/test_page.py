@@ -158,7 +158,7 @@ def test_texts_stay_texts(alone: Page) -> None:
 def test_a_run_has_its_figures_with_the_rounds_that_were_evaluated(alone: Page) -> None:
     titles = [figure["title"] for figure in alone.figures]
     assert titles == ["learning curve", "metrics", "client loss", "clients", "split", "traffic", "time"]
-    assert "at the marks: every 4 rounds" in alone.figures[0]["figcaption"]
+    assert "at the marks: every 5 rounds" in alone.figures[0]["figcaption"]
 
 
 def test_the_worst_clients_and_what_goes_with_their_loss(run: Path, alone: Page) -> None:
