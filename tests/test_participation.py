@@ -80,8 +80,8 @@ def test_placement_is_longest_first() -> None:
     blocks = assign([(0,), (1,), (2,), (3,), (4,)], [5, 4, 3, 3, 3], [1, 2])
     load = {w: sum(b.cost for b in blocks if b.worker == w) for w in (1, 2)}
     assert sorted(load.values()) == [8, 10]  # 5+3 and 4+3+3
-    # Of ranks that train together a worker's load is one, and they take what its blocks give in turn.
     assert [b.worker for b in assign([(0,), (1,), (2,)], [3, 3, 3], [1, 2, 0])] == [1, 2, 0]
+    # Of ranks that train together a worker's load is one, and they take what its blocks give in turn.
     placed = [(b.worker, b.member) for b in assign([(0,), (1,), (2,), (3,)], [5, 4, 3, 3], [0, 1], 2, together=True)]
     assert placed == [(0, 0), (1, 0), (1, 1), (0, 1)]
 

@@ -116,7 +116,7 @@ def idle_workers(approach: AnyApproach) -> list[str]:
     smaller = "" if approach.block_size == 1 else "smaller blocks (runtime.block_size), "
     return [
         f"{idle} of {there} {those} have nothing to do in round 1: its {len(plan.training)} clients with work are in "
-        f"blocks of {approach.block_size}; give more clients a round (federation.cohort_size), {smaller}"
+        f"blocks of at most {approach.block_size}; give more clients a round (federation.cohort_size), {smaller}"
         "or several runs at once (fedhpc sweep with the same ranks in its `launch`)"
     ]
 

@@ -146,21 +146,18 @@ def assign(
     other, so the ranks of a worker, which gather layers together, are busy with like work at the same time.
     together: all ranks of a worker train each of its blocks; the member is the one that takes what it gives.
     """
-    ranks = [[(worker, member) for member in range(members)] for worker in workers]
-    whose = [one for of_worker in ranks for one in of_worker]
-    sharing = ranks if together else [[one] for one in whose]
-    turn = {one: position for position, one in enumerate(whose)}
-    load = dict.fromkeys(turn, 0.0)
-    # Those that share their load, in a heap: their load, that of the one that has least to do, and whose turn it is.
-    heap = [(0.0, 0.0, turn[some[0]], some) for some in sharing]
+    ranks = [[(turn, member) for member in range(members)] for turn in range(len(workers))]
+    # Those that share their load, in a heap: their load, that of the one that has least to do, and who it is.
+    sharing = ranks if together else [[one] for of_worker in ranks for one in of_worker]
+    load = {one: 0.0 for of_worker in ranks for one in of_worker}
+    heap = [(0.0, 0.0, some[0], some) for some in sorted(sharing)]
     placed = []
     for clients, cost in sorted(zip(blocks, costs, strict=True), key=lambda item: (-item[1], item[0])):
-        _, _, position, some = heap[0]
-        worker, member = whose[position]
-        load[worker, member] += cost
-        least = min(some, key=lambda one: (load[one], turn[one]))
-        heapq.heapreplace(heap, (sum(load[one] for one in some), load[least], turn[least], some))
-        placed.append(Block(clients, worker, cost, member))
+        _, _, (turn, member), some = heap[0]
+        load[turn, member] += cost
+        least = min(some, key=lambda one: (load[one], one))
+        heapq.heapreplace(heap, (sum(load[one] for one in some), load[least], least, some))
+        placed.append(Block(clients, workers[turn], cost, member))
     return placed
 
 
