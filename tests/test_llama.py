@@ -51,13 +51,14 @@ def inputs_and_prefix(model: Any, n: int) -> tuple[torch.Tensor, list[tuple[torc
 
 
 @pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize("stretch", [64, 4])
+@pytest.mark.parametrize(("stretch", "scores"), [(64, 2**19), (4, 2**19), (4, 1)])  # 1: one row at a time
 @pytest.mark.parametrize("n", [5, 0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_and_gradients_are_those_of_transformers(
-    family: str, n: int, stretch: int, some: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, n: int, stretch: int, scores: int, some: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama, "_STRETCH", stretch)
+    monkeypatch.setattr(llama, "_SCORES", scores)
     model = network(family)
     inputs, past = inputs_and_prefix(model, n)
     leaves = [inputs, *(t for pair in past for t in pair)]
@@ -74,6 +75,22 @@ def test_states_and_gradients_are_those_of_transformers(
     ):
         assert wanted.abs().max() > 1e-3
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("head", [8, 32])  # narrow products go as their transpose
+def test_rows_have_the_same_bits_however_many_go_at_once(head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(7, 150, heads * head, generator=noise, requires_grad=True) for heads in (4, 2, 2))
+    past = [torch.randn(7, 2, 16, head, generator=noise, requires_grad=True) for _ in range(2)]
+    angles = torch.randn(150, head, generator=noise)
+    direction = torch.randn(7, 150, 4 * head, generator=noise)
+    reached = []
+    for scores in (2**30, 2**17, 1):  # all rows, two or so, one
+        monkeypatch.setattr(llama, "_SCORES", scores)
+        seen = llama._Attention.apply(q, k, v, *past, angles.cos(), angles.sin(), head**-0.5, None)
+        reached.append([seen, *torch.autograd.grad(seen, [q, k, v, *past], direction)])
+    for other in reached[1:]:
+        assert all(map(torch.equal, reached[0], other))
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

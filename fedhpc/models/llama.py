@@ -21,6 +21,7 @@ from fedhpc.kernels import product
 from fedhpc.models.hooks import called_as, is_hooked
 
 _STRETCH = 64  # queries at a time
+_SCORES = 2**19  # at a time: 2 MiB, which stay in a core's cache from one operator to the next
 _MOST_WANTED = 0.75  # share of the positions: if the last layer can leave out fewer, leaving them out costs more
 # By module, not by the configuration's model_type: code that comes with a model may call itself llama too.
 _DECODERS = frozenset(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2"))
@@ -220,18 +221,20 @@ class _Attention(torch.autograd.Function):
         keys, values = (t.view(rows * groups, n + length, head) for t in (keys, values))
         shares, seen = [], torch.empty_like(queries)
         stretches = _stretches(width) if wanted is None else [(0, width, length)]
-        for near, far, end in stretches:
-            stretch = slice(near * shared, far * shared)
-            scores = torch.bmm(queries[:, stretch], keys[:, : n + end].mT)
+        pieces = _pieces(rows, groups * shared * (n + length), stretches)
+        for first, last, near, far, end in pieces:
+            part, stretch = slice(first * groups, last * groups), slice(near * shared, far * shared)
+            scores = torch.bmm(queries[part, stretch], keys[part, : n + end].mT)
             if wanted is None:
                 scores[:, :, n + near :] += _corner(scores, far - near, shared)
             else:
-                scores.view(rows, groups, width, shared, -1)[..., n:] += _behind(scores, wanted, length)
+                hidden = _behind(scores, wanted[first:last], length)
+                scores.view(last - first, groups, width, shared, -1)[..., n:] += hidden
             shares.append(scores.softmax(dim=-1))
-            seen[:, stretch] = product(shares[-1], values[:, : n + end])
+            seen[part, stretch] = product(shares[-1], values[part, : n + end])
         ctx.save_for_backward(queries, keys, values, cos, sin, cos_q, sin_q, *shares)
         ctx.sizes = rows, width, length, groups, shared, n, scale
-        ctx.stretches = stretches
+        ctx.pieces = pieces
         return seen.view(rows, groups, width, shared, head).transpose(1, 2).reshape(q.shape)
 
     @staticmethod
@@ -241,15 +244,16 @@ class _Attention(torch.autograd.Function):
         rows, width, length, groups, shared, n, scale = ctx.sizes
         of_seen = _split(grad, groups, shared).reshape(queries.shape)
         of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for (near, far, end), share in zip(ctx.stretches, shares, strict=True):
+        for (first, last, near, far, end), share in zip(ctx.pieces, shares, strict=True):
+            part = slice(first * groups, last * groups)
             stretch, before = slice(near * shared, far * shared), slice(n + end)
-            of_share = torch.bmm(of_seen[:, stretch], values[:, before].mT)
+            of_share = torch.bmm(of_seen[part, stretch], values[part, before].mT)
             of_scores = torch._softmax_backward_data(of_share, share, -1, share.dtype)
             # baddbmm_ on such a slice would be one product after another.
-            of_values[:, before] += product(share.mT, of_seen[:, stretch])
-            of_keys[:, before] += product(of_scores.mT, queries[:, stretch])
+            of_values[part, before] += product(share.mT, of_seen[part, stretch])
+            of_keys[part, before] += product(of_scores.mT, queries[part, stretch])
             if ctx.needs_input_grad[0]:
-                of_queries[:, stretch] = product(of_scores, keys[:, before])
+                of_queries[part, stretch] = product(of_scores, keys[part, before])
         of_q = of_k = of_v = None
         of_keys, of_values = (t.view(rows, groups, n + length, -1) for t in (of_keys, of_values))
         if ctx.needs_input_grad[0]:
@@ -278,6 +282,18 @@ def _of_queries(table: Tensor, wanted: Tensor | None) -> Tensor:
 def _stretches(length: int) -> list[tuple[int, int, int]]:
     """Bounds of the stretches of queries, and where the keys that they see end."""
     return [(near, end := min(near + _STRETCH, length), end) for near in range(0, length, _STRETCH)]
+
+
+def _pieces(
+    rows: int, scores_of_query: int, stretches: Sequence[tuple[int, int, int]]
+) -> list[tuple[int, int, int, int, int]]:
+    """The bounds of some of the rows, and one of the stretches, for all that are computed one after the other.
+
+    scores_of_query: how many a row has for a position, of all heads. Pieces of rows change no bit.
+    """
+    longest = max(far - near for near, far, _ in stretches)
+    at_once = max(1, _SCORES // (longest * scores_of_query))
+    return [(first, min(first + at_once, rows), *stretch) for first in range(0, rows, at_once) for stretch in stretches]
 
 
 def _corner(like: Tensor, length: int, shared: int) -> Tensor:
