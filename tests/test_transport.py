@@ -195,6 +195,35 @@ def test_a_stale_store_is_not_followed() -> None:
         torch_dist.follow(lambda: f"127.0.0.1 {free_port()} mine", 0.2)
 
 
+def test_a_store_that_answers_late_is_waited_for_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    """As where many ranks start at once on few cores: more come than rank 0 has accepted."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, SECOND, wait_for_workers=False)
+    store.set("nonce", "mine")
+
+    def carry(source: socket.socket, to: socket.socket) -> None:
+        while read := source.recv(4096):
+            to.sendall(read)
+        to.shutdown(socket.SHUT_WR)
+
+    def answer() -> None:
+        time.sleep(1.5)
+        listening.accept()[0].close()  # a first look, which is all that fits in the backlog
+        with listening.accept()[0] as client, socket.create_connection(("127.0.0.1", store.port)) as server:
+            back = threading.Thread(target=carry, args=(server, client))
+            back.start()
+            carry(client, server)
+            back.join()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening:
+        late = threading.Thread(target=answer, daemon=True)
+        late.start()
+        found = torch_dist.follow(lambda: f"127.0.0.1 {listening.getsockname()[1]} mine", 20)
+        assert found.get("nonce") == b"mine"
+        del found
+        late.join()
+    assert capfd.readouterr().err == ""
+
+
 def test_a_rank_that_never_comes_ends_the_others() -> None:
     """The watchdog of the connect phase, where no liveness is there yet."""
     program = """

@@ -36,8 +36,8 @@ _LIMIT_S = 600.0
 _ROUNDS = {"small": 4, "big": 2, "": 2}  # the first is not counted; those of small take a second or two
 _SAME = 1e-3  # of the update: averages of parameters near 1 round to 1e-7, an update is a thousandth of them
 # How many times fewer CPU seconds than pfl a round shall take.
-_CPU = {"W1 small": 1.6, "W2 small": 1.6, "W1 big": 1.1, "W2 big": 1.35, "W3": 2.0}
-_FIRST, _MEMORY = 0.5, 0.9
+_CPU = {"W1 small": 1.6, "W2 small": 1.6, "W1 big": 1.1, "W2 big": 1.35, "W3": 2.5}
+_FIRST, _MEMORY = 0.45, 0.9
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from fedhpc.ranks.transport.base import Transport, arrival_limit_s, connect_dead
 
 # Collectives wait for local training, however long; liveness bounds silence instead.
 _NO_TIMEOUT = datetime.timedelta(days=365)
+_ANSWER = datetime.timedelta(seconds=10)  # of the store, while many ranks of a machine start at once
 # From this number of ranks on, tensors of up to this size go from rank to rank in a binomial tree, in which rank 0 has
 # a message for each doubling of the ranks. Gloo's own sums go round in a ring: fewer bytes, but two messages for each
 # rank.
@@ -293,13 +294,12 @@ def follow(published: Callable[[], str], limit_s: float) -> Store:
     there now, which does not know the nonce.
     """
     deadline = time.monotonic() + limit_s
-    second = datetime.timedelta(seconds=1)
     while time.monotonic() < deadline:
         address, port, nonce = published().split()
         with contextlib.suppress(OSError, dist.DistStoreError, dist.DistNetworkError):
-            # A refused TCPStore writes a page of C++ frames to stderr, a refused socket does not.
+            # A TCPStore that is refused, or gives up waiting, writes a page of C++ frames to stderr; a socket does not.
             socket.create_connection((address, int(port)), timeout=1).close()
-            store = TCPStore(address, int(port), None, False, second)
+            store = TCPStore(address, int(port), None, False, _ANSWER)
             if store.get("nonce").decode() == nonce:
                 store.set_timeout(datetime.timedelta(seconds=limit_s))
                 return store
