@@ -222,11 +222,12 @@ class _Attention(torch.autograd.Function):
         shares, seen = [], torch.empty_like(queries)
         stretches = _stretches(width) if wanted is None else [(0, width, length)]
         pieces = _pieces(rows, groups * shared * (n + length), stretches)
+        corners = {far - near: _corner(q, far - near, shared) for near, far, _ in stretches} if wanted is None else {}
         for first, last, near, far, end in pieces:
             part, stretch = slice(first * groups, last * groups), slice(near * shared, far * shared)
             scores = torch.bmm(queries[part, stretch], keys[part, : n + end].mT)
             if wanted is None:
-                scores[:, :, n + near :] += _corner(scores, far - near, shared)
+                scores[:, :, n + near :] += corners[far - near]
             else:
                 hidden = _behind(scores, wanted[first:last], length)
                 scores.view(last - first, groups, width, shared, -1)[..., n:] += hidden
